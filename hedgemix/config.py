@@ -1,0 +1,282 @@
+"""What a run is: one frozen dataclass tree, validated before anything expensive starts.
+
+Every field can be overridden on the command line; the text under a field is its help. `config_hash` names a run by
+what it reads, so two runs with the same hash are the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config")
+
+
+class RecipeError(ValueError):
+    """A recipe field, or a combination of fields, that cannot work; the message names the field and the fix."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["docs", "text", "shards"] = "docs"
+    """docs: documentation inside installed Python packages. text: your own files. shards: tokenized shards on disk."""
+    packages: tuple[str, ...] = ("torch", "ray", "sympy", "pandas", "numpy", "networkx")
+    """docs: the packages whose docstrings are read."""
+    paths: tuple[str, ...] = ()
+    """text: files or folders (.txt, .md, .jsonl, .parquet, optionally .zst or .gz compressed)."""
+    text_field: str = "text"
+    """text: the field (jsonl) or column (parquet) that holds the document."""
+    shards_dir: str = ""
+    """shards: folder with *_train_*.bin and *_val_*.bin in the official FineWeb shard format."""
+    tokenizer: str = ""
+    """shards: the SentencePiece .model the shards were made with."""
+    vocab_size: int = 1024
+    """Tokens in the vocabulary; for docs and text a tokenizer of this size is trained on the training part."""
+    max_text_bytes: int = 0
+    """docs, text: read at most this many bytes of text (0: all)."""
+    valid_fraction: float = 0.02
+    """docs, text: share of documents held out, chosen by the hash of their content."""
+    max_valid_tokens: int = 0
+    """Score at most this many validation tokens, from the start (0: all)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = 11
+    width: int = 512
+    heads: int = 8
+    kv_heads: int = 8
+    """Key/value heads; divides heads."""
+    mlp_hidden: int = 1792
+    mlp_slope: float = 0.5
+    """Slope of leaky ReLU below zero; the activation is leaky_relu squared."""
+    rope_dims: int = 16
+    """Rotated dimensions of each head (even)."""
+    rope_base: float = 10000.0
+    rope_scaled_beyond_tokens: int = 1024
+    """Training contexts longer than this get NTK scaling of the RoPE base."""
+    qk_gain: float = 1.5
+    """Initial gain on each head's normalised query."""
+    logit_cap: float = 30.0
+    """Logits are cap * tanh(z / cap)."""
+    embedding_std: float = 0.005
+    bigram_buckets: int = 6144
+    """Rows of the hashed bigram embedding (0: none)."""
+    bigram_width: int = 128
+    smear_gate: bool = True
+    """Blend each position's input with the one before it."""
+    input_mix: bool = True
+    """Each block mixes the model's input x0 back in, per channel."""
+    skips: bool = True
+    """U-shaped skip connections from the first half of the layers to the second."""
+    xsa: bool = True
+    """Subtract from each head's output its projection on the position's own value."""
+    depth_scale: bool = True
+    """Scale each block's normalised input by 1/sqrt(layer + 1)."""
+    residual_scale: bool = True
+    """Learned per-channel scale on each branch's output."""
+    value_embedding_layers: int = 2
+    """The last layers that add the value embedding to v (0: none)."""
+    value_embedding_width: int = 128
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    budget_seconds: float = 600.0
+    """Wall clock for the training loop, EMA and calibration together, summed over restarts."""
+    reserve_seconds: float = 18.0
+    """Part of the budget kept back from the loop for EMA and calibration."""
+    steps: int = 0
+    """Train exactly this many steps instead of by the clock; bitwise repeatable on one machine (0: by the clock)."""
+    batch_tokens: int = 786_432
+    """Tokens in one optimizer step over all workers."""
+    sequence_tokens: int = 2048
+    """Training context; also the attention band in streaming evaluation."""
+    microbatch_sequences: int = 48
+    """Sequences a worker holds in memory at once; the rest of its share is accumulated."""
+    warmup_steps: int = 20
+    """Steps on throw-away state before the clock starts, to compile and warm caches."""
+    embedding_rate: float = 0.035
+    vector_rate: float = 0.025
+    matrix_rate: float = 0.025
+    weight_decay: float = 0.04
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    muon_momentum_start: float = 0.92
+    muon_momentum: float = 0.99
+    muon_momentum_fraction: float = 0.25
+    """Fraction of the run over which momentum rises from its start value."""
+    newton_schulz_steps: int = 5
+    gradient_clip: float = 0.3
+    """Largest global gradient norm (0: no clipping)."""
+    warmdown_fraction: float = 0.58
+    """Last fraction of the run, in which the rate falls linearly to zero."""
+    ema_decay: float = 0.997
+    """Decay per step of the averaged weights that are exported."""
+    late_qat: bool = False
+    """Train through int quantization of the matrices once the rate factor is below late_qat_below."""
+    late_qat_below: float = 0.5
+    calibration_sequences: int = 128
+    """Training sequences whose activations make the Hessians."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Autocast type of the forward and backward pass; weights stay float32."""
+    compile: bool = True
+    """torch.compile the model."""
+    checkpoint_seconds: float = 60.0
+    """Training seconds between checkpoints, the most a lost worker costs."""
+    log_every_steps: int = 10
+    """Steps between lines of the training log (loss is read from the device only then)."""
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    matrix_bits: int = 5
+    """Bits of attention and MLP matrices (GPTQ)."""
+    table_bits: int = 8
+    """Bits of embeddings and other large tables (rounded per row)."""
+    damping: float = 0.01
+    """Share of the Hessian's mean diagonal added to its diagonal."""
+    block_columns: int = 128
+    clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+    """Candidates for each row's clipping point; the one with the least squared error is kept."""
+    scale_floor: float = 0.0
+    """Smallest step of a row (the reference's 1/15 caps the artifact's size at the cost of accuracy)."""
+    prune_fraction: float = 0.0
+    """Share of the smallest weights of each large matrix set to zero first."""
+    zstd_level: int = 19
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+    enabled: bool = True
+    """Train on each chunk after it was scored."""
+    rate: float = 1e-4
+    """AdamW rate (betas 0.9 and 0.999, no decay)."""
+    epochs: int = 3
+    batch_sequences: int = 64
+    """Sequences in one optimizer step over all ranks."""
+    sequence_tokens: int = 2048
+    gradient_clip: float = 1.0
+    last_blocks: int = 2
+    """Trained: all weights of this many last blocks, and the norms and scales of all (0: every weight)."""
+    byte_weighted: bool = True
+    """Weight each token's loss by the bytes it stands for."""
+    cosine: bool = True
+    """Rate falls over the chunks as a half cosine."""
+    ramp: float = 3.0
+    """The rate's extra factor rises from 1 to this over ramp_fraction of the chunks (1: no ramp)."""
+    ramp_fraction: float = 0.3
+    polyak: float = 0.998
+    """Decay per step of the averaged weights that score (0: score with the trained weights themselves)."""
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    kind: Literal["none", "hedge", "logistic"] = "logistic"
+    """The mixture whose bits are the final score; the others are reported beside it."""
+    orders: tuple[int, ...] = (1, 2, 3)
+    """Orders of the n-gram experts: 1 unigram, 2 bigram, 3 trigram, up to 6."""
+    block_tokens: int = 256
+    """Tokens scored between two moves of the logistic weights."""
+    hedge_share: float = 0.002
+    """Fixed share: weight redistributed over the experts at each token."""
+    logistic_ridge: float = 1.0
+    """Ridge of the online Newton step."""
+    logistic_forgetting: float = 0.9
+    """What the Newton step remembers of earlier blocks' curvature."""
+    logistic_rate: float = 1.0
+    entropy_sets: int = 4
+    """Weight sets of the logistic mixer, chosen by the neural distribution's entropy."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    order: Literal["streaming", "sliding"] = "streaming"
+    """streaming: one pass, banded attention. sliding: windows of window_tokens, each scoring its last stride_tokens."""
+    window_tokens: int = 2048
+    """Context a token is scored with: the window, or the attention band."""
+    stride_tokens: int = 32
+    """sliding: tokens scored by each window."""
+    segment_tokens: int = 8192
+    """streaming: tokens of one forward pass; segments are shared out over the ranks."""
+    overlap_tokens: int = 2048
+    """streaming: earlier tokens run again in front of each segment."""
+    batch_windows: int = 32
+    """sliding: windows of one forward pass."""
+    chunk_tokens: int = 131_072
+    """Tokens scored before test-time training moves the weights."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    mixer: MixerConfig = field(default_factory=MixerConfig)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    workers: int = 8
+    """Ray Train workers of one seed's training job, all on one node."""
+    gpus_per_worker: float = 1
+    cpus_per_worker: float = 20
+    """Ask for a node's CPUs divided by its workers, so that timed training shares its node with nobody."""
+    evaluate_workers: int = 8
+    """Ranks of one seed's evaluation."""
+    max_restarts: int = 3
+    """Times a seed's training is started again after losing a worker; the elapsed budget is kept."""
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    total_bytes: int = 16_000_000
+    """Artifact and code together."""
+    train_seconds: float = 600.0
+    evaluate_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    recipe: str
+    """Name of the recipe this configuration started from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; raises RecipeError on an unknown or missing field."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise RecipeError(f"{kind.__name__} has no field {unknown[0]!r}; it was written by another version of hedgemix")
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise RecipeError(f"{kind.__name__}: {error}") from None
+
+
+def config_hash(*parts: Any) -> str:
+    """First 12 hex digits of the SHA-256 of the parts (dataclasses or JSON values) in canonical JSON."""
+    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,57 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends well, and leaves no trace when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """`value`: nested dicts and lists of tensors and numbers."""
+    with replacing(path) as file:
+        torch.save(value, file)
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What `save_tensors` wrote; only tensors and plain containers are ever unpickled."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+Log = Callable[[dict[str, Any]], None]
+"""Receives one record of progress: plain JSON types."""
+
+
+def silent(record: dict[str, Any]) -> None:
+    """A log that keeps nothing."""

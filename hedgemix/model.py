@@ -1,0 +1,309 @@
+"""The language model: a small transformer with cheap extra memory, every part switchable by the recipe.
+
+Shapes: B sequences, T positions, D width, H heads, K key/value heads, E head width, V vocabulary, L attention band.
+
+Notable: attention either sees everything before it in its sequence (training, sliding windows) or the last `band`
+tokens of a running stream (streaming evaluation), and both give position t the same answer whatever comes after t.
+Late QAT is an argument of `forward`, not an attribute that a compiled graph could fold away.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hedgemix.config import ModelConfig, RecipeError
+
+# Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
+HASH_CURRENT, HASH_PREVIOUS = 36313, 27191
+QAT_LEVELS = 15
+QAT_QUANTILE = 0.9995
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def fake_quantize(weight: Tensor) -> Tensor:
+    """`weight` rounded to 31 levels with one scale a row, with a straight-through gradient (Bengio et al. 2013)."""
+    with torch.no_grad():
+        magnitude = weight.float().abs()
+        rank = max(1, math.ceil(QAT_QUANTILE * magnitude.shape[1]))
+        scale = magnitude.kthvalue(rank, dim=1, keepdim=True).values.clamp_min(1e-8) / QAT_LEVELS
+        rounded = (weight / scale).round().clamp(-QAT_LEVELS, QAT_LEVELS) * scale
+    return weight + (rounded - weight).detach()
+
+
+class Linear(nn.Linear):
+    """A bias-free matrix that can be trained through its quantization."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: Tensor, qat: bool = False) -> Tensor:
+        return F.linear(input, fake_quantize(self.weight) if qat else self.weight)
+
+
+def rotary_base(config: ModelConfig, context_tokens: int) -> float:
+    """The RoPE base after NTK scaling for the context the model is trained at (not the one it is run at)."""
+    stretch = context_tokens / config.rope_scaled_beyond_tokens
+    if stretch <= 1 or config.rope_dims <= 2:
+        return config.rope_base
+    return config.rope_base * stretch ** (config.rope_dims / (config.rope_dims - 2))
+
+
+def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) on the first 2R of each head's dimensions."""
+    half = cos_TR.shape[-1]
+    first, second, rest = x_BHTE.split([half, half, x_BHTE.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos_TR - second * sin_TR, first * sin_TR + second * cos_TR, rest], dim=-1)
+
+
+def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
+    """Causal attention in which each position sees itself and the `band - 1` positions before it.
+
+    Queries are cut into blocks of `band`; each block attends to itself and the block before it, so the work is
+    2 * band keys a query, whatever T is.
+    """
+    B, H, T, E = q_BHTE.shape
+    blocks = -(-T // band)
+    padding = blocks * band - T
+    q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q_BHTE, k_BHTE, v_BHTE))
+
+    def with_previous(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, band, 0)).view(B, H, blocks + 1, band, E)
+        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).reshape(B * blocks, H, 2 * band, E)
+
+    query = torch.arange(band, device=q.device)[:, None] + band
+    key = torch.arange(2 * band, device=q.device)
+    inside = (key <= query) & (key > query - band)
+    first = inside & (key >= band)  # the first block has nothing before it
+    mask = torch.stack([first] + [inside] * (blocks - 1)).repeat(B, 1, 1)[:, None]
+    q = q.view(B, H, blocks, band, E).transpose(1, 2).reshape(B * blocks, H, band, E)
+    y = F.scaled_dot_product_attention(q, with_previous(k), with_previous(v), attn_mask=mask)
+    return y.view(B, blocks, H, band, E).transpose(1, 2).reshape(B, H, blocks * band, E)[:, :, :T]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.xsa = config.heads, config.kv_heads, config.xsa
+        self.head_width = config.width // config.heads
+        kv_width = self.head_width * config.kv_heads
+        self.q = Linear(config.width, config.width)
+        self.k = Linear(config.width, kv_width)
+        self.v = Linear(config.width, kv_width)
+        self.out = Linear(config.width, config.width)
+        self.q_gain = nn.Parameter(torch.full((config.heads,), config.qk_gain))
+
+    def forward(
+        self, x_BTD: Tensor, value_BTK: Tensor | None, cos: Tensor, sin: Tensor, band: int | None, qat: bool
+    ) -> Tensor:
+        B, T, D = x_BTD.shape
+
+        def heads(x: Tensor, count: int) -> Tensor:
+            return x.view(B, T, count, self.head_width).transpose(1, 2)
+
+        q = heads(self.q(x_BTD, qat), self.heads)
+        k = heads(self.k(x_BTD, qat), self.kv_heads)
+        v = self.v(x_BTD, qat)
+        v = heads(v if value_BTK is None else v + value_BTK.to(v.dtype), self.kv_heads)
+        dtype = v.dtype
+        q = (rotate(rms_norm(q.float()), cos, sin) * self.q_gain.view(-1, 1, 1)).to(dtype)
+        k = rotate(rms_norm(k.float()), cos, sin).to(dtype)
+        if self.kv_heads != self.heads:
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        if band is None or band >= T:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = banded_attention(q, k, v, band)
+        if self.xsa:
+            direction = F.normalize(v, dim=-1)
+            y = y - (y * direction).sum(-1, keepdim=True) * direction
+        return self.out(y.transpose(1, 2).reshape(B, T, D), qat)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.slope = config.mlp_slope
+        self.up = Linear(config.width, config.mlp_hidden)
+        self.down = Linear(config.mlp_hidden, config.width)
+
+    def forward(self, x_BTD: Tensor, qat: bool) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x_BTD, qat), self.slope).square(), qat)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(config), MLP(config)
+        self.depth_scale = 1 / math.sqrt(layer + 1) if config.depth_scale else 1.0
+        ones = torch.ones(config.width)
+        self.input_mix = nn.Parameter(torch.stack([ones, 0 * ones])) if config.input_mix else None
+        self.attention_scale = nn.Parameter(ones.clone()) if config.residual_scale else None
+        self.mlp_scale = nn.Parameter(ones.clone()) if config.residual_scale else None
+
+    def forward(
+        self, x: Tensor, x0: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, band: int | None, qat: bool
+    ) -> Tensor:
+        if self.input_mix is not None:
+            x = self.input_mix[0] * x + self.input_mix[1] * x0
+        y = self.attention(rms_norm(x) * self.depth_scale, value, cos, sin, band, qat)
+        x = x + (y if self.attention_scale is None else self.attention_scale * y)
+        y = self.mlp(rms_norm(x) * self.depth_scale, qat)
+        return x + (y if self.mlp_scale is None else self.mlp_scale * y)
+
+
+class BigramEmbedding(nn.Module):
+    """An embedding of the last two tokens, hashed into `bigram_buckets` rows (the last row: no previous token)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.buckets = config.bigram_buckets
+        self.table = nn.Embedding(config.bigram_buckets, config.bigram_width)
+        self.project = Linear(config.bigram_width, config.width)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        current, previous = tokens_BT[:, 1:], tokens_BT[:, :-1]
+        row = torch.bitwise_xor(HASH_CURRENT * current, HASH_PREVIOUS * previous) % (self.buckets - 1)
+        row = F.pad(row, (1, 0), value=self.buckets - 1)
+        return self.project(self.table(row)) * self.scale
+
+
+class ValueEmbedding(nn.Module):
+    """A token embedding that the last layers add to their values."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, config.value_embedding_width)
+        self.project = Linear(config.value_embedding_width, config.width // config.heads * config.kv_heads)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.layer_scales = nn.Parameter(torch.ones(config.value_embedding_layers))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.project(self.table(tokens_BT)) * self.scale
+
+
+class Model(nn.Module):
+    """`features` then `logits`; both take any context up to the one the model was trained at, or a longer stream
+    with a band. `context_tokens` is the training context and fixes the RoPE base."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, context_tokens: int) -> None:
+        super().__init__()
+        validate(config)
+        self.config, self.vocab_size, self.context_tokens = config, vocab_size, context_tokens
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
+        self.smear = nn.Parameter(torch.zeros(config.width)) if config.smear_gate else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.pushes = config.layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.pushes, config.width)) if config.skips else None
+        self.value_embedding = ValueEmbedding(config, vocab_size) if config.value_embedding_layers else None
+        base = rotary_base(config, context_tokens)
+        frequencies = base ** -(torch.arange(0, config.rope_dims, 2) / max(config.rope_dims, 1))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies: Tensor
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw the initial weights from torch's global generator; the same seed gives the same weights."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                if min(module.weight.shape) >= 64:
+                    nn.init.orthogonal_(module.weight)
+                if name.endswith((".out", ".down")):
+                    module.weight.mul_(1 / math.sqrt(2 * self.config.layers))
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
+        if self.bigram is not None:
+            # The table starts at zero; a projection that did too would keep both gradients at zero for ever.
+            nn.init.zeros_(self.bigram.table.weight)
+        if self.value_embedding is not None:
+            nn.init.normal_(self.value_embedding.table.weight, std=0.01)
+            nn.init.zeros_(self.value_embedding.project.weight)
+
+    def features(self, tokens_BT: Tensor, band: int | None = None, qat: bool = False) -> Tensor:
+        """Normalised final hidden states (B, T, D); position t depends on tokens 0..t only (the last `band`
+        positions of each layer below, when a band is given)."""
+        x = self.embedding(tokens_BT)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens_BT)
+        x = rms_norm(x)
+        if self.smear is not None:
+            gate = torch.sigmoid(self.smear)
+            x = x + gate * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
+        x0 = x
+        value = None if self.value_embedding is None else self.value_embedding(tokens_BT)
+        angle = torch.arange(tokens_BT.shape[1], device=x.device)[:, None] * self.frequencies
+        cos, sin = angle.cos(), angle.sin()
+        first_valued = len(self.blocks) - self.config.value_embedding_layers
+        pushed: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            if self.skip_weights is not None and layer >= self.pushes and pushed:
+                x = x + self.skip_weights[layer - self.pushes] * pushed.pop()
+            added = None
+            if self.value_embedding is not None and value is not None and layer >= first_valued:
+                added = value * self.value_embedding.layer_scales[layer - first_valued]
+            x = block(x, x0, added, cos, sin, band, qat)
+            if self.skip_weights is not None and layer < self.pushes:
+                pushed.append(x)
+        return rms_norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Capped logits (…, V) in float32 of features (…, D)."""
+        cap = self.config.logit_cap
+        return cap * torch.tanh(F.linear(features, self.embedding.weight).float() / cap)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False) -> Tensor:
+        """Summed negative log-likelihood of the targets in nats, float32 scalar."""
+        logits = self.logits(self.features(tokens_BT, qat=qat))
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+    def matrices(self) -> dict[str, Linear]:
+        """The attention and MLP matrices by name: what Muon trains with the projections, and what GPTQ quantizes."""
+        return {
+            f"{name}.weight": module
+            for name, module in self.named_modules()
+            if isinstance(module, Linear) and name.startswith("blocks.")
+        }
+
+    def inputs(self) -> dict[str, list[str]]:
+        """Matrices by the one among them whose input they all share (q, k and v read the same activations)."""
+        shared: dict[str, list[str]] = {}
+        for name in self.matrices():
+            head, _, _ = name.partition(".attention.")
+            key = f"{head}.attention.q.weight" if name.endswith((".k.weight", ".v.weight")) else name
+            shared.setdefault(key, []).append(name)
+        return shared
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def validate(config: ModelConfig) -> None:
+    """Raise RecipeError for shapes that cannot be built, naming the field and the fix."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise RecipeError(message)
+
+    for field in ("layers", "width", "heads", "kv_heads", "mlp_hidden"):
+        require(getattr(config, field) >= 1, f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    require(config.width % config.heads == 0, f"model.width {config.width} is not a multiple of model.heads")
+    require(config.heads % config.kv_heads == 0, f"model.kv_heads {config.kv_heads} does not divide model.heads")
+    head_width = config.width // config.heads
+    require(
+        config.rope_dims % 2 == 0 and 0 <= config.rope_dims <= head_width,
+        f"model.rope_dims {config.rope_dims} must be even and at most the head width {head_width}",
+    )
+    require(config.bigram_buckets != 1, "model.bigram_buckets must be 0 (none) or at least 2")
+    require(
+        0 <= config.value_embedding_layers <= config.layers,
+        f"model.value_embedding_layers {config.value_embedding_layers} must be between 0 and model.layers",
+    )

@@ -1,0 +1,157 @@
+"""Muon for matrices, AdamW for the rest.
+
+Notable: Muon stacks matrices of one shape, orthogonalises them in one batched Newton-Schulz, and gives each rank its
+share of the stack; momentum lives in the stack. torch.optim.Muon does the same update one matrix at a time on every
+rank, and is the test's oracle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hedgemix import ranks
+from hedgemix.config import TrainConfig
+from hedgemix.model import Linear, Model
+
+# Quintic with the slope at zero maximised (Jordan et al. 2024, "Muon", section Newton-Schulz).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
+    """Push every singular value of each matrix of the stack to about 1; computed in bfloat16 on a GPU."""
+    a, b, c = NEWTON_SCHULZ
+    x = x_NRC.bfloat16() if x_NRC.is_cuda else x_NRC
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(x_NRC.dtype)
+
+
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz, with decoupled weight decay, Nesterov, and the step scaled by
+    sqrt(max(1, rows / columns))."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float, newton_schulz_steps: int) -> None:
+        self.weight_decay, self.newton_schulz_steps = weight_decay, newton_schulz_steps
+        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            shapes.setdefault(tuple(parameter.shape), []).append(parameter)
+        self.stacks = list(shapes.values())
+        self.momenta = [torch.zeros(len(stack), *stack[0].shape, device=stack[0].device) for stack in self.stacks]
+
+    @torch.no_grad()
+    def step(self, rate: float, momentum: float) -> None:
+        for stack, momentum_NRC in zip(self.stacks, self.momenta, strict=True):
+            gradient_NRC = torch.stack([parameter.grad for parameter in stack if parameter.grad is not None])
+            momentum_NRC.lerp_(gradient_NRC, 1 - momentum)
+            update_NRC = self.shared_orthogonalise(gradient_NRC.lerp_(momentum_NRC, momentum))
+            rows, columns = stack[0].shape
+            scale = -rate * math.sqrt(max(1.0, rows / columns))
+            torch._foreach_mul_(stack, 1 - rate * self.weight_decay)
+            torch._foreach_add_(stack, list(update_NRC.unbind()), alpha=scale)
+
+    def shared_orthogonalise(self, x_NRC: Tensor) -> Tensor:
+        """`orthogonalise`, each rank doing its part of the stack."""
+        world = ranks.world_size()
+        if world == 1:
+            return orthogonalise(x_NRC, self.newton_schulz_steps)
+        count = len(x_NRC)
+        share = -(-count // world)
+        padded = torch.cat([x_NRC, x_NRC.new_zeros(share * world - count, *x_NRC.shape[1:])])
+        mine = orthogonalise(padded[ranks.rank() * share :][:share], self.newton_schulz_steps)
+        return torch.cat(ranks.gather(mine))[:count]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"momenta": self.momenta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for mine, saved in zip(self.momenta, state["momenta"], strict=True):
+            mine.copy_(saved)
+
+
+class Optimizers:
+    """The recipe's two optimizers over one model, moved by one rate factor."""
+
+    def __init__(self, model: Model, config: TrainConfig) -> None:
+        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        matrices = [module.weight for module in model.modules() if isinstance(module, Linear)]
+        taken = {id(parameter) for parameter in embeddings + matrices}
+        vectors = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+        self.config = config
+        self.muon = Muon(matrices, config.weight_decay, config.newton_schulz_steps)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": embeddings, "base_rate": config.embedding_rate},
+                {"params": vectors, "base_rate": config.vector_rate},
+            ],
+            lr=config.vector_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def step(self, rate_factor: float, momentum: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_rate"] * rate_factor
+        self.adamw.step()
+        self.muon.step(self.config.matrix_rate * rate_factor, momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+class FlatGradient:
+    """All gradients as views of one buffer: one zeroing, one norm, one all-reduce a step."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        for parameter, piece in zip(
+            parameters, self.buffer.split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.grad = piece.view_as(parameter)
+
+    def zero(self) -> None:
+        self.buffer.zero_()
+
+    def reduce(self, clip: float) -> Tensor:
+        """Sum over ranks, scale to a norm of at most `clip` (0: never); returns the norm before, a 0-d tensor."""
+        ranks.sum_over(self.buffer)
+        norm = self.buffer.norm()
+        if clip > 0:
+            self.buffer.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+class EMA:
+    """Exponential moving average of a model's weights."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and their averages."""
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)

@@ -1,0 +1,115 @@
+"""In which order and with which context tokens are scored, each exactly once.
+
+Shapes: N tokens of the text, W context tokens, V vocabulary. Target t (1 <= t < N) is predicted from tokens before t;
+token 0 is given. Both orders cut a chunk of targets into pieces that do not depend on the number of ranks; rank r
+computes pieces r, r + world, …, and every rank receives all rows in order.
+
+- streaming: one pass with banded attention over segments, each behind an overlap of earlier tokens that is run again;
+  one forward position a token (plus the overlap).
+- sliding: windows of W tokens, each scoring its last `stride_tokens`; the text's first W targets are one window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hedgemix import ranks
+from hedgemix.config import EvaluateConfig, RecipeError
+from hedgemix.model import Model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Targets start .. stop - 1, computed in one forward pass."""
+
+    start: int
+    stop: int
+
+
+def chunks(n_tokens: int, chunk_tokens: int) -> list[Piece]:
+    """The targets 1 .. n_tokens - 1 in chunks of `chunk_tokens` (the last may be shorter)."""
+    return [Piece(start, min(start + chunk_tokens, n_tokens)) for start in range(1, n_tokens, chunk_tokens)]
+
+
+def pieces(chunk: Piece, config: EvaluateConfig) -> list[Piece]:
+    """The chunk's targets in order, in the pieces that one forward pass scores."""
+    size = config.segment_tokens if config.order == "streaming" else config.stride_tokens * config.batch_windows
+    start, cut = chunk.start, []
+    if config.order == "sliding" and start <= config.window_tokens:
+        start = min(config.window_tokens + 1, chunk.stop)
+        cut.append(Piece(chunk.start, start))
+    cut += [Piece(at, min(at + size, chunk.stop)) for at in range(start, chunk.stop, size)]
+    return cut
+
+
+@torch.inference_mode()
+def piece_rows(model: Model, tokens_N: Tensor, piece: Piece, config: EvaluateConfig) -> Tensor:
+    """Log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets.
+
+    `tokens_N`: the text, int64 on the model's device; nothing from piece.stop - 1 on is read.
+    """
+    device = tokens_N.device
+    count, window = piece.stop - piece.start, config.window_tokens
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        if config.order == "streaming":
+            begin = max(0, piece.start - 1 - config.overlap_tokens)
+            features = model.features(tokens_N[begin : piece.stop - 1][None], band=window)[0, -count:]
+        elif piece.start <= window:  # the text's beginning, while the window is not yet full
+            begin = max(0, piece.stop - 1 - window)
+            features = model.features(tokens_N[begin : piece.stop - 1][None])[0, -count:]
+        else:
+            stride = config.stride_tokens
+            stops = torch.arange(piece.start + stride, piece.stop + stride, stride, device=device).clamp(max=piece.stop)
+            windows = stops[:, None] - 1 - window + torch.arange(window, device=device)
+            features = model.features(tokens_N[windows])[:, -stride:]
+            last = int(count - stride * (len(stops) - 1))  # the last window may score fewer
+            features = torch.cat([features[:-1].flatten(0, 1), features[-1, -last:]])
+        return torch.log_softmax(model.logits(features), dim=-1)
+
+
+def chunk_rows(
+    models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: EvaluateConfig
+) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+    """Every piece of the chunk in order with each model's rows, on every rank."""
+    cut, world = pieces(chunk, config), ranks.world_size()
+    largest = max((piece.stop - piece.start for piece in cut), default=0)
+    for first in range(0, len(cut), world):
+        together = cut[first : first + world]
+        mine = together[ranks.rank()] if ranks.rank() < len(together) else None
+        gathered: dict[str, list[Tensor]] = {}
+        for name, model in models.items():
+            rows = piece_rows(model, tokens_N, mine, config) if mine else None
+            gathered[name] = gather_rows(rows, largest, model.vocab_size, tokens_N.device)
+        for index, piece in enumerate(together):
+            count = piece.stop - piece.start
+            yield piece, {name: parts[index][:count] for name, parts in gathered.items()}
+
+
+def gather_rows(rows: Tensor | None, largest: int, vocab_size: int, device: torch.device) -> list[Tensor]:
+    if not ranks.active():
+        assert rows is not None
+        return [rows]
+    padded = torch.zeros(largest, vocab_size, device=device)
+    if rows is not None:
+        padded[: len(rows)] = rows
+    return ranks.gather(padded)
+
+
+def validate(config: EvaluateConfig, context_tokens: int | None = None) -> None:
+    """Raise RecipeError, naming the field, for an evaluation order that cannot work."""
+    for name in ("window_tokens", "stride_tokens", "segment_tokens", "batch_windows", "chunk_tokens"):
+        if getattr(config, name) < 1:
+            raise RecipeError(f"evaluate.{name} must be at least 1")
+    if config.overlap_tokens < 0:
+        raise RecipeError("evaluate.overlap_tokens must not be negative")
+    if config.order == "sliding" and config.stride_tokens > config.window_tokens:
+        raise RecipeError("evaluate.stride_tokens is larger than evaluate.window_tokens; tokens would lack context")
+    if context_tokens is not None and config.window_tokens > context_tokens:
+        raise RecipeError(
+            f"evaluate.window_tokens {config.window_tokens} is longer than the training context "
+            f"(train.sequence_tokens {context_tokens}); the model has never seen positions so far apart"
+        )

@@ -1,0 +1,364 @@
+"""One rank's training of one seed under a wall-clock budget.
+
+Notable: the clock that decides rates and the end is rank 0's, agreed every step, so all ranks stop on the same step.
+It counts over restarts: what a lost worker used stays used. The last `reserve_seconds` of the budget are for averaging
+the weights and for the calibration that quantization needs; both are done here, on training tokens only.
+
+A folder holds: checkpoint.pt (resume), clock.json (budget used), log.jsonl (one line a step), then weights.pt (the
+averaged weights) and hessians.pt (calibration).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hedgemix import dataset as datasets
+from hedgemix import ranks
+from hedgemix.batches import Batches
+from hedgemix.calibrate import calibrate
+from hedgemix.config import Recipe, RecipeError, TrainConfig
+from hedgemix.dataset import Dataset
+from hedgemix.files import Log, load_tensors, read_json, save_tensors, silent, write_json
+from hedgemix.model import Model, parameter_count
+from hedgemix.optim import EMA, FlatGradient, Optimizers
+from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+
+BEAT_SECONDS = 1.0
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    parameters: int
+    steps: int
+    tokens: int
+    """Training tokens over all steps that count (work lost to a restart is not counted)."""
+    train_loss_nats: float
+    """Mean loss per token of the last tenth of the steps."""
+    train_seconds: float
+    """Budget used: loop, EMA and calibration, over all restarts."""
+    loop_seconds: float
+    calibrate_seconds: float
+    warmup_seconds: float
+    """Before the clock: building, compiling, warm-up steps (of the last start)."""
+    ms_per_step: float
+    restarts: int
+    qat_steps: int
+    """Steps of this result that trained through quantization."""
+    peak_memory_bytes: int
+    """Of rank 0's device; 0 on a CPU."""
+
+
+class BudgetClock:
+    """Seconds of budget used, over restarts: rank 0 notes them on disk every second, so that a killed run cannot
+    win back the time since its last checkpoint."""
+
+    def __init__(self, path: Path, checkpoint_seconds: float, now: Callable[[], float]) -> None:
+        noted = read_json(path) if path.exists() else {"elapsed_seconds": 0.0, "starts": 0}
+        self.path, self.now = path, now
+        self.used_before = max(noted["elapsed_seconds"], checkpoint_seconds)
+        self.starts = noted["starts"] + 1
+        self.began = self.beaten = now()
+        self.note()
+
+    def elapsed(self) -> float:
+        return self.used_before + self.now() - self.began
+
+    def note(self) -> None:
+        self.beaten = self.now()
+        if ranks.rank() == 0:
+            write_json(self.path, {"elapsed_seconds": self.elapsed(), "starts": self.starts})
+
+    def beat(self) -> None:
+        if self.now() - self.beaten >= BEAT_SECONDS:
+            self.note()
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    *,
+    log: Log = silent,
+    now: Callable[[], float] = time.monotonic,
+) -> TrainResult:
+    """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.
+
+    Raises RecipeError for a recipe the data cannot serve and DivergedError when the loss is no longer a number.
+    """
+    config = recipe.train
+    validate(recipe)
+    built = time.monotonic()
+    deterministic(config, device)
+    torch.manual_seed(seed)
+    model = Model(recipe.model, dataset.vocab_size, config.sequence_tokens).to(device)
+    for parameter in model.parameters():
+        ranks.broadcast(parameter.detach())
+    batches = Batches(
+        datasets.train_stream(dataset), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, seed
+    )
+    run = Run(model, config, batches, device)
+    run.warm_up()
+    warmup_seconds = time.monotonic() - built
+
+    checkpoint = folder / "checkpoint.pt"
+    saved_seconds = run.load(checkpoint) if checkpoint.exists() else 0.0
+    ranks.barrier()
+    clock = BudgetClock(folder / "clock.json", saved_seconds, now)
+    steps = StepLog(folder / "log.jsonl", run.step, seed, log)
+    agree = ranks.Agreement()
+    last_saved = clock.elapsed()
+    queue = RunAhead(device)
+    while True:
+        (elapsed,) = agree(clock.elapsed())
+        fraction = elapsed_fraction(config, run.step, elapsed)
+        if fraction >= 1:
+            break
+        loss = run.train_step(fraction)
+        queue.wait()
+        steps.add(run, loss, fraction, elapsed)
+        if run.step % config.log_every_steps == 0:
+            steps.flush(clock.elapsed())
+        clock.beat()
+        if elapsed - last_saved >= config.checkpoint_seconds:
+            steps.flush(clock.elapsed())  # raises before a broken state is kept
+            run.save(checkpoint, clock.elapsed())
+            last_saved = elapsed
+    if run.step == 0:
+        raise RecipeError("no training step fits train.budget_seconds less train.reserve_seconds; raise the budget")
+    steps.flush(clock.elapsed())
+    run.save(checkpoint, clock.elapsed())
+    synchronise(device)
+    loop_seconds = clock.elapsed()
+
+    run.ema.swap()
+    hessians, count = calibrate(model, batches, config, device)
+    if ranks.rank() == 0:
+        save_tensors(folder / "weights.pt", {name: value.cpu() for name, value in model.state_dict().items()})
+        save_tensors(folder / "hessians.pt", {"sums": {k: h.cpu() for k, h in hessians.items()}, "count": count})
+    synchronise(device)
+    clock.note()
+    train_seconds = clock.elapsed()
+    return TrainResult(
+        parameters=parameter_count(model),
+        steps=run.step,
+        tokens=run.step * batches.per_step * config.sequence_tokens,
+        train_loss_nats=steps.last_tenth(),
+        train_seconds=train_seconds,
+        loop_seconds=loop_seconds,
+        calibrate_seconds=train_seconds - loop_seconds,
+        warmup_seconds=warmup_seconds,
+        ms_per_step=1000 * loop_seconds / run.step,
+        restarts=clock.starts - 1,
+        qat_steps=run.qat_steps,
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+    )
+
+
+class Run:
+    """What a step moves: weights, optimizers, averages, position."""
+
+    def __init__(self, model: Model, config: TrainConfig, batches: Batches, device: torch.device) -> None:
+        self.model, self.config, self.batches, self.device = model, config, batches, device
+        self.gradient = FlatGradient(model.parameters())
+        self.optimizers = Optimizers(model, config)
+        self.ema = EMA(model.parameters(), config.ema_decay)
+        self.loss = torch.compile(model, fullgraph=True) if config.compile else model
+        self.step = self.qat_steps = 0
+        self.batch_tokens = batches.per_step * config.sequence_tokens
+
+    def backward(self, step: int, qat: bool) -> Tensor:
+        """Accumulate one step's gradient; returns this rank's part of the mean loss, a 0-d tensor."""
+        total = torch.zeros((), device=self.device)
+        self.gradient.zero()
+        pieces = self.batches.microbatches(step, ranks.rank(), ranks.world_size(), self.config.microbatch_sequences)
+        for indices in pieces:
+            tokens, targets = self.batches.read(indices, self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+                loss = self.loss(tokens, targets, qat) / self.batch_tokens
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def train_step(self, fraction: float) -> Tensor:
+        qat = late_qat(self.config, fraction)
+        loss = self.backward(self.step, qat)
+        self.gradient.reduce(self.config.gradient_clip)
+        self.optimizers.step(
+            rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction)
+        )
+        self.ema.update()
+        self.step += 1
+        self.qat_steps += qat
+        return loss
+
+    def warm_up(self) -> None:
+        """Run steps on throw-away state: compiles every graph the run will use and leaves no trace."""
+        if not self.config.warmup_steps:
+            return
+        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        random_state = torch.get_rng_state()
+        optimizers = Optimizers(self.model, self.config)
+        for step in range(self.config.warmup_steps):
+            self.backward(step, self.config.late_qat and step % 2 == 1)
+            self.gradient.reduce(self.config.gradient_clip)
+            optimizers.step(1.0, self.config.muon_momentum)
+        with torch.no_grad():
+            for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+        torch.set_rng_state(random_state)
+        synchronise(self.device)
+
+    def save(self, path: Path, elapsed_seconds: float) -> None:
+        if ranks.rank() == 0:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizers": self.optimizers.state_dict(),
+                "ema": self.ema.averages,
+                "step": self.step,
+                "qat_steps": self.qat_steps,
+                "next_sequence": self.step * self.batches.per_step,
+                "random_state": torch.get_rng_state(),
+                "elapsed_seconds": elapsed_seconds,
+            }
+            save_tensors(path, state)
+
+    def load(self, path: Path) -> float:
+        """Take up a checkpoint; returns the budget it had used, in seconds."""
+        state = load_tensors(path, self.device)
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        for average, saved in zip(self.ema.averages, state["ema"], strict=True):
+            average.copy_(saved)
+        self.step, self.qat_steps = state["step"], state["qat_steps"]
+        if state["next_sequence"] != self.step * self.batches.per_step:
+            raise RecipeError(f"{path} was written with another train.batch_tokens; remove its folder to start anew")
+        torch.set_rng_state(state["random_state"].cpu())
+        return state["elapsed_seconds"]
+
+
+class RunAhead:
+    """Lets the host queue one step of GPU work ahead, no more: the clock then tells the GPU's time, without a stop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.before: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        if self.cuda:
+            if self.before is not None:
+                self.before.synchronize()
+            self.before = torch.cuda.Event()
+            self.before.record()
+
+
+class StepLog:
+    """One line a step in log.jsonl; losses stay on the device until `flush`, the loop's only wait for it."""
+
+    def __init__(self, path: Path, step: int, seed: int, log: Log) -> None:
+        self.path, self.seed, self.log = path, seed, log
+        self.waiting: list[tuple[dict[str, Any], Tensor]] = []
+        kept = path.read_text().splitlines() if path.exists() else []
+        self.lines = [record for line in kept if (record := parse(line)) and record["step"] <= step]
+        self.previous_seconds = self.lines[-1]["elapsed_seconds"] if self.lines else 0.0
+        if ranks.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in self.lines))
+
+    def add(self, run: Run, loss: Tensor, fraction: float, elapsed_seconds: float) -> None:
+        rate = run.config.matrix_rate * rate_factor(fraction, run.config.warmdown_fraction)
+        record = {
+            "step": run.step,
+            "tokens": run.step * run.batch_tokens,
+            "elapsed_seconds": round(elapsed_seconds, 4),
+            "fraction": fraction,
+            "matrix_rate": rate,
+        }
+        self.waiting.append((record, loss))
+
+    def flush(self, elapsed_seconds: float) -> None:
+        """Write the waiting lines; raises DivergedError if a loss among them is not finite."""
+        if not self.waiting:
+            return
+        losses = ranks.sum_over(torch.stack([loss for _, loss in self.waiting])).tolist()
+        tokens = self.waiting[-1][0]["tokens"] - (self.lines[-1]["tokens"] if self.lines else 0)
+        speed = tokens / max(1e-9, elapsed_seconds - self.previous_seconds)
+        self.previous_seconds = elapsed_seconds
+        records = []
+        for (record, _), loss in zip(self.waiting, losses, strict=True):
+            records.append({**record, "loss_nats": loss, "tokens_per_second": round(speed, 1)})
+        self.waiting = []
+        self.lines += records
+        if ranks.rank() == 0:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            self.log(records[-1])
+        for record in records:
+            if not math.isfinite(record["loss_nats"]):
+                raise DivergedError(
+                    f"seed {self.seed}: the loss is {record['loss_nats']} at step {record['step']}; lower "
+                    "train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
+                )
+
+    def last_tenth(self) -> float:
+        losses = [record["loss_nats"] for record in self.lines]
+        tail = losses[-max(1, len(losses) // 10) :]
+        return sum(tail) / len(tail)
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """A log line, or None for one that a kill cut short."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def deterministic(config: TrainConfig, device: torch.device) -> None:
+    """A fixed number of steps promises the same bits again; on a GPU that needs the deterministic kernels."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(bool(config.steps))
+        torch.set_float32_matmul_precision("high")
+
+
+def validate(recipe: Recipe, workers: int | None = None) -> None:
+    """Raise RecipeError for batch arithmetic or a budget that cannot work."""
+    config, workers = recipe.train, workers or ranks.world_size()
+    for name, value in asdict(config).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or not math.isfinite(value)):
+            raise RecipeError(f"train.{name} is {value}; it must be finite and not negative")
+    for name in ("batch_tokens", "sequence_tokens", "microbatch_sequences", "log_every_steps", "calibration_sequences"):
+        if getattr(config, name) < 1:
+            raise RecipeError(f"train.{name} must be at least 1")
+    if config.batch_tokens % (config.sequence_tokens * workers):
+        raise RecipeError(
+            f"train.batch_tokens {config.batch_tokens} is not a multiple of train.sequence_tokens "
+            f"{config.sequence_tokens} times {workers} workers; use "
+            f"{max(1, config.batch_tokens // (config.sequence_tokens * workers)) * config.sequence_tokens * workers}"
+        )
+    if not config.steps and config.budget_seconds <= config.reserve_seconds:
+        raise RecipeError(
+            f"train.budget_seconds {config.budget_seconds:g} leaves nothing after train.reserve_seconds "
+            f"{config.reserve_seconds:g}"
+        )

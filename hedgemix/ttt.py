@@ -1,0 +1,119 @@
+"""Score-first test-time training: after a chunk was scored, the model trains on it, and only then.
+
+Notable: the gradient is the same for any number of ranks (each adds its share of one weighted sum); what scores the
+next chunk may be a Polyak average of the trained weights (Polyak & Juditsky 1992).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hedgemix import ranks
+from hedgemix.config import RecipeError, TTTConfig
+from hedgemix.model import Model
+from hedgemix.optim import FlatGradient
+from hedgemix.stream import Piece
+
+
+def trained_parameters(model: Model, last_blocks: int) -> dict[str, nn.Parameter]:
+    """What test-time training moves: the last blocks and every learned scale, or all weights when last_blocks is 0."""
+    first = len(model.blocks) - last_blocks
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+        if last_blocks == 0 or block >= first or name.endswith(("_scale", ".scale", "_scales")):
+            chosen[name] = parameter
+    return chosen
+
+
+def rate_factor(config: TTTConfig, chunk: int, n_chunks: int) -> float:
+    """The rate's factor after scoring chunk `chunk` (from 0) of `n_chunks`."""
+    progress = chunk / max(1, n_chunks - 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress)) if config.cosine else 1.0
+    ramp = 1 + (config.ramp - 1) * (min(1.0, progress / config.ramp_fraction) if config.ramp_fraction > 0 else 1.0)
+    return cosine * ramp
+
+
+class Adapter:
+    """A copy of `model` that learns. `scorer` is the model to score the next chunk with."""
+
+    def __init__(self, model: Model, config: TTTConfig, n_chunks: int, dtype: str) -> None:
+        self.config, self.n_chunks, self.dtype = config, n_chunks, dtype
+        self.model = copy.deepcopy(model)
+        self.parameters = trained_parameters(self.model, config.last_blocks)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.parameters)
+        self.gradient = FlatGradient(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        )
+        self.scorer = copy.deepcopy(model) if config.polyak > 0 else self.model
+        averaged = dict(self.scorer.named_parameters())
+        self.averages = [averaged[name] for name in self.parameters]
+        self.chunks_learned = self.steps = 0
+
+    def learn(self, tokens_N: Tensor, weights_N: Tensor, chunk: Piece) -> None:
+        """Train on the chunk's targets, all scored already. `weights_N`: float32, what each target counts."""
+        inputs, targets, weights = sequences(tokens_N, weights_N, chunk, self.config.sequence_tokens)
+        factor = rate_factor(self.config, self.chunks_learned, self.n_chunks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate * factor
+        for _ in range(self.config.epochs):
+            for start in range(0, len(inputs), self.config.batch_sequences):
+                batch = slice(start, start + self.config.batch_sequences)
+                self.step(inputs[batch], targets[batch], weights[batch])
+        self.chunks_learned += 1
+
+    def step(self, inputs_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> None:
+        total = weights_BT.sum().clamp_min(1e-9)
+        world, rank = ranks.world_size(), ranks.rank()
+        mine = [part.tensor_split(world)[rank] for part in (inputs_BT, targets_BT, weights_BT)]
+        self.gradient.zero()
+        if len(mine[0]):
+            device = inputs_BT.device.type
+            with torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                logits = self.model.logits(self.model.features(mine[0]))
+                losses = F.cross_entropy(logits.flatten(0, 1), mine[1].flatten(), reduction="none")
+            (losses @ mine[2].flatten() / total).backward()
+        self.gradient.reduce(self.config.gradient_clip)
+        self.optimizer.step()
+        self.steps += 1
+        if self.config.polyak > 0:
+            with torch.no_grad():
+                # The average starts at the shipped weights; early on it is a plain mean, so it is not stuck there.
+                decay = min(self.config.polyak, self.steps / (self.steps + 1))
+                torch._foreach_lerp_(self.averages, list(self.parameters.values()), 1 - decay)
+
+
+def sequences(tokens_N: Tensor, weights_N: Tensor, chunk: Piece, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunk's targets in sequences of `length`: inputs, targets (int64) and weights (float32), each (S, length).
+
+    The last sequence reaches back over targets that have their place in the one before; those weigh nothing in it.
+    """
+    start, stop = chunk.start, chunk.stop
+    length = min(length, stop - 1)
+    stops = torch.arange(start + length, stop + length, length, device=tokens_N.device).clamp(max=stop)
+    positions = stops[:, None] - length + torch.arange(length, device=tokens_N.device)
+    weights = weights_N[positions].clone()
+    weights[-1, : max(0, length - (stop - start - length * (len(stops) - 1)))] = 0
+    return tokens_N[positions - 1], tokens_N[positions], weights
+
+
+def validate(config: TTTConfig, context_tokens: int) -> None:
+    """Raise RecipeError, naming the field, for test-time training that cannot work."""
+    if not config.enabled:
+        return
+    if min(config.epochs, config.batch_sequences, config.sequence_tokens) < 1 or config.rate <= 0:
+        raise RecipeError("evaluate.ttt: rate must be positive, epochs, batch_sequences, sequence_tokens at least 1")
+    if config.sequence_tokens > context_tokens:
+        raise RecipeError(
+            f"evaluate.ttt.sequence_tokens {config.sequence_tokens} is longer than train.sequence_tokens "
+            f"{context_tokens}"
+        )
+    if not 0 <= config.polyak < 1:
+        raise RecipeError("evaluate.ttt.polyak must be at least 0 and below 1")
