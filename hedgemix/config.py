@@ -177,21 +177,23 @@ class TTTConfig:
 
 @dataclass(frozen=True)
 class MixerConfig:
-    kind: Literal["none", "hedge", "logistic"] = "logistic"
-    """The mixture whose bits are the final score; the others are reported beside it."""
-    orders: tuple[int, ...] = (1, 2, 3)
+    kind: Literal["none", "hedge", "logistic", "ensemble"] = "ensemble"
+    """The mixture whose bits are the final score; the others are reported beside it. logistic: the first of gates.
+    ensemble: Hedge over the neural model and every logistic mixer."""
+    orders: tuple[int, ...] = (1, 2, 3, 4)
     """Orders of the n-gram experts: 1 unigram, 2 bigram, 3 trigram, up to 6."""
-    block_tokens: int = 256
+    block_tokens: int = 128
     """Tokens scored between two moves of the logistic weights."""
     hedge_share: float = 0.002
     """Fixed share: weight redistributed over the experts at each token."""
-    logistic_ridge: float = 1.0
-    """Ridge of the online Newton step."""
-    logistic_forgetting: float = 0.9
-    """What the Newton step remembers of earlier blocks' curvature."""
-    logistic_rate: float = 1.0
+    gates: tuple[Literal["none", "order", "entropy", "both"], ...] = ("order", "both", "none")
+    """One logistic mixer each. Its weight set is chosen by longest matched order, neural entropy, both or neither."""
+    memory_tokens: tuple[float, ...] = (500.0, 1000.0, 4000.0)
+    """Tokens of curvature each logistic mixer remembers in a weight set; fewer follow the text faster."""
+    logistic_ridge: float = 10.0
+    """Added to the curvature: what the first steps of a weight set are damped by."""
     entropy_sets: int = 4
-    """Weight sets of the logistic mixer, chosen by the neural distribution's entropy."""
+    """Buckets of the neural distribution's entropy, for the gates that use it."""
 
 
 @dataclass(frozen=True)

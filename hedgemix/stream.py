@@ -11,6 +11,7 @@ computes pieces r, r + world, …, and every rank receives all rows in order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,20 +31,25 @@ class Piece:
     stop: int
 
 
+def cut(start: int, stop: int, size: int) -> list[Piece]:
+    """start .. stop - 1 in pieces that end at multiples of `size`."""
+    edges = [start, *range((start // size + 1) * size, stop, size), stop]
+    return [Piece(*pair) for pair in itertools.pairwise(edges)] if stop > start else []
+
+
 def chunks(n_tokens: int, chunk_tokens: int) -> list[Piece]:
-    """The targets 1 .. n_tokens - 1 in chunks of `chunk_tokens` (the last may be shorter)."""
-    return [Piece(start, min(start + chunk_tokens, n_tokens)) for start in range(1, n_tokens, chunk_tokens)]
+    """The targets 1 .. n_tokens - 1 in chunks that end at multiples of `chunk_tokens`."""
+    return cut(1, n_tokens, chunk_tokens)
 
 
 def pieces(chunk: Piece, config: EvaluateConfig) -> list[Piece]:
     """The chunk's targets in order, in the pieces that one forward pass scores."""
-    size = config.segment_tokens if config.order == "streaming" else config.stride_tokens * config.batch_windows
-    start, cut = chunk.start, []
-    if config.order == "sliding" and start <= config.window_tokens:
-        start = min(config.window_tokens + 1, chunk.stop)
-        cut.append(Piece(chunk.start, start))
-    cut += [Piece(at, min(at + size, chunk.stop)) for at in range(start, chunk.stop, size)]
-    return cut
+    if config.order == "streaming":
+        return cut(chunk.start, chunk.stop, config.segment_tokens)
+    full = min(max(chunk.start, config.window_tokens + 1), chunk.stop)  # from here on windows are full
+    beginning = [Piece(chunk.start, full)] if full > chunk.start else []
+    size = config.stride_tokens * config.batch_windows
+    return beginning + [Piece(at, min(at + size, chunk.stop)) for at in range(full, chunk.stop, size)]
 
 
 @torch.inference_mode()
@@ -75,10 +81,10 @@ def chunk_rows(
     models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: EvaluateConfig
 ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
     """Every piece of the chunk in order with each model's rows, on every rank."""
-    cut, world = pieces(chunk, config), ranks.world_size()
-    largest = max((piece.stop - piece.start for piece in cut), default=0)
-    for first in range(0, len(cut), world):
-        together = cut[first : first + world]
+    todo, world = pieces(chunk, config), ranks.world_size()
+    largest = max((piece.stop - piece.start for piece in todo), default=0)
+    for first in range(0, len(todo), world):
+        together = todo[first : first + world]
         mine = together[ranks.rank()] if ranks.rank() < len(together) else None
         gathered: dict[str, list[Tensor]] = {}
         for name, model in models.items():

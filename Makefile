@@ -1,0 +1,44 @@
+# make record   install, then train, quantize and score the recipe on this machine, and print the table
+# make test     install, then run every test;  make lint: style and types;  make clean: what tools left behind
+PYTHON ?= python3
+RECIPE ?= laptop
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: record test lint clean
+.DEFAULT_GOAL := record
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hedgemix needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# torch first, by its exact version: an installer then takes a machine's own build of it (a CPU build, say) if there is one.
+.venv/torch: .venv/made
+	$(BIN)/pip install -q torch==2.13.0
+	touch $@
+
+.venv/installed: pyproject.toml .venv/torch
+	$(BIN)/pip install -q -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml .venv/torch
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@ .venv/installed
+
+record: .venv/installed
+	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
+
+# Tests that start a cluster of their own must not share a process with the session's ray.init. Last line: pytest's own.
+test: .venv/installed-dev
+	$(BIN)/pytest -m cluster $(ARGS) || test $$? -eq 5
+	$(BIN)/pytest -m "not cluster" $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hedgemix pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,273 @@
+"""A data set on disk: token shards, their tokenizer, and what identifies them, made from any `DataConfig`.
+
+Notable: validation is hashed whole, since a score is only comparable on the same tokens; training shards, which can be
+10 GB, by name, size and their first and last megabyte. The bytes of text are counted twice, from the text and from the
+tokens, and have to agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from hedgemix import bpb, corpus, shards, tokenizer
+from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
+from hedgemix.files import read_json, write_json
+
+SHARD_TOKENS = 100_000_000
+BATCH_CHARACTERS = 2_000_000
+EDGE_BYTES = 1 << 20
+READ_TOKENS = 1 << 22
+FILE_NAME = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    source: str
+    """docs, text or shards."""
+    train_shards: tuple[str, ...]
+    valid_shards: tuple[str, ...]
+    tokenizer: str
+    """Path of the SentencePiece model."""
+    vocab_size: int
+    train_tokens: int
+    valid_tokens: int
+    """Tokens of the validation stream, after max_valid_tokens; one less is scored, the first is only context."""
+    max_valid_tokens: int
+    """The validation stream is cut to this many tokens (0: whole)."""
+    valid_bytes: int
+    """Bytes of text the scored validation tokens stand for."""
+    train_documents: int
+    """Training documents (shards: 0, not counted)."""
+    valid_documents: int
+    """Documents that begin in the validation stream."""
+    tokenizer_sha256: str
+    valid_sha256: str
+    """Of the scored validation tokens (all but the first) as little-endian uint16."""
+    train_sha256: str
+    """Of each training shard's name, size, first and last megabyte."""
+    text_sha256: str
+    """docs, text: of the sorted SHA-256 of all documents; shards: ''."""
+
+
+def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print) -> Dataset:
+    """Make or check what a run reads. docs and text are tokenized into `folder`; shards stay where they are.
+
+    Raises RecipeError when the source cannot be used, RuntimeError should tokens and text disagree (a bug).
+    """
+    if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
+        raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
+    return _from_shards(config, log) if config.source == "shards" else _from_text(config, Path(folder), log)
+
+
+def train_stream(dataset: Dataset) -> shards.TokenStream:
+    """All training tokens."""
+    return shards.TokenStream(dataset.train_shards)
+
+
+def valid_stream(dataset: Dataset) -> shards.TokenStream:
+    """The validation tokens, cut to max_valid_tokens; all but the first are scored."""
+    return shards.TokenStream(dataset.valid_shards, dataset.max_valid_tokens)
+
+
+def save(dataset: Dataset, folder: str | Path) -> None:
+    """Write dataset.json; paths inside `folder` are kept relative, so the folder can be moved."""
+    root = Path(folder).resolve()
+
+    def place(path: str) -> str:
+        full = Path(path).resolve()
+        return str(full.relative_to(root)) if full.is_relative_to(root) else str(full)
+
+    write_json(root / FILE_NAME, to_dict(_with_paths(dataset, place)))
+
+
+def load(folder: str | Path) -> Dataset:
+    """Read what `save` wrote; raises RecipeError when it is not there or cannot be read."""
+    root = Path(folder).resolve()
+    try:
+        dataset = from_dict(Dataset, read_json(root / FILE_NAME))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{root / FILE_NAME} cannot be read ({error}); prepare the data again") from None
+    return _with_paths(dataset, lambda path: str(root / path))
+
+
+def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) -> None:
+    """Raise RecipeError when there are fewer tokens than one training batch or one scored window takes."""
+    source = {"docs": "data.packages", "text": "data.paths", "shards": "data.shards_dir"}[dataset.source]
+    cut = "" if dataset.source == "shards" else ", raise data.max_text_bytes"
+    if dataset.train_tokens < train_tokens_needed:
+        raise RecipeError(
+            f"{source} gave {dataset.train_tokens:,} training tokens and one step needs {train_tokens_needed:,}; "
+            f"name more text{cut} or lower train.batch_tokens"
+        )
+    if dataset.valid_tokens < valid_tokens_needed:
+        share = "" if dataset.source == "shards" else ", raise data.valid_fraction"
+        limit = ", raise data.max_valid_tokens" if dataset.max_valid_tokens else ""
+        raise RecipeError(
+            f"{source} gave {dataset.valid_tokens:,} validation tokens and scoring needs {valid_tokens_needed:,}; "
+            f"name more text{cut}{share}{limit} or lower evaluate.window_tokens"
+        )
+
+
+def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
+    documents = corpus.collect(config)
+    train, valid = corpus.split(documents, config.valid_fraction)
+    size = sum(len(text.encode()) for text in documents) / 1e6
+    log(f"{config.source}: {len(documents):,} documents, {size:.1f} MB, {len(valid):,} of them for validation")
+    model = folder / "tokenizer.model"
+    processor = tokenizer.train(train, config.vocab_size, model)
+    log(f"tokenizer: {config.vocab_size} pieces trained")
+    digests = sorted(hashlib.sha256(text.encode()).digest() for text in documents)
+    for old in chain(folder.glob("train_*.bin"), folder.glob("val_*.bin")):
+        old.unlink()  # a longer data set may have been here
+    paths = {
+        name: _write_shards(folder, name, _encode(processor, side)) for name, side in (("train", train), ("val", valid))
+    }
+    return _describe(
+        config,
+        processor,
+        model,
+        paths["train"],
+        paths["val"],
+        documents=len(train),
+        text_sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
+        log=log,
+    )
+
+
+def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
+    if not config.tokenizer or not config.shards_dir:
+        raise RecipeError("data.shards_dir and data.tokenizer must both be set when data.source is 'shards'")
+    processor = tokenizer.load(config.tokenizer)
+    if processor.vocab_size() != config.vocab_size:
+        raise RecipeError(
+            f"data.vocab_size is {config.vocab_size}, but {config.tokenizer} has {processor.vocab_size()} pieces; "
+            "set both to what made the shards"
+        )
+    folder = Path(config.shards_dir)
+    if not folder.is_dir():
+        raise RecipeError(f"data.shards_dir: {folder} is not a folder; name the folder of the shards")
+    paths: dict[str, list[Path]] = {}
+    for name in ("train", "val"):
+        paths[name] = sorted(set(folder.glob(f"*_{name}_*.bin")) | set(folder.glob(f"{name}_*.bin")))
+        if not paths[name]:
+            raise RecipeError(f"data.shards_dir: {folder} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
+        for path in paths[name]:
+            shards.open_shard(path, config.vocab_size)
+    log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
+    model = Path(config.tokenizer)
+    return _describe(config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", log=log)
+
+
+def _describe(
+    config: DataConfig,
+    processor: SentencePieceProcessor,
+    model: Path,
+    train: Sequence[Path],
+    valid: Sequence[Path],
+    *,
+    documents: int,
+    text_sha256: str,
+    log: Callable[[str], None],
+) -> Dataset:
+    stream = shards.TokenStream(valid, config.max_valid_tokens)
+    tables = bpb.byte_tables(processor)
+    digest = hashlib.sha256()
+    valid_bytes, valid_documents, last = 0, int(stream.read(0, 1)[0] == processor.bos_id()), 0
+    while last + 1 < len(stream):
+        tokens = stream.read(last, min(READ_TOKENS, len(stream) - last))
+        digest.update(tokens[1:].astype(shards.TOKEN).tobytes())
+        valid_bytes += bpb.count_bytes(tables, tokens)
+        valid_documents += int((tokens[1:] == processor.bos_id()).sum())
+        last += len(tokens) - 1
+    dataset = Dataset(
+        source=config.source,
+        train_shards=tuple(str(path.resolve()) for path in train),
+        valid_shards=tuple(str(path.resolve()) for path in valid),
+        tokenizer=str(model.resolve()),
+        vocab_size=config.vocab_size,
+        train_tokens=len(shards.TokenStream(train)),
+        valid_tokens=len(stream),
+        max_valid_tokens=config.max_valid_tokens,
+        valid_bytes=valid_bytes,
+        train_documents=documents,
+        valid_documents=valid_documents,
+        tokenizer_sha256=hashlib.sha256(model.read_bytes()).hexdigest(),
+        valid_sha256=digest.hexdigest(),
+        train_sha256=_edges_sha256(train),
+        text_sha256=text_sha256,
+    )
+    log(f"tokens: {dataset.train_tokens:,} for training, {dataset.valid_tokens:,} for validation")
+    return dataset
+
+
+def _encode(processor: SentencePieceProcessor, documents: Sequence[str]) -> Iterator[np.ndarray]:
+    """Tokens of the documents, a batch of documents at a time."""
+    tables = bpb.byte_tables(processor)
+    for batch in _batches(documents):
+        tokens = np.concatenate(tokenizer.encode_batch(processor, batch))
+        counted, expected = bpb.count_bytes(tables, tokens), sum(len(text.encode()) for text in batch)
+        if counted != expected:
+            raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
+        yield tokens
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write_shards(folder: Path, name: str, batches: Iterable[np.ndarray]) -> list[Path]:
+    paths: list[Path] = []
+
+    def write(tokens: np.ndarray) -> None:
+        paths.append(folder / f"{name}_{len(paths):06d}.bin")
+        shards.write_shard(paths[-1], tokens)
+
+    pending: list[np.ndarray] = []
+    for tokens in batches:
+        pending.append(tokens)
+        while sum(map(len, pending)) >= SHARD_TOKENS:
+            held = np.concatenate(pending)
+            write(held[:SHARD_TOKENS])
+            pending = [held[SHARD_TOKENS:]]
+    rest = np.concatenate(pending)
+    if len(rest):
+        write(rest)
+    return paths
+
+
+def _edges_sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE_BYTES))
+            file.seek(max(0, size - EDGE_BYTES))
+            digest.update(file.read(EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def _with_paths(dataset: Dataset, change: Callable[[str], str]) -> Dataset:
+    return dataclasses.replace(
+        dataset,
+        train_shards=tuple(map(change, dataset.train_shards)),
+        valid_shards=tuple(map(change, dataset.valid_shards)),
+        tokenizer=change(dataset.tokenizer),
+    )

@@ -1,0 +1,240 @@
+"""The score of an artifact: bits per byte of a token stream, from the artifact and the tokens alone.
+
+Every chunk is scored with state frozen, its bits are added once, and only then does the model learn from it; mixing
+weights and counts move inside a chunk, from tokens already scored. Two models score side by side: the shipped weights,
+frozen, and the ones that test-time training moves, so that one pass tells what each stage is worth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgemix import artifact, bpb, ngram, published, ranks, tokenizer
+from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
+from hedgemix.files import Log, silent
+from hedgemix.mixer import Mixer
+from hedgemix.model import Model
+from hedgemix.shards import TokenStream
+from hedgemix.stream import Piece, chunk_rows, chunks
+from hedgemix.ttt import Adapter
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    bpb_quantized: float
+    bpb_mixed: float
+    bpb_ttt: float | None
+    """None when test-time training is off."""
+    bpb_final: float
+    bpb_hedge: float
+    bpb_logistic: float
+    bpb_published: float
+    published_mass: float
+    nats_per_token: float
+    scored_tokens: int
+    scored_bytes: int
+    evaluate_seconds: float
+    scoring_seconds: float
+    mixing_seconds: float
+    ttt_seconds: float
+    expert_names: list[str]
+    expert_weights: list[float]
+
+
+def load_model(found: artifact.Artifact) -> Model:
+    """The model an artifact holds; raises ArtifactError when header and tensors do not fit together."""
+    header = found.header
+    try:
+        config = from_dict(ModelConfig, header["model"])
+        model = Model(config, header["vocab_size"], header["context_tokens"])
+        model.load_state_dict(found.tensors)
+    except (KeyError, RuntimeError, RecipeError) as error:
+        raise artifact.ArtifactError(f"the artifact's header and tensors do not fit together: {error}") from None
+    return model
+
+
+def score_model(model: Model, stream: TokenStream, config: EvaluateConfig, log: Log = silent) -> float:
+    """Nats of the stream's tokens but the first under a frozen model, no mixing; on the model's device."""
+    device = next(model.parameters()).device
+    tokens_N = read_tokens(stream, device)
+    nats, began = 0.0, time.monotonic()
+    for chunk in chunks(len(tokens_N), config.chunk_tokens):
+        for piece, rows in chunk_rows({"model": model}, tokens_N, chunk, config):
+            nats += target_nats(rows["model"], tokens_N[piece.start : piece.stop])
+        log({"fraction": chunk.stop / len(tokens_N), "elapsed_seconds": time.monotonic() - began})
+    return nats
+
+
+def evaluate_artifact(
+    path: Path,
+    stream: TokenStream,
+    counts: Path,
+    config: EvaluateConfig,
+    device: torch.device,
+    *,
+    trace: Path | None = None,
+    log: Log = silent,
+) -> EvaluateResult:
+    """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
+
+    counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0.
+    Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text.
+    """
+    found = artifact.read(path)
+    model = load_model(found).to(device)
+    index = ngram.load(counts)
+    tokens_N = read_tokens(stream, device)
+    if not np.array_equal(index.tokens_N, tokens_N.cpu().numpy()):
+        raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
+    tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
+    previous, current = tokens_N[:-1].cpu().numpy(), tokens_N[1:].cpu().numpy()
+    bytes_N = np.concatenate([[0], bpb.token_bytes(tables, previous, current)])
+    work = Evaluation(model, tokens_N, bytes_N, index, config)
+    lines = []
+    for number, chunk in enumerate(work.chunks):
+        lines.append(work.run_chunk(number, chunk))
+        done = sum(chunk.stop - chunk.start for chunk in work.chunks[: number + 1])
+        log(
+            {
+                "fraction": done / (len(tokens_N) - 1),
+                "elapsed_seconds": work.elapsed(),
+                "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
+            }
+        )
+        if trace is not None and ranks.rank() == 0:
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            with open(trace, "a" if number else "w") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    return work.result()
+
+
+class Evaluation:
+    """The running state of one evaluation."""
+
+    def __init__(
+        self, model: Model, tokens_N: Tensor, bytes_N: np.ndarray, index: ngram.NgramIndex, config: EvaluateConfig
+    ) -> None:
+        self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, bytes_N, config
+        self.chunks = chunks(len(tokens_N), config.chunk_tokens)
+        device = tokens_N.device
+        self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.enabled else None
+        names = ("frozen", "adapted") if self.adapter else ("frozen",)
+        self.best = names[-1]
+        self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names)
+        self.published = published.start(model.vocab_size, device)
+        self.weights_N = torch.from_numpy(bytes_N).float().to(device)
+        if not config.ttt.byte_weighted:
+            self.weights_N = torch.ones_like(self.weights_N)
+        self.nats: dict[str, float] = dict.fromkeys(
+            ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0
+        )
+        self.seconds = {"scoring": 0.0, "mixing": 0.0, "ttt": 0.0}
+        self.mass, self.tokens, self.bytes = 0.0, 0, 0
+        self.weights: dict[str, dict[str, Tensor]] = {}
+        self.began = time.monotonic()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:
+        """Score the chunk, then learn from it; returns its line of the trace."""
+        before, seconds = dict(self.nats), dict(self.seconds)
+        models = {"frozen": self.model}
+        if self.adapter and self.adapter.chunks_learned:
+            models["adapted"] = self.adapter.scorer
+        source = chunk_rows(models, self.tokens_N, chunk, self.config)
+        while (item := self.timed("scoring", lambda: next(source, None))) is not None:
+            piece, rows = item
+            if self.adapter and "adapted" not in rows:
+                rows["adapted"] = rows["frozen"]  # nothing was learned yet
+            self.timed("mixing", lambda piece=piece, rows=rows: self.score(piece, rows))
+        published.count(self.published, self.history(chunk), self.tokens_N[chunk.start : chunk.stop])
+        chunk_bytes = int(self.bytes_N[chunk.start : chunk.stop].sum())
+        self.tokens += chunk.stop - chunk.start
+        self.bytes += chunk_bytes
+        if self.adapter and number + 1 < len(self.chunks):
+            adapter = self.adapter
+            self.timed("ttt", lambda: adapter.learn(self.tokens_N, self.weights_N, chunk))
+        return {
+            "chunk": number,
+            "tokens": chunk.stop - chunk.start,
+            "bytes": chunk_bytes,
+            "bits": {name: (value - before[name]) / math.log(2) for name, value in self.nats.items()},
+            "weights": {name: value.tolist() for name, value in self.weights[self.best].items() if value.dim() == 1},
+            "seconds": {name: value - seconds[name] for name, value in self.seconds.items()},
+        }
+
+    def score(self, piece: Piece, rows: dict[str, Tensor]) -> None:
+        """Add the piece's bits, once, under every model and mixture; mixing weights and counts learn from it."""
+        scores = self.mixer.score(rows, piece.start, piece.stop)
+        self.weights = scores.weights
+        frozen, best = scores.nll["frozen"], scores.nll[self.best]
+        targets = self.tokens_N[piece.start : piece.stop]
+        rule, mass = published.score(self.published, rows[self.best], self.history(piece), targets)
+        for name, nats in (
+            ("quantized", frozen["neural"]),
+            ("mixed", frozen[self.mixer.kind]),
+            ("ttt", best["neural"]),
+            ("final", best[self.mixer.kind]),
+            ("hedge", best["hedge"]),
+            ("logistic", best["logistic"]),
+            ("published", rule),
+        ):
+            self.nats[name] += float(nats.sum())
+        self.mass += float(mass.sum())
+
+    def history(self, piece: Piece) -> Tensor:
+        """The two tokens before each target, oldest first, (B, 2); token 0 stands in before the text's start."""
+        before = torch.arange(piece.start, piece.stop, device=self.tokens_N.device)[:, None]
+        offsets = torch.tensor([2, 1], device=self.tokens_N.device)
+        return self.tokens_N[(before - offsets).clamp(min=0)]
+
+    def timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        value = work()
+        if self.tokens_N.is_cuda:
+            torch.cuda.synchronize(self.tokens_N.device)
+        self.seconds[phase] += time.monotonic() - began
+        return value
+
+    def result(self) -> EvaluateResult:
+        rate = {name: bpb.bits_per_byte(nats, self.bytes) for name, nats in self.nats.items()}
+        return EvaluateResult(
+            bpb_quantized=rate["quantized"],
+            bpb_mixed=rate["mixed"],
+            bpb_ttt=rate["ttt"] if self.adapter else None,
+            bpb_final=rate["final"],
+            bpb_hedge=rate["hedge"],
+            bpb_logistic=rate["logistic"],
+            bpb_published=rate["published"],
+            published_mass=self.mass / self.tokens,
+            nats_per_token=self.nats["final"] / self.tokens,
+            scored_tokens=self.tokens,
+            scored_bytes=self.bytes,
+            evaluate_seconds=self.elapsed(),
+            scoring_seconds=self.seconds["scoring"],
+            mixing_seconds=self.seconds["mixing"],
+            ttt_seconds=self.seconds["ttt"],
+            expert_names=["neural", *(f"order{order}" for order in self.config.mixer.orders)],
+            expert_weights=self.weights[self.best]["hedge"].tolist(),
+        )
+
+
+def read_tokens(stream: TokenStream, device: torch.device) -> Tensor:
+    """The whole stream, int64 (N,)."""
+    return torch.from_numpy(stream.read(0, len(stream)).astype(np.int64)).to(device)
+
+
+def target_nats(log_rows: Tensor, targets: Tensor) -> float:
+    """Summed negative log-likelihood of the targets (B,) under log rows (B, V), in nats."""
+    return float(-log_rows.gather(1, targets[:, None]).double().sum())

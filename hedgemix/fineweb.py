@@ -1,0 +1,108 @@
+"""The official FineWeb shards and their tokenizer, fetched from the Hugging Face hub.
+
+Notable: files are checked as shards before they get their final name, so a folder only ever holds whole ones, and a
+second call fetches what is missing. Interrupted downloads go on where they stopped (huggingface_hub does that).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from hedgemix import shards, tokenizer
+from hedgemix.config import RecipeError
+
+REPOSITORY = "willdepueoai/parameter-golf"
+Result = TypeVar("Result")
+
+
+def download(
+    folder: str | Path,
+    train_shards: int,
+    variant: str = "sp1024",
+    repo: str = REPOSITORY,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Fetch all validation shards, the first `train_shards` training shards (100 M tokens, 200 MB each) and the
+    tokenizer into `folder`, flat; returns the tokenizer's path. Whole files that are there already stay.
+
+    Use it with DataConfig(source="shards", shards_dir=folder, tokenizer=the returned path, vocab_size=1024).
+    Raises RecipeError when the hub cannot be reached, lacks a file or sends a broken one.
+    """
+    size = re.fullmatch(r"sp(\d+)", variant)
+    if size is None:
+        raise RecipeError(f"variant {variant!r} is unknown; use sp and the vocabulary size, as in sp1024")
+    if train_shards < 1:
+        raise RecipeError(f"train_shards is {train_shards}; ask for at least 1")
+    root, vocab_size = Path(folder), int(size[1])
+    prefix = f"datasets/datasets/fineweb10B_{variant}"
+    listed = _ask(repo, lambda: HfApi().list_repo_files(repo, repo_type="dataset"))
+    found = {
+        name: sorted(path for path in listed if re.fullmatch(rf"{prefix}/fineweb_{name}_\d+\.bin", path))
+        for name in ("val", "train")
+    }
+    if not found["val"]:
+        raise RecipeError(f"{repo} has no validation shards of variant {variant!r}; name another variant or repo")
+    if len(found["train"]) < train_shards:
+        raise RecipeError(
+            f"{repo} has {len(found['train'])} training shards of variant {variant!r}, not {train_shards}; "
+            "lower train_shards"
+        )
+    for path in found["val"] + found["train"][:train_shards]:
+        _fetch(repo, path, root, lambda file: shards.open_shard(file, vocab_size), log)
+    model = f"datasets/tokenizers/fineweb_{vocab_size}_bpe.model"
+    _fetch(repo, model, root, lambda file: _check_size(tokenizer.load(file).vocab_size(), vocab_size, model), log)
+    shutil.rmtree(root / ".download", ignore_errors=True)
+    return root / Path(model).name
+
+
+def _fetch(repo: str, name: str, root: Path, check: Callable[[Path], object], log: Callable[[str], None]) -> None:
+    final = root / Path(name).name
+    if final.exists():
+        try:
+            check(final)
+            return
+        except RecipeError as error:
+            log(f"fetching again: {error}")
+    log(f"fetching {final.name}")
+    staging = root / ".download"
+    fetched = Path(_ask(repo, lambda: hf_hub_download(repo, name, repo_type="dataset", local_dir=staging)))
+    try:
+        check(fetched)
+    except RecipeError:
+        fetched.unlink()  # or the hub client would take it for whole the next time
+        raise
+    os.replace(fetched, final)
+
+
+def _check_size(found: int, expected: int, name: str) -> None:
+    if found != expected:
+        raise RecipeError(f"tokenizer {name} has {found} pieces, expected {expected}; name another variant")
+
+
+def _ask(repo: str, request: Callable[[], Result]) -> Result:
+    try:
+        return request()
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise RecipeError(f"the hub refused {repo} ({_line(error)}); check the name, or set HF_TOKEN") from None
+        reason = _line(error)
+    # No narrower class: transport errors are those of whichever HTTP library this huggingface_hub was built on.
+    except Exception as error:
+        reason = _line(error)
+    raise RecipeError(
+        f"could not reach the hub for {repo} ({reason}); check the network or HF_ENDPOINT and run it again (whole "
+        "files are kept), or copy the shards here and set data.shards_dir, or use data.source docs or text, which "
+        "need no network"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,154 @@
+"""Two online mixtures of experts, each a code: the mixed row is normalised, and it moves only after it was scored.
+
+Fixed share mixes probabilities and follows the best expert. Logistic mixing adds weighted log probabilities and may use
+what one expert knows beyond another: it learns to take the lift of a trigram over a bigram, with a negative weight on
+the bigram. Its weights start at (1, 0, ..., 0), which is the first expert exactly, so a strong model loses little.
+
+Shapes: B positions, R row sets (one model each, mixed apart), K experts, V vocabulary, M logistic mixers, S weight sets
+of a mixer, C lanes, L steps of a lane, Q = K (K + 1) / 2 products of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_FLOOR = -60.0
+"""Log probabilities are raised to this inside logistic mixing, which normalises its own rows."""
+CURVATURE_STRIDE = 4
+"""Curvature is summed over every fourth token of a block and scaled up; gradients use all."""
+_LANE = 32
+_MAX_STEP = 0.5
+_MAX_WEIGHT = 4.0
+
+
+@dataclass
+class LogisticState:
+    """Weights (R, M, S, K) and curvature (R, M, S, K, K), float64; memory_M in tokens of one set."""
+
+    weights: Tensor
+    curvature: Tensor
+    memory_M: Tensor
+    ridge: float
+
+
+def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Score B outcomes one after the other: returns log p (B, R), the weights used (B, R, K) and the next log weights.
+
+    Takes the experts' log probabilities of what occurred and normalised log weights, float64. After each outcome the
+    weights become `(1 - share) * posterior + share / K` (Herbster and Warmuth 1998, fixed share with uniform
+    redistribution, learning rate 1, log loss); share 0 is the Bayes mixture, within ln K of the best expert.
+    Exact to rounding, however many outcomes a call has, in some 500 + B / 8 array operations: the update is linear in
+    the unnormalised weights, so lanes of 32 outcomes first run side by side from every single expert.
+    """
+    size, sets, experts = log_p_BRK.shape
+    if share == 0:
+        log_w_BRK = torch.cat([log_w_RK[None], log_w_RK + log_p_BRK.cumsum(0)]).log_softmax(-1)
+        return (log_w_BRK[:-1] + log_p_BRK).logsumexp(-1), log_w_BRK[:-1].exp(), log_w_BRK[-1]
+    lanes = -(-size // _LANE)
+    top_BR1 = log_p_BRK.amax(-1, keepdim=True)
+    # Padding is the identity: equal probabilities, nothing shared.
+    p = torch.ones(lanes * _LANE, sets, experts, dtype=log_p_BRK.dtype, device=log_p_BRK.device)
+    p[:size] = (log_p_BRK - top_BR1).exp()
+    shared = torch.full((lanes * _LANE, 1, 1), share, dtype=p.dtype, device=p.device)
+    shared[size:] = 0
+    p_CLRK, share_CL11 = p.view(lanes, _LANE, sets, experts), shared.view(lanes, _LANE, 1, 1)
+    # The best expert of a step has probability 1 here and weight at least share / K: 32 steps cannot underflow.
+    reach = torch.eye(experts, dtype=p.dtype, device=p.device).expand(lanes, sets, experts, experts)
+    for step in range(_LANE):
+        reach = _share(reach * p_CLRK[:, step, :, None], share_CL11[:, step, :, None])
+    w_RK, starts = log_w_RK.exp(), []
+    for lane in range(lanes):
+        starts.append(w_RK)
+        w_RK = (w_RK[:, :, None] * reach[lane]).sum(1)
+        w_RK = w_RK / w_RK.sum(-1, keepdim=True)
+    w_CRK = torch.stack(starts)
+    used, sums = [], []
+    for step in range(_LANE):
+        posterior = w_CRK * p_CLRK[:, step]
+        total = posterior.sum(-1, keepdim=True)
+        used.append(w_CRK)
+        sums.append(total[..., 0])
+        w_CRK = _share(posterior / total, share_CL11[:, step])
+    weights = torch.stack(used, 1).view(-1, sets, experts)[:size]
+    log_mix = torch.stack(sums, 1).view(-1, sets)[:size].log() + top_BR1[..., 0]
+    return log_mix, weights, w_RK.log()
+
+
+def _share(weights: Tensor, share: Tensor) -> Tensor:
+    return (1 - share) * weights + share / weights.shape[-1] * weights.sum(-1, keepdim=True)
+
+
+def start_logistic(
+    sets: int, memory: tuple[float, ...], gates: int, experts: int, ridge: float, device: torch.device | str
+) -> LogisticState:
+    """R = sets row sets, one mixer for each memory, all weights (1, 0, ..., 0)."""
+    shape = (sets, len(memory), gates, experts)
+    weights = torch.zeros(shape, dtype=torch.float64, device=device)
+    weights[..., 0] = 1
+    curvature = torch.zeros(*shape, experts, dtype=torch.float64, device=device)
+    return LogisticState(weights, curvature, torch.tensor(memory, dtype=torch.float64, device=device), ridge)
+
+
+def logistic_rows(state: LogisticState, log_rows_BRKV: Tensor, gate_BRM: Tensor) -> Tensor:
+    """Normalised log rows (B, R, M, V), p proportional to exp(sum_k w_k log p_k), with the set that each gate names."""
+    return (_chosen(state, gate_BRM).float() @ log_rows_BRKV).log_softmax(-1)
+
+
+def learn_logistic(
+    state: LogisticState, log_rows_BRKV: Tensor, mixed_BRMV: Tensor, token_B: Tensor, gate_BRM: Tensor
+) -> None:
+    """Move the weights by one online Newton step, after the block's rows (`mixed_BRMV`) were scored.
+
+    Per set: gradient sum over the block of `log p_k(y) - E_p[log p_k]`; curvature the covariance of the log rows under
+    the mixed row, the exact Hessian of the loss, from every fourth token and forgotten with `exp(-tokens / memory)`.
+    A step is at most 0.5 long and weights stay within 4 of zero, so no sequence of rows can make them diverge.
+    """
+    sets, experts = log_rows_BRKV.shape[1:3]
+    p_BRMV = mixed_BRMV.exp()
+    observed_BRK = log_rows_BRKV.gather(3, token_B[:, None, None, None].expand(-1, sets, experts, 1))[..., 0]
+    mean_BRMK = p_BRMV @ log_rows_BRKV.transpose(2, 3)
+    gradient_BRMK = (observed_BRK[:, :, None] - mean_BRMK).double()
+    some = slice(None, None, CURVATURE_STRIDE)
+    second_BRMKK = _second_moments(p_BRMV[some], log_rows_BRKV[some])
+    covariance = (second_BRMKK - mean_BRMK[some, ..., None] * mean_BRMK[some, ..., None, :]).double()
+    member_BRMS = torch.nn.functional.one_hot(gate_BRM, state.weights.shape[2]).double()
+    gradient_RMSK = torch.einsum("brms,brmk->rmsk", member_BRMS, gradient_BRMK)
+    kept = torch.exp(-member_BRMS.sum(0) / state.memory_M[:, None])[..., None, None]
+    seen = torch.einsum("brms,brmkj->rmskj", member_BRMS[some], covariance)
+    state.curvature = kept * state.curvature + CURVATURE_STRIDE * seen
+    ridge = state.ridge * torch.eye(experts, dtype=torch.float64, device=p_BRMV.device)
+    # solve_ex does not wait for the device; a system it cannot solve gives no step.
+    step, _ = torch.linalg.solve_ex(state.curvature + ridge, gradient_RMSK[..., None])
+    step = step[..., 0].nan_to_num(0.0, 0.0, 0.0)
+    length = step.norm(dim=-1, keepdim=True).clamp_min(_MAX_STEP)
+    state.weights = (state.weights + step * (_MAX_STEP / length)).clamp(-_MAX_WEIGHT, _MAX_WEIGHT)
+
+
+def _second_moments(p_BRMV: Tensor, log_rows_BRKV: Tensor) -> Tensor:
+    """E_p[log p_k log p_j], (B, R, M, K, K)."""
+    size, sets, experts, vocab_size = log_rows_BRKV.shape
+    products_BRQV = log_rows_BRKV.new_empty(size, sets, experts * (experts + 1) // 2, vocab_size)
+    at = 0
+    for k in range(experts):
+        rest = slice(at, at + experts - k)
+        torch.mul(log_rows_BRKV[:, :, k:], log_rows_BRKV[:, :, k : k + 1], out=products_BRQV[:, :, rest])
+        at = rest.stop
+    square = torch.empty(experts, experts, dtype=torch.int64)
+    high, low = torch.triu_indices(experts, experts)
+    square[high, low] = square[low, high] = torch.arange(len(high))
+    return (p_BRMV @ products_BRQV.transpose(2, 3))[..., square.to(p_BRMV.device)]
+
+
+def _chosen(state: LogisticState, gate_BRM: Tensor) -> Tensor:
+    """Each position's weights (B, R, M, K)."""
+    set_index = torch.arange(state.weights.shape[0], device=gate_BRM.device)[:, None]
+    mixer = torch.arange(state.weights.shape[1], device=gate_BRM.device)
+    return state.weights[set_index, mixer, gate_BRM]
+
+
+def mix(weights_BK: Tensor, log_rows_BKV: Tensor) -> Tensor:
+    """Log of the linear mixture, (B, V) float32, of normalised log rows."""
+    return (log_rows_BKV + weights_BK.float().log()[..., None]).logsumexp(1)

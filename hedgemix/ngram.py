@@ -1,0 +1,249 @@
+"""Exact causal n-gram experts, with Witten-Bell interpolation, at the speed of array operations.
+
+No hash table and no loop over tokens. One stable sort of the whole text numbers every (context, token) pair so that the
+pairs of a context are contiguous and in order of first appearance. What a context has shown before position t is then a
+prefix of its pairs, and only the pairs' running counts have to be kept. Knowing the text in advance is bookkeeping, not
+a leak: a row reads only pairs that occurred before it (tests change the future and compare bitwise).
+
+The index depends on the text alone. Build it once, save it, and let every process map the same files.
+
+Shapes: N tokens of the text, B positions of a block, V vocabulary, P pairs of one order, R ragged (position, pair).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgemix.config import RecipeError
+
+_COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
+
+
+@dataclass(frozen=True)
+class OrderIndex:
+    """The pairs of one order. All arrays int32; a position without n-1 predecessors has pair -1 and count 0."""
+
+    first_N: np.ndarray
+    """First pair of the position's context."""
+    pair_N: np.ndarray
+    """The position's own pair (context and the token that follows it here)."""
+    count_N: np.ndarray
+    """How often the context occurred before."""
+    distinct_N: np.ndarray
+    """How many different tokens had followed it before."""
+    token_P: np.ndarray
+    """Each pair's token."""
+
+
+@dataclass(frozen=True)
+class NgramIndex:
+    """A text and the pairs of every order above 1; see `build_index`."""
+
+    tokens_N: np.ndarray
+    vocab_size: int
+    orders: tuple[int, ...]
+    tables: dict[int, OrderIndex]
+
+
+@dataclass
+class NgramState:
+    """Counts of the tokens before `position`, on one device."""
+
+    unigram_V: Tensor
+    pair_count: dict[int, Tensor]
+    position: int = 0
+    token_P: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+
+def build_index(tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int) -> NgramIndex:
+    """Number the pairs of each order.
+
+    Takes integer tokens (N,). About 10 s a order for 60 M tokens, 16 bytes a token and order.
+    Raises RecipeError when an order is not in 1..6, when orders do not rise, or when a key would not fit 63 bits.
+    """
+    tokens_N = np.ascontiguousarray(tokens_N)
+    if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 6:
+        raise RecipeError(f"mixer.orders={orders}: give rising orders from 1 to 6")
+    if vocab_size ** orders[-1] > 2**63:
+        raise RecipeError(
+            f"mixer.orders={orders}: order {orders[-1]} over {vocab_size} tokens does not fit a 64-bit key"
+        )
+    if len(tokens_N) >= 2**31:
+        raise RecipeError(
+            f"{len(tokens_N)} tokens: positions are 32-bit; score at most 2**31 - 1 (data.max_valid_tokens)"
+        )
+    if len(tokens_N) and not (tokens_N.min() >= 0 and tokens_N.max() < vocab_size):
+        raise RecipeError(f"tokens outside 0..{vocab_size - 1}: data.vocab_size does not fit the text")
+    tables = {n: _index_order(tokens_N, n, vocab_size) for n in orders if n > 1}
+    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables)
+
+
+def _index_order(tokens_N: np.ndarray, n: int, vocab_size: int) -> OrderIndex:
+    total = len(tokens_N)
+    size = max(total - n + 1, 0)
+    key = np.zeros(size, np.int64)
+    for i in range(n):
+        key *= vocab_size
+        key += tokens_N[i : i + size]
+    by_key = np.argsort(key, kind="stable")
+    sorted_key = key[by_key]
+    opens = np.flatnonzero(_changes(sorted_key))
+    pair_context, first_seen = sorted_key[opens] // vocab_size, by_key[opens]
+    by_age = np.lexsort((first_seen, pair_context))
+    pairs = len(opens)
+    number = np.empty(pairs, np.int32)
+    number[by_age] = np.arange(pairs, dtype=np.int32)
+    context_opens = np.flatnonzero(_changes(pair_context))
+    start = np.repeat(context_opens, np.diff(context_opens, append=pairs)).astype(np.int32)
+    lengths = np.diff(opens, append=size)
+    pair, first, fresh = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, bool)
+    pair[by_key], first[by_key] = np.repeat(number, lengths), np.repeat(start, lengths)
+    fresh[first_seen] = True
+    token_P = (sorted_key[opens] % vocab_size)[by_age].astype(np.int32)
+    del key, sorted_key, by_key
+    by_context = np.argsort(first, kind="stable")
+    groups = np.flatnonzero(_changes(first[by_context]))
+    lengths = np.diff(groups, append=size)
+    seen = np.cumsum(fresh[by_context]) - fresh[by_context]
+    count, distinct = np.empty(size, np.int32), np.empty(size, np.int32)
+    count[by_context] = np.arange(size) - np.repeat(groups, lengths)
+    distinct[by_context] = seen - np.repeat(seen[groups], lengths)
+
+    def lead(values: np.ndarray, fill: int) -> np.ndarray:
+        return np.concatenate([np.full(total - size, fill, np.int32), values])
+
+    return OrderIndex(lead(first, 0), lead(pair, -1), lead(count, 0), lead(distinct, 0), token_P)
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """True where a run of equal values starts."""
+    return np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
+
+
+def save(index: NgramIndex, folder: Path) -> None:
+    """Write the index as plain .npy files and one .json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "tokens_N.npy", index.tokens_N)
+    for n, table in index.tables.items():
+        for name in _COLUMNS:
+            np.save(folder / f"order{n}_{name}.npy", getattr(table, name))
+    (folder / "index.json").write_text(json.dumps({"vocab_size": index.vocab_size, "orders": index.orders}))
+
+
+def load(folder: Path) -> NgramIndex:
+    """Map an index written by `save`, read only: processes of one machine share its pages."""
+    meta = json.loads((folder / "index.json").read_text())
+
+    def read(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    orders = tuple(meta["orders"])
+    tables = {n: OrderIndex(*(read(f"order{n}_{name}") for name in _COLUMNS)) for n in orders if n > 1}
+    return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables)
+
+
+def start_state(index: NgramIndex, device: torch.device | str = "cpu") -> NgramState:
+    """Counts before the first token."""
+    tokens = {n: _tensor(table.token_P, device, torch.int32) for n, table in index.tables.items()}
+    counts = {n: torch.zeros(len(table.token_P), dtype=torch.int32, device=device) for n, table in index.tables.items()}
+    return NgramState(torch.zeros(index.vocab_size, dtype=torch.int32, device=device), counts, 0, tokens)
+
+
+def rows(state: NgramState, index: NgramIndex, start: int, stop: int) -> list[Tensor]:
+    """Probability rows (B, V), float32, of positions start..stop-1, one tensor for each of index.orders.
+
+    The row of position t counts every token before t, those inside the block too, so the rows do not depend on how the
+    text is cut into blocks (bitwise). Witten and Bell 1991, as interpolation (Chen and Goodman 1998, section 2.5):
+    p_n(w|c) = (count(c, w) + D_c p_{n-1}(w|c')) / (count(c) + D_c); an unseen context keeps p_{n-1}; below the unigram
+    lies the uniform distribution. Leaves the state as it is. Raises ValueError unless the state stands at start.
+    """
+    if state.position != start or not start <= stop <= len(index.tokens_N):
+        raise ValueError(f"rows {start}..{stop} asked of counts that stand at {state.position}")
+    device = state.unigram_V.device
+    p_BV = _unigram_rows(state.unigram_V, _tensor(index.tokens_N[start:stop], device), start)
+    out = [p_BV] if index.orders[0] == 1 else []
+    for n, table in index.tables.items():
+        p_BV = _interpolate(p_BV, table, state.pair_count[n], state.token_P[n], start, stop)
+        out.append(p_BV)
+    return out
+
+
+def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:
+    size, vocab_size = len(token_B), len(count_V)
+    # Integers throughout: a running sum in float32 would lose single counts beyond 2**24.
+    count_BV = torch.zeros(size, vocab_size, dtype=torch.int32, device=count_V.device)
+    count_BV[:1] = count_V
+    count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
+    count_BV = count_BV.cumsum(0, dtype=torch.int32)
+    distinct_B1 = (count_BV > 0).sum(1, keepdim=True)
+    total_B1 = torch.arange(start, start + size, device=count_V.device)[:, None]
+    backoff_B1 = torch.where(total_B1 > 0, distinct_B1, 1).float()
+    return (count_BV + backoff_B1 / vocab_size) / (total_B1 + backoff_B1)
+
+
+def _interpolate(p_BV: Tensor, table: OrderIndex, pair_count: Tensor, token_P: Tensor, start: int, stop: int) -> Tensor:
+    device = p_BV.device
+    size, vocab_size = p_BV.shape
+    first_host, pair_host = table.first_N[start:stop], table.pair_N[start:stop]
+    distinct_host = table.distinct_N[start:stop].astype(np.int64)
+    first_B, distinct_B = _tensor(first_host, device), _tensor(distinct_host, device)
+    total_B = _tensor(table.count_N[start:stop], device) + distinct_B
+    open_B = distinct_B.cumsum(0) - distinct_B
+    pairs = int(distinct_host.sum())
+    row_R = torch.repeat_interleave(distinct_B, output_size=pairs)
+    pair_R = (first_B - open_B)[row_R] + torch.arange(pairs, device=device)
+    count_R = pair_count[pair_R]
+    later_host, earlier_host = _repeats(first_host, pair_host)
+    later, pair = _tensor(later_host, device), _tensor(pair_host[earlier_host], device)
+    count_R.index_add_(0, open_B[later] + pair - first_B[later], torch.ones_like(later, dtype=torch.int32))
+    scale_B = 1.0 / total_B.clamp_min(1)
+    out_BV = p_BV * torch.where(total_B > 0, distinct_B * scale_B, 1.0)[:, None]
+    # Each (row, token) occurs once, so adding is order-free and repeats bitwise on a GPU too.
+    out_BV.view(-1).scatter_add_(0, row_R * vocab_size + token_P[pair_R], count_R * scale_B[row_R])
+    return out_BV
+
+
+def _repeats(first_B: np.ndarray, pair_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (later, earlier) positions of a block that share a context."""
+    known = np.flatnonzero(pair_B >= 0)
+    by_context = known[np.argsort(first_B[known], kind="stable")]
+    opens = np.flatnonzero(_changes(first_B[by_context]))
+    group = np.repeat(opens, np.diff(opens, append=len(by_context)))
+    rank = np.arange(len(by_context)) - group
+    before = np.arange(rank.sum()) - np.repeat(np.cumsum(rank) - rank, rank)
+    return np.repeat(by_context, rank), by_context[np.repeat(group, rank) + before]
+
+
+def advance(state: NgramState, index: NgramIndex, start: int, stop: int) -> None:
+    """Count the tokens start..stop-1, after they were scored. Raises ValueError unless the state stands at start."""
+    if state.position != start or not start <= stop <= len(index.tokens_N):
+        raise ValueError(f"tokens {start}..{stop} given to counts that stand at {state.position}")
+    device = state.unigram_V.device
+    _count(state.unigram_V, _tensor(index.tokens_N[start:stop], device))
+    for n, table in index.tables.items():
+        pair_host = table.pair_N[start:stop]
+        _count(state.pair_count[n], _tensor(pair_host[pair_host >= 0], device))
+    state.position = stop
+
+
+def _count(counts: Tensor, ids: Tensor) -> None:
+    counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
+
+
+def matched_order(index: NgramIndex, start: int, stop: int) -> np.ndarray:
+    """Longest order of index.orders whose context occurred before, (B,) int64; 1 where none above 1 did."""
+    longest_B = np.ones(stop - start, np.int64)
+    for n, table in index.tables.items():
+        longest_B[table.count_N[start:stop] > 0] = n
+    return longest_B
+
+
+def _tensor(values: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    # A copy: mapped files are read-only, which torch does not know.
+    return torch.from_numpy(np.array(values)).to(device=device, dtype=dtype)

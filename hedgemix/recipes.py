@@ -1,0 +1,123 @@
+"""The recipes: functions returning one frozen configuration, and the check of everything that can be checked before
+any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+
+from hedgemix import mixer, quantize, stream, train, ttt
+from hedgemix.config import (
+    ComputeConfig,
+    DataConfig,
+    EvaluateConfig,
+    MixerConfig,
+    ModelConfig,
+    QuantizeConfig,
+    Recipe,
+    RecipeError,
+    TrainConfig,
+    TTTConfig,
+)
+from hedgemix.model import validate as validate_model
+
+
+def laptop() -> Recipe:
+    """Real text in minutes on two CPU cores: about 1 M parameters, one worker that has the machine to itself."""
+    return Recipe(
+        recipe="laptop",
+        data=DataConfig(source="docs", max_text_bytes=16_000_000, valid_fraction=0.02, max_valid_tokens=131_072),
+        model=ModelConfig(
+            layers=4,
+            width=192,
+            heads=6,
+            kv_heads=6,
+            mlp_hidden=512,
+            bigram_buckets=4096,
+            bigram_width=64,
+            value_embedding_layers=1,
+            value_embedding_width=64,
+        ),
+        train=TrainConfig(
+            budget_seconds=60,
+            reserve_seconds=3,
+            batch_tokens=4096,
+            sequence_tokens=256,
+            microbatch_sequences=16,
+            warmup_steps=2,
+            ema_decay=0.98,
+            muon_momentum_start=0.85,
+            muon_momentum=0.95,
+            calibration_sequences=64,
+            dtype="float32",
+            compile=False,
+            checkpoint_seconds=15,
+        ),
+        quantize=QuantizeConfig(),
+        evaluate=EvaluateConfig(
+            window_tokens=256,
+            stride_tokens=32,
+            segment_tokens=2048,
+            overlap_tokens=256,
+            chunk_tokens=8192,
+            dtype="float32",
+            ttt=TTTConfig(batch_sequences=8, sequence_tokens=256, epochs=1),
+            mixer=MixerConfig(),
+        ),
+        compute=ComputeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1),
+    )
+
+
+def single_gpu() -> Recipe:
+    """One GPU, ten minutes a seed: a 12-layer-class model on the FineWeb shards under data/fineweb."""
+    return Recipe(
+        recipe="single_gpu",
+        data=fineweb(),
+        model=ModelConfig(),
+        train=TrainConfig(batch_tokens=393_216),
+        evaluate=EvaluateConfig(chunk_tokens=131_072),
+        compute=ComputeConfig(workers=1, gpus_per_worker=1, cpus_per_worker=0, evaluate_workers=1),
+    )
+
+
+def record() -> Recipe:
+    """The reference's run: 8 GPUs a seed, 600 s, 33,317,980 parameters, FineWeb with 1,024 tokens."""
+    return Recipe(
+        recipe="record",
+        data=fineweb(),
+        train=TrainConfig(late_qat=True),
+        quantize=QuantizeConfig(scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22),
+    )
+
+
+def fineweb() -> DataConfig:
+    """What `hedgemix download` leaves in its default folder."""
+    return DataConfig(
+        source="shards", shards_dir="data/fineweb", tokenizer="data/fineweb/fineweb_1024_bpe.model", vocab_size=1024
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"laptop": laptop, "single_gpu": single_gpu, "record": record}
+
+
+def validate(recipe: Recipe) -> None:
+    """Raise RecipeError, naming field and fix, for anything wrong that needs no data and no machine to see."""
+    compute = recipe.compute
+    for name in ("workers", "evaluate_workers"):
+        if getattr(compute, name) < 1:
+            raise RecipeError(f"compute.{name} must be at least 1")
+    for name in ("gpus_per_worker", "cpus_per_worker", "max_restarts"):
+        if getattr(compute, name) < 0:
+            raise RecipeError(f"compute.{name} must not be negative")
+    for name, value in asdict(recipe.limits).items():
+        if value <= 0 or math.isnan(value):
+            raise RecipeError(f"limits.{name} must be positive")
+    validate_model(recipe.model)
+    train.validate(recipe, compute.workers)
+    quantize.validate(recipe.quantize)
+    stream.validate(recipe.evaluate, recipe.train.sequence_tokens)
+    ttt.validate(recipe.evaluate.ttt, recipe.train.sequence_tokens)
+    mixer.check(recipe.evaluate.mixer)
+    if recipe.data.vocab_size < 2:
+        raise RecipeError("data.vocab_size must be at least 2")

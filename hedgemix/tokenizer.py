@@ -1,0 +1,183 @@
+"""SentencePiece BPE with an exact round trip: training, loading, encoding and decoding.
+
+Notable: SentencePiece writes a space as U+2581 and so reads a literal U+2581 back as a space. Here the literal one is
+always written as its three byte tokens, and decoding puts the bytes together from the pieces itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from hedgemix.config import RecipeError
+from hedgemix.files import replacing
+
+SPACE = "\u2581"
+SAMPLE_BYTES = 10_000_000
+SENTENCE_CHARACTERS = 4096  # BPE training aborts the process on a word of more than 65,535 characters
+BYTES_AND_CONTROLS = 260
+COVERAGE = 0.999
+UNTRAINABLE = "\x00\t\u2585" + SPACE  # SentencePiece's own marks; it skips any sentence with U+2585
+
+
+def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
+    """Train a BPE tokenizer of exactly `vocab_size` pieces on the first 10 MB of `documents` and write it to `path`.
+
+    The order of documents is the sample: `corpus.collect` gives one that only contents decide. The same documents give
+    the same file. Ids 0 to 3 are pad, bos, eos, unk; 256 byte tokens stand for the characters that get no piece. Raises
+    RecipeError when the vocabulary is too small for that or too large for the text.
+    """
+    if not 300 <= vocab_size <= 65536:
+        raise RecipeError(f"data.vocab_size is {vocab_size}; set it from 300 (256 are bytes) to 65536 (16-bit tokens)")
+    sentences = _only_common(list(_sample(documents)), (vocab_size - BYTES_AND_CONTROLS) // 2)
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            split_by_whitespace=True,
+            split_digits=True,
+            character_coverage=1.0,
+            max_sentence_length=1 << 30,
+            num_threads=1,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        size = sum(len(sentence.encode()) for sentence in sentences)
+        raise RecipeError(
+            f"data.vocab_size {vocab_size} does not suit the {size:,} bytes of training text ({_reason(error)}); "
+            "lower data.vocab_size or read more text"
+        ) from None
+    with replacing(Path(path)) as file:
+        file.write(model.getvalue())
+    return load(model.getvalue())
+
+
+def load(source: str | Path | bytes) -> SentencePieceProcessor:
+    """The processor of a SentencePiece model, given its file or its bytes; raises RecipeError when it is not one."""
+    name = "the tokenizer" if isinstance(source, bytes) else str(source)
+    try:
+        model = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise RecipeError(f"data.tokenizer: {name} cannot be read ({error.strerror}); name a .model file") from None
+    try:
+        processor = SentencePieceProcessor(model_proto=model) if model else None
+    except RuntimeError:
+        processor = None
+    if processor is None:
+        found = hashlib.sha256(model).hexdigest()[:12]
+        raise RecipeError(
+            f"data.tokenizer: {name} ({len(model)} bytes, sha256 {found}...) is not a SentencePiece model; "
+            "name the .model file the shards were made with"
+        )
+    return processor
+
+
+def encode(processor: SentencePieceProcessor, text: str) -> list[int]:
+    """Tokens of one document, beginning with BOS. `decode` gives the text back, whatever it holds.
+
+    That holds for tokenizers made by `train`; one that normalises text (the official one does: nmt_nfkc) gives back
+    the normalised text. Raises UnicodeEncodeError for text with lone surrogates.
+    """
+    return encode_batch(processor, [text])[0].tolist()
+
+
+def encode_batch(processor: SentencePieceProcessor, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+    """Tokens of each document as uint16 arrays, each beginning with BOS; what `encode` gives, but fast."""
+    arrays = processor.encode(list(texts), return_type="numpy", add_bos=True, num_threads=threads)
+    encoded = [array.astype(np.uint16) for array in arrays]
+    for index, text in enumerate(texts):
+        if SPACE in text:
+            encoded[index] = np.array(_encode_literal_space(processor, text), dtype=np.uint16)
+    return encoded
+
+
+def decode(processor: SentencePieceProcessor, tokens: Iterable[int]) -> bytes:
+    """The UTF-8 bytes of tokens; control, unknown and unused tokens stand for none, and a space right after one is
+    the prefix that `encode` put there. Any run of tokens can be decoded, also one that cuts a character in two."""
+    text = bytearray()
+    after_control = False
+    pieces: dict[int, bytes | None] = {}
+    for token in map(int, tokens):
+        if token not in pieces:
+            pieces[token] = _piece_bytes(processor, token)
+        piece = pieces[token]
+        if piece is None:
+            after_control = True
+            continue
+        drop = after_control and piece.startswith(b" ") and not processor.is_byte(token)
+        text += piece[1:] if drop else piece
+        after_control = False
+    return bytes(text)
+
+
+def _piece_bytes(processor: SentencePieceProcessor, token: int) -> bytes | None:
+    if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+        return None
+    piece = processor.id_to_piece(token)
+    if processor.is_byte(token):
+        return bytes([int(piece[3:-1], 16)])  # <0x41>
+    return piece.replace(SPACE, " ").encode()
+
+
+def _encode_literal_space(processor: SentencePieceProcessor, text: str) -> list[int]:
+    # Between literal U+2581 the text is encoded behind a NUL: that keeps the prefix space away from it, and since no
+    # piece holds a NUL, what follows is encoded as if the text began there.
+    literal = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+    guard = processor.encode("\x00")
+    first, *others = text.split(SPACE)
+    tokens = [processor.bos_id(), *processor.encode(first)]
+    for part in others:
+        tokens += literal + processor.encode("\x00" + part)[len(guard) :]
+    return tokens
+
+
+def _sample(documents: Iterable[str]) -> Iterator[str]:
+    left = SAMPLE_BYTES
+    for document in documents:
+        for start in range(0, len(document), SENTENCE_CHARACTERS):
+            sentence = document[start : start + SENTENCE_CHARACTERS]
+            left -= len(sentence.encode())
+            if left < 0:
+                return
+            yield sentence
+
+
+def _only_common(sentences: Sequence[str], most: int) -> list[str]:
+    """The sentences with a tab, which no piece can hold, for each character that is to be written in byte tokens.
+
+    SentencePiece's own character coverage cannot go below 0.98, which asks for thousands of pieces in Chinese.
+    """
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        counts.update(sentence)
+    before = accumulate((count for _, count in counts.most_common(most)), initial=0)
+    common = {
+        character
+        for (character, _), covered in zip(counts.most_common(most), before, strict=False)
+        if covered < COVERAGE * counts.total() and character not in UNTRAINABLE
+    }
+    rare = str.maketrans({character: "\t" for character in counts if character not in common})
+    return [sentence.translate(rare) for sentence in sentences]
+
+
+def _reason(error: RuntimeError) -> str:
+    # "INTERNAL: src/trainer_interface.cc(744) [condition] reason"
+    return str(error).partition("] ")[2].strip() or "SentencePiece found nothing to train on"

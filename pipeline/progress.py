@@ -1,0 +1,94 @@
+"""What a person watches: each seed's stage, progress, bits per byte and time left.
+
+Workers send records to one board actor; the driver polls it. On a terminal the view is redrawn in place, elsewhere
+(a job's log, CI) it is one plain line when a seed's stage changes and one every `PLAIN_SECONDS` while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+PLAIN_SECONDS = 20.0
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """The last record of every seed."""
+
+    def __init__(self) -> None:
+        self.seeds: dict[int, dict[str, Any]] = {}
+
+    def put(self, seed: int, stage: str, record: dict[str, Any]) -> None:
+        self.seeds[seed] = {"stage": stage, **record}
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        return self.seeds
+
+
+class View:
+    """Draws seeds' states; `update` may be called often."""
+
+    def __init__(self, seeds: tuple[int, ...], console: Console) -> None:
+        self.console, self.began = console, time.monotonic()
+        self.states: dict[int, dict[str, Any]] = {seed: {"stage": "waiting"} for seed in seeds}
+        self.printed: dict[int, tuple[str, float]] = {}
+        self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> View:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.update(self.table())
+            self.live.stop()
+
+    def update(self, states: dict[int, dict[str, Any]]) -> None:
+        self.states |= states
+        if self.live:
+            self.live.update(self.table())
+            return
+        for seed, state in self.states.items():
+            stage, at = self.printed.get(seed, ("", 0.0))
+            now = time.monotonic()
+            if state["stage"] != stage or ("fraction" in state and now - at >= PLAIN_SECONDS):
+                self.printed[seed] = (state["stage"], now)
+                detail = "  ".join(part for part in (percent(state), figures(state), left(state)) if part)
+                self.console.print(f"[{now - self.began:6.1f} s] seed {seed}: {state['stage']}  {detail}".rstrip())
+
+    def table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("seed", "stage", "", "progress", "", "time left"):
+            table.add_column(heading)
+        for seed, state in self.states.items():
+            bar = ProgressBar(total=1.0, completed=state.get("fraction", 0.0), width=24)
+            table.add_row(str(seed), state["stage"], bar, percent(state), figures(state), left(state))
+        return table
+
+
+def percent(state: dict[str, Any]) -> str:
+    return f"{100 * state['fraction']:3.0f} %" if "fraction" in state else ""
+
+
+def figures(state: dict[str, Any]) -> str:
+    if "bpb" in state:
+        return f"{state['bpb']:.4f} bits/byte"
+    if "loss_nats" in state:
+        return f"step {state['step']}, {state['loss_nats']:.3f} nats/token, {state['tokens_per_second']:,.0f} tokens/s"
+    return state.get("detail", "")
+
+
+def left(state: dict[str, Any]) -> str:
+    fraction, elapsed = state.get("fraction", 0.0), state.get("elapsed_seconds", 0.0)
+    if not 0 < fraction < 1 or not elapsed:
+        return ""
+    seconds = int(elapsed / fraction * (1 - fraction))
+    return f"{seconds // 60}:{seconds % 60:02d} left"

@@ -1,0 +1,183 @@
+"""The results table: one row a declared seed, failures too, in one parquet file a record.
+
+The columns are the fields of `Row`, with the text under each as its documentation; arrow types follow from the
+annotations. Aggregates are computed when the table is read, never stored.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import math
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hedgemix.files import replacing
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    record: str
+    """Name of the record; one parquet file holds one record."""
+    recipe: str
+    """Name of the recipe the configuration started from."""
+    config_hash: str
+    """Hash of the whole configuration; rows with equal hashes ran the same recipe."""
+    seed: int
+    status: str
+    """done, failed, or pending (not finished when the driver stopped)."""
+    error: str | None = None
+    """What ended a failed seed."""
+    parameters: int | None = None
+    steps: int | None = None
+    """Optimizer steps."""
+    train_tokens: int | None = None
+    """Training tokens the steps read."""
+    ms_per_step: float | None = None
+    train_loss_nats: float | None = None
+    """Mean training loss a token over the last tenth of the steps."""
+    restarts: int | None = None
+    """Times the training was started again after losing a worker."""
+    qat_steps: int | None = None
+    """Steps trained through quantization (0: late QAT did not act)."""
+    warmup_seconds: float | None = None
+    """Building and compiling before the training clock."""
+    train_seconds: float | None = None
+    """Training budget used: loop, averaging and calibration, over all restarts."""
+    quantize_seconds: float | None = None
+    """GPTQ and compression."""
+    evaluate_seconds: float | None = None
+    """Evaluation of the artifact: scoring, mixing and test-time training together."""
+    scoring_seconds: float | None = None
+    """Part of evaluate_seconds in forward passes of the scored model."""
+    mixing_seconds: float | None = None
+    """Part of evaluate_seconds in experts and mixers."""
+    ttt_seconds: float | None = None
+    """Part of evaluate_seconds in test-time training."""
+    order: str | None = None
+    """streaming or sliding: the order and context tokens were scored with."""
+    bpb_full: float | None = None
+    """Bits per byte of the full-precision averaged weights."""
+    bpb_quantized: float | None = None
+    """Bits per byte of the artifact's weights, frozen, no mixing."""
+    bpb_mixed: float | None = None
+    """Bits per byte of the artifact's weights, frozen, mixed with the experts."""
+    bpb_ttt: float | None = None
+    """Bits per byte with test-time training, no mixing."""
+    bpb_final: float | None = None
+    """The score: bits per byte with everything the recipe turns on. A code length."""
+    bpb_hedge: float | None = None
+    """Bits per byte of the Hedge mixture over the same rows as bpb_final."""
+    bpb_logistic: float | None = None
+    """Bits per byte of the logistic mixture over the same rows as bpb_final."""
+    bpb_published: float | None = None
+    """What the published five-expert rule reports. NOT a code length: its probabilities do not sum to 1."""
+    published_mass: float | None = None
+    """Mean over tokens of the sum of the published rule's probabilities over the vocabulary (1 would be valid)."""
+    nats_per_token: float | None = None
+    """bpb_final as nats a token."""
+    artifact_bytes: int | None = None
+    code_bytes: int | None = None
+    """The library code that evaluation imports, as one compressed bundle."""
+    total_bytes: int | None = None
+    limit_bytes: int | None = None
+    """What the recipe allows for total_bytes."""
+    within_limits: bool | None = None
+    """Whether bytes, training seconds and evaluation seconds all keep the recipe's limits."""
+    expert_names: list[str] | None = None
+    expert_weights: list[float] | None = None
+    """The experts' Hedge weights after the last token, in the order of expert_names."""
+    valid_tokens: int | None = None
+    """Scored tokens."""
+    valid_bytes: int | None = None
+    """Bytes of the scored text."""
+    valid_sha256: str | None = None
+    train_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    vocab_size: int | None = None
+    artifact_sha256: str | None = None
+    artifact_path: str | None = None
+    workers: int | None = None
+    """Ray Train workers of the training job."""
+    hardware: str | None = None
+    hedgemix_version: str | None = None
+    torch_version: str | None = None
+    ray_version: str | None = None
+    python_version: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    """Whether the tree had changes that are not in git_commit."""
+    started_at: str | None = None
+    """UTC, ISO 8601."""
+    finished_at: str | None = None
+    config: str | None = None
+    """The whole configuration as JSON."""
+    schema_version: int = SCHEMA_VERSION
+
+
+ARROW_TYPES: dict[object, pa.DataType] = {
+    int: pa.int64(),
+    float: pa.float64(),
+    str: pa.string(),
+    bool: pa.bool_(),
+    list[str]: pa.list_(pa.string()),
+    list[float]: pa.list_(pa.float64()),
+}
+
+
+def column_docs() -> dict[str, str]:
+    """Each column's documentation, from the text under its field."""
+    [body] = [node for node in ast.parse(inspect.getsource(Row)).body if isinstance(node, ast.ClassDef)]
+    docs, name = {}, ""
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+            docs[name] = ""
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            docs[name] = " ".join(str(node.value.value).split())
+    return docs
+
+
+def schema() -> pa.Schema:
+    hints, docs = typing.get_type_hints(Row), column_docs()
+    columns = []
+    for field in dataclasses.fields(Row):
+        options = [option for option in typing.get_args(hints[field.name]) if option is not type(None)]
+        plain = hints[field.name] if hints[field.name] in ARROW_TYPES else options[0]
+        columns.append(pa.field(field.name, ARROW_TYPES[plain], metadata={"doc": docs[field.name]}))
+    return pa.schema(columns, metadata={"hedgemix_schema": str(SCHEMA_VERSION)})
+
+
+def table_path(runs: Path, record: str) -> Path:
+    return runs / f"{record}.parquet"
+
+
+def write(runs: Path, rows: list[Row]) -> Path:
+    """Replace the record's table by these rows, whole or not at all. Records are files of their own, so two drivers
+    can write at once."""
+    table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=schema())
+    path = table_path(runs, rows[0].record)
+    with replacing(path) as file:
+        pq.write_table(table, file)
+    return path
+
+
+def read(path: Path) -> pd.DataFrame:
+    """One record's table, or every record's when `path` is the runs folder."""
+    return pd.read_parquet(path)
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    mean = sum(values) / len(values) if values else math.nan
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

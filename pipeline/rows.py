@@ -1,0 +1,92 @@
+"""A seed's finished steps as its row of the results table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from hedgemix import __version__
+from hedgemix.config import Recipe, config_hash, to_dict
+from hedgemix.dataset import Dataset
+from pipeline import stages
+from pipeline.results import Row
+from pipeline.runs import SeedSteps
+
+
+def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, error: str | None) -> Row:
+    """What is known of the seed so far; columns of steps that are not done stay empty."""
+    records = [found for step in steps.all() if (found := step.record())]
+    values: dict[str, Any] = {}
+    for found in records:
+        values.update(found["result"])
+        values[f"{found['kind']}_seconds"] = values.get(f"{found['kind']}_seconds", found["seconds"])
+    total = values["artifact_bytes"] + values["code_bytes"] if "artifact_bytes" in values else None
+    columns = {field.name for field in dataclasses.fields(Row)}
+    known = {name: value for name, value in values.items() if name in columns}
+    known |= {
+        "status": "failed" if error else "done" if steps.done() else "pending",
+        "error": error,
+        "train_tokens": values.get("tokens"),
+        "order": recipe.evaluate.order,
+        "total_bytes": total,
+        "limit_bytes": recipe.limits.total_bytes,
+        "within_limits": within_limits(recipe, values, total) if steps.done() else None,
+        "valid_tokens": dataset.valid_tokens - 1,
+        "valid_bytes": dataset.valid_bytes,
+        "valid_sha256": dataset.valid_sha256,
+        "train_sha256": dataset.train_sha256,
+        "tokenizer_sha256": dataset.tokenizer_sha256,
+        "vocab_size": dataset.vocab_size,
+        "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if total else None,
+        "workers": recipe.compute.workers,
+        "started_at": min((found["started_at"] for found in records), default=None),
+        "finished_at": max((found["finished_at"] for found in records), default=None),
+    }
+    return Row(
+        record=record,
+        recipe=recipe.recipe,
+        config_hash=config_hash(recipe),
+        seed=steps.seed,
+        config=json.dumps(to_dict(recipe)),
+        hedgemix_version=__version__,
+        torch_version=torch.__version__,
+        ray_version=ray.__version__,
+        python_version=platform.python_version(),
+        **git_state(),
+        **known,
+    )
+
+
+def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int | None) -> bool:
+    limits = recipe.limits
+    return (
+        total_bytes is not None
+        and total_bytes <= limits.total_bytes
+        and values["train_seconds"] <= limits.train_seconds
+        and values["evaluate_seconds"] <= limits.evaluate_seconds
+    )
+
+
+@cache
+def git_state() -> dict[str, Any]:
+    """Commit and dirtiness of the tree the code runs from; empty outside a git checkout (a job's working directory)."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"git_commit": commit, "git_dirty": None if dirty is None else bool(dirty)}

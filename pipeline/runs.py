@@ -1,0 +1,168 @@
+"""Steps on disk: each has a folder named by what it reads, and is done when its result.json is there.
+
+Layout under the runs folder (names beginning with _ are skipped by `pandas.read_parquet`):
+
+    <record>.parquet              one row a seed
+    _steps/<kind>-<key>/          result.json, written last, and what the step made
+    _records/<record>/            recipe.json, record.lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hedgemix.config import DataConfig, Recipe, RecipeError, config_hash, to_dict
+from hedgemix.dataset import Dataset
+from hedgemix.files import write_json
+
+# Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
+VERSIONS = {"data": 1, "counts": 1, "train": 1, "score": 1, "quantize": 1, "evaluate": 1}
+
+
+@dataclass(frozen=True)
+class Step:
+    kind: str
+    key: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.key}"
+
+    def record(self) -> dict[str, Any] | None:
+        """All that result.json holds (kind, key, reads, started_at, finished_at, seconds, result), or None when the
+        step is not done. A damaged result.json counts as not done."""
+        try:
+            found = json.loads((self.folder / "result.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return found if found.get("key") == self.key else None
+
+    def done(self) -> bool:
+        return self.record() is not None
+
+    def result(self) -> dict[str, Any]:
+        record = self.record()
+        if record is None:
+            raise FileNotFoundError(f"step {self.name} has no result in {self.folder}")
+        return record["result"]
+
+
+def step(runs: Path, kind: str, *reads: Any) -> Step:
+    """The step of this kind that reads exactly these configurations, hashes and parents' keys."""
+    key = config_hash(kind, VERSIONS[kind], *reads)
+    return Step(kind, key, runs / "_steps" / f"{kind}-{key}")
+
+
+def perform(step: Step, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the step unless it is done; its result.json is written last, whole or not at all."""
+    if (record := step.record()) is not None:
+        return record["result"]
+    started, began = now(), time.monotonic()
+    step.folder.mkdir(parents=True, exist_ok=True)
+    result = work()
+    record = {
+        "kind": step.kind,
+        "key": step.key,
+        "started_at": started,
+        "finished_at": now(),
+        "seconds": time.monotonic() - began,
+        "result": result,
+    }
+    write_json(step.folder / "result.json", record)
+    return result
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class SeedSteps:
+    """One seed's way through the pipeline."""
+
+    seed: int
+    train: Step
+    score: Step
+    quantize: Step
+    evaluate: Step
+
+    def all(self) -> tuple[Step, ...]:
+        return self.train, self.score, self.quantize, self.evaluate
+
+    def done(self) -> bool:
+        return all(step.done() for step in self.all())
+
+
+def seed_steps(runs: Path, recipe: Recipe, dataset: Dataset, seed: int) -> SeedSteps:
+    """The seed's steps. A step's key covers what it reads and its parent's key, so changing the mixer names a new
+    evaluation and nothing else. The number of evaluating ranks is left out: it does not change the score."""
+    compute, evaluate = recipe.compute, to_dict(recipe.evaluate)
+    machine = [compute.workers, compute.gpus_per_worker]
+    text = [dataset.train_sha256, dataset.tokenizer_sha256, dataset.vocab_size]
+    train = step(runs, "train", recipe.model, recipe.train, machine, text, seed)
+    order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
+    score = step(runs, "score", train.key, order, dataset.valid_sha256)
+    quantize = step(runs, "quantize", train.key, recipe.quantize)
+    evaluation = step(runs, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
+    return SeedSteps(seed, train, score, quantize, evaluation)
+
+
+def data_step(runs: Path, config: DataConfig) -> Step:
+    """The data's step reads the configuration and what its source looks like now: package versions, or the names,
+    sizes and times of files."""
+    if config.source == "docs":
+        source: list[Any] = [[name, installed_version(name)] for name in config.packages]
+    else:
+        named = config.paths if config.source == "text" else (config.shards_dir, config.tokenizer)
+        source = [
+            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+            for path in named
+            for file in (sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)])
+            if file.is_file()
+        ]
+    return step(runs, "data", config, source)
+
+
+def installed_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def counts_step(runs: Path, recipe: Recipe, dataset: Dataset) -> Step:
+    return step(runs, "counts", dataset.valid_sha256, dataset.vocab_size, list(recipe.evaluate.mixer.orders))
+
+
+def record_folder(runs: Path, record: str) -> Path:
+    return runs / "_records" / record
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the record: a second driver of the same record is told, instead of doing its work twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "record.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(f"another driver is at work on this record ({folder}); wait for it or stop it") from None
+        file.write(f"{os.uname().nodename} {os.getpid()}\n")
+        yield
+
+
+def forget(step: Step) -> None:
+    """Remove a step's folder."""
+    shutil.rmtree(step.folder, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""What each step does once it has its machine: plain functions from files to files, no Ray.
+
+train -> weights.pt, hessians.pt;  score: bits per byte of those weights;  quantize -> artifact.hmx;
+counts: n-gram index of the validation text;  evaluate: the score, from the artifact and the tokens alone.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hedgemix import artifact, bundle, ngram
+from hedgemix import dataset as datasets
+from hedgemix.bpb import bits_per_byte
+from hedgemix.config import Recipe
+from hedgemix.dataset import Dataset
+from hedgemix.evaluate import evaluate_artifact, score_model
+from hedgemix.files import Log, load_tensors
+from hedgemix.model import Model
+from hedgemix.quantize import quantize_model
+from hedgemix.train import train
+
+ARTIFACT = "artifact.hmx"
+INDEX = "index"
+
+
+def train_stage(recipe: Recipe, dataset: Dataset, seed: int, folder: Path, log: Log) -> dict[str, Any]:
+    device = pick_device(recipe)
+    result = asdict(train(recipe, dataset, seed, folder, device, log=log))
+    return {**result, "hardware": hardware(device)}
+
+
+def score_stage(recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log) -> dict[str, Any]:
+    device = pick_device(recipe)
+    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens)
+    model.load_state_dict(load_tensors(train_folder / "weights.pt"))
+    score = score_model(model.to(device), datasets.valid_stream(dataset), recipe.evaluate, log=log)
+    return {"nats": score, "bpb_full": bits_per_byte(score, dataset.valid_bytes)}
+
+
+def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Path, folder: Path) -> dict[str, Any]:
+    device = pick_device(recipe)
+    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens)
+    model.load_state_dict(load_tensors(train_folder / "weights.pt"))
+    hessians = load_tensors(train_folder / "hessians.pt", device)
+    tensors, report = quantize_model(model.to(device), hessians["sums"], hessians["count"], recipe.quantize)
+    path = folder / ARTIFACT
+    header = {
+        "recipe": recipe.recipe,
+        "seed": seed,
+        "model": asdict(recipe.model),
+        "vocab_size": dataset.vocab_size,
+        "context_tokens": recipe.train.sequence_tokens,
+    }
+    size = artifact.write(path, header, Path(dataset.tokenizer).read_bytes(), tensors, recipe.quantize.zstd_level)
+    return {
+        **report,
+        "artifact_bytes": size,
+        "artifact_sha256": artifact.read(path).sha256,  # reads back what was written: a bad file stops here
+        "code_bytes": bundle.code_bytes().n_bytes,
+    }
+
+
+def counts_stage(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+    stream = datasets.valid_stream(dataset)
+    index = ngram.build_index(stream.read(0, len(stream)), recipe.evaluate.mixer.orders, dataset.vocab_size)
+    ngram.save(index, folder / INDEX)
+    return {"tokens": len(stream)}
+
+
+def evaluate_stage(
+    recipe: Recipe, dataset: Dataset, artifact_path: Path, counts_folder: Path, folder: Path, log: Log
+) -> dict[str, Any]:
+    result = evaluate_artifact(
+        artifact_path,
+        datasets.valid_stream(dataset),
+        counts_folder,
+        recipe.evaluate,
+        pick_device(recipe),
+        trace=folder / "trace.jsonl",
+        log=log,
+    )
+    return asdict(result)
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """The GPU Ray gave this process when the recipe asks for one, else the CPU."""
+    if recipe.compute.gpus_per_worker > 0 and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"

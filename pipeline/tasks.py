@@ -1,0 +1,176 @@
+"""Each step as a Ray job: Ray Train for training, tasks for the rest, a gang of ranks for a parallel evaluation.
+
+Every task is idempotent: it does its step unless the step's result.json is there, and writes that last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from hedgemix import ranks
+from hedgemix.config import Recipe, from_dict, to_dict
+from hedgemix.dataset import Dataset
+from hedgemix.files import Log
+from hedgemix.train import DivergedError
+from pipeline import runs, stages
+from pipeline.gang import run_gang
+from pipeline.runs import SeedSteps, Step, perform
+
+HEAD = {"node:__internal_head__": 0.001}
+"""Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one record is given; small, so it travels by value."""
+
+    recipe: Recipe
+    dataset: Dataset
+    runs: str
+    board: Any
+    """The progress board's actor handle."""
+
+    def log(self, seed: int, stage: str) -> Log:
+        """Progress of one stage, from rank 0 to the board; fire and forget."""
+        if ranks.rank() != 0:
+            return lambda record: None
+        return lambda record: self.board.put.remote(seed, stage, record)
+
+
+def use_cpus(recipe: Recipe) -> None:
+    torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train would
+    take it for a lost worker and try again."""
+    job, seed, folder = config["job"], config["seed"], Path(config["folder"])
+    recipe = from_dict(Recipe, config["recipe"])
+    if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
+        torch.cuda.set_device(ray.train.torch.get_device())
+    use_cpus(recipe)
+    try:
+        return stages.train_stage(recipe, job.dataset, seed, folder, job.log(seed, "train"))
+    except (DivergedError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+@ray.remote(num_cpus=0, max_retries=0, resources=HEAD)
+def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
+    """Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes on
+    from the checkpoint in the step's folder with the budget that is left."""
+    compute = job.recipe.compute
+
+    def fit() -> dict[str, Any]:
+        scratch = step.folder / "ray"
+        per_worker = {"CPU": compute.cpus_per_worker}
+        if compute.gpus_per_worker:
+            per_worker["GPU"] = compute.gpus_per_worker
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "job": job,
+                "recipe": to_dict(job.recipe),
+                "seed": seed,
+                "folder": str(step.folder),
+            },
+            torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo", timeout_s=600),
+            scaling_config=ScalingConfig(
+                num_workers=compute.workers,
+                use_gpu=bool(compute.gpus_per_worker),
+                resources_per_worker=per_worker,
+                placement_strategy="STRICT_PACK",
+            ),
+            run_config=RunConfig(
+                name=f"seed{seed}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(scratch),
+                failure_config=FailureConfig(
+                    max_failures=compute.max_restarts, max_preemption_failures=compute.max_restarts
+                ),
+            ),
+        )
+        result = trainer.fit().return_value
+        if "error" in result:
+            raise RuntimeError(result["error"])
+        shutil.rmtree(scratch, ignore_errors=True)  # Ray's bookkeeping; our checkpoints are beside it
+        return result
+
+    return perform(step, fit)
+
+
+@ray.remote(max_retries=2, retry_exceptions=[OSError])
+def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
+    use_cpus(job.recipe)
+    return perform(
+        step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, job.log(seed, "score"))
+    )
+
+
+@ray.remote(max_retries=2, retry_exceptions=[OSError])
+def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
+    use_cpus(job.recipe)
+    job.log(seed, "quantize")({})
+    return perform(
+        step, lambda: stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder)
+    )
+
+
+@ray.remote(max_retries=2, retry_exceptions=[OSError])
+def count(job: Job, step: Step) -> dict[str, Any]:
+    """The n-gram index of the validation text, shared by every seed."""
+    return perform(step, lambda: stages.counts_stage(job.recipe, job.dataset, step.folder))
+
+
+def evaluate_rank(job: Job, artifact: str, counts: str, folder: str, seed: int) -> dict[str, Any]:
+    use_cpus(job.recipe)
+    log = job.log(seed, "evaluate")
+    return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log)
+
+
+@ray.remote(max_retries=2, retry_exceptions=[OSError])
+def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dict[str, Any]:
+    """The score, by one rank in this process or by a gang this task waits for."""
+    compute = job.recipe.compute
+    arguments = (job, artifact, counts, str(step.folder), seed)
+    if compute.evaluate_workers == 1:
+        return perform(step, lambda: evaluate_rank(*arguments))
+    work = lambda: run_gang(  # noqa: E731
+        compute.evaluate_workers, compute.cpus_per_worker, compute.gpus_per_worker, evaluate_rank, arguments
+    )
+    return perform(step, work)
+
+
+def one_worker(job: Job) -> dict[str, Any]:
+    """The resources of a task that uses one worker's share of a node."""
+    compute = job.recipe.compute
+    return {"num_cpus": compute.cpus_per_worker, "num_gpus": compute.gpus_per_worker}
+
+
+def start_quantize(job: Job, steps: SeedSteps) -> Any:
+    return quantize.options(**one_worker(job)).remote(job, steps.quantize, steps.train, steps.seed)
+
+
+def start_score(job: Job, steps: SeedSteps) -> Any:
+    return score_full.options(**one_worker(job)).remote(job, steps.score, steps.train, steps.seed)
+
+
+def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
+    options = one_worker(job) if job.recipe.compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
+    artifact, index = steps.quantize.folder / stages.ARTIFACT, counts.folder / stages.INDEX
+    return evaluate.options(**options).remote(job, steps.evaluate, str(artifact), str(index), steps.seed)
+
+
+def start_counts(job: Job) -> Any:
+    return count.options(num_cpus=1).remote(job, runs.counts_step(Path(job.runs), job.recipe, job.dataset))
+
+

@@ -1,0 +1,243 @@
+"""The artifact comes back bit for bit, and nothing else is accepted as one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zstandard
+from torch import Tensor
+
+from hedgemix import artifact
+from hedgemix.artifact import PREFIX, Artifact, ArtifactError, Stored
+
+HEADER = {"model": {"layers": 2, "width": 8}, "seed": 7, "recipe": "t\u00e9st"}
+TOKENIZER = bytes(range(256))
+GOLDEN = """
+89484d580d0a1a0a01000000740000000000000078000000000000000900000000000000200000000000000006000000000000000f000000
+000000000800000000000000110000000000000004000000000000000d000000000000005d00000004ffffffffffffffff003d88890693b6
+29d7f1d53aa79e5d566577aed334a0dba13728e5df5986f01f53494d99607036d3ec52ab43c6579ffd060b3f54776e0d2070100a408b5a52
+28c544fd66ec2ec7e918c8c00da5a27ea0b85c2a577e5026725b8293db573c79d735f7890e97aaa2fed2e0805d00000004ffffffffffffff
+ff003a1bc9a93f270a0416fd4b1c3ffffe93500028b52ffd2006310000f1000f0102fd28b52ffd20084100000000000038343ec028b52ffd
+2004210000cdcccc3ded5e720e7af59a48ce7015dccf0087369113dd1c19d5957944690ee89f516024
+"""
+
+
+def tensors() -> dict[str, Tensor | Stored]:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-15, 16, (6, 8), generator=generator, dtype=torch.int8)
+    table = torch.randint(-127, 128, (3, 4, 5), generator=generator, dtype=torch.int8)
+    return {
+        "matrix": Stored(codes, torch.rand(6, generator=generator).half()),
+        "table": Stored(table, torch.rand(3, 4, generator=generator).half()),
+        "gain": torch.randn(5, generator=generator).half(),
+        "gate": torch.randn(2, 3, generator=generator),
+        "scalar": torch.tensor(0.1),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def made(path: Path) -> Path:
+    artifact.write(path, HEADER, TOKENIZER, tensors(), 19)
+    return path
+
+
+def packed(document: Any, codes: bytes = b"", halves: bytes = b"", singles: bytes = b"") -> bytes:
+    """A file with a right checksum and wrong contents."""
+    data = document if isinstance(document, bytes) else json.dumps(document).encode()
+    plain = [data, b"", codes, halves, singles]
+    stored = [lzma.compress(part, lzma.FORMAT_ALONE) for part in plain[:2]]
+    stored += [zstandard.compress(part) if part else part for part in plain[2:]]
+    return sealed([(len(p), s) for p, s in zip(plain, stored, strict=True)])
+
+
+def sealed(sections: list[tuple[int, bytes]]) -> bytes:
+    lengths = [number for length, part in sections for number in (length, len(part))]
+    content = PREFIX.pack(artifact.MAGIC, 1, *lengths) + b"".join(part for _, part in sections)
+    return content + hashlib.sha256(content).digest()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model.hmx"
+    n_bytes = artifact.write(path, HEADER, TOKENIZER, tensors(), 19)
+    result = artifact.read(path)
+    assert isinstance(result, Artifact)
+    assert (result.header, result.tokenizer) == (HEADER, TOKENIZER)
+    assert result.n_bytes == n_bytes == path.stat().st_size
+    assert result.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert list(result.tensors) == sorted(tensors())
+    for name, tensor in tensors().items():
+        plain = artifact.dequantize(tensor.codes, tensor.scale) if isinstance(tensor, Stored) else tensor.float()
+        assert result.tensors[name].dtype == torch.float32
+        assert torch.equal(result.tensors[name], plain), name
+    assert [file.name for file in path.parent.iterdir()] == ["model.hmx"]
+
+
+def test_nothing_in_it(tmp_path: Path) -> None:
+    artifact.write(tmp_path / "a", {}, b"", {}, 1)
+    assert artifact.read(tmp_path / "a").tensors == {}
+
+
+def test_same_contents_same_bytes(tmp_path: Path) -> None:
+    first = made(tmp_path / "a").read_bytes()
+    other_order = dict(reversed(tensors().items()))
+    artifact.write(tmp_path / "b", dict(reversed(HEADER.items())), TOKENIZER, other_order, 19)
+    assert (tmp_path / "b").read_bytes() == first
+
+
+def test_strided_tensors(tmp_path: Path) -> None:
+    codes = torch.arange(12, dtype=torch.int8).view(3, 4).T
+    artifact.write(tmp_path / "a", {}, b"", {"t": Stored(codes, torch.ones(4).half())}, 1)
+    assert torch.equal(artifact.read(tmp_path / "a").tensors["t"], codes.float())
+
+
+def test_files_of_earlier_versions_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "golden"
+    path.write_bytes(bytes.fromhex(GOLDEN))
+    result = artifact.read(path)
+    assert (result.header, result.tokenizer) == ({"name": "golden"}, b"tokenizer")
+    assert {name: tensor.tolist() for name, tensor in result.tensors.items()} == {
+        "half": [1.5, -2.0],
+        "matrix": [[-7.5, 0.0, 7.5], [0.25, 0.5, -0.75]],
+        "single": torch.tensor(0.1).item(),
+    }
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    content = made(tmp_path / "a").read_bytes()
+    path = tmp_path / "flipped"
+    for position in range(len(content)):
+        altered = bytearray(content)
+        altered[position] ^= 1 << position % 8
+        path.write_bytes(altered)
+        with pytest.raises(ArtifactError, match="flipped"):
+            artifact.read(path)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    content = made(tmp_path / "a").read_bytes()
+    path = tmp_path / "short"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ArtifactError, match="truncated" if length else "not a hedgemix artifact"):
+            artifact.read(path)
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    content = made(tmp_path / "a").read_bytes()
+    path = tmp_path / "b"
+    for altered, message in [
+        (b"PK\x03\x04" + bytes(500), "not a hedgemix artifact"),
+        (content + b"\0", "bytes after its end"),
+        (content[:8] + struct.pack("<I", 2) + content[12:], "format version 2, this hedgemix reads 1"),
+        (content[:200] + bytes([content[200] ^ 1]) + content[201:], "altered"),
+        (content[:12] + struct.pack("<Q", 2**40) + content[20:], "over 1,073,741,824 bytes"),
+    ]:
+        path.write_bytes(altered)
+        with pytest.raises(ArtifactError, match=message):
+            artifact.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (packed(b"{no"), "not the JSON"),
+        (packed(b"\xff\xfe\xff"), "not the JSON"),
+        (packed(b"[" * 100_000), "not the JSON"),
+        (packed([]), "not the JSON"),
+        (packed({"header": 1, "tensors": []}), "not a JSON object"),
+        (packed({"header": {}, "tensors": [["a", "float32"]]}), "not the JSON"),
+        (packed({"header": {}, "tensors": [["a", "pickle", [1]]]}, singles=bytes(4)), "unknown kind"),
+        (packed({"header": {}, "tensors": [["a", [], [1]]]}), "unknown kind"),
+        (packed({"header": {}, "tensors": [[1, "float32", [1]]]}, singles=bytes(4)), "unknown kind"),
+        (packed({"header": {}, "tensors": [["a", "float32", [-1, -1]]]}, singles=bytes(4)), "impossible shape"),
+        (packed({"header": {}, "tensors": [["a", "float32", [1.0]]]}, singles=bytes(4)), "impossible shape"),
+        (packed({"header": {}, "tensors": [["a", "float32", [2**40, 0]]]}), "impossible shape"),
+        (packed({"header": {}, "tensors": [["a", "float32", [2**30, 2**30]]]}), "does not fit"),
+        (packed({"header": {}, "tensors": [["a", "float32", [2]]]}, singles=bytes(4)), "does not fit"),
+        (packed({"header": {}, "tensors": [["a", "float32", [1]]] * 2}, singles=bytes(8)), "listed twice"),
+        (packed({"header": {}, "tensors": [["a", "quantized", []]]}, codes=bytes(1), halves=bytes(2)), "impossible"),
+        (
+            packed({"header": {}, "tensors": [["a", "quantized", [1, 1]]]}, codes=b"\1", halves=b"\x00\x7c"),
+            "'a' is not finite",
+        ),
+    ],
+)
+def test_well_sealed_nonsense_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=message):
+        artifact.read(path)
+
+
+def test_no_section_expands_beyond_its_declared_length(tmp_path: Path) -> None:
+    document = json.dumps({"header": {}, "tensors": []}).encode()
+    empty = b""
+    nothing = lzma.compress(b"", lzma.FORMAT_ALONE)
+    text = lzma.compress(document, lzma.FORMAT_ALONE)
+    bomb, noise = bytes(10_000_000), b"no compressed data"
+    path = tmp_path / "bomb"
+    for sections in [
+        [(len(document), text), (10, lzma.compress(bomb, lzma.FORMAT_ALONE)), *[(0, empty)] * 3],
+        [
+            (len(document), text),
+            (0, nothing),
+            (10, zstandard.compress(bomb)),
+            *[(0, empty)] * 2,
+        ],
+        [(len(document), noise), (0, text), *[(0, empty)] * 3],
+        [(len(document), text), (0, nothing), (10, noise), *[(0, empty)] * 2],
+        [(len(document), text), (0, nothing), (0, b"more"), *[(0, empty)] * 2],
+    ]:
+        path.write_bytes(sealed(sections))
+        with pytest.raises(ArtifactError, match="bomb: a section"):
+            artifact.read(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensor", "message"),
+    [
+        ({"x": object()}, torch.ones(1), "header is not JSON"),
+        ({"x": float("nan")}, torch.ones(1), "header is not JSON"),
+        ({}, torch.ones(1, dtype=torch.bfloat16), "'a' is bfloat16"),
+        ({}, torch.tensor([1e6]).half(), "not finite in float16"),
+        ({}, Stored(torch.ones(2, 2, dtype=torch.int8), torch.ones(3).half()), "do not fit"),
+        ({}, Stored(torch.ones(2, 2), torch.ones(2).half()), "use int8 and float16"),
+        ({}, Stored(torch.ones(1, 2, dtype=torch.int8), torch.tensor([float("inf")]).half()), "scales are not finite"),
+    ],
+)
+def test_contents_that_cannot_be_stored(tmp_path: Path, header: dict[str, Any], tensor: Any, message: str) -> None:
+    path = made(tmp_path / "a")
+    before = path.read_bytes()
+    with pytest.raises(ArtifactError, match=message):
+        artifact.write(path, header, b"", {"a": tensor}, 1)
+    assert path.read_bytes() == before
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = made(tmp_path / "a")
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(artifact.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        artifact.write(path, {}, b"", {}, 1)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_noise_is_not_stored_longer_than_huffman_coded(tmp_path: Path) -> None:
+    codes = (torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 4).round().clamp(-15, 15)
+    stored = {"a": Stored(codes.to(torch.int8), torch.ones(256).half())}
+    sizes = [artifact.write(tmp_path / "a", {}, b"", stored, level) for level in (3, 9, 19)]
+    counts = torch.unique(codes, return_counts=True)[1] / codes.numel()
+    entropy_bytes = float(-(counts * counts.log2()).sum()) * codes.numel() / 8
+    assert max(sizes) < 1.02 * entropy_bytes + 500

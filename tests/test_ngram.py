@@ -1,0 +1,125 @@
+"""N-gram rows against a sequential table of counters, and against their own past."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hedgemix import ngram
+from hedgemix.config import RecipeError
+
+VOCAB = 7
+streams = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)
+repetitive = st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.integers(2, 12)).map(
+    lambda pair: np.tile(pair[0], pair[1])
+)
+order_sets = st.sampled_from([(1,), (1, 2, 3), (2, 4), (1, 2, 3, 6)])
+
+
+def sequential_rows(tokens: np.ndarray, orders: tuple[int, ...], vocab: int) -> np.ndarray:
+    """Witten-Bell rows (orders, N, V), one token and one counter at a time."""
+    tables: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    out = np.zeros((len(orders), len(tokens), vocab))
+    for t, token in enumerate(tokens.tolist()):
+        row = np.full(vocab, 1 / vocab)
+        for n in sorted({1, *orders}):
+            if t < n - 1:
+                context = None
+            else:
+                context = (n, *tokens[t - n + 1 : t].tolist())
+                seen = tables[context]
+                if seen:
+                    counts = np.array([seen[w] for w in range(vocab)])
+                    row = (counts + len(seen) * row) / (counts.sum() + len(seen))
+            if n in orders:
+                out[orders.index(n), t] = row
+            if context:
+                tables[context][token] += 1
+    return out
+
+
+def rows_in_blocks(tokens: np.ndarray, orders: tuple[int, ...], block: int, vocab: int = VOCAB) -> torch.Tensor:
+    index = ngram.build_index(tokens, orders, vocab)
+    state = ngram.start_state(index)
+    parts = []
+    for start in range(0, len(tokens), block):
+        stop = min(start + block, len(tokens))
+        parts.append(torch.stack(ngram.rows(state, index, start, stop)))
+        ngram.advance(state, index, start, stop)
+    return torch.cat(parts, dim=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams | repetitive, order_sets, st.sampled_from([1, 3, 16, 100]))
+def test_rows_equal_a_sequential_table(tokens: np.ndarray, orders: tuple[int, ...], block: int) -> None:
+    rows = rows_in_blocks(tokens, orders, block).double().numpy()
+    np.testing.assert_allclose(rows, sequential_rows(tokens, orders, VOCAB), rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def text() -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return (generator.zipf(1.3, 1500) % 50).astype(np.uint16)
+
+
+def test_rows_of_a_longer_text(text: np.ndarray) -> None:
+    rows = rows_in_blocks(text, (1, 2, 3, 4), 256, 50).double().numpy()
+    np.testing.assert_allclose(rows, sequential_rows(text, (1, 2, 3, 4), 50), rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("block", [1, 17, 256])
+def test_blocks_do_not_matter_bitwise(text: np.ndarray, block: int) -> None:
+    assert torch.equal(rows_in_blocks(text, (1, 2, 3), block, 50), rows_in_blocks(text, (1, 2, 3), len(text), 50))
+
+
+@pytest.mark.parametrize("t", [1, 2, 300, 511, 512])
+def test_the_future_changes_no_row(text: np.ndarray, t: int) -> None:
+    changed = text.copy()
+    changed[t:] = np.random.default_rng(1).integers(0, 50, len(text) - t)
+    before, after = (rows_in_blocks(tokens, (1, 2, 3), 256, 50) for tokens in (text, changed))
+    assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+    assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+
+
+def test_matched_order(text: np.ndarray) -> None:
+    index = ngram.build_index(text, (1, 2, 4), 50)
+    longest = ngram.matched_order(index, 0, len(text))
+    for t in range(0, len(text), 7):
+        expected = 1
+        for n in (2, 4):
+            grams = {tuple(text[i : i + n - 1]) for i in range(t - n + 1)}
+            if t >= n - 1 and tuple(text[t - n + 1 : t]) in grams:
+                expected = n
+        assert longest[t] == expected
+
+
+def test_save_and_load(text: np.ndarray, tmp_path: Path) -> None:
+    index = ngram.build_index(text, (1, 2, 3), 50)
+    ngram.save(index, tmp_path / "index")
+    loaded = ngram.load(tmp_path / "index")
+    assert loaded.orders == index.orders and isinstance(loaded.tables[3].pair_N, np.memmap)
+    state, other = ngram.start_state(index), ngram.start_state(loaded)
+    for a, b in ((0, 400), (400, 600)):
+        assert all(map(torch.equal, ngram.rows(state, index, a, b), ngram.rows(other, loaded, a, b)))
+        ngram.advance(state, index, a, b)
+        ngram.advance(other, loaded, a, b)
+
+
+def test_what_cannot_work_says_so(text: np.ndarray) -> None:
+    for orders, vocab in (((1, 6), 2000), ((1, 7), 50), ((), 50), ((2, 1), 50), ((1, 2), 20)):
+        with pytest.raises(RecipeError):
+            ngram.build_index(text, orders, vocab)
+    ngram.build_index(text, (1, 6), 1024)
+    index = ngram.build_index(text, (1, 2), 50)
+    state = ngram.start_state(index)
+    with pytest.raises(ValueError, match="stand at 0"):
+        ngram.rows(state, index, 5, 9)
+    with pytest.raises(ValueError, match="stand at 0"):
+        ngram.advance(state, index, 5, 9)

@@ -1,0 +1,115 @@
+"""The house rules that a reader may rely on, checked on the tree as it is."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted((ROOT / "hedgemix").rglob("*.py"))
+PIPELINE = sorted((ROOT / "pipeline").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+STAGES = ("train", "quantize", "evaluate")
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Every dotted name that the source imports, at its top or deeper; `package` resolves relative imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names.add(module)
+            names.update(f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and called(node) in ("importlib.import_module", "import_module", "__import__"):
+            names.update(a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    return names
+
+
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+def under(names: set[str], *roots: str) -> set[str]:
+    return {name for name in names for root in roots if name == root or name.startswith(root + ".")}
+
+
+def unsafe_loads(source: str) -> Iterator[int]:
+    """Lines that could run code from a file: pickle, and torch.load unless it says weights_only=True."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            names = {alias.name for alias in node.names} | {module}
+            if under(names, "pickle", "cloudpickle", "dill", "joblib") or (module == "torch" and "load" in names):
+                yield node.lineno
+        elif isinstance(node, ast.Call) and called(node) == "torch.load":
+            keywords = {k.arg: k.value for k in node.keywords}
+            value = keywords.get("weights_only")
+            if not (isinstance(value, ast.Constant) and value.value is True):
+                yield node.lineno
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def package_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parts[:-1])
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_the_library_knows_neither_ray_nor_the_pipeline(path: Path) -> None:
+    assert not under(imported(path.read_text(), package_of(path)), "ray", "pipeline", "tests")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_meet_in_files_and_not_in_imports(stage: str) -> None:
+    path = ROOT / "hedgemix" / f"{stage}.py"
+    if not path.exists():
+        pytest.skip(f"{name_of(path)} does not exist")
+    others = [f"hedgemix.{other}" for other in STAGES if other != stage]
+    assert not under(imported(path.read_text(), package_of(path)), *others)
+
+
+@pytest.mark.parametrize("path", LIBRARY + PIPELINE + TESTS, ids=name_of)
+def test_files_stay_short_and_have_a_name(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    assert path.stem not in ("utils", "util", "helpers", "misc")
+
+
+@pytest.mark.parametrize("path", LIBRARY + PIPELINE, ids=name_of)
+def test_reading_a_file_never_runs_code(path: Path) -> None:
+    assert not list(unsafe_loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import ray", {"ray"}),
+        ("def f():\n    from ray.train import report", {"ray.train", "ray.train.report"}),
+        ("from . import train", {"hedgemix", "hedgemix.train"}),
+        ("from .train import f", {"hedgemix.train", "hedgemix.train.f"}),
+        ("import importlib\nimportlib.import_module('ray')", {"importlib", "ray"}),
+    ],
+)
+def test_the_import_check_sees_each_form(source: str, names: set[str]) -> None:
+    assert imported(source, "hedgemix") == names
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("import pickle", [1]),
+        ("from pickle import loads", [1]),
+        ("from torch import load", [1]),
+        ("torch.load(f)", [1]),
+        ("torch.load(f, weights_only=False)", [1]),
+        ("torch.load(f, weights_only=True)", []),
+    ],
+)
+def test_the_load_check_sees_each_form(source: str, lines: list[int]) -> None:
+    assert list(unsafe_loads(source)) == lines

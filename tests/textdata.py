@@ -1,0 +1,30 @@
+"""A little real text and a tokenizer trained on it, made once a test run."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+
+from hedgemix import tokenizer
+from hedgemix.corpus import docs_documents
+
+ODD = "\u2581\u2585\x00\t\n\r \ue000\ufeff\u200b\xa0\u2047e\u0301\u0130\U0001f600ab1.<s>"
+TEXTS = st.text(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=60)
+
+
+@cache
+def documents() -> tuple[str, ...]:
+    """300 docstrings of numpy, about 300 KB."""
+    return tuple(dict.fromkeys(islice(docs_documents(["numpy"]), 300)))
+
+
+@cache
+def processor() -> SentencePieceProcessor:
+    """512 pieces trained on `documents`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizer.train(documents(), 512, Path(folder) / "tokenizer.model")
