@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,18 +154,17 @@ class Evaluation:
         if self.adapter and self.adapter.chunks_learned:
             models["adapted"] = self.adapter.scorer
         source = chunk_rows(models, self.tokens_N, chunk, self.config)
-        while (item := self.timed("scoring", lambda: next(source, None))) is not None:
+        while (item := self.timed("scoring", partial(next, source, None))) is not None:
             piece, rows = item
             if self.adapter and "adapted" not in rows:
                 rows["adapted"] = rows["frozen"]  # nothing was learned yet
-            self.timed("mixing", lambda piece=piece, rows=rows: self.score(piece, rows))
+            self.timed("mixing", partial(self.score, piece, rows))
         published.count(self.published, self.history(chunk), self.tokens_N[chunk.start : chunk.stop])
         chunk_bytes = int(self.bytes_N[chunk.start : chunk.stop].sum())
         self.tokens += chunk.stop - chunk.start
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
-            adapter = self.adapter
-            self.timed("ttt", lambda: adapter.learn(self.tokens_N, self.weights_N, chunk))
+            self.timed("ttt", partial(self.adapter.learn, self.tokens_N, self.weights_N, chunk))
         return {
             "chunk": number,
             "tokens": chunk.stop - chunk.start,

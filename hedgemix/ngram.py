@@ -189,7 +189,7 @@ def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:
 
 def _interpolate(p_BV: Tensor, table: OrderIndex, pair_count: Tensor, token_P: Tensor, start: int, stop: int) -> Tensor:
     device = p_BV.device
-    size, vocab_size = p_BV.shape
+    vocab_size = p_BV.shape[1]
     first_host, pair_host = table.first_N[start:stop], table.pair_N[start:stop]
     distinct_host = table.distinct_N[start:stop].astype(np.int64)
     first_B, distinct_B = _tensor(first_host, device), _tensor(distinct_host, device)

@@ -40,9 +40,9 @@ class Muon:
     """Momentum orthogonalised by Newton-Schulz, with decoupled weight decay, Nesterov, and the step scaled by
     sqrt(max(1, rows / columns))."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float, newton_schulz_steps: int) -> None:
+    def __init__(self, parameters: Iterable[Tensor], weight_decay: float, newton_schulz_steps: int) -> None:
         self.weight_decay, self.newton_schulz_steps = weight_decay, newton_schulz_steps
-        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        shapes: dict[tuple[int, ...], list[Tensor]] = {}
         for parameter in parameters:
             shapes.setdefault(tuple(parameter.shape), []).append(parameter)
         self.stacks = list(shapes.values())
@@ -120,9 +120,7 @@ class FlatGradient:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        for parameter, piece in zip(
-            parameters, self.buffer.split([p.numel() for p in parameters]), strict=True
-        ):
+        for parameter, piece in zip(parameters, self.buffer.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = piece.view_as(parameter)
 
     def zero(self) -> None:
@@ -141,7 +139,8 @@ class EMA:
     """Exponential moving average of a model's weights."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = list(parameters), decay
+        self.parameters: list[Tensor] = list(parameters)
+        self.decay = decay
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()

@@ -67,10 +67,10 @@ class BudgetClock:
     win back the time since its last checkpoint."""
 
     def __init__(self, path: Path, checkpoint_seconds: float, now: Callable[[], float]) -> None:
-        noted = read_json(path) if path.exists() else {"elapsed_seconds": 0.0, "starts": 0}
+        noted: dict[str, Any] = read_json(path) if path.exists() else {"elapsed_seconds": 0.0, "starts": 0}
         self.path, self.now = path, now
         self.used_before = max(noted["elapsed_seconds"], checkpoint_seconds)
-        self.starts = noted["starts"] + 1
+        self.starts = int(noted["starts"]) + 1
         self.began = self.beaten = now()
         self.note()
 
@@ -199,9 +199,7 @@ class Run:
         qat = late_qat(self.config, fraction)
         loss = self.backward(self.step, qat)
         self.gradient.reduce(self.config.gradient_clip)
-        self.optimizers.step(
-            rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction)
-        )
+        self.optimizers.step(rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction))
         self.ema.update()
         self.step += 1
         self.qat_steps += qat

@@ -54,7 +54,8 @@ class Adapter:
         )
         self.scorer = copy.deepcopy(model) if config.polyak > 0 else self.model
         averaged = dict(self.scorer.named_parameters())
-        self.averages = [averaged[name] for name in self.parameters]
+        self.averages: list[Tensor] = [averaged[name] for name in self.parameters]
+        self.trained: list[Tensor] = list(self.parameters.values())
         self.chunks_learned = self.steps = 0
 
     def learn(self, tokens_N: Tensor, weights_N: Tensor, chunk: Piece) -> None:
@@ -87,7 +88,7 @@ class Adapter:
             with torch.no_grad():
                 # The average starts at the shipped weights; early on it is a plain mean, so it is not stuck there.
                 decay = min(self.config.polyak, self.steps / (self.steps + 1))
-                torch._foreach_lerp_(self.averages, list(self.parameters.values()), 1 - decay)
+                torch._foreach_lerp_(self.averages, self.trained, 1 - decay)
 
 
 def sequences(tokens_N: Tensor, weights_N: Tensor, chunk: Piece, length: int) -> tuple[Tensor, Tensor, Tensor]:

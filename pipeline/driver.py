@@ -18,7 +18,7 @@ from rich.console import Console
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from pipeline import results, runs, tasks
-from pipeline.progress import Board, View
+from pipeline.progress import BoardActor, View
 from pipeline.results import Row
 from pipeline.rows import build_row
 from pipeline.runs import SeedSteps, Step
@@ -110,7 +110,7 @@ def drive(
     """
     resolved = resolve_cpus(recipe)
     check_capacity(resolved)
-    job = Job(resolved, dataset, str(out), Board.remote())
+    job = Job(resolved, dataset, str(out), BoardActor.remote())
     steps = {seed: runs.seed_steps(out, recipe, dataset, seed) for seed in seeds}
     work = Drive(record, recipe, dataset, out, steps, runs.counts_step(out, recipe, dataset), job)
     ask_for_nodes(resolved, sum(not each.train.done() for each in steps.values()))
@@ -194,4 +194,3 @@ def explain(error: Exception) -> str:
     text = lines[-1] if lines else ""
     name = type(cause).__name__
     return text if text.startswith(name) or name == "RuntimeError" else f"{name}: {text}"
-

@@ -16,7 +16,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
-@ray.remote(max_restarts=0)
 class Rank:
     """One member; its process ends with the gang."""
 
@@ -38,6 +37,9 @@ class Rank:
             dist.destroy_process_group()
 
 
+RankActor = ray.remote(max_restarts=0)(Rank)
+
+
 def run_gang(ranks: int, cpus: float, gpus: float, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """`work(*arguments)` on every rank of a gang with `cpus` and `gpus` each; returns rank 0's value.
 
@@ -49,7 +51,7 @@ def run_gang(ranks: int, cpus: float, gpus: float, work: Callable[..., Any], arg
         ray.get(group.ready())
         for index in range(ranks):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            members.append(Rank.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place).remote())
+            members.append(RankActor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place).remote())
         address = ray.get(members[0].address.remote())
         running = [member.run.remote(i, ranks, address, work, arguments) for i, member in enumerate(members)]
         pending = list(running)

@@ -18,7 +18,6 @@ from rich.table import Table
 PLAIN_SECONDS = 20.0
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """The last record of every seed."""
 
@@ -30,6 +29,9 @@ class Board:
 
     def read(self) -> dict[int, dict[str, Any]]:
         return self.seeds
+
+
+BoardActor = ray.remote(num_cpus=0)(Board)
 
 
 class View:
@@ -62,7 +64,8 @@ class View:
             if state["stage"] != stage or ("fraction" in state and now - at >= PLAIN_SECONDS):
                 self.printed[seed] = (state["stage"], now)
                 detail = "  ".join(part for part in (percent(state), figures(state), left(state)) if part)
-                self.console.print(f"[{now - self.began:6.1f} s] seed {seed}: {state['stage']}  {detail}".rstrip())
+                line = f"[{now - self.began:6.1f} s] seed {seed}: {state['stage']}  {detail}".rstrip()
+                self.console.print(line, markup=False, soft_wrap=True)
 
     def table(self) -> Table:
         table = Table(box=None, pad_edge=False)

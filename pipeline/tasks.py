@@ -18,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from hedgemix import ranks
-from hedgemix.config import Recipe, from_dict, to_dict
+from hedgemix.config import Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log
 from hedgemix.train import DivergedError
@@ -55,7 +55,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train would
     take it for a lost worker and try again."""
     job, seed, folder = config["job"], config["seed"], Path(config["folder"])
-    recipe = from_dict(Recipe, config["recipe"])
+    recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
         torch.cuda.set_device(ray.train.torch.get_device())
     use_cpus(recipe)
@@ -78,12 +78,7 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
             per_worker["GPU"] = compute.gpus_per_worker
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={
-                "job": job,
-                "recipe": to_dict(job.recipe),
-                "seed": seed,
-                "folder": str(step.folder),
-            },
+            train_loop_config={"job": job, "seed": seed, "folder": str(step.folder)},
             torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(
                 num_workers=compute.workers,
@@ -111,18 +106,14 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
 @ray.remote(max_retries=2, retry_exceptions=[OSError])
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe)
-    return perform(
-        step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, job.log(seed, "score"))
-    )
+    return perform(step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, job.log(seed, "score")))
 
 
 @ray.remote(max_retries=2, retry_exceptions=[OSError])
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe)
     job.log(seed, "quantize")({})
-    return perform(
-        step, lambda: stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder)
-    )
+    return perform(step, lambda: stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder))
 
 
 @ray.remote(max_retries=2, retry_exceptions=[OSError])
@@ -144,10 +135,8 @@ def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dic
     arguments = (job, artifact, counts, str(step.folder), seed)
     if compute.evaluate_workers == 1:
         return perform(step, lambda: evaluate_rank(*arguments))
-    work = lambda: run_gang(  # noqa: E731
-        compute.evaluate_workers, compute.cpus_per_worker, compute.gpus_per_worker, evaluate_rank, arguments
-    )
-    return perform(step, work)
+    ranks_of = compute.evaluate_workers, compute.cpus_per_worker, compute.gpus_per_worker
+    return perform(step, lambda: run_gang(*ranks_of, evaluate_rank, arguments))
 
 
 def one_worker(job: Job) -> dict[str, Any]:
@@ -172,5 +161,3 @@ def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
 
 def start_counts(job: Job) -> Any:
     return count.options(num_cpus=1).remote(job, runs.counts_step(Path(job.runs), job.recipe, job.dataset))
-
-

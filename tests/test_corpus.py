@@ -213,6 +213,6 @@ def test_a_limited_docs_corpus_keeps_its_share_of_validation(tmp_path: Path, mon
     size = len(f"{0:06d} {LONG}")
     found = corpus.collect(DataConfig(packages=("made_up_module",), max_text_bytes=size * 1000))
     assert len(found) == 1000
-    train, valid = corpus.split(found, 0.2)
+    _, valid = corpus.split(found, 0.2)
     assert 150 < len(valid) < 250
     assert sum(int(text[:6]) >= 2000 for text in found) > 400  # not the first ones of the file

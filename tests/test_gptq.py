@@ -189,8 +189,16 @@ def test_what_is_not_finite_is_named(bad: float) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 1}, {"bits": 9}, {"damping": -0.1}, {"block_columns": 0}, {"clip_quantiles": ()}]
-    + [{"clip_quantiles": (1.1,)}, {"scale_floor": -1.0}, {"scale_floor": 1e6}],
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"damping": -0.1},
+        {"block_columns": 0},
+        {"clip_quantiles": ()},
+        {"clip_quantiles": (1.1,)},
+        {"scale_floor": -1.0},
+        {"scale_floor": 1e6},
+    ],
 )
 def test_settings_that_cannot_work(change: dict[str, Any]) -> None:
     weight, hessian, count = problem()
