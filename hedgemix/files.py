@@ -44,9 +44,18 @@ def save_tensors(path: Path, value: Any) -> None:
         torch.save(value, file)
 
 
+class DamagedFileError(ValueError):
+    """A file of ours that cannot be read back."""
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What `save_tensors` wrote; only tensors and plain containers are ever unpickled."""
-    return torch.load(path, map_location=device, weights_only=True)
+    """What `save_tensors` wrote; only tensors and plain containers are ever unpickled. Raises DamagedFileError."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a file cut short or overwritten
+        raise DamagedFileError(f"{path} is damaged ({type(error).__name__}); remove its folder and run again") from None
 
 
 Log = Callable[[dict[str, Any]], None]

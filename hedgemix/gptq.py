@@ -22,7 +22,7 @@ from torch import Tensor
 from hedgemix.artifact import Stored, dequantize
 from hedgemix.config import RecipeError
 
-__all__ = ["Quantized", "add_inputs", "dequantize", "prune", "quantize", "round_rows"]
+__all__ = ["Quantized", "add_inputs", "check_settings", "dequantize", "prune", "quantize", "round_rows"]
 
 TINY_STEP = 2.0**-24  # the smallest positive float16
 LARGEST_STEP = 65504.0
@@ -79,7 +79,7 @@ def quantize(
     for weights or Hessians that are not finite, not usable or of other shapes.
     """
     levels = _levels(bits)
-    _check_settings(damping, block_columns, clip_quantiles, scale_floor)
+    check_settings(damping, block_columns, clip_quantiles, scale_floor)
     batched = weight_RC.ndim == 3
     weight_BRC = (weight_RC if batched else weight_RC[None]).float()
     sum_BCC = hessian_sum_CC if batched else hessian_sum_CC[None]
@@ -117,7 +117,7 @@ def round_rows(
     Raises as `quantize` does.
     """
     levels = _levels(bits)
-    _check_settings(0.0, 1, clip_quantiles, 0.0)
+    check_settings(0.0, 1, clip_quantiles, 0.0)
     weight_RC = weight_RC.float()
     if not weight_RC.isfinite().all():
         raise ValueError(f"{name}: its weights are not all finite")
@@ -140,7 +140,8 @@ def _levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def _check_settings(damping: float, block_columns: int, clip_quantiles: tuple[float, ...], scale_floor: float) -> None:
+def check_settings(damping: float, block_columns: int, clip_quantiles: tuple[float, ...], scale_floor: float) -> None:
+    """Raises RecipeError, its message beginning with the field, for settings that cannot work."""
     if not 0 <= damping <= LARGEST_DAMPING:
         raise RecipeError(f"damping is {damping}; choose 0 to {LARGEST_DAMPING:g}")
     if block_columns < 1:

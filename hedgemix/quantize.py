@@ -75,3 +75,7 @@ def validate(config: QuantizeConfig) -> None:
         raise RecipeError("quantize.prune_fraction must be at least 0 and below 1")
     if not 1 <= config.zstd_level <= 22:
         raise RecipeError("quantize.zstd_level must be between 1 and 22")
+    try:
+        gptq.check_settings(config.damping, config.block_columns, config.clip_quantiles, config.scale_floor)
+    except RecipeError as error:
+        raise RecipeError(f"quantize.{error}") from None

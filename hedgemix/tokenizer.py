@@ -76,7 +76,10 @@ def load(source: str | Path | bytes) -> SentencePieceProcessor:
     try:
         model = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise RecipeError(f"data.tokenizer: {name} cannot be read ({error.strerror}); name a .model file") from None
+        raise RecipeError(
+            f"data.tokenizer: {name} cannot be read ({error.strerror}); name a .model file, or fetch the official one "
+            "with `hedgemix download`"
+        ) from None
     try:
         processor = SentencePieceProcessor(model_proto=model) if model else None
     except RuntimeError:

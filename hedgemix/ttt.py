@@ -22,7 +22,7 @@ from hedgemix.stream import Piece
 
 def trained_parameters(model: Model, last_blocks: int) -> dict[str, nn.Parameter]:
     """What test-time training moves: the last blocks and every learned scale, or all weights when last_blocks is 0."""
-    first = len(model.blocks) - last_blocks
+    first = max(0, len(model.blocks) - last_blocks)
     chosen = {}
     for name, parameter in model.named_parameters():
         block = int(name.split(".")[1]) if name.startswith("blocks.") else -1

@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
             return 0
         return run(recipe, options, console)
     except RecipeError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False)
+        errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on from here")

@@ -53,7 +53,7 @@ def print_results(rows: list[Row], parquet: Path, console: Console) -> None:
     if done:
         masses = [row.published_mass for row in done if row.published_mass is not None]
         mass = sum(masses) / max(1, len(masses))
-        line(f"* the published rule is no code length: its probabilities sum to {mass:.2f} on average")
+        line(f"* no code length: the published rule's probabilities sum to {mass:.2f} on average")
         over = [str(row.seed) for row in done if not row.within_limits]
         if over:
             line(f"over the recipe's limits of bytes or seconds: seeds {', '.join(over)}")

@@ -1,0 +1,113 @@
+"""The command line: recipes, overrides, and mistakes answered in one line before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import textdata
+import tinyrecord
+
+from hedgemix import shards
+from hedgemix.config import Recipe as RecipeType
+from hedgemix.config import from_dict, to_dict
+from hedgemix.recipes import RECIPES, validate
+from pipeline import record
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_validates_and_survives_json(name: str) -> None:
+    recipe = RECIPES[name]()
+    validate(recipe)
+    assert recipe.recipe == name
+    assert from_dict(RecipeType, to_dict(recipe)) == recipe
+
+
+def test_any_field_is_an_option() -> None:
+    recipe, options = record.parse(["laptop", "--train.steps", "20", "--evaluate.ttt.rate", "0.5", "--seeds", "3", "4"])
+    assert (recipe.train.steps, recipe.evaluate.ttt.rate, options.seeds) == (20, 0.5, (3, 4))
+    assert recipe.model == RECIPES["laptop"]().model
+
+
+def test_without_a_recipe_this_machine_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert record.parse([])[0].recipe == "laptop"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert record.parse(["--seeds", "1"])[0].recipe == "single_gpu"
+
+
+def test_help_shows_fields_with_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        record.main(["record", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for expected in ("--train.budget-seconds", "--seeds", "--limits.total-bytes", "786432", "Wall clock"):
+        assert expected in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nonsense"], "laptop, single_gpu, record"),
+        (["laptop", "--seeds", "1", "1"], "--seeds"),
+        (["laptop", "--record", "../x"], "--record"),
+        (["laptop", "--train.batch-tokens", "1000"], "train.batch_tokens 1000"),
+        (["laptop", "--train.budget-seconds", "2"], "train.budget_seconds"),
+        (["laptop", "--model.heads", "5"], "model.heads"),
+        (["laptop", "--quantize.matrix-bits", "9"], "quantize.matrix_bits"),
+        (["laptop", "--evaluate.window-tokens", "512"], "evaluate.window_tokens 512"),
+        (["laptop", "--evaluate.mixer.hedge-share", "2"], "hedge_share"),
+        (["laptop", "--compute.workers", "0"], "compute.workers"),
+        (["laptop", "--limits.total-bytes", "0"], "limits.total_bytes"),
+        (["laptop", "--data.source", "text", "--data.paths", "nowhere.txt"], "nowhere.txt"),
+        (["laptop", "--data.packages", "no_such_package"], "data.packages"),
+        (["record"], "hedgemix download"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record.ray, "init", lambda **options: pytest.fail("Ray was started"))
+    assert record.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and expected in printed.replace("\n", " ") and "Traceback" not in printed
+
+
+def test_too_little_text_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tinyrecord.text_file(tmp_path)
+    options = ["--data.source", "text", "--data.paths", str(text), "--data.vocab-size", "400"]
+    assert record.main(["laptop", *options, "--data.valid-fraction", "0.3", "--train.batch-tokens", "4096000"]) == 2
+    assert "train.batch_tokens" in capsys.readouterr().err
+
+
+def test_official_shards_are_used_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    textdata.processor()
+    Path("tokenizer.model").write_bytes(textdata.processor().serialized_model_proto())
+    shards.write_shard("a_train_000000.bin", np.arange(300, dtype=np.uint16) % 500)
+    shards.write_shard("a_val_000000.bin", np.arange(300, dtype=np.uint16) % 500)
+    Path("a_val_000000.bin").write_bytes(Path("a_val_000000.bin").read_bytes()[:-10])
+    options = ["--data.source", "shards", "--data.shards-dir", ".", "--data.tokenizer", "tokenizer.model"]
+    assert record.main(["laptop", *options, "--data.vocab-size", "512"]) == 2
+    printed = capsys.readouterr().err
+    assert "a_val_000000.bin" in printed
+
+
+def test_a_job_must_not_write_where_its_folder_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(ValueError, match="absolute"):
+        record.runs_folder(Path("runs"))
+    assert record.runs_folder(tmp_path / "shared") == tmp_path / "shared"

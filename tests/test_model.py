@@ -1,0 +1,292 @@
+"""The model against a slow one written position by position, blindness to the future, quantized training, start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from hedgemix import recipes
+from hedgemix.config import ModelConfig, RecipeError
+from hedgemix.model import Model, banded_attention, fake_quantize, parameter_count, rotary_base, validate
+
+VOCAB = 50
+SMALL = ModelConfig(
+    layers=5,
+    width=32,
+    heads=4,
+    kv_heads=4,
+    mlp_hidden=48,
+    rope_dims=4,
+    logit_cap=5.0,
+    bigram_buckets=37,
+    bigram_width=16,
+    value_embedding_width=16,
+)
+
+
+def build(seed: int = 0, context: int = 64, **overrides: Any) -> Model:
+    """A small model in which every weight, gain, gate and scale matters."""
+    torch.manual_seed(seed)
+    model = Model(replace(SMALL, **overrides), VOCAB, context)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+    return model
+
+
+def tokens_of(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of the model in float64, also where it asks for float32."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def slow_logits(model: Model, tokens: list[int], band: int) -> Tensor:
+    """The forward pass of one sequence (T, V), a position and a head at a time."""
+    c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    width, group = c.width // c.heads, c.heads // c.kv_heads
+    base = c.rope_base
+    if model.context_tokens > 1024:
+        base *= (model.context_tokens / 1024) ** (c.rope_dims / (c.rope_dims - 2))
+
+    def norm(x: Tensor) -> Tensor:
+        return x / x.square().mean().sqrt()
+
+    def rope(x: Tensor, position: int) -> Tensor:
+        x, half = x.clone(), c.rope_dims // 2
+        for d in range(half):
+            angle = position * base ** (-2 * d / c.rope_dims)
+            a, b = float(x[d]), float(x[d + half])
+            x[d] = a * math.cos(angle) - b * math.sin(angle)
+            x[d + half] = b * math.cos(angle) + a * math.sin(angle)
+        return x
+
+    xs = []
+    for i, token in enumerate(tokens):
+        x = w["embedding.weight"][token]
+        if c.bigram_buckets:
+            row = ((36313 * token) ^ (27191 * tokens[i - 1])) % (c.bigram_buckets - 1) if i else c.bigram_buckets - 1
+            x = x + w["bigram.scale"] * (w["bigram.project.weight"] @ w["bigram.table.weight"][row])
+        xs.append(norm(x))
+    if c.smear_gate:
+        gate = 1 / (1 + torch.exp(-w["smear"]))
+        xs = [(1 - gate) * x + gate * (xs[i - 1] if i else 0 * x) for i, x in enumerate(xs)]
+    x0s, pushed = xs, []
+    for layer in range(c.layers):
+        at = {n.removeprefix(f"blocks.{layer}."): p for n, p in w.items() if n.startswith(f"blocks.{layer}.")}
+        depth = (layer + 1) ** -0.5 if c.depth_scale else 1.0
+        if c.skips and layer >= c.layers // 2 and pushed:
+            xs = [x + w["skip_weights"][layer - c.layers // 2] * y for x, y in zip(xs, pushed.pop(), strict=True)]
+        if c.input_mix:
+            xs = [at["input_mix"][0] * x + at["input_mix"][1] * x0 for x, x0 in zip(xs, x0s, strict=True)]
+        ins = [depth * norm(x) for x in xs]
+        valued = layer - (c.layers - c.value_embedding_layers)
+        values = [at["attention.v.weight"] @ x for x in ins]
+        if valued >= 0:
+            scale = w["value_embedding.scale"] * w["value_embedding.layer_scales"][valued]
+            table, project = w["value_embedding.table.weight"], w["value_embedding.project.weight"]
+            values = [v + scale * (project @ table[token]) for v, token in zip(values, tokens, strict=True)]
+        outs = []
+        for i in range(len(tokens)):
+            heads = []
+            for head in range(c.heads):
+                mine = slice(width * head, width * (head + 1))
+                shared = slice(width * (head // group), width * (head // group + 1))
+                q = rope(norm((at["attention.q.weight"] @ ins[i])[mine]), i) * at["attention.q_gain"][head]
+                seen = range(max(0, i - band + 1), i + 1)
+                keys = torch.stack([rope(norm((at["attention.k.weight"] @ ins[j])[shared]), j) for j in seen])
+                scores = torch.exp(keys @ q / math.sqrt(width))
+                y = scores / scores.sum() @ torch.stack([values[j][shared] for j in seen])
+                if c.xsa:
+                    v = values[i][shared]
+                    y = y - (y @ v) / (v @ v) * v
+                heads.append(y)
+            outs.append(at["attention.out.weight"] @ torch.cat(heads))
+        one = torch.ones(c.width)
+        xs = [x + at.get("attention_scale", one) * y for x, y in zip(xs, outs, strict=True)]
+        hidden = [at["mlp.up.weight"] @ (depth * norm(x)) for x in xs]
+        hidden = [torch.where(h > 0, h, c.mlp_slope * h) ** 2 for h in hidden]
+        xs = [x + at.get("mlp_scale", one) * (at["mlp.down.weight"] @ h) for x, h in zip(xs, hidden, strict=True)]
+        if c.skips and layer < c.layers // 2:
+            pushed.append(xs)
+    logits = torch.stack([w["embedding.weight"] @ norm(x) for x in xs])
+    return c.logit_cap * torch.tanh(logits / c.logit_cap)
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "every part": {},
+    "no bigram": {"bigram_buckets": 0},
+    "no smear gate": {"smear_gate": False},
+    "no input mix": {"input_mix": False},
+    "no skips": {"skips": False},
+    "no xsa": {"xsa": False},
+    "no depth scale": {"depth_scale": False},
+    "no residual scale": {"residual_scale": False},
+    "no value embedding": {"value_embedding_layers": 0},
+    "value embedding everywhere": {"value_embedding_layers": 5},
+    "no rotation": {"rope_dims": 0},
+    "whole heads rotated": {"rope_dims": 8},
+    "two key heads": {"kv_heads": 2},
+    "one key head": {"kv_heads": 1},
+    "even layers": {"layers": 4},
+    "other slope": {"mlp_slope": 0.1},
+    "long context": {"context": 4096},
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("band", [None, 4])
+@pytest.mark.parametrize("overrides", PARTS.values(), ids=PARTS)
+def test_the_forward_pass_equals_a_slow_one(overrides: dict[str, Any], band: int | None) -> None:
+    model, tokens = build(**overrides), tokens_of(2, 11)
+    logits = model.logits(model.features(tokens, band))
+    expected = torch.stack([slow_logits(model, row.tolist(), band or 11) for row in tokens])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+    loss = -expected.log_softmax(-1).gather(2, tokens.roll(-1, 1)[..., None]).sum()
+    if band is None:
+        torch.testing.assert_close(model(tokens, tokens.roll(-1, 1)), loss, rtol=1e-12, atol=0)
+
+
+def test_the_record_has_as_many_parameters_as_the_reference() -> None:
+    with torch.device("meta"):
+        recipe = recipes.record()
+        model = Model(recipe.model, recipe.data.vocab_size, recipe.train.sequence_tokens)
+    assert parameter_count(model) == 33_317_980
+    assert len(model.matrices()) == 66
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("band", [None, 6])
+@pytest.mark.parametrize("overrides", [{}, {"kv_heads": 2}], ids=["", "gqa"])
+def test_no_bit_up_to_a_position_depends_on_later_tokens(
+    overrides: dict[str, Any], band: int | None, dtype: torch.dtype
+) -> None:
+    model, tokens = build(**overrides), tokens_of(2, 33)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        before = model.logits(model.features(tokens, band))
+        for t in (0, 1, 5, 6, 17, 31):
+            changed = tokens.clone()
+            changed[:, t + 1 :] = (changed[:, t + 1 :] + 1 + tokens_of(2, 32 - t, seed=t)) % VOCAB
+            after = model.logits(model.features(changed, band))
+            assert torch.equal(after[:, : t + 1], before[:, : t + 1])
+            assert not torch.equal(after[:, t + 1 :], before[:, t + 1 :])
+
+
+@pytest.mark.parametrize(("length", "band"), [(1, 1), (7, 1), (12, 4), (13, 4), (15, 4), (16, 5), (9, 8), (3, 10)])
+def test_banded_attention_is_masked_attention(length: int, band: int) -> None:
+    q, k, v = torch.randn(3, 2, 3, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(length)
+    mask = (position <= position[:, None]) & (position > position[:, None] - band)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(banded_attention(q, k, v, band), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("band", [20, 21, 1000])
+def test_a_band_as_long_as_the_text_is_no_band(band: int) -> None:
+    model, tokens = build(), tokens_of(2, 20)
+    assert torch.equal(model.features(tokens, band), model.features(tokens))
+    assert not torch.allclose(model.features(tokens, 19), model.features(tokens))
+
+
+@pytest.mark.parametrize(("context", "base"), [(64, 1e4), (1024, 1e4), (2048, 1e4 * 2 ** (16 / 14)), (8192, 107_672.0)])
+def test_the_rope_base_grows_beyond_1024_tokens(context: int, base: float) -> None:
+    assert rotary_base(ModelConfig(), context) == pytest.approx(base, rel=1e-5)
+    model = Model(replace(SMALL, width=128, rope_dims=16), VOCAB, context)
+    expected = torch.tensor([base ** (-d / 8) for d in range(8)])
+    torch.testing.assert_close(model.frequencies, expected, rtol=2e-6, atol=0)
+
+
+def test_quantized_weights_have_31_levels_a_row() -> None:
+    weight = torch.rand(40, 3000, generator=torch.Generator().manual_seed(0)) - 0.5
+    weight[:, 7] *= 100  # one outlier a row
+    weight *= torch.logspace(-4, 2, 40)[:, None]
+    rounded = fake_quantize(weight)
+    for row, original in zip(rounded, weight, strict=True):
+        clip = original.abs().sort().values[2998]  # ceil(0.9995 * 3000) values are not clipped
+        levels = row / clip * 15
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+        assert set(levels.round().int().tolist()) == set(range(-15, 16))
+        kept = original.abs() <= clip
+        assert (row - original).abs()[kept].max() <= clip / 30 * 1.001 and kept.sum() == 2999
+
+
+def test_the_gradient_passes_straight_through_the_quantization() -> None:
+    model, tokens = build(), tokens_of(2, 20)
+    rounded = build()
+    with torch.no_grad():
+        for linear in rounded.matrices().values():
+            linear.weight.copy_(fake_quantize(linear.weight))
+    loss, at_rounded = model(tokens, tokens, True), rounded(tokens, tokens)
+    torch.testing.assert_close(loss, at_rounded)
+    assert abs(loss - model(tokens, tokens)) > 1e-3 * loss
+    loss.backward()
+    at_rounded.backward()
+    expected = dict(rounded.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("field", "overrides"),
+    [
+        ("model.layers", {"layers": 0}),
+        ("model.heads", {"heads": 0}),
+        ("model.kv_heads", {"kv_heads": 0}),
+        ("model.mlp_hidden", {"mlp_hidden": -1}),
+        ("model.width", {"width": 30}),
+        ("model.kv_heads", {"kv_heads": 3}),
+        ("model.rope_dims", {"rope_dims": 3}),
+        ("model.rope_dims", {"rope_dims": 10}),
+        ("model.bigram_buckets", {"bigram_buckets": 1}),
+        ("model.value_embedding_layers", {"value_embedding_layers": 6}),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_named(field: str, overrides: dict[str, int]) -> None:
+    validate(SMALL)
+    with pytest.raises(RecipeError, match=f"^{field} "):
+        Model(replace(SMALL, **overrides), VOCAB, 64)
+
+
+def test_the_model_starts_as_the_reference_does() -> None:
+    def start(seed: int) -> Model:
+        torch.manual_seed(seed)
+        return Model(replace(SMALL, width=128, heads=2, kv_heads=1, mlp_hidden=192, bigram_width=64), 1024, 64)
+
+    model = start(0)
+    for name, linear in model.matrices().items():
+        weight = linear.weight * (math.sqrt(2 * 5) if name.endswith((".out.weight", ".down.weight")) else 1)
+        short = weight if weight.shape[0] <= weight.shape[1] else weight.T
+        torch.testing.assert_close(short @ short.T, torch.eye(len(short)), rtol=0, atol=1e-5, msg=name)
+    assert model.bigram is not None and model.value_embedding is not None
+    assert not model.bigram.table.weight.any() and not model.value_embedding.project.weight.any()
+    assert model.embedding.weight.std().item() == pytest.approx(0.005, rel=0.02)
+    assert model.value_embedding.table.weight.std().item() == pytest.approx(0.01, rel=0.03)
+    # A product of two factors that are both zero would never learn.
+    assert model.bigram.project.weight.abs().min() > 0
+    again, other = start(0).state_dict(), start(1).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(other["blocks.0.attention.q.weight"], again["blocks.0.attention.q.weight"])
+
+
+def test_a_compiled_model_keeps_the_quantization_switch() -> None:
+    model, tokens = build(layers=2, value_embedding_layers=1), tokens_of(2, 16)
+    counter = CompileCounter()  # runs what torch.compile traced, as it is
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for qat in (False, True, False, True):
+        torch.testing.assert_close(compiled(tokens, tokens, qat), model(tokens, tokens, qat), rtol=1e-6, atol=0)
+    assert counter.frame_count == 2
+    assert compiled(tokens, tokens, True) != compiled(tokens, tokens, False)

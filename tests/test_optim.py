@@ -1,0 +1,158 @@
+"""The optimizers against torch's and against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hedgemix.config import ModelConfig, TrainConfig
+from hedgemix.model import Linear, Model
+from hedgemix.optim import EMA, FlatGradient, Muon, Optimizers, orthogonalise
+
+SHAPES = {"tall": (48, 16), "wide": (16, 48), "square": (32, 32)}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    config = ModelConfig(layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=96, bigram_buckets=101, bigram_width=64)
+    return Model(config, 64, 32)
+
+
+def stack_of(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Five matrices U diag(linspace(1, 0.05)) V^T of very different norms, with their U and V."""
+    x = torch.randn(5, rows, columns, generator=generator())
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    values = torch.linspace(1, 0.05, s.shape[1]) * torch.logspace(-3, 3, 5)[:, None]
+    return u * values[:, None] @ vh, u, vh.mT
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES.values(), ids=SHAPES)
+def test_orthogonalise_pushes_singular_values_to_one(rows: int, columns: int) -> None:
+    x, u, v = stack_of(rows, columns)
+    result = u.mT @ orthogonalise(x, 5) @ v  # diagonal when the singular vectors stay what they were
+    values = result.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.65 and values.max() < 1.25
+    torch.testing.assert_close(result, torch.diag_embed(values), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES.values(), ids=SHAPES)
+def test_a_stack_is_orthogonalised_as_one_by_one(rows: int, columns: int) -> None:
+    x, _, _ = stack_of(rows, columns)
+    apart = torch.stack([orthogonalise(each, 5) for each in x])
+    torch.testing.assert_close(orthogonalise(x, 5), apart, rtol=0, atol=1e-5)
+    assert not orthogonalise(torch.zeros(2, rows, columns), 5).any()
+
+
+def test_muon_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's orthogonalisation rounds to bfloat16 wherever it runs, ours on a GPU only; here both stay in float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    shapes = [SHAPES["tall"], SHAPES["square"], SHAPES["wide"], SHAPES["tall"], SHAPES["tall"]]
+    start = [torch.randn(*shape, generator=generator(i)) for i, shape in enumerate(shapes)]
+    mine, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    muon = Muon(mine, weight_decay=0.1, newton_schulz_steps=5)
+    oracle = torch.optim.Muon(theirs, weight_decay=0.1, nesterov=True, ns_steps=5, adjust_lr_fn="original")
+    for step in range(8):
+        rate, momentum = 0.1 / (step + 1), 0.8 + 0.02 * step
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            gradient = torch.randn(a.shape, generator=generator(100 * step + i))
+            a.grad, b.grad = gradient.clone(), gradient.clone()
+        muon.step(rate, momentum)
+        oracle.param_groups[0].update(lr=rate, momentum=momentum)
+        oracle.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    assert min((a - x).abs().max() for a, x in zip(mine, start, strict=True)) > 0.1
+
+
+def test_gradients_stay_views_of_one_buffer() -> None:
+    model, tokens = small_model(), torch.randint(64, (2, 16), generator=generator())
+    flat = FlatGradient(model.parameters())
+    expected = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
+    for passes in (1, 2):  # accumulates
+        model(tokens, tokens).backward()
+        joined = torch.cat([gradient.flatten() for gradient in expected])
+        torch.testing.assert_close(flat.buffer, passes * joined)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.untyped_storage().data_ptr() == flat.buffer.untyped_storage().data_ptr()
+    flat.zero()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("clip", [0.3, 0.0, 1e6])
+def test_the_gradient_is_clipped_as_torch_does(clip: float) -> None:
+    mine, theirs = (nn.ParameterList(torch.ones(n, 3) for n in (2, 5, 7)) for _ in range(2))
+    flat = FlatGradient(mine)
+    for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        b.grad = torch.randn(b.shape, generator=generator(i))
+        a.grad.copy_(b.grad)
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
+    assert flat.reduce(clip).item() == pytest.approx(norm.item(), rel=1e-6)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
+    assert flat.buffer.norm() == pytest.approx(min(clip or math.inf, norm.item()), rel=1e-5)
+
+
+def test_the_average_equals_a_loop_and_swapping_twice_changes_nothing() -> None:
+    parameters = [nn.Parameter(torch.randn(n, 4, generator=generator(n))) for n in (1, 3)]
+    ema = EMA(parameters, 0.9)
+    expected = [parameter.detach().double() for parameter in parameters]
+    for step in range(20):
+        for i, parameter in enumerate(parameters):
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator(step)))
+            expected[i] = 0.9 * expected[i] + 0.1 * parameter.detach().double()
+        ema.update()
+    last = [parameter.detach().clone() for parameter in parameters]
+    ema.swap()
+    for parameter, average in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), average, rtol=0, atol=1e-6)
+    ema.swap()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, last, strict=True))
+
+
+def test_every_parameter_has_exactly_one_optimizer() -> None:
+    model, config = small_model(), TrainConfig(embedding_rate=0.3, vector_rate=0.2)
+    optimizers = Optimizers(model, config)
+    by_muon = [id(parameter) for stack in optimizers.muon.stacks for parameter in stack]
+    embeddings, vectors = ([id(p) for p in group["params"]] for group in optimizers.adamw.param_groups)
+    assert sorted(by_muon + embeddings + vectors) == sorted(map(id, model.parameters()))
+    assert sorted(by_muon) == sorted(id(m.weight) for m in model.modules() if isinstance(m, Linear))
+    assert sorted(embeddings) == sorted(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))
+    assert [group["base_rate"] for group in optimizers.adamw.param_groups] == [0.3, 0.2]
+
+
+def test_the_optimizers_train_every_parameter() -> None:
+    model, tokens = small_model(), torch.randint(64, (4, 33), generator=generator())
+    flat, optimizers = FlatGradient(model.parameters()), Optimizers(model, TrainConfig())
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    for _ in range(30):
+        flat.zero()
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
+        loss.backward()
+        flat.reduce(0.3)
+        optimizers.step(1.0, 0.9)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(64), abs=0.05) and losses[-1] < 1.0
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, start[name])]
+
+
+def test_a_rate_factor_of_zero_moves_nothing() -> None:
+    model = small_model()
+    optimizers = Optimizers(model, TrainConfig())
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(0.0, 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start, strict=True))
+    optimizers.step(0.5, 0.9)
+    rate = 0.5 * 0.025  # Adam moves by its rate where all gradients were equal, and its decay is apart from that
+    moved = torch.full((64,), 1 - rate * 0.04 - rate)
+    torch.testing.assert_close(model.blocks[0].mlp_scale.detach(), moved, rtol=0, atol=1e-6)

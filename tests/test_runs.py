@@ -1,0 +1,108 @@
+"""Steps on disk: keys, atomic results, the record's lock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hedgemix.config import DataConfig, Recipe, RecipeError
+from hedgemix.dataset import Dataset
+from hedgemix.recipes import RECIPES
+from pipeline import runs
+
+
+def dataset(**changes: Any) -> Dataset:
+    hints = typing.get_type_hints(Dataset)
+    blank = {str: "x", int: 10, tuple[str, ...]: ()}
+    known = {name: blank[hint] for name, hint in hints.items()}
+    return Dataset(**{**known, **changes})
+
+
+def keys(recipe: Recipe, data: Dataset, seed: int = 1) -> dict[str, str]:
+    return {step.kind: step.key for step in runs.seed_steps(Path("r"), recipe, data, seed).all()}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {kind for kind in before if before[kind] != after[kind]}
+
+
+def test_a_step_is_named_by_what_it_reads_and_nothing_else() -> None:
+    recipe = RECIPES["laptop"]()
+    base = keys(recipe, dataset())
+    assert changed(base, keys(recipe, dataset())) == set()
+    assert changed(base, keys(recipe, dataset(), seed=2)) == {"train", "score", "quantize", "evaluate"}
+    mixer = replace(recipe.evaluate, mixer=replace(recipe.evaluate.mixer, hedge_share=0.01))
+    assert changed(base, keys(replace(recipe, evaluate=mixer), dataset())) == {"evaluate"}
+    window = replace(recipe.evaluate, window_tokens=128)
+    assert changed(base, keys(replace(recipe, evaluate=window), dataset())) == {"score", "evaluate"}
+    bits = replace(recipe, quantize=replace(recipe.quantize, matrix_bits=4))
+    assert changed(base, keys(bits, dataset())) == {"quantize", "evaluate"}
+    assert changed(base, keys(recipe, dataset(valid_sha256="other"))) == {"score", "evaluate"}
+    assert changed(base, keys(recipe, dataset(train_sha256="other"))) == {"train", "score", "quantize", "evaluate"}
+    ranks = replace(recipe, compute=replace(recipe.compute, evaluate_workers=8))
+    assert changed(base, keys(ranks, dataset())) == set()
+    workers = replace(recipe, compute=replace(recipe.compute, workers=2))
+    assert "train" in changed(base, keys(workers, dataset()))
+
+
+def test_the_data_step_sees_its_files_change(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    config = DataConfig(source="text", paths=(str(tmp_path),))
+    before = runs.data_step(tmp_path, config).key
+    assert runs.data_step(tmp_path, config).key == before
+    file.write_text("longer")
+    assert runs.data_step(tmp_path, config).key != before
+
+
+def test_a_done_step_is_not_done_again(tmp_path: Path) -> None:
+    step = runs.step(tmp_path, "data", "x")
+    assert not step.done()
+    assert runs.perform(step, lambda: {"answer": 1}) == {"answer": 1}
+    assert runs.perform(step, lambda: pytest.fail("done twice")) == {"answer": 1}
+    record = step.record()
+    assert record is not None and record["seconds"] >= 0 and record["started_at"] <= record["finished_at"]
+
+
+def test_a_step_that_fails_or_is_damaged_is_not_done(tmp_path: Path) -> None:
+    step = runs.step(tmp_path, "data", "x")
+    with pytest.raises(OSError):
+        runs.perform(step, lambda: (_ for _ in ()).throw(OSError("disk")))
+    assert not step.done()
+    (step.folder / "result.json").write_text('{"key": "' + step.key)
+    assert not step.done()
+    (step.folder / "result.json").write_text(json.dumps({"key": "another", "result": {}}))
+    assert not step.done()
+    assert runs.perform(step, lambda: {"answer": 2}) == {"answer": 2}
+
+
+def test_killed_between_write_and_rename_a_step_is_not_done(tmp_path: Path) -> None:
+    script = f"""
+import os
+from pathlib import Path
+from pipeline import runs
+step = runs.step(Path({str(tmp_path)!r}), "data", "x")
+os.replace = lambda *paths: os._exit(9)
+runs.perform(step, lambda: {{"answer": 1}})
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    step = runs.step(tmp_path, "data", "x")
+    assert list(step.folder.iterdir()) and not step.done()
+
+
+def test_one_driver_at_a_time_holds_a_record(tmp_path: Path) -> None:
+    with (
+        runs.locked(tmp_path / "record"),
+        pytest.raises(RecipeError, match="another driver"),
+        runs.locked(tmp_path / "record"),
+    ):
+        pass
+    with runs.locked(tmp_path / "record"):
+        pass
