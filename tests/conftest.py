@@ -10,8 +10,10 @@ os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import tinyrecord
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,30 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinyrecord.text_file(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A record of seeds 1 and 2, the second's checkpoint damaged: runs folder, exit code, output."""
+    from hedgemix import dataset as datasets
+    from pipeline import record, runs
+
+    out = tmp_path_factory.mktemp("undisturbed")
+    options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
+    recipe, _ = record.parse(["laptop", *options])
+    step = runs.data_step(out, recipe.data)
+
+    def prepare() -> dict[str, object]:
+        datasets.save(datasets.prepare(recipe.data, step.folder), step.folder)
+        return {}
+
+    runs.perform(step, prepare)
+    broken = runs.seed_steps(out, recipe, datasets.load(step.folder), 2).train.folder
+    broken.mkdir(parents=True)
+    (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    return out, *tinyrecord.run(options, out)

@@ -66,7 +66,7 @@ def quantized(trained: Trained, **changes: Any) -> dict[str, Any]:
 def restored(model: Model, tensors: dict[str, Any]) -> Model:
     """A copy of the model with what decoding the tensors gives."""
     decoded = {
-        name: gptq.dequantize(tensor.codes, tensor.scale) if isinstance(tensor, Quantized) else tensor.float()
+        name: tensor.codes.float() * tensor.scale.float()[:, None] if isinstance(tensor, Quantized) else tensor.float()
         for name, tensor in tensors.items()
     }
     model = copy.deepcopy(model)

@@ -12,36 +12,11 @@ import pandas as pd
 import pytest
 import tinyrecord
 
-from hedgemix import dataset as datasets
 from pipeline import record, runs
 
 pytestmark = pytest.mark.slow
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_published"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinyrecord.text_file(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """Seeds 1 and 2, the second with a checkpoint that cannot be read: runs folder, exit code, output."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
-    recipe, _ = record.parse(["laptop", *options])
-    step = runs.data_step(out, recipe.data)
-
-    def prepare() -> dict[str, object]:
-        datasets.save(datasets.prepare(recipe.data, step.folder), step.folder)
-        return {}
-
-    runs.perform(step, prepare)
-    broken = runs.seed_steps(out, recipe, datasets.load(step.folder), 2).train.folder
-    broken.mkdir(parents=True)
-    (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    return out, *tinyrecord.run(options, out)
 
 
 def row(out: Path, seed: int = 1) -> pd.Series:

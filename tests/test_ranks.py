@@ -1,0 +1,127 @@
+"""Two real processes do what one does: the number of ranks changes the speed, not the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from hedgemix import ranks
+from hedgemix import train as training
+from hedgemix.dataset import Dataset
+from hedgemix.files import load_tensors, save_tensors
+from hedgemix.model import Model
+from tests.test_train import CPU, Clock, Killed, lines, recipe, weights, write_data
+
+FIXED = recipe(steps=20, late_qat=True, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5)
+# Lines of the log are added up over the ranks, here at checkpoints only: a rank that saves alone waits for ever.
+TIMED = recipe(steps=0, budget_seconds=3, reserve_seconds=1, checkpoint_seconds=0.3, log_every_steps=1000)
+
+
+class OwnClock:
+    """Moves on by `pace` seconds each time it is read."""
+
+    def __init__(self, pace: float) -> None:
+        self.seconds, self.pace = 0.0, pace
+
+    def __call__(self) -> float:
+        self.seconds += self.pace
+        return self.seconds
+
+
+def run(folder: Path, data: Dataset, chosen: Any, clock: OwnClock | None = None) -> dict[str, Any]:
+    """Train; returns the result and this rank's own weights at the end."""
+    held: list[Tensor] = []
+    calibrate = training.calibrate
+
+    def watched(model: Model, *rest: Any) -> Any:
+        held.extend(parameter.detach().clone() for parameter in model.parameters())
+        return calibrate(model, *rest)
+
+    training.calibrate = watched
+    try:
+        result = training.train(chosen, data, 7, folder, CPU, now=clock or Clock())
+    finally:
+        training.calibrate = calibrate
+    return {"result": asdict(result), "weights": held}
+
+
+def work(rank: int, folder: Path, data: Dataset) -> None:
+    """All that the tests below look at, done by one of two ranks."""
+    torch.set_num_threads(1)
+    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
+    try:
+        found: dict[str, Any] = {"told": ranks.Agreement()(rank + 1 / 3, 1e-300 * (rank + 1))}
+        found["fixed"] = run(folder / "fixed", data, FIXED)
+        found["resumed"] = run(folder / "resumed", data, FIXED)
+        # Rank 1's clock has run out before it is read twice, and shows another time when the run begins.
+        found["timed"] = run(folder / "timed", data, TIMED, OwnClock(5.0 if rank else 0.02))
+        save_tensors(folder / f"rank{rank}.pt", found)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder, threads = tmp_path_factory.mktemp("ranks"), torch.get_num_threads()
+    data = write_data(folder)
+    torch.set_num_threads(1)
+    run(folder / "one", data, FIXED)
+    clock = Clock(kill_after_step=13)
+    with pytest.raises(Killed):
+        training.train(FIXED, data, 7, folder / "resumed", CPU, log=clock.tick, now=clock)
+    torch.set_num_threads(threads)
+    mp.spawn(work, (folder, data), nprocs=2)
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    return [load_tensors(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_rank_0_decides_numbers(both: list[dict[str, Any]]) -> None:
+    assert both[0]["told"] == both[1]["told"] == [1 / 3, 1e-300]
+
+
+@pytest.mark.parametrize("name", ["fixed", "resumed"])
+def test_two_ranks_train_as_one(folder: Path, name: str) -> None:
+    one, two = lines(folder / "one"), lines(folder / name)
+    assert [line["step"] for line in two] == list(range(1, 21))
+    print("loss", max(abs(a["loss_nats"] / b["loss_nats"] - 1) for a, b in zip(one, two)))
+    print(
+        "w",
+        max(
+            ((b - a).norm() / a.norm()).item()
+            for a, b in zip(weights(folder / "one").values(), weights(folder / name).values())
+        ),
+    )
+    h1, h2 = (load_tensors(folder / x / "hessians.pt") for x in ("one", name))
+    assert h1["count"] == h2["count"]
+    print("h", max(((h1["sums"][k] - h2["sums"][k]).norm() / h1["sums"][k].norm()).item() for k in h1["sums"]))
+    assert 0
+
+
+@pytest.mark.parametrize("name", ["fixed", "resumed", "timed"])
+def test_ranks_hold_the_same_bits(folder: Path, both: list[dict[str, Any]], name: str) -> None:
+    mine, others = (found[name]["weights"] for found in both)
+    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+    written = weights(folder / name).values()
+    assert all(torch.equal(a, b) for a, b in zip(mine, written, strict=True))
+
+
+def test_rank_0s_clock_ends_the_run_on_every_rank(folder: Path, both: list[dict[str, Any]]) -> None:
+    steps = [found["timed"]["result"]["steps"] for found in both]
+    assert steps[0] == steps[1] == len(lines(folder / "timed")) > 10
+    elapsed = [line["elapsed_seconds"] for line in lines(folder / "timed")]
+    assert elapsed == sorted(elapsed) and 1.8 < elapsed[-1] < 2
