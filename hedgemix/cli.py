@@ -52,10 +52,9 @@ def main() -> None:
 
 
 def _download(command: Download) -> None:
-    model = fineweb.download(command.folder, command.train_shards, command.variant, command.repo)
+    fineweb.download(command.folder, command.train_shards, command.variant, command.repo)
     size = command.variant.removeprefix("sp")
-    print(f"use it with: --data.source shards --data.shards-dir {command.folder} --data.tokenizer {model}", end=" ")
-    print(f"--data.vocab-size {size}")
+    print(f"use it with: --data.source shards --data.shards-dir {command.folder} --data.vocab-size {size}")
 
 
 def _prepare(command: Prepare) -> None:

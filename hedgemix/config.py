@@ -33,7 +33,7 @@ class DataConfig:
     shards_dir: str = ""
     """shards: folder with *_train_*.bin and *_val_*.bin in the official FineWeb shard format."""
     tokenizer: str = ""
-    """shards: the SentencePiece .model the shards were made with."""
+    """shards: the SentencePiece .model the shards were made with (default: the only one in shards_dir)."""
     vocab_size: int = 1024
     """Tokens in the vocabulary; for docs and text a tokenizer of this size is trained on the training part."""
     max_text_bytes: int = 0

@@ -143,17 +143,19 @@ def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> 
 
 
 def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
-    if not config.tokenizer or not config.shards_dir:
-        raise RecipeError("data.shards_dir and data.tokenizer must both be set when data.source is 'shards'")
-    processor = tokenizer.load(config.tokenizer)
+    folder = Path(config.shards_dir)
+    if not config.shards_dir or not folder.is_dir():
+        raise RecipeError(
+            f"data.shards_dir: {config.shards_dir!r} is not a folder; name the folder of the shards, or run "
+            f"`hedgemix download --folder {folder if config.shards_dir else 'data/fineweb'}` first"
+        )
+    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(folder)
+    processor = tokenizer.load(model)
     if processor.vocab_size() != config.vocab_size:
         raise RecipeError(
-            f"data.vocab_size is {config.vocab_size}, but {config.tokenizer} has {processor.vocab_size()} pieces; "
+            f"data.vocab_size is {config.vocab_size}, but {model} has {processor.vocab_size()} pieces; "
             "set both to what made the shards"
         )
-    folder = Path(config.shards_dir)
-    if not folder.is_dir():
-        raise RecipeError(f"data.shards_dir: {folder} is not a folder; name the folder of the shards")
     paths: dict[str, list[Path]] = {}
     for name in ("train", "val"):
         paths[name] = sorted(set(folder.glob(f"*_{name}_*.bin")) | set(folder.glob(f"{name}_*.bin")))
@@ -162,8 +164,17 @@ def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
         for path in paths[name]:
             shards.open_shard(path, config.vocab_size)
     log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
-    model = Path(config.tokenizer)
     return _describe(config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", log=log)
+
+
+def _only_tokenizer(folder: Path) -> Path:
+    found = sorted(folder.glob("*.model"))
+    if len(found) != 1:
+        raise RecipeError(
+            f"data.shards_dir: {folder} has {len(found)} .model files; name the one the shards were made with in "
+            "data.tokenizer"
+        )
+    return found[0]
 
 
 def _describe(

@@ -70,7 +70,7 @@ def laptop() -> Recipe:
 
 
 def single_gpu() -> Recipe:
-    """One GPU, ten minutes a seed: a 12-layer-class model on the FineWeb shards under data/fineweb."""
+    """One GPU, ten minutes a seed: the record's model and half its batch, on the FineWeb shards in data/fineweb."""
     return Recipe(
         recipe="single_gpu",
         data=fineweb(),
@@ -92,10 +92,8 @@ def record() -> Recipe:
 
 
 def fineweb() -> DataConfig:
-    """What `hedgemix download` leaves in its default folder."""
-    return DataConfig(
-        source="shards", shards_dir="data/fineweb", tokenizer="data/fineweb/fineweb_1024_bpe.model", vocab_size=1024
-    )
+    """What `hedgemix download --folder data/fineweb` leaves."""
+    return DataConfig(source="shards", shards_dir="data/fineweb", vocab_size=1024)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"laptop": laptop, "single_gpu": single_gpu, "record": record}

@@ -112,6 +112,8 @@ def train(
     batches = Batches(
         datasets.train_stream(dataset), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, seed
     )
+    if not batches.total:
+        raise RecipeError(f"train.sequence_tokens {config.sequence_tokens} is longer than the training text; lower it")
     run = Run(model, config, batches, device)
     run.warm_up()
     warmup_seconds = time.monotonic() - built
@@ -122,7 +124,7 @@ def train(
     clock = BudgetClock(folder / "clock.json", saved_seconds, now)
     steps = StepLog(folder / "log.jsonl", run.step, seed, log)
     agree = ranks.Agreement()
-    last_saved = clock.elapsed()
+    (last_saved,) = agree(clock.elapsed())  # every rank saves on the same step, since saving adds up the losses
     queue = RunAhead(device)
     while True:
         (elapsed,) = agree(clock.elapsed())
@@ -274,6 +276,7 @@ class StepLog:
         kept = path.read_text().splitlines() if path.exists() else []
         self.lines = [record for line in kept if (record := parse(line)) and record["step"] <= step]
         self.previous_seconds = self.lines[-1]["elapsed_seconds"] if self.lines else 0.0
+        ranks.barrier()  # every rank has read it before rank 0 writes it anew
         if ranks.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(record) + "\n" for record in self.lines))

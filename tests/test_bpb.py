@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from textdata import TEXTS, documents, processor
 
 from hedgemix import bpb, tokenizer
-from tests.textdata import TEXTS, documents, processor
 
 
 @settings(deadline=None, max_examples=200)

@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from hedgemix.config import Recipe
+from pipeline import record
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("cluster.yaml", "clusters/gcp.yaml", "clusters/on-prem.yaml")
@@ -149,9 +150,12 @@ def test_what_to_fill_in_stands_in_one_place(name: str) -> None:
     below = text[text.index("cluster_name:") :]
     assert "REPLACE_ME" not in below
     commands = ["ray up", "ray dashboard", "export RAY_AUTH_MODE=token", "ray job submit", "ray down"]
-    header = text[text.index("five commands") : text.index("metadata:")]
+    header = text[text.index("these commands") : text.index("metadata:")]
     assert [c for c in commands if c in header] == commands
-    assert "python pipeline/record.py record --seeds 1337 42 7 --out /shared/runs" in header
+    [job] = [line for line in header.splitlines() if "pipeline/record.py" in line]
+    recipe, options = record.parse(job.partition("pipeline/record.py")[2].split())
+    assert (recipe.recipe, options.seeds) == ("record", (1337, 42, 7))
+    assert options.out.is_relative_to("/shared") and recipe.data.shards_dir.startswith("/shared")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from textdata import documents
 
 from hedgemix import cli, corpus, dataset, shards, tokenizer
 from hedgemix.config import DataConfig, RecipeError
-from tests.textdata import documents
 
 
 def silent(line: str) -> None:
@@ -138,10 +138,11 @@ def test_hash_of_training_sees_its_edges_and_size(made: dataset.Dataset, tmp_pat
     ("changes", "reason"),
     [
         ({"vocab_size": 1024}, "data.vocab_size is 1024, but .* has 512 pieces"),
-        ({"tokenizer": ""}, "data.tokenizer must both be set"),
         ({"tokenizer": "/none.model"}, "data.tokenizer: /none.model cannot be read"),
-        ({"shards_dir": "/none"}, "data.shards_dir: /none is not a folder"),
+        ({"shards_dir": "/none"}, "data.shards_dir: '/none' is not a folder.*hedgemix download"),
+        ({"shards_dir": ""}, "data.shards_dir"),
         ({"shards_dir": "EMPTY"}, r"has no \*_train_\*\.bin"),
+        ({"shards_dir": "EMPTY", "tokenizer": ""}, r"has 0 \.model files"),
         ({"max_valid_tokens": -1}, "data.max_valid_tokens"),
     ],
 )
@@ -149,9 +150,14 @@ def test_shards_that_cannot_be_used(
     made: dataset.Dataset, tmp_path: Path, changes: dict[str, object], reason: str
 ) -> None:
     if changes.get("shards_dir") == "EMPTY":
-        changes = {"shards_dir": str(tmp_path)}
+        changes = {**changes, "shards_dir": str(tmp_path)}
     with pytest.raises(RecipeError, match=reason):
         dataset.prepare(shards_config(made, **changes), tmp_path, silent)
+
+
+def test_the_only_tokenizer_beside_the_shards_is_theirs(made: dataset.Dataset, tmp_path: Path) -> None:
+    found = dataset.prepare(shards_config(made, tokenizer=""), tmp_path, silent)
+    assert found.tokenizer == made.tokenizer and found.valid_sha256 == made.valid_sha256
 
 
 def test_too_little_text_is_said_before_the_run(made: dataset.Dataset) -> None:

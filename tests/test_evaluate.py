@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from textdata import documents, processor
 from torch import Tensor
 
 from hedgemix import artifact, bpb, evaluate, ngram, published, tokenizer
@@ -27,7 +28,6 @@ from hedgemix.quantize import quantize_model
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunks, piece_rows, pieces
 from hedgemix.ttt import Adapter
-from textdata import documents, processor
 
 CPU, CONTEXT, TOKENS = torch.device("cpu"), 64, 1200
 CONFIG = EvaluateConfig(

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from textdata import processor
 
 from hedgemix import dataset, fineweb, shards
 from hedgemix.config import DataConfig, RecipeError
-from tests.textdata import processor
 
 PREFIX = "datasets/datasets/fineweb10B_sp512"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -96,20 +95,21 @@ def test_rank_0_decides_numbers(both: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["fixed", "resumed"])
 def test_two_ranks_train_as_one(folder: Path, name: str) -> None:
+    """Measured, relative: 2e-7 in a step's loss, 3e-6 in the norm of a weight, 1e-6 in that of a Hessian."""
     one, two = lines(folder / "one"), lines(folder / name)
     assert [line["step"] for line in two] == list(range(1, 21))
-    print("loss", max(abs(a["loss_nats"] / b["loss_nats"] - 1) for a, b in zip(one, two)))
-    print(
-        "w",
-        max(
-            ((b - a).norm() / a.norm()).item()
-            for a, b in zip(weights(folder / "one").values(), weights(folder / name).values())
-        ),
-    )
-    h1, h2 = (load_tensors(folder / x / "hessians.pt") for x in ("one", name))
-    assert h1["count"] == h2["count"]
-    print("h", max(((h1["sums"][k] - h2["sums"][k]).norm() / h1["sums"][k].norm()).item() for k in h1["sums"]))
-    assert 0
+    assert [line["loss_nats"] for line in two] == pytest.approx([line["loss_nats"] for line in one], rel=2e-6)
+    hessians, expected = (load_tensors(folder / run / "hessians.pt") for run in (name, "one"))
+    assert hessians["count"] == expected["count"] == 7 * 32
+    for found, wanted in ((weights(folder / name), weights(folder / "one")), (hessians["sums"], expected["sums"])):
+        for key, value in wanted.items():
+            assert (found[key] - value).norm() <= 2e-5 * value.norm(), key
+
+
+def test_two_ranks_go_on_from_what_one_rank_saved(folder: Path, both: list[dict[str, Any]]) -> None:
+    losses = [[line["loss_nats"] for line in lines(folder / name)] for name in ("one", "resumed")]
+    assert losses[0][:11] == losses[1][:11]
+    assert both[0]["resumed"]["result"]["restarts"] == 1
 
 
 @pytest.mark.parametrize("name", ["fixed", "resumed", "timed"])

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
+from textdata import ODD, TEXTS, documents, processor
 
 from hedgemix import tokenizer
 from hedgemix.config import RecipeError
-from tests.textdata import ODD, TEXTS, documents, processor
 
 
 @settings(deadline=None, max_examples=300)
