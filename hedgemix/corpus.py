@@ -136,12 +136,18 @@ def _sources(package: str) -> list[Path]:
     if spec is None:
         raise RecipeError(f"data.packages: {package!r} is not installed; install it or leave it out")
     if spec.submodule_search_locations is not None:
-        found = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.py"))
+        folders = map(Path, spec.submodule_search_locations)
+        found = sorted(path for folder in folders for path in folder.rglob("*.py") if not _is_test(path, folder))
     else:
         found = [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
     if not found:
         raise RecipeError(f"data.packages: {package!r} has no Python source to read; leave it out")
     return found
+
+
+def _is_test(path: Path, root: Path) -> bool:
+    # A quarter of the source to parse, and next to no documentation.
+    return not {"test", "tests"}.isdisjoint(path.relative_to(root).parts[:-1])
 
 
 def _docstrings(path: Path) -> Iterator[str]:

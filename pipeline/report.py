@@ -31,7 +31,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
 
 def print_results(rows: list[Row], parquet: Path, console: Console) -> None:
     """One line a seed, mean and sample standard deviation over the finished ones, and how to load the table."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("seed", justify="right")
     for heading, _, _ in COLUMNS:
         table.add_column(heading, justify="right", style="bold" if heading == "final" else None, no_wrap=True)

@@ -32,16 +32,19 @@ class Row:
     config_hash: str
     """Hash of the whole configuration; rows with equal hashes ran the same recipe."""
     seed: int
+    """Seed of the initial weights and of the order of training sequences."""
     status: str
     """done, failed, or pending (not finished when the driver stopped)."""
     error: str | None = None
     """What ended a failed seed."""
     parameters: int | None = None
+    """Trained weights of the model."""
     steps: int | None = None
     """Optimizer steps."""
     train_tokens: int | None = None
     """Training tokens the steps read."""
     ms_per_step: float | None = None
+    """Milliseconds of the training loop per step."""
     train_loss_nats: float | None = None
     """Mean training loss a token over the last tenth of the steps."""
     restarts: int | None = None
@@ -85,14 +88,17 @@ class Row:
     nats_per_token: float | None = None
     """bpb_final as nats a token."""
     artifact_bytes: int | None = None
+    """Size of the artifact file: weights, tokenizer and configuration."""
     code_bytes: int | None = None
     """The library code that evaluation imports, as one compressed bundle."""
     total_bytes: int | None = None
+    """artifact_bytes and code_bytes together."""
     limit_bytes: int | None = None
     """What the recipe allows for total_bytes."""
     within_limits: bool | None = None
     """Whether bytes, training seconds and evaluation seconds all keep the recipe's limits."""
     expert_names: list[str] | None = None
+    """The neural model and the n-gram experts."""
     expert_weights: list[float] | None = None
     """The experts' Hedge weights after the last token, in the order of expert_names."""
     valid_tokens: int | None = None
@@ -100,27 +106,41 @@ class Row:
     valid_bytes: int | None = None
     """Bytes of the scored text."""
     valid_sha256: str | None = None
+    """Of the scored tokens (16-bit little-endian)."""
     train_sha256: str | None = None
+    """Of each training shard's name, size, first and last megabyte."""
     tokenizer_sha256: str | None = None
+    """Of the SentencePiece model file."""
     vocab_size: int | None = None
+    """Tokens in the vocabulary."""
     artifact_sha256: str | None = None
+    """Of the artifact file."""
     artifact_path: str | None = None
+    """Where the artifact file lies."""
     workers: int | None = None
     """Ray Train workers of the training job."""
     hardware: str | None = None
+    """What the training job's first worker ran on."""
     hedgemix_version: str | None = None
+    """Version of hedgemix."""
     torch_version: str | None = None
+    """Version of PyTorch."""
     ray_version: str | None = None
+    """Version of Ray."""
     python_version: str | None = None
+    """Version of Python."""
     git_commit: str | None = None
+    """Of the tree the driver ran from; empty outside a git checkout."""
     git_dirty: bool | None = None
     """Whether the tree had changes that are not in git_commit."""
     started_at: str | None = None
-    """UTC, ISO 8601."""
+    """Start of the first step, UTC, ISO 8601."""
     finished_at: str | None = None
+    """End of the last finished step, UTC, ISO 8601."""
     config: str | None = None
     """The whole configuration as JSON."""
     schema_version: int = SCHEMA_VERSION
+    """Version of these columns."""
 
 
 ARROW_TYPES: dict[object, pa.DataType] = {
@@ -154,6 +174,21 @@ def schema() -> pa.Schema:
         plain = hints[field.name] if hints[field.name] in ARROW_TYPES else options[0]
         columns.append(pa.field(field.name, ARROW_TYPES[plain], metadata={"doc": docs[field.name]}))
     return pa.schema(columns, metadata={"hedgemix_schema": str(SCHEMA_VERSION)})
+
+
+def markdown() -> str:
+    """docs/results.md: every column with its type and documentation."""
+    lines = [
+        "# The results table",
+        "",
+        "One parquet file a record, one row a declared seed; `pandas.read_parquet` reads a file or the whole folder.",
+        f"Schema version {SCHEMA_VERSION} (`schema_version` of every row). Columns of steps not done are empty.",
+        "",
+        "| column | type | what it is |",
+        "|---|---|---|",
+    ]
+    docs = column_docs()
+    return "\n".join(lines + [f"| `{c.name}` | {c.type} | {docs[c.name]} |" for c in schema()]) + "\n"
 
 
 def table_path(runs: Path, record: str) -> Path:

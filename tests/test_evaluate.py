@@ -7,84 +7,29 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tinyartifact
 import torch
-from textdata import documents, processor
+from textdata import processor
+from tinyartifact import CONFIG, CONTEXT, Case
 from torch import Tensor
 
-from hedgemix import artifact, bpb, evaluate, ngram, published, tokenizer
+from hedgemix import artifact, ngram, published, tokenizer
 from hedgemix.artifact import ArtifactError
-from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, RecipeError, TTTConfig
-from hedgemix.evaluate import Evaluation, evaluate_artifact, load_model, read_tokens, score_model
+from hedgemix.config import RecipeError, TTTConfig
+from hedgemix.evaluate import Evaluation, load_model, score_model
 from hedgemix.mixer import Mixer
-from hedgemix.model import Model
-from hedgemix.quantize import quantize_model
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunks, piece_rows, pieces
 from hedgemix.ttt import Adapter
 
-CPU, CONTEXT, TOKENS = torch.device("cpu"), 64, 1200
-CONFIG = EvaluateConfig(
-    window_tokens=32, stride_tokens=8, segment_tokens=96, overlap_tokens=64, batch_windows=7, chunk_tokens=320,
-    dtype="float32",
-    ttt=TTTConfig(rate=1e-3, epochs=1, batch_sequences=3, sequence_tokens=32, last_blocks=1, polyak=0.9),
-    mixer=MixerConfig(orders=(1, 2, 3), block_tokens=32),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """An artifact and a text to score it on."""
-
-    folder: Path
-    text: bytes
-    tokens: np.ndarray
-
-    @property
-    def artifact(self) -> Path:
-        return self.folder / "model.hmx"
-
-    def score(self, config: EvaluateConfig = CONFIG, **options: Any) -> evaluate.EvaluateResult:
-        return evaluate_artifact(
-            self.artifact, TokenStream([self.tokens]), self.folder / "counts", config, CPU, **options
-        )
-
-    def begin(self, config: EvaluateConfig = CONFIG, tokens: np.ndarray | None = None) -> Evaluation:
-        tokens = self.tokens if tokens is None else tokens
-        model, tables = load_model(artifact.read(self.artifact)), bpb.byte_tables(processor())
-        bytes_N = np.concatenate([[0], bpb.token_bytes(tables, tokens[:-1], tokens[1:])])
-        index = ngram.build_index(tokens, config.mixer.orders, model.vocab_size)
-        return Evaluation(model, torch.from_numpy(tokens.astype(np.int64)), bytes_N, index, config)
-
-
-def make_case(folder: Path) -> Case:
-    """A small model of the documents' tokenizer, quantized and written, and about TOKENS tokens of documents."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        layers=2, width=32, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, bigram_buckets=256, bigram_width=16,
-        value_embedding_layers=1, value_embedding_width=16,
-    )  # fmt: skip
-    model = Model(config, processor().vocab_size(), CONTEXT)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    sums = {name: torch.eye(model.get_parameter(name).shape[1]) for name in model.inputs()}
-    tensors, _ = quantize_model(model, sums, 1, QuantizeConfig())
-    header = {"model": asdict(config), "vocab_size": model.vocab_size, "context_tokens": CONTEXT}
-    artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3)
-    texts, parts = [], []
-    while sum(map(len, parts)) < TOKENS:
-        texts.append(documents()[10 + len(texts)][:1500])
-        parts.append(np.array(tokenizer.encode(processor(), texts[-1]), np.uint16))
-    case = Case(folder, "".join(texts).encode(), np.concatenate(parts))
-    ngram.save(ngram.build_index(case.tokens, CONFIG.mixer.orders, model.vocab_size), folder / "counts")
-    return case
+NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
+MISSING = object()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,11 +43,11 @@ def small_published_rule() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("evaluate"))
+    return tinyartifact.make(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
-def scored(case: Case) -> tuple[evaluate.EvaluateResult, list[dict[str, Any]], list[dict[str, Any]]]:
+def scored(case: Case) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]]]:
     """Result, trace and log of the whole text."""
     trace, log = case.folder / "trace.jsonl", []
     trace.write_text("left by an earlier attempt\n")
@@ -110,29 +55,34 @@ def scored(case: Case) -> tuple[evaluate.EvaluateResult, list[dict[str, Any]], l
     return result, [json.loads(line) for line in trace.read_text().splitlines()], log
 
 
-def bits_per_byte(case: Case, nats: float) -> float:
+def rate(case: Case, nats: float) -> float:
     return nats / math.log(2) / len(case.text)
+
+
+def token_sizes(tokens: np.ndarray) -> list[int]:
+    """Bytes of every token but the first, from decoding ever longer beginnings of the text."""
+    lengths = [len(tokenizer.decode(processor(), tokens[:stop])) for stop in range(1, len(tokens) + 1)]
+    return np.diff(lengths).tolist()
 
 
 def test_all_tokens_but_the_first_and_all_bytes_are_scored(case: Case, scored: Any) -> None:
     result, trace, log = scored
     found = chunks(len(case.tokens), CONFIG.chunk_tokens)
-    assert len(found) == 4 or len(found) == 5
-    assert result.scored_tokens == len(case.tokens) - 1 == sum(line["tokens"] for line in trace)
+    assert len(found) > 3 and (case.tokens == processor().bos_id()).sum() == 4
+    assert result.scored_tokens == len(case.tokens) - 1
     assert result.scored_bytes == len(case.text) == sum(line["bytes"] for line in trace)
     assert [(line["chunk"], line["tokens"]) for line in trace] == [(i, c.stop - c.start) for i, c in enumerate(found)]
-    assert [record["fraction"] for record in log] == sorted(record["fraction"] for record in log)
-    assert log[-1]["fraction"] == 1 and log[-1]["bpb"] == result.bpb_final
+    fractions = [record["fraction"] for record in log]
+    assert fractions == sorted(fractions) and fractions[-1] == 1 and log[-1]["bpb"] == result.bpb_final
 
 
 def test_the_trace_adds_up_to_the_result(case: Case, scored: Any) -> None:
     result, trace, _ = scored
-    for name in trace[0]["bits"]:
-        assert sum(line["bits"][name] for line in trace) / len(case.text) == pytest.approx(
-            getattr(result, f"bpb_{name}"), rel=1e-12
-        )
     assert {f"bpb_{name}" for name in trace[0]["bits"]} == {f.name for f in fields(result) if "bpb" in f.name}
-    assert bits_per_byte(case, result.nats_per_token * result.scored_tokens) == pytest.approx(result.bpb_final)
+    for name in trace[0]["bits"]:
+        bits = sum(line["bits"][name] for line in trace)
+        assert bits / len(case.text) == pytest.approx(getattr(result, f"bpb_{name}"), rel=1e-12), name
+    assert rate(case, result.nats_per_token * result.scored_tokens) == pytest.approx(result.bpb_final, rel=1e-12)
     for phase in ("scoring", "mixing", "ttt"):
         spent = sum(line["seconds"][phase] for line in trace)
         assert 0 < spent == pytest.approx(getattr(result, f"{phase}_seconds"))
@@ -143,11 +93,8 @@ def test_the_trace_adds_up_to_the_result(case: Case, scored: Any) -> None:
 
 def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> None:
     """The parts have tests of their own; here it is about who sees what, in which order."""
-    result, _, _ = scored
-    frozen = load_model(artifact.read(case.artifact))
-    text = read_tokens(TokenStream([case.tokens]), CPU)
-    weights = torch.tensor([0.0, *map(float, token_sizes(case.tokens))])
-    assert weights.sum() == len(case.text)
+    frozen, text = case.model(), torch.from_numpy(case.tokens.astype(np.int64))
+    sizes_N = torch.tensor([0.0, *map(float, token_sizes(case.tokens))])
     found = chunks(len(text), CONFIG.chunk_tokens)
     adapter = Adapter(frozen, CONFIG.ttt, len(found), "float32")
     mixer = Mixer(CONFIG.mixer, frozen.vocab_size, ngram.load(case.folder / "counts"), names=("a", "b"))
@@ -169,50 +116,41 @@ def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> N
             mass += float(masses.sum())
         published.count(rule, history, text[chunk.start : chunk.stop])
         if chunk.stop < len(text):
-            adapter.learn(text, weights, chunk)
+            adapter.learn(text, sizes_N, chunk)
+    result = scored[0]
     for name, value in nats.items():
-        assert getattr(result, f"bpb_{name}") == pytest.approx(bits_per_byte(case, value), rel=1e-9), name
+        assert getattr(result, f"bpb_{name}") == pytest.approx(rate(case, value), rel=1e-9), name
     assert result.published_mass == pytest.approx(mass / (len(text) - 1), rel=1e-9) and result.published_mass > 1.01
     assert result.bpb_ttt < result.bpb_quantized - 0.01
 
 
-def token_sizes(tokens: np.ndarray) -> list[int]:
-    """Bytes of every token but the first, from decoding ever longer beginnings of the text."""
-    lengths = [len(tokenizer.decode(processor(), tokens[:stop])) for stop in range(1, len(tokens) + 1)]
-    return np.diff(lengths).tolist()
-
-
 @pytest.mark.parametrize("order", ["streaming", "sliding"])
 def test_the_quantized_score_equals_a_loop_over_tokens(case: Case, order: str) -> None:
-    config = replace(CONFIG, order=order, ttt=TTTConfig(enabled=False))
-    model, text = load_model(artifact.read(case.artifact)), torch.from_numpy(case.tokens.astype(np.int64))
-    nats = 0.0
-    with torch.no_grad():
-        for chunk in chunks(len(text), config.chunk_tokens):
-            full = max(chunk.start, config.window_tokens + 1)
-            for t in range(chunk.start, chunk.stop):
-                begin, band = max(0, t - CONTEXT - 1), config.window_tokens
-                if order == "sliding":
-                    ahead = min(full + (t - full) // config.stride_tokens * config.stride_tokens + 8, chunk.stop)
-                    begin, band = max(0, ahead - 1 - config.window_tokens) if t >= full else 0, None
+    config, text = replace(NO_TTT, order=order), torch.from_numpy(case.tokens.astype(np.int64))
+    model, window, stride, nats = case.model(), config.window_tokens, config.stride_tokens, 0.0
+    for chunk in chunks(len(text), config.chunk_tokens):
+        full = max(chunk.start, window + 1)
+        for t in range(chunk.start, chunk.stop):
+            begin, band = max(0, t - CONTEXT - 1), window
+            if order == "sliding":
+                stop = min(full + ((t - full) // stride + 1) * stride, chunk.stop)
+                begin, band = 0 if t < full else stop - 1 - window, None
+            with torch.no_grad():
                 row = model.logits(model.features(text[None, begin:t], band=band)[0, -1]).log_softmax(-1)
-                nats -= float(row[text[t]])
+            nats -= float(row[text[t]])
     result = case.score(config)
-    assert result.bpb_quantized == pytest.approx(bits_per_byte(case, nats), rel=1e-6)
+    assert result.bpb_quantized == pytest.approx(rate(case, nats), rel=1e-6)
     assert score_model(model, TokenStream([case.tokens]), config) == pytest.approx(nats, rel=1e-6)
     assert result.scored_tokens == len(text) - 1 and result.scored_bytes == len(case.text)
 
 
-@dataclass
 class Recorder:
     """What an evaluation scored, counted and learned, in order."""
 
-    events: list[tuple[str, int, int]]
-    nll: dict[str, list[Tensor]]
-    weights: list[Tensor]
-
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.events, self.nll, self.weights = [], {}, []
+        self.events: list[tuple[str, int, int]] = []
+        self.nll: dict[str, list[Tensor]] = {}
+        self.weights: list[Tensor] = []
         score, learn, count = Mixer.score, Adapter.learn, published.count
 
         def scoring(mixer: Mixer, rows: dict[str, Tensor], start: int, stop: int) -> Any:
@@ -237,30 +175,28 @@ class Recorder:
         patch.setattr(published, "count", counting)
 
     def nats(self) -> dict[str, Tensor]:
-        """By row set and kind, the nats of the targets 1 .. N - 1."""
+        """By row set and kind, of the targets 1 .. N - 1."""
         return {name: torch.cat(parts) for name, parts in self.nll.items()}
 
 
-def run(work: Evaluation, patch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], Recorder]:
-    """The trace without its seconds, and what happened."""
-    recorder = Recorder(patch)
+def run(work: Evaluation) -> list[dict[str, Any]]:
+    """The trace without its seconds."""
     lines = [work.run_chunk(number, chunk) for number, chunk in enumerate(work.chunks)]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines], recorder
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(case: Case) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
-        lines, recorder = run(case.begin(), patch)
-    return lines, recorder.nats()
+        recorder = Recorder(patch)
+        return run(case.begin()), recorder.nats()
 
 
 @pytest.mark.parametrize("t", [1, 319, 320, 500, 641, 1100])
 def test_the_future_changes_no_score(case: Case, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, t: int) -> None:
-    changed = case.tokens.copy()
-    changed[t:] = 3 + (changed[t:] + np.random.default_rng(0).integers(1, 400, len(changed) - t)) % 500
-    lines, recorder = run(case.begin(tokens=changed), monkeypatch)
-    expected_lines, expected = undisturbed
+    shift = np.random.default_rng(0).integers(1, 512, len(case.tokens) - t).astype(np.uint16)
+    recorder, changed = Recorder(monkeypatch), np.concatenate([case.tokens[:t], (case.tokens[t:] + shift) % 512])
+    lines, (expected_lines, expected) = run(case.begin(tokens=changed)), undisturbed
     done = sum(chunk.stop <= t for chunk in chunks(len(changed), CONFIG.chunk_tokens))
     assert lines[:done] == expected_lines[:done] and lines[done] != expected_lines[done]
     for name, nats in recorder.nats().items():
@@ -271,97 +207,91 @@ def test_the_future_changes_no_score(case: Case, undisturbed: Any, monkeypatch: 
 
 @pytest.mark.parametrize("order", ["streaming", "sliding"])
 def test_each_chunk_is_scored_once_then_learned(case: Case, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    work = case.begin(replace(CONFIG, order=order))
-    _, recorder = run(work, monkeypatch)
-    expected = []
+    work, recorder, expected = case.begin(replace(CONFIG, order=order)), Recorder(monkeypatch), []
+    run(work)
     for chunk in chunks(len(case.tokens), CONFIG.chunk_tokens):
         expected += [("score", piece.start, piece.stop) for piece in pieces(chunk, work.config)]
         expected += [("count", chunk.start, chunk.stop), ("learn", chunk.start, chunk.stop)]
     assert recorder.events == expected[:-1]  # nobody scores after the last chunk, so nothing is learned from it
 
 
-@pytest.mark.parametrize("byte_weighted", [True, False])
-def test_learning_weighs_tokens_by_their_bytes(
-    case: Case, monkeypatch: pytest.MonkeyPatch, byte_weighted: bool
-) -> None:
-    work = case.begin(replace(CONFIG, ttt=replace(CONFIG.ttt, byte_weighted=byte_weighted)), case.tokens[:400])
-    _, recorder = run(work, monkeypatch)
-    sizes = token_sizes(case.tokens[:400])
-    assert recorder.weights[0][1:].tolist() == (sizes if byte_weighted else [1] * 399) and len(set(sizes)) > 3
+@pytest.mark.parametrize("weighted", [True, False])
+def test_learning_weighs_tokens_by_their_bytes(case: Case, monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
+    recorder, tokens = Recorder(monkeypatch), case.tokens[:400]
+    run(case.begin(replace(CONFIG, ttt=replace(CONFIG.ttt, byte_weighted=weighted)), tokens))
+    assert recorder.weights[0][1:].tolist() == (token_sizes(tokens) if weighted else [1] * 399)
 
 
 def test_without_test_time_training_the_shipped_weights_score_everything(case: Case, scored: Any) -> None:
-    result = case.score(replace(CONFIG, ttt=TTTConfig(enabled=False)))
+    result = case.score(NO_TTT)
     assert result.bpb_ttt is None and result.ttt_seconds == 0
     assert result.bpb_final == result.bpb_mixed
     assert result.bpb_quantized == scored[0].bpb_quantized
     assert result.bpb_mixed == pytest.approx(scored[0].bpb_mixed, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("kind", "final"), [("none", "ttt"), ("hedge", "hedge"), ("logistic", "logistic"), ("ensemble", None)]
-)
+@pytest.mark.parametrize(("kind", "final"), [("none", "ttt"), ("hedge",) * 2, ("logistic",) * 2, ("ensemble", None)])
 def test_the_recipe_chooses_the_mixture_of_the_final_score(case: Case, kind: str, final: str | None) -> None:
     work = case.begin(replace(CONFIG, mixer=replace(CONFIG.mixer, kind=kind)), case.tokens[:500])
-    for number, chunk in enumerate(work.chunks):
-        work.run_chunk(number, chunk)
+    run(work)
     result = asdict(work.result())
     equal = {name for name in ("ttt", "hedge", "logistic") if result["bpb_final"] == result[f"bpb_{name}"]}
     assert equal == ({final} if final else set())
     assert (result["bpb_mixed"] == result["bpb_quantized"]) == (kind == "none")
 
 
-@pytest.mark.parametrize("size", [2, 3, 66, 130])
 @pytest.mark.parametrize("chunk_tokens", [1, 33, 64])
+@pytest.mark.parametrize("size", [3, 4, 34])
 def test_texts_and_chunks_of_any_size_are_scored(case: Case, size: int, chunk_tokens: int) -> None:
     work = case.begin(replace(CONFIG, chunk_tokens=chunk_tokens), case.tokens[:size])
-    for number, chunk in enumerate(work.chunks[:20]):
-        assert math.isfinite(work.run_chunk(number, chunk)["bits"]["final"])
-    assert work.result().scored_tokens == min(size, work.chunks[:20][-1].stop) - 1
+    assert all(0 < line["bits"]["final"] < 20 * line["tokens"] for line in run(work))
+    assert work.result().scored_tokens == size - 1
 
 
 def test_bfloat16_scores_about_the_same(case: Case) -> None:
-    off = replace(CONFIG, ttt=TTTConfig(enabled=False))
-    exact, rough = case.score(off), case.score(replace(off, dtype="bfloat16"))
+    exact, rough = case.score(NO_TTT), case.score(replace(NO_TTT, dtype="bfloat16"))
     assert rough.bpb_quantized != exact.bpb_quantized
     assert rough.bpb_quantized == pytest.approx(exact.bpb_quantized, rel=5e-3)
 
 
-def test_counts_of_another_text_are_refused(case: Case, tmp_path: Path) -> None:
-    other = replace(case, tokens=np.roll(case.tokens, 1))
+@pytest.mark.parametrize("change", [lambda tokens: tokens[:-1], lambda tokens: np.roll(tokens, 1)])
+def test_counts_of_another_text_are_refused(case: Case, change: Any) -> None:
     with pytest.raises(RecipeError, match="counts another text"):
-        other.score()
-    with pytest.raises(RecipeError, match="counts another text"):
-        replace(case, tokens=case.tokens[:-1]).score()
+        replace(case, tokens=change(case.tokens)).score()
+
+
+def test_counts_of_other_orders_are_refused(case: Case) -> None:
     with pytest.raises(RecipeError, match="orders"):
         case.score(replace(CONFIG, mixer=replace(CONFIG.mixer, orders=(1, 2))))
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("part", "name", "value"),
     [
-        lambda header, tensors: header.pop("vocab_size"),
-        lambda header, tensors: header.update(vocab_size=511),
-        lambda header, tensors: header.update(vocab_size="many"),
-        lambda header, tensors: header.update(model=["layers", 2]),
-        lambda header, tensors: header["model"].update(layers=3),
-        lambda header, tensors: header["model"].update(layers="two"),
-        lambda header, tensors: header["model"].update(heads=3),
-        lambda header, tensors: header["model"].update(colour="blue"),
-        lambda header, tensors: header["model"].update(rope_scaled_beyond_tokens=0),
-        lambda header, tensors: tensors.pop("embedding.weight"),
-        lambda header, tensors: tensors.update(more=torch.zeros(3)),
+        ("header", "vocab_size", MISSING),
+        ("header", "vocab_size", 511),
+        ("header", "vocab_size", "many"),
+        ("header", "model", 7),
+        ("model", "layers", 3),
+        ("model", "layers", "two"),
+        ("model", "heads", 3),
+        ("model", "colour", "blue"),
+        ("model", "rope_scaled_beyond_tokens", 0),
+        ("tensors", "embedding.weight", MISSING),
+        ("tensors", "more", torch.zeros(3)),
     ],
 )
-def test_header_and_tensors_that_do_not_fit_are_refused(case: Case, change: Any) -> None:
+def test_header_and_tensors_that_do_not_fit_are_refused(case: Case, part: str, name: str, value: Any) -> None:
     found = artifact.read(case.artifact)
-    load_model(found)
-    change(found.header, found.tensors)
+    parts = {"header": found.header, "model": found.header["model"], "tensors": found.tensors}
+    parts[part].pop(name, None)
+    if value is not MISSING:
+        parts[part][name] = value
     with pytest.raises(ArtifactError, match="do not fit together"):
         load_model(found)
 
 
 def test_an_artifact_is_scored_without_the_code_that_made_it() -> None:
-    made = [f"hedgemix.{name}" for name in ("train", "quantize", "gptq", "calibrate", "corpus", "dataset", "recipes")]
-    code = f"import sys, hedgemix.evaluate; print(*[name for name in {made + ['ray']} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    makers = [f"hedgemix.{name}" for name in ("train", "quantize", "gptq", "calibrate", "corpus", "dataset", "recipes")]
+    code = f"import sys, hedgemix.evaluate; print({{*sys.modules}} & {{*{makers}, 'ray', 'pipeline'}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -47,10 +47,15 @@ def test_every_column_is_typed_documented_and_versioned(tmp_path: Path) -> None:
     assert stored.names == [field.name for field in dataclasses.fields(Row)]
     assert stored.metadata[b"hedgemix_schema"] == str(results.SCHEMA_VERSION).encode()
     docs = results.column_docs()
-    for name in ("bpb_final", "bpb_published", "train_seconds", "within_limits", "code_bytes"):
+    for name in stored.names:
         assert docs[name] and stored.field(name).metadata[b"doc"] == docs[name].encode()
     # A table with nothing but failures has the same types as one without.
     assert stored.equals(pq.read_schema(results.write(tmp_path, [DONE])))
+
+
+def test_the_document_of_the_table_is_the_schema() -> None:
+    document = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+    assert document.read_text() == results.markdown()
 
 
 def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Path) -> None:

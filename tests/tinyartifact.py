@@ -1,0 +1,75 @@
+"""An artifact small enough to be scored in a test, and the text to score it on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from textdata import documents, processor
+
+from hedgemix import artifact, bpb, ngram, tokenizer
+from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
+from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
+from hedgemix.model import Model
+from hedgemix.quantize import quantize_model
+from hedgemix.shards import TokenStream
+
+CPU, CONTEXT = torch.device("cpu"), 64
+CONFIG = EvaluateConfig(
+    window_tokens=32, stride_tokens=8, segment_tokens=96, overlap_tokens=64, batch_windows=7, chunk_tokens=320,
+    dtype="float32",
+    ttt=TTTConfig(rate=3e-3, epochs=2, batch_sequences=3, sequence_tokens=32, last_blocks=1, polyak=0.9),
+    mixer=MixerConfig(orders=(1, 2, 3), block_tokens=32),
+)  # fmt: skip
+MODEL = ModelConfig(
+    layers=2, width=32, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, bigram_buckets=256, bigram_width=16,
+    value_embedding_layers=1, value_embedding_width=16,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder with an artifact, and a text whose n-grams are counted in the folder."""
+
+    folder: Path
+    text: bytes
+    tokens: np.ndarray
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "model.hmx"
+
+    def model(self) -> Model:
+        return load_model(artifact.read(self.artifact))
+
+    def score(self, config: EvaluateConfig = CONFIG, **options: Any) -> EvaluateResult:
+        stream, counts = TokenStream([self.tokens]), self.folder / "counts"
+        return evaluate_artifact(self.artifact, stream, counts, config, CPU, **options)
+
+    def begin(self, config: EvaluateConfig = CONFIG, tokens: np.ndarray | None = None) -> Evaluation:
+        """What `score` begins with, also for other tokens."""
+        tokens = self.tokens if tokens is None else tokens
+        sizes = bpb.token_bytes(bpb.byte_tables(processor()), tokens[:-1], tokens[1:])
+        index = ngram.build_index(tokens, config.mixer.orders, processor().vocab_size())
+        tokens_N = torch.from_numpy(tokens.astype(np.int64))
+        return Evaluation(self.model(), tokens_N, np.concatenate([[0], sizes]), index, config)
+
+
+def make(folder: Path) -> Case:
+    """A model with random weights, quantized and written; about 1,200 tokens of four documents."""
+    torch.manual_seed(0)
+    model = Model(MODEL, processor().vocab_size(), CONTEXT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    sums = {name: torch.eye(model.get_parameter(name).shape[1]) for name in model.inputs()}
+    tensors, _ = quantize_model(model, sums, 1, QuantizeConfig())
+    header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT}
+    artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3)
+    texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
+    tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
+    ngram.save(ngram.build_index(tokens, CONFIG.mixer.orders, model.vocab_size), folder / "counts")
+    return Case(folder, "".join(texts).encode(), tokens)
