@@ -34,6 +34,7 @@ from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 
 BEAT_SECONDS = 1.0
+ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
 
 
 class DivergedError(RuntimeError):
@@ -149,6 +150,8 @@ def train(
     loop_seconds = clock.elapsed()
 
     run.ema.swap()
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
     hessians, count = calibrate(model, batches, config, device)
     if ranks.rank() == 0:
         save_tensors(folder / "weights.pt", {name: value.cpu() for name, value in model.state_dict().items()})
@@ -312,8 +315,7 @@ class StepLog:
         for record in records:
             if not math.isfinite(record["loss_nats"]):
                 raise DivergedError(
-                    f"seed {self.seed}: the loss is {record['loss_nats']} at step {record['step']}; lower "
-                    "train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
+                    f"seed {self.seed}: the loss is {record['loss_nats']} at step {record['step']}; {ADVICE}"
                 )
 
     def last_tenth(self) -> float:

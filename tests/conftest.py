@@ -16,6 +16,14 @@ import pytest
 import tinyrecord
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from more threads, and on a busy machine they wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One small local Ray for all tests of a process; tests marked `cluster` must not meet it."""

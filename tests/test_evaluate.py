@@ -33,12 +33,15 @@ MISSING = object()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_published_rule() -> Iterator[None]:
-    """A table of few buckets, and counts that are used from the second chunk on."""
+def small_and_quick() -> Iterator[None]:
+    """One thread; of the published rule a table of few buckets, and counts that are used from the second chunk on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "start", partial(published.start, buckets=64))
         patch.setattr(published, "score", partial(published.score, warm_tokens=100))
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +189,17 @@ def run(work: Evaluation) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case: Case) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def unchanged(case: Case) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         return run(case.begin()), recorder.nats()
 
 
 @pytest.mark.parametrize("t", [1, 319, 320, 500, 641, 1100])
-def test_the_future_changes_no_score(case: Case, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, t: int) -> None:
+def test_the_future_changes_no_score(case: Case, unchanged: Any, monkeypatch: pytest.MonkeyPatch, t: int) -> None:
     shift = np.random.default_rng(0).integers(1, 512, len(case.tokens) - t).astype(np.uint16)
     recorder, changed = Recorder(monkeypatch), np.concatenate([case.tokens[:t], (case.tokens[t:] + shift) % 512])
-    lines, (expected_lines, expected) = run(case.begin(tokens=changed)), undisturbed
+    lines, (expected_lines, expected) = run(case.begin(tokens=changed)), unchanged
     done = sum(chunk.stop <= t for chunk in chunks(len(changed), CONFIG.chunk_tokens))
     assert lines[:done] == expected_lines[:done] and lines[done] != expected_lines[done]
     for name, nats in recorder.nats().items():

@@ -88,9 +88,7 @@ def test_chunks_of_two_ranks_are_those_of_one(folders: tuple[Path, Path], name: 
     one, two = (trace(folder, name) for folder in folders)
     assert len(one) == len(two) > 3
     for mine, expected in zip(two, one, strict=True):
-        assert [mine[key] for key in ("chunk", "tokens", "bytes")] == [
-            expected[key] for key in ("chunk", "tokens", "bytes")
-        ]
+        assert all(mine[key] == expected[key] for key in ("chunk", "tokens", "bytes"))
         assert mine["bits"] == pytest.approx(expected["bits"], rel=1e-6)
         for name in ("hedge", "ensemble"):
             assert mine["weights"][name] == pytest.approx(expected["weights"][name], rel=1e-4, abs=1e-6)

@@ -18,18 +18,8 @@ from hedgemix.config import ModelConfig, RecipeError
 from hedgemix.model import Model, banded_attention, fake_quantize, parameter_count, rotary_base, validate
 
 VOCAB = 50
-SMALL = ModelConfig(
-    layers=5,
-    width=32,
-    heads=4,
-    kv_heads=4,
-    mlp_hidden=48,
-    rope_dims=4,
-    logit_cap=5.0,
-    bigram_buckets=37,
-    bigram_width=16,
-    value_embedding_width=16,
-)
+SMALL = ModelConfig(layers=5, width=32, heads=4, kv_heads=4, mlp_hidden=48, rope_dims=4, logit_cap=5.0)
+SMALL = replace(SMALL, bigram_buckets=37, bigram_width=16, value_embedding_width=16)
 
 
 def build(seed: int = 0, context: int = 64, **overrides: Any) -> Model:
@@ -44,6 +34,15 @@ def build(seed: int = 0, context: int = 64, **overrides: Any) -> Model:
 
 def tokens_of(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

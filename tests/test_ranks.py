@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_train import CPU, Clock, Killed, lines, recipe, weights, write_data
 from torch import Tensor
 
 from hedgemix import ranks
@@ -19,9 +20,10 @@ from hedgemix import train as training
 from hedgemix.dataset import Dataset
 from hedgemix.files import load_tensors, save_tensors
 from hedgemix.model import Model
-from tests.test_train import CPU, Clock, Killed, lines, recipe, weights, write_data
 
-FIXED = recipe(steps=20, late_qat=True, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5)
+FIXED = recipe(
+    steps=20, late_qat=True, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5
+)
 # Lines of the log are added up over the ranks, here at checkpoints only: a rank that saves alone waits for ever.
 TIMED = recipe(steps=0, budget_seconds=3, reserve_seconds=1, checkpoint_seconds=0.3, log_every_steps=1000)
 
@@ -57,7 +59,7 @@ def run(folder: Path, data: Dataset, chosen: Any, clock: OwnClock | None = None)
 def work(rank: int, folder: Path, data: Dataset) -> None:
     """All that the tests below look at, done by one of two ranks."""
     torch.set_num_threads(1)
-    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=20)
+    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
     try:
         found: dict[str, Any] = {"told": ranks.Agreement()(rank + 1 / 3, 1e-300 * (rank + 1))}

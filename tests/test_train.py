@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -200,8 +201,7 @@ def test_a_restart_gets_no_extra_time(start: Start, tmp_path: Path, checkpoint_s
     chosen = recipe(steps=0, budget_seconds=10, reserve_seconds=3, checkpoint_seconds=checkpoint_seconds)
     with pytest.raises(Killed):
         start(tmp_path, chosen, Clock(1000, kill_after_step=4))
-    noted = read_json(tmp_path / "clock.json")
-    assert noted["elapsed_seconds"] == 3  # killed at 4 s; a note a second
+    assert read_json(tmp_path / "clock.json")["elapsed_seconds"] == 3  # killed at 4 s; a note a second
     clock = Clock()
     result = start(tmp_path, chosen, clock)
     assert clock.seconds == 4 and result.loop_seconds == 7
@@ -209,10 +209,11 @@ def test_a_restart_gets_no_extra_time(start: Start, tmp_path: Path, checkpoint_s
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, steps + 1))
 
 
-def test_a_loss_that_is_no_number_ends_the_run(start: Start, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_kept(data: Dataset, tmp_path: Path) -> None:
+    chosen = recipe(matrix_rate=1e30, log_every_steps=1000, checkpoint_seconds=1)
     with pytest.raises(DivergedError, match=r"seed 7: the loss is nan at step 2; lower train.matrix_rate"):
-        start(tmp_path, recipe(matrix_rate=1e30))
-    assert not (tmp_path / "weights.pt").exists()
+        train(chosen, data, 7, tmp_path, CPU, now=itertools.count().__next__)
+    assert load_tensors(tmp_path / "checkpoint.pt")["step"] == 1 and not (tmp_path / "weights.pt").exists()
 
 
 @pytest.mark.parametrize(
