@@ -157,23 +157,23 @@ class QuantizeConfig:
 class TTTConfig:
     enabled: bool = True
     """Train on each chunk after it was scored."""
-    rate: float = 1e-4
+    rate: float = 2e-4
     """AdamW rate (betas 0.9 and 0.999, no decay)."""
-    epochs: int = 3
+    epochs: int = 1
     batch_sequences: int = 64
     """Sequences in one optimizer step over all ranks."""
     sequence_tokens: int = 2048
     gradient_clip: float = 1.0
-    last_blocks: int = 2
+    last_blocks: int = 0
     """Trained: all weights of this many last blocks, and the norms and scales of all (0: every weight)."""
-    byte_weighted: bool = True
+    byte_weighted: bool = False
     """Weight each token's loss by the bytes it stands for."""
-    cosine: bool = True
+    cosine: bool = False
     """Rate falls over the chunks as a half cosine."""
-    ramp: float = 3.0
+    ramp: float = 1.0
     """The rate's extra factor rises from 1 to this over ramp_fraction of the chunks (1: no ramp)."""
     ramp_fraction: float = 0.3
-    polyak: float = 0.998
+    polyak: float = 0.0
     """Decay per step of the averaged weights that score (0: score with the trained weights themselves)."""
 
 

@@ -176,14 +176,19 @@ class Mixer:
 
 def check(config: MixerConfig) -> None:
     """Raises RecipeError, naming the field, when a value cannot work."""
-    if not 0 <= config.hedge_share < 1 or 0 < config.hedge_share < 1e-6:
-        raise RecipeError(f"mixer.hedge_share={config.hedge_share}: 0, or from 1e-6 to below 1")
-    if not config.gates or len(config.gates) != len(config.memory_tokens):
-        raise RecipeError(f"mixer.gates={config.gates} and memory_tokens={config.memory_tokens}: one of each a mixer")
-    if min(config.memory_tokens) <= 0 or config.logistic_ridge <= 0:
-        raise RecipeError("mixer.memory_tokens and mixer.logistic_ridge must be above 0")
-    if config.block_tokens < 1 or config.entropy_sets < 1:
-        raise RecipeError("mixer.block_tokens and mixer.entropy_sets must be at least 1")
+
+    def require(fits: bool, field: str, rule: str) -> None:
+        if not fits:
+            raise RecipeError(f"evaluate.mixer.{field} is {getattr(config, field)}; it must be {rule}")
+
+    share = config.hedge_share
+    require(share == 0 or 1e-6 <= share < 1, "hedge_share", "0, or from 1e-6 to below 1")
+    require(len(config.gates) > 0, "gates", "one or more")
+    require(len(config.memory_tokens) == len(config.gates), "memory_tokens", "one number for each of gates")
+    require(all(memory > 0 for memory in config.memory_tokens), "memory_tokens", "above 0")
+    require(config.logistic_ridge > 0, "logistic_ridge", "above 0")
+    require(config.block_tokens >= 1, "block_tokens", "at least 1")
+    require(config.entropy_sets >= 1, "entropy_sets", "at least 1")
 
 
 def _gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:

@@ -293,8 +293,20 @@ def validate(config: ModelConfig) -> None:
         if not condition:
             raise RecipeError(message)
 
-    for field in ("layers", "width", "heads", "kv_heads", "mlp_hidden"):
-        require(getattr(config, field) >= 1, f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    positive = [
+        "layers",
+        "width",
+        "heads",
+        "kv_heads",
+        "mlp_hidden",
+        "rope_base",
+        "rope_scaled_beyond_tokens",
+        "logit_cap",
+    ]
+    positive += ["bigram_width"] if config.bigram_buckets else []
+    positive += ["value_embedding_width"] if config.value_embedding_layers else []
+    for field in positive:
+        require(getattr(config, field) > 0, f"model.{field} is {getattr(config, field)}; it must be above 0")
     require(config.width % config.heads == 0, f"model.width {config.width} is not a multiple of model.heads")
     require(config.heads % config.kv_heads == 0, f"model.kv_heads {config.kv_heads} does not divide model.heads")
     head_width = config.width // config.heads
@@ -302,7 +314,9 @@ def validate(config: ModelConfig) -> None:
         config.rope_dims % 2 == 0 and 0 <= config.rope_dims <= head_width,
         f"model.rope_dims {config.rope_dims} must be even and at most the head width {head_width}",
     )
-    require(config.bigram_buckets != 1, "model.bigram_buckets must be 0 (none) or at least 2")
+    require(
+        config.bigram_buckets >= 0 and config.bigram_buckets != 1, "model.bigram_buckets must be 0 (none) or at least 2"
+    )
     require(
         0 <= config.value_embedding_layers <= config.layers,
         f"model.value_embedding_layers {config.value_embedding_layers} must be between 0 and model.layers",

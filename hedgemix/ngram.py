@@ -61,19 +61,24 @@ class NgramState:
     token_P: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
 
+def check_orders(orders: tuple[int, ...], vocab_size: int) -> None:
+    """Raises RecipeError when an order is not in 1..6, when orders do not rise, or when a key would not fit 63 bits."""
+    if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 6:
+        raise RecipeError(f"evaluate.mixer.orders {orders}: give rising orders from 1 to 6")
+    if vocab_size ** orders[-1] > 2**63:
+        raise RecipeError(
+            f"evaluate.mixer.orders {orders}: order {orders[-1]} over {vocab_size} tokens does not fit a 64-bit key"
+        )
+
+
 def build_index(tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int) -> NgramIndex:
     """Number the pairs of each order.
 
     Takes integer tokens (N,). About 10 s a order for 60 M tokens, 16 bytes a token and order.
-    Raises RecipeError when an order is not in 1..6, when orders do not rise, or when a key would not fit 63 bits.
+    Raises RecipeError as `check_orders` does, and for tokens that do not fit.
     """
     tokens_N = np.ascontiguousarray(tokens_N)
-    if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 6:
-        raise RecipeError(f"mixer.orders={orders}: give rising orders from 1 to 6")
-    if vocab_size ** orders[-1] > 2**63:
-        raise RecipeError(
-            f"mixer.orders={orders}: order {orders[-1]} over {vocab_size} tokens does not fit a 64-bit key"
-        )
+    check_orders(orders, vocab_size)
     if len(tokens_N) >= 2**31:
         raise RecipeError(
             f"{len(tokens_N)} tokens: positions are 32-bit; score at most 2**31 - 1 (data.max_valid_tokens)"

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 
-from hedgemix import mixer, quantize, stream, train, ttt
+from hedgemix import mixer, ngram, quantize, stream, train, ttt
 from hedgemix.config import (
     ComputeConfig,
     DataConfig,
     EvaluateConfig,
-    MixerConfig,
     ModelConfig,
     QuantizeConfig,
     Recipe,
@@ -24,27 +23,27 @@ from hedgemix.model import validate as validate_model
 
 
 def laptop() -> Recipe:
-    """Real text in minutes on two CPU cores: about 1 M parameters, one worker that has the machine to itself."""
+    """Real text in minutes on two CPU cores: 2.7 M parameters, one worker that has the machine to itself."""
     return Recipe(
         recipe="laptop",
-        data=DataConfig(source="docs", max_text_bytes=16_000_000, valid_fraction=0.02, max_valid_tokens=131_072),
+        data=DataConfig(packages=("torch", "numpy", "pandas"), valid_fraction=0.03, max_valid_tokens=98_304),
         model=ModelConfig(
-            layers=4,
-            width=192,
-            heads=6,
-            kv_heads=6,
-            mlp_hidden=512,
-            bigram_buckets=4096,
+            layers=2,
+            width=128,
+            heads=2,
+            kv_heads=2,
+            mlp_hidden=448,
+            bigram_buckets=32_768,
             bigram_width=64,
             value_embedding_layers=1,
             value_embedding_width=64,
         ),
         train=TrainConfig(
-            budget_seconds=60,
-            reserve_seconds=3,
-            batch_tokens=4096,
+            budget_seconds=45,
+            reserve_seconds=2,
+            batch_tokens=2048,
             sequence_tokens=256,
-            microbatch_sequences=16,
+            microbatch_sequences=8,
             warmup_steps=2,
             ema_decay=0.98,
             muon_momentum_start=0.85,
@@ -54,7 +53,6 @@ def laptop() -> Recipe:
             compile=False,
             checkpoint_seconds=15,
         ),
-        quantize=QuantizeConfig(),
         evaluate=EvaluateConfig(
             window_tokens=256,
             stride_tokens=32,
@@ -62,8 +60,7 @@ def laptop() -> Recipe:
             overlap_tokens=256,
             chunk_tokens=8192,
             dtype="float32",
-            ttt=TTTConfig(batch_sequences=8, sequence_tokens=256, epochs=1),
-            mixer=MixerConfig(),
+            ttt=TTTConfig(batch_sequences=8, sequence_tokens=256),
         ),
         compute=ComputeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1),
     )
@@ -83,10 +80,14 @@ def single_gpu() -> Recipe:
 
 def record() -> Recipe:
     """The reference's run: 8 GPUs a seed, 600 s, 33,317,980 parameters, FineWeb with 1,024 tokens."""
+    reference = TTTConfig(
+        rate=1e-4, epochs=3, last_blocks=2, byte_weighted=True, cosine=True, ramp=3.0, ramp_fraction=0.3, polyak=0.998
+    )
     return Recipe(
         recipe="record",
         data=fineweb(),
         train=TrainConfig(late_qat=True),
+        evaluate=EvaluateConfig(ttt=reference),
         quantize=QuantizeConfig(scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22),
     )
 
@@ -116,6 +117,7 @@ def validate(recipe: Recipe) -> None:
     quantize.validate(recipe.quantize)
     stream.validate(recipe.evaluate, recipe.train.sequence_tokens)
     ttt.validate(recipe.evaluate.ttt, recipe.train.sequence_tokens)
-    mixer.check(recipe.evaluate.mixer)
     if recipe.data.vocab_size < 2:
         raise RecipeError("data.vocab_size must be at least 2")
+    mixer.check(recipe.evaluate.mixer)
+    ngram.check_orders(recipe.evaluate.mixer.orders, recipe.data.vocab_size)

@@ -109,12 +109,17 @@ def validate(config: TTTConfig, context_tokens: int) -> None:
     """Raise RecipeError, naming the field, for test-time training that cannot work."""
     if not config.enabled:
         return
-    if min(config.epochs, config.batch_sequences, config.sequence_tokens) < 1 or config.rate <= 0:
-        raise RecipeError("evaluate.ttt: rate must be positive, epochs, batch_sequences, sequence_tokens at least 1")
-    if config.sequence_tokens > context_tokens:
-        raise RecipeError(
-            f"evaluate.ttt.sequence_tokens {config.sequence_tokens} is longer than train.sequence_tokens "
-            f"{context_tokens}"
-        )
-    if not 0 <= config.polyak < 1:
-        raise RecipeError("evaluate.ttt.polyak must be at least 0 and below 1")
+
+    def require(fits: bool, field: str, rule: str) -> None:
+        if not fits:
+            raise RecipeError(f"evaluate.ttt.{field} is {getattr(config, field)}; it must be {rule}")
+
+    for field in ("epochs", "batch_sequences", "sequence_tokens"):
+        require(getattr(config, field) >= 1, field, "at least 1")
+    require(0 < config.rate < math.inf, "rate", "positive")
+    for field in ("gradient_clip", "last_blocks", "ramp", "ramp_fraction"):
+        require(0 <= getattr(config, field) < math.inf, field, "finite and not negative")
+    require(0 <= config.polyak < 1, "polyak", "at least 0 and below 1")
+    require(
+        config.sequence_tokens <= context_tokens, "sequence_tokens", f"at most train.sequence_tokens, {context_tokens}"
+    )
