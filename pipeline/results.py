@@ -12,6 +12,7 @@ import inspect
 import math
 import typing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -153,6 +154,7 @@ ARROW_TYPES: dict[object, pa.DataType] = {
 }
 
 
+@cache
 def column_docs() -> dict[str, str]:
     """Each column's documentation, from the text under its field."""
     [body] = [node for node in ast.parse(inspect.getsource(Row)).body if isinstance(node, ast.ClassDef)]

@@ -73,6 +73,7 @@ def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_p
         for _ in range(20):
             results.write(tmp_path, [dataclasses.replace(DONE, record=record)])
 
+    write("one")
     threads = [threading.Thread(target=write, args=(record,)) for record in ("one", "two", "three")]
     for thread in threads:
         thread.start()

@@ -90,12 +90,12 @@ def test_the_last_blocks_and_every_scale_are_trained(model: Model, last_blocks: 
 
 
 def test_the_rate_falls_as_a_cosine_and_rises_by_the_ramp() -> None:
-    flat, cosine = TTTConfig(cosine=False, ramp=3.0, ramp_fraction=0.3), TTTConfig(ramp=1.0)
+    flat, cosine = TTTConfig(cosine=False, ramp=3.0, ramp_fraction=0.3), TTTConfig(cosine=True, ramp=1.0)
     assert [ttt.rate_factor(flat, chunk, 21) for chunk in (0, 3, 6, 20)] == pytest.approx([1, 2, 3, 3])
     assert [ttt.rate_factor(cosine, chunk, 5) for chunk in range(5)] == pytest.approx(
         [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0], abs=1e-12
     )
-    both = TTTConfig(ramp=3.0, ramp_fraction=0.3)
+    both = TTTConfig(cosine=True, ramp=3.0, ramp_fraction=0.3)
     for chunk in range(474):
         expected = ttt.rate_factor(flat, chunk, 474) * ttt.rate_factor(cosine, chunk, 474)
         assert ttt.rate_factor(both, chunk, 474) == pytest.approx(expected, abs=1e-12)
@@ -222,7 +222,11 @@ def test_nothing_is_learned_by_whoever_scores(model: Model) -> None:
         ({"epochs": 0}, "epochs"),
         ({"batch_sequences": 0}, "batch_sequences"),
         ({"sequence_tokens": 0}, "sequence_tokens"),
-        ({"sequence_tokens": 33}, r"sequence_tokens 33 .* train\.sequence_tokens 32"),
+        ({"sequence_tokens": 33}, r"sequence_tokens is 33; .* train\.sequence_tokens, 32"),
+        ({"rate": float("nan")}, "rate is nan"),
+        ({"last_blocks": -1}, "last_blocks"),
+        ({"gradient_clip": -1.0}, "gradient_clip"),
+        ({"ramp": float("inf")}, "ramp"),
         ({"polyak": 1.0}, r"evaluate\.ttt\.polyak"),
         ({"polyak": -0.1}, r"evaluate\.ttt\.polyak"),
     ],
