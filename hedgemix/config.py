@@ -225,7 +225,7 @@ class ComputeConfig:
     """Ray Train workers of one seed's training job, all on one node."""
     gpus_per_worker: float = 1
     cpus_per_worker: float = 20
-    """Ask for a node's CPUs divided by its workers, so that timed training shares its node with nobody."""
+    """CPUs of a worker (0: its share of the largest machine's, so that timed training shares it with nobody)."""
     evaluate_workers: int = 8
     """Ranks of one seed's evaluation."""
     max_restarts: int = 3

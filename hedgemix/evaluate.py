@@ -50,6 +50,8 @@ class EvaluateResult:
     ttt_seconds: float
     expert_names: list[str]
     expert_weights: list[float]
+    ensemble_names: list[str]
+    ensemble_weights: list[float]
 
 
 def load_model(found: artifact.Artifact) -> Model:
@@ -91,6 +93,7 @@ def evaluate_artifact(
     counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0.
     Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text.
     """
+    began = time.monotonic()
     found = artifact.read(path)
     model = load_model(found).to(device)
     index = ngram.load(counts)
@@ -100,7 +103,7 @@ def evaluate_artifact(
     tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
     previous, current = tokens_N[:-1].cpu().numpy(), tokens_N[1:].cpu().numpy()
     bytes_N = np.concatenate([[0], bpb.token_bytes(tables, previous, current)])
-    work = Evaluation(model, tokens_N, bytes_N, index, config)
+    work = Evaluation(model, tokens_N, bytes_N, index, config, began)
     lines = []
     for number, chunk in enumerate(work.chunks):
         lines.append(work.run_chunk(number, chunk))
@@ -123,7 +126,13 @@ class Evaluation:
     """The running state of one evaluation."""
 
     def __init__(
-        self, model: Model, tokens_N: Tensor, bytes_N: np.ndarray, index: ngram.NgramIndex, config: EvaluateConfig
+        self,
+        model: Model,
+        tokens_N: Tensor,
+        bytes_N: np.ndarray,
+        index: ngram.NgramIndex,
+        config: EvaluateConfig,
+        began: float | None = None,
     ) -> None:
         self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, bytes_N, config
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
@@ -142,7 +151,7 @@ class Evaluation:
         self.seconds = {"scoring": 0.0, "mixing": 0.0, "ttt": 0.0}
         self.mass, self.tokens, self.bytes = 0.0, 0, 0
         self.weights: dict[str, dict[str, Tensor]] = {}
-        self.began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
@@ -170,7 +179,7 @@ class Evaluation:
             "tokens": chunk.stop - chunk.start,
             "bytes": chunk_bytes,
             "bits": {name: (value - before[name]) / math.log(2) for name, value in self.nats.items()},
-            "weights": {name: value.tolist() for name, value in self.weights[self.best].items() if value.dim() == 1},
+            "weights": {name: value.tolist() for name, value in self.weights[self.best].items()},
             "seconds": {name: value - seconds[name] for name, value in self.seconds.items()},
         }
 
@@ -227,6 +236,8 @@ class Evaluation:
             ttt_seconds=self.seconds["ttt"],
             expert_names=["neural", *(f"order{order}" for order in self.config.mixer.orders)],
             expert_weights=self.weights[self.best]["hedge"].tolist(),
+            ensemble_names=["neural", *(f"logistic-{gate}" for gate in self.config.mixer.gates)],
+            ensemble_weights=self.weights[self.best]["ensemble"].tolist(),
         )
 
 

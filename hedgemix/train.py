@@ -29,7 +29,7 @@ from hedgemix.calibrate import calibrate
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log, load_tensors, read_json, save_tensors, silent, write_json
-from hedgemix.model import Model, parameter_count
+from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 
@@ -67,10 +67,11 @@ class BudgetClock:
     """Seconds of budget used, over restarts: rank 0 notes them on disk every second, so that a killed run cannot
     win back the time since its last checkpoint."""
 
-    def __init__(self, path: Path, checkpoint_seconds: float, now: Callable[[], float]) -> None:
+    def __init__(self, path: Path, checkpoint_seconds: float | None, now: Callable[[], float]) -> None:
         noted: dict[str, Any] = read_json(path) if path.exists() else {"elapsed_seconds": 0.0, "starts": 0}
         self.path, self.now = path, now
-        self.used_before = max(noted["elapsed_seconds"], checkpoint_seconds)
+        # Without a checkpoint nothing of the time before is used: the run begins anew, with the whole budget.
+        self.used_before = 0.0 if checkpoint_seconds is None else max(noted["elapsed_seconds"], checkpoint_seconds)
         self.starts = int(noted["starts"]) + 1
         self.began = self.beaten = now()
         self.note()
@@ -120,7 +121,7 @@ def train(
     warmup_seconds = time.monotonic() - built
 
     checkpoint = folder / "checkpoint.pt"
-    saved_seconds = run.load(checkpoint) if checkpoint.exists() else 0.0
+    saved_seconds = run.load(checkpoint) if checkpoint.exists() else None
     ranks.barrier()
     clock = BudgetClock(folder / "clock.json", saved_seconds, now)
     steps = StepLog(folder / "log.jsonl", run.step, seed, log)
@@ -360,6 +361,8 @@ def validate(recipe: Recipe, workers: int | None = None) -> None:
             f"{config.sequence_tokens} times {workers} workers; use "
             f"{max(1, config.batch_tokens // (config.sequence_tokens * workers)) * config.sequence_tokens * workers}"
         )
+    if config.late_qat and 2 ** (recipe.quantize.matrix_bits - 1) - 1 != QAT_LEVELS:
+        raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {recipe.quantize.matrix_bits}")
     if not config.steps and config.budget_seconds <= config.reserve_seconds:
         raise RecipeError(
             f"train.budget_seconds {config.budget_seconds:g} leaves nothing after train.reserve_seconds "

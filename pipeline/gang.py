@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -26,7 +28,6 @@ class Rank:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def run(self, rank: int, world: int, address: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        os.environ["LOCAL_RANK"] = str(rank)
         backend = "nccl" if ray.get_gpu_ids() else "gloo"
         dist.init_process_group(
             backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
@@ -40,26 +41,60 @@ class Rank:
 RankActor = ray.remote(max_restarts=0)(Rank)
 
 
-def run_gang(ranks: int, cpus: float, gpus: float, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """`work(*arguments)` on every rank of a gang with `cpus` and `gpus` each; returns rank 0's value.
+@dataclass(frozen=True)
+class Gang:
+    """`ranks` members with `cpus` and `gpus` each. The name is one step's: a gang of that name that is still there
+    belongs to an attempt that died, and is removed."""
 
-    Waits until one node has room for all. The first rank to fail ends the gang and its error is raised.
+    name: str
+    ranks: int
+    cpus: float
+    gpus: float
+
+
+def run_gang(gang: Gang, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """`work(*arguments)` on every rank; returns rank 0's value.
+
+    Waits until one node has room for all. The first rank to fail ends the gang: its error is raised, or
+    ConnectionError when a rank's process was lost, which is worth another try.
     """
-    group = placement_group([{"CPU": cpus, "GPU": gpus}] * ranks, strategy="STRICT_PACK")
+    with contextlib.suppress(ValueError):
+        remove_placement_group(get_placement_group(gang.name))
+    group = placement_group([{"CPU": gang.cpus, "GPU": gang.gpus}] * gang.ranks, "STRICT_PACK", name=gang.name)
     members: list[Any] = []
     try:
         ray.get(group.ready())
-        for index in range(ranks):
+        for index in range(gang.ranks):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            members.append(RankActor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place).remote())
+            members.append(
+                RankActor.options(num_cpus=gang.cpus, num_gpus=gang.gpus, scheduling_strategy=place).remote()
+            )
         address = ray.get(members[0].address.remote())
-        running = [member.run.remote(i, ranks, address, work, arguments) for i, member in enumerate(members)]
-        pending = list(running)
-        while pending:
-            done, pending = ray.wait(pending)
-            ray.get(done)
-        return ray.get(running[0])
+        running = [member.run.remote(i, gang.ranks, address, work, arguments) for i, member in enumerate(members)]
+        return finish(running)
     finally:
         for member in members:
             ray.kill(member)
         remove_placement_group(group)
+
+
+def finish(running: list[Any]) -> Any:
+    """Rank 0's value once every rank has ended well."""
+    pending = list(running)
+    try:
+        while pending:
+            done, pending = ray.wait(pending)
+            ray.get(done)
+        return ray.get(running[0])
+    except RayError:
+        # The others notice a lost rank before Ray does; give it a moment to tell which it was.
+        ray.wait(running, num_returns=len(running), timeout=10)
+        for reference in running:
+            try:
+                ray.get(reference, timeout=0)
+            except (RayActorError, GetTimeoutError) as error:
+                if isinstance(error, RayActorError):
+                    raise ConnectionError(f"a rank was lost: {error}") from None
+            except RayError:
+                continue
+        raise

@@ -31,7 +31,7 @@ class Board:
         return self.seeds
 
 
-BoardActor = ray.remote(num_cpus=0)(Board)
+BoardActor = ray.remote(num_cpus=0, max_restarts=-1, resources={"node:__internal_head__": 0.001})(Board)
 
 
 class View:
@@ -61,7 +61,8 @@ class View:
         for seed, state in self.states.items():
             stage, at = self.printed.get(seed, ("", 0.0))
             now = time.monotonic()
-            if state["stage"] != stage or ("fraction" in state and now - at >= PLAIN_SECONDS):
+            running = 0 < state.get("fraction", 0.0) < 1
+            if state["stage"] != stage or (running and now - at >= PLAIN_SECONDS):
                 self.printed[seed] = (state["stage"], now)
                 detail = "  ".join(part for part in (percent(state), figures(state), left(state)) if part)
                 line = f"[{now - self.began:6.1f} s] seed {seed}: {state['stage']}  {detail}".rstrip()

@@ -4,24 +4,29 @@
     python pipeline/record.py RECIPE --help        every field of a recipe, with its default
     python pipeline/record.py RECIPE --plan        what it would ask for and do, without doing it
 
-The same command again does only what is missing. Exit code: 0 every seed done, 1 a seed failed, 2 nothing was started
-because something is wrong with the recipe, the data or the machine.
+The same command again does only what is missing. Exit code: 0 every seed is done, 1 one is not, 2 something is wrong
+with the recipe, the data or the machine, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-# Read by Ray when it is imported. The first is how often Ray Train looks at its workers (its default, 2 s, is the
-# least a job takes to notice anything).
+# Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
+# notice anything), and how long it waits for a node before it asks anew.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import tyro
+from ray.exceptions import RayError
 from rich.console import Console
 
 from hedgemix import dataset as datasets
@@ -40,9 +45,9 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from hedgemix.files import write_json
+from hedgemix.files import read_json, write_json
 from pipeline import driver, report, results, runs
-from pipeline.rows import build_row
+from pipeline.rows import build_row, origin
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""
@@ -80,6 +85,9 @@ def main(arguments: list[str]) -> int:
     except RecipeError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
+    except (OSError, RayError) as error:
+        errors.print(f"error: {type(error).__name__}: {error}", style="bold red", markup=False, soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on from here")
         return 130
@@ -118,21 +126,26 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
     folder = runs.record_folder(out, record)
     with runs.locked(folder):
-        write_json(folder / "recipe.json", to_dict(recipe))
+        keep_recipe(folder / "recipe.json", recipe, record)
         dataset = prepare(recipe, out, console)
+        counts = runs.counts_step(out, recipe, dataset)
         steps = [runs.seed_steps(out, recipe, dataset, seed) for seed in options.seeds]
         if all(each.done() for each in steps):
-            rows = [build_row(record, recipe, dataset, each, None) for each in steps]
+            rows = [build_row(record, recipe, dataset, each, counts, None) for each in steps]
             results.write(out, rows)
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
-            start_ray(console)
-            try:
+            with ray_started(console):
                 rows = driver.drive(record, recipe, dataset, out, options.seeds, console)
-            finally:
-                ray.shutdown()
         report.print_results(rows, results.table_path(out, record), console)
     return 1 if any(row.status != "done" for row in rows) else 0
+
+
+def keep_recipe(path: Path, recipe: Recipe, record: str) -> None:
+    """One record is one recipe: its table compares seeds, not settings."""
+    if path.exists() and read_json(path) != to_dict(recipe):
+        raise RecipeError(f"record {record} was begun with other settings ({path}); give this one another --record")
+    write_json(path, to_dict(recipe))
 
 
 def runs_folder(out: Path) -> Path:
@@ -159,26 +172,36 @@ def prepare(recipe: Recipe, out: Path, console: Console) -> Dataset:
         datasets.save(dataset, step.folder)
         return {"valid_tokens": dataset.valid_tokens}
 
-    runs.perform(step, work)
+    runs.perform(step, work, origin())
     dataset = datasets.load(step.folder)
+    datasets.check(dataset, recipe.train.batch_tokens + 1, recipe.evaluate.window_tokens + 1)
     calibration = recipe.train.calibration_sequences * recipe.train.sequence_tokens
-    datasets.check(dataset, max(recipe.train.batch_tokens, calibration) + 1, recipe.evaluate.window_tokens + 1)
+    if dataset.train_tokens <= calibration:
+        raise RecipeError(
+            f"calibration takes {calibration:,} training tokens and there are {dataset.train_tokens:,}; lower "
+            "train.calibration_sequences or give more text"
+        )
     return dataset
 
 
-def start_ray(console: Console) -> None:
-    """Join the cluster this runs on, else start Ray on this machine alone."""
-    if driver.on_cluster():
-        ray.init(log_to_driver=False, logging_level="ERROR")
-        return
-    console.print("starting Ray on this machine")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+@contextmanager
+def ray_started(console: Console) -> Iterator[None]:
+    """Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    with ExitStack() as held:
+        if driver.on_cluster():
+            # Our processes there are not this one's children.
+            settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+            ray.init(**quiet, runtime_env={"env_vars": settings})
+        else:
+            busy = "another record is at work on this machine; waiting for it"
+            held.enter_context(runs.machine_to_itself(lambda: console.print(busy)))
+            console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,23 +48,39 @@ class Row:
     train_loss_nats: float | None = None
     """Mean training loss a token over the last tenth of the steps."""
     restarts: int | None = None
-    """Times the training was started again after losing a worker."""
+    """Times the training was started again, after losing a worker or the driver."""
     qat_steps: int | None = None
     """Steps trained through quantization (0: late QAT did not act)."""
+    peak_memory_bytes: int | None = None
+    """Most memory in use on the first worker's GPU during training (0 on a CPU)."""
     warmup_seconds: float | None = None
     """Building and compiling before the training clock."""
     train_seconds: float | None = None
     """Training budget used: loop, averaging and calibration, over all restarts."""
+    loop_seconds: float | None = None
+    """Part of train_seconds in the training loop, checkpoints included."""
+    calibrate_seconds: float | None = None
+    """Part of train_seconds after the loop: averaging and calibration."""
     quantize_seconds: float | None = None
     """GPTQ and compression."""
+    gptq_seconds: float | None = None
+    """Part of quantize_seconds in GPTQ and rounding; the rest is reading, compressing and reading back."""
+    largest_damping: float | None = None
+    """Largest damping GPTQ needed, as a share of a Hessian's mean diagonal."""
+    score_seconds: float | None = None
+    """Scoring the full-precision weights, for bpb_full."""
+    counts_seconds: float | None = None
+    """Indexing the n-grams of the scored text, once for all seeds."""
     evaluate_seconds: float | None = None
-    """Evaluation of the artifact: scoring, mixing and test-time training together."""
+    """Evaluation from reading the artifact to the last bit, with the passes that only compare."""
     scoring_seconds: float | None = None
-    """Part of evaluate_seconds in forward passes of the scored model."""
+    """Part of evaluate_seconds in forward passes, of the frozen and of the adapted weights."""
     mixing_seconds: float | None = None
     """Part of evaluate_seconds in experts and mixers."""
     ttt_seconds: float | None = None
     """Part of evaluate_seconds in test-time training."""
+    evaluate_workers: int | None = None
+    """Ranks of the evaluation."""
     order: str | None = None
     """streaming or sliding: the order and context tokens were scored with."""
     bpb_full: float | None = None
@@ -91,7 +106,7 @@ class Row:
     artifact_bytes: int | None = None
     """Size of the artifact file: weights, tokenizer and configuration."""
     code_bytes: int | None = None
-    """The library code that evaluation imports, as one compressed bundle."""
+    """The library code that evaluation imports and the evaluation settings, compressed."""
     total_bytes: int | None = None
     """artifact_bytes and code_bytes together."""
     limit_bytes: int | None = None
@@ -101,15 +116,23 @@ class Row:
     expert_names: list[str] | None = None
     """The neural model and the n-gram experts."""
     expert_weights: list[float] | None = None
-    """The experts' Hedge weights after the last token, in the order of expert_names."""
+    """Their weights in the plain Hedge mixture (bpb_hedge) after the last token."""
+    ensemble_names: list[str] | None = None
+    """What the ensemble mixes: the neural model and one logistic mixer a gate."""
+    ensemble_weights: list[float] | None = None
+    """Their Hedge weights after the last token."""
     valid_tokens: int | None = None
     """Scored tokens."""
     valid_bytes: int | None = None
     """Bytes of the scored text."""
     valid_sha256: str | None = None
     """Of the scored tokens (16-bit little-endian)."""
+    train_set_tokens: int | None = None
+    """Tokens of the training text."""
     train_sha256: str | None = None
     """Of each training shard's name, size, first and last megabyte."""
+    text_sha256: str | None = None
+    """Of all documents, training and validation (empty for shards)."""
     tokenizer_sha256: str | None = None
     """Of the SentencePiece model file."""
     vocab_size: int | None = None
@@ -123,7 +146,7 @@ class Row:
     hardware: str | None = None
     """What the training job's first worker ran on."""
     hedgemix_version: str | None = None
-    """Version of hedgemix."""
+    """Version of hedgemix that made the last finished step, as are the versions below."""
     torch_version: str | None = None
     """Version of PyTorch."""
     ray_version: str | None = None
@@ -131,7 +154,7 @@ class Row:
     python_version: str | None = None
     """Version of Python."""
     git_commit: str | None = None
-    """Of the tree the driver ran from; empty outside a git checkout."""
+    """Of the tree the last finished step was made from; empty outside a git checkout."""
     git_dirty: bool | None = None
     """Whether the tree had changes that are not in git_commit."""
     started_at: str | None = None
@@ -198,18 +221,15 @@ def table_path(runs: Path, record: str) -> Path:
 
 
 def write(runs: Path, rows: list[Row]) -> Path:
-    """Replace the record's table by these rows, whole or not at all. Records are files of their own, so two drivers
-    can write at once."""
-    table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=schema())
+    """Put these rows into their record's table, in place of its rows of the same seeds; whole or not at all. Records
+    are files of their own, so two drivers can write at once."""
     path = table_path(runs, rows[0].record)
+    mine = {row.seed for row in rows}
+    kept = [old for old in pq.read_table(path).to_pylist() if old["seed"] not in mine] if path.exists() else []
+    table = pa.Table.from_pylist(kept + [dataclasses.asdict(row) for row in rows], schema=schema())
     with replacing(path) as file:
         pq.write_table(table, file)
     return path
-
-
-def read(path: Path) -> pd.DataFrame:
-    """One record's table, or every record's when `path` is the runs folder."""
-    return pd.read_parquet(path)
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:

@@ -18,22 +18,25 @@ from hedgemix.config import Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline import stages
 from pipeline.results import Row
-from pipeline.runs import SeedSteps
+from pipeline.runs import SeedSteps, Step
 
 
-def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, error: str | None) -> Row:
+def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, counts: Step, error: str | None) -> Row:
     """What is known of the seed so far; columns of steps that are not done stay empty."""
     records = [found for step in steps.all() if (found := step.record())]
+    counted = counts.record()
+    last = max(records, key=lambda found: found["finished_at"], default={})
     values: dict[str, Any] = {}
     for found in records:
         values.update(found["result"])
         values[f"{found['kind']}_seconds"] = values.get(f"{found['kind']}_seconds", found["seconds"])
-    total = values["artifact_bytes"] + values["code_bytes"] if "artifact_bytes" in values else None
+    total = values["artifact_bytes"] + values["code_bytes"] if steps.done() else None
     columns = {field.name for field in dataclasses.fields(Row)}
     known = {name: value for name, value in values.items() if name in columns}
     known |= {
-        "status": "failed" if error else "done" if steps.done() else "pending",
-        "error": error,
+        "status": "done" if steps.done() else "failed" if error else "pending",
+        "error": None if steps.done() else error,
+        "counts_seconds": counted["seconds"] if counted else None,
         "train_tokens": values.get("tokens"),
         "order": recipe.evaluate.order,
         "total_bytes": total,
@@ -45,8 +48,12 @@ def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, e
         "train_sha256": dataset.train_sha256,
         "tokenizer_sha256": dataset.tokenizer_sha256,
         "vocab_size": dataset.vocab_size,
-        "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if total else None,
+        "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if steps.quantize.done() else None,
         "workers": recipe.compute.workers,
+        "evaluate_workers": recipe.compute.evaluate_workers,
+        "text_sha256": dataset.text_sha256,
+        "train_set_tokens": dataset.train_tokens,
+        **last.get("origin", {}),
         "started_at": min((found["started_at"] for found in records), default=None),
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
@@ -56,11 +63,6 @@ def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, e
         config_hash=config_hash(recipe),
         seed=steps.seed,
         config=json.dumps(to_dict(recipe)),
-        hedgemix_version=__version__,
-        torch_version=torch.__version__,
-        ray_version=ray.__version__,
-        python_version=platform.python_version(),
-        **git_state(),
         **known,
     )
 
@@ -76,8 +78,8 @@ def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int | Non
 
 
 @cache
-def git_state() -> dict[str, Any]:
-    """Commit and dirtiness of the tree the code runs from; empty outside a git checkout (a job's working directory)."""
+def origin() -> dict[str, Any]:
+    """The versions and the git state of what runs here; git is empty outside a checkout (a job's working directory)."""
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -89,4 +91,11 @@ def git_state() -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD")
     dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"git_commit": commit, "git_dirty": None if dirty is None else bool(dirty)}
+    return {
+        "hedgemix_version": __version__,
+        "torch_version": torch.__version__,
+        "ray_version": ray.__version__,
+        "python_version": platform.python_version(),
+        "git_commit": commit,
+        "git_dirty": None if dirty is None else bool(dirty),
+    }

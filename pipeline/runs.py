@@ -12,9 +12,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hedgemix import corpus
 from hedgemix.config import DataConfig, Recipe, RecipeError, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.files import write_json
@@ -41,13 +42,13 @@ class Step:
         return f"{self.kind}-{self.key}"
 
     def record(self) -> dict[str, Any] | None:
-        """All that result.json holds (kind, key, reads, started_at, finished_at, seconds, result), or None when the
+        """All that result.json holds (kind, key, origin, started_at, finished_at, seconds, result), or None when the
         step is not done. A damaged result.json counts as not done."""
         try:
             found = json.loads((self.folder / "result.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return None
-        return found if found.get("key") == self.key else None
+        return found if isinstance(found, dict) and found.get("key") == self.key else None
 
     def done(self) -> bool:
         return self.record() is not None
@@ -65,22 +66,33 @@ def step(runs: Path, kind: str, *reads: Any) -> Step:
     return Step(kind, key, runs / "_steps" / f"{kind}-{key}")
 
 
-def perform(step: Step, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the step unless it is done; its result.json is written last, whole or not at all."""
+def perform(step: Step, work: Callable[[], dict[str, Any]], origin: dict[str, Any]) -> dict[str, Any]:
+    """Do the step unless it is done; its result.json is written last, whole or not at all.
+
+    `origin`: the versions and the tree that do it, kept beside the result. Two records that share a step do not do it
+    at the same time: the second waits, and then finds it done.
+    """
     if (record := step.record()) is not None:
         return record["result"]
-    started, began = now(), time.monotonic()
     step.folder.mkdir(parents=True, exist_ok=True)
-    result = work()
-    record = {
-        "kind": step.kind,
-        "key": step.key,
-        "started_at": started,
-        "finished_at": now(),
-        "seconds": time.monotonic() - began,
-        "result": result,
-    }
-    write_json(step.folder / "result.json", record)
+    with open(step.folder / "step.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (record := step.record()) is not None:
+            return record["result"]
+        for rest in step.folder.glob(".*.tmp"):  # of a writer that was killed
+            rest.unlink(missing_ok=True)
+        started, began = now(), time.monotonic()
+        result = work()
+        record = {
+            "kind": step.kind,
+            "key": step.key,
+            "origin": origin,
+            "started_at": started,
+            "finished_at": now(),
+            "seconds": time.monotonic() - began,
+            "result": result,
+        }
+        write_json(step.folder / "result.json", record)
     return result
 
 
@@ -109,7 +121,7 @@ def seed_steps(runs: Path, recipe: Recipe, dataset: Dataset, seed: int) -> SeedS
     """The seed's steps. A step's key covers what it reads and its parent's key, so changing the mixer names a new
     evaluation and nothing else. The number of evaluating ranks is left out: it does not change the score."""
     compute, evaluate = recipe.compute, to_dict(recipe.evaluate)
-    machine = [compute.workers, compute.gpus_per_worker]
+    machine = [compute.workers, compute.gpus_per_worker, compute.cpus_per_worker]
     text = [dataset.train_sha256, dataset.tokenizer_sha256, dataset.vocab_size]
     train = step(runs, "train", recipe.model, recipe.train, machine, text, seed)
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
@@ -123,23 +135,30 @@ def data_step(runs: Path, config: DataConfig) -> Step:
     """The data's step reads the configuration and what its source looks like now: package versions, or the names,
     sizes and times of files."""
     if config.source == "docs":
-        source: list[Any] = [[name, installed_version(name)] for name in config.packages]
+        found = metadata.packages_distributions()
+        source: list[Any] = [[name, installed_versions(found.get(name, []))] for name in config.packages]
     else:
-        named = config.paths if config.source == "text" else (config.shards_dir, config.tokenizer)
+        if config.source == "text":
+            files = [
+                file for path in config.paths for file in files_of(Path(path), corpus.SUFFIXES, corpus.COMPRESSIONS)
+            ]
+        else:
+            files = files_of(Path(config.shards_dir), (".bin", ".model")) if config.shards_dir else []
+            files += [Path(config.tokenizer)] if config.tokenizer else []
         source = [
-            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-            for path in named
-            for file in (sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)])
-            if file.is_file()
+            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
         ]
     return step(runs, "data", config, source)
 
 
-def installed_version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+def files_of(path: Path, suffixes: Iterable[str], compressions: Iterable[str] = ()) -> list[Path]:
+    """The file itself, or the files of a folder whose names end in one of the suffixes, maybe compressed."""
+    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *compressions))
+    return sorted(file for file in path.rglob("*") if file.name.endswith(endings)) if path.is_dir() else [path]
+
+
+def installed_versions(distributions: Iterable[str]) -> list[str]:
+    return [f"{name} {metadata.version(name)}" for name in sorted(set(distributions))]
 
 
 def counts_step(runs: Path, recipe: Recipe, dataset: Dataset) -> Step:
@@ -152,17 +171,25 @@ def record_folder(runs: Path, record: str) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the record: a second driver of the same record is told, instead of doing its work twice."""
+    """Hold the record: a second driver of the same record is told so."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "record.lock", "w") as file:
+    with open(folder / "record.lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RecipeError(f"another driver is at work on this record ({folder}); wait for it or stop it") from None
-        file.write(f"{os.uname().nodename} {os.getpid()}\n")
         yield
 
 
-def forget(step: Step) -> None:
-    """Remove a step's folder."""
-    shutil.rmtree(step.folder, ignore_errors=True)
+@contextmanager
+def machine_to_itself(waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold this machine among records that each start a Ray of their own: timed training shares it with nobody.
+    Calls `waiting` when there is another to wait for."""
+    path = Path(tempfile.gettempdir()) / f"hedgemix-{os.getuid()}.lock"
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

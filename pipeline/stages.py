@@ -6,6 +6,8 @@ counts: n-gram index of the validation text;  evaluate: the score, from the arti
 
 from __future__ import annotations
 
+import json
+import lzma
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from hedgemix import artifact, bundle, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
-from hedgemix.config import Recipe
+from hedgemix.config import Recipe, to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors
@@ -61,7 +63,6 @@ def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Pa
         **report,
         "artifact_bytes": size,
         "artifact_sha256": artifact.read(path).sha256,  # reads back what was written: a bad file stops here
-        "code_bytes": bundle.code_bytes().n_bytes,
     }
 
 
@@ -84,7 +85,18 @@ def evaluate_stage(
         trace=folder / "trace.jsonl",
         log=log,
     )
-    return asdict(result)
+    if (result.scored_tokens, result.scored_bytes) != (dataset.valid_tokens - 1, dataset.valid_bytes):
+        raise RuntimeError(
+            f"scored {result.scored_tokens} tokens and {result.scored_bytes} bytes of a text of "
+            f"{dataset.valid_tokens - 1} and {dataset.valid_bytes}"
+        )
+    return {**asdict(result), "code_bytes": code_bytes(recipe)}
+
+
+def code_bytes(recipe: Recipe) -> int:
+    """What a decoder needs beside the artifact: the code that evaluation imports, and its settings."""
+    settings = json.dumps(to_dict(recipe.evaluate), separators=(",", ":")).encode()
+    return bundle.code_bytes().n_bytes + len(lzma.compress(settings, format=lzma.FORMAT_ALONE))
 
 
 def pick_device(recipe: Recipe) -> torch.device:

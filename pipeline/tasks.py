@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from hedgemix.config import Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log
 from hedgemix.train import DivergedError
-from pipeline import runs, stages
-from pipeline.gang import run_gang
+from pipeline import stages
+from pipeline.gang import Gang, run_gang
 from pipeline.runs import SeedSteps, Step, perform
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -35,8 +36,12 @@ class Job:
     """What every task of one record is given; small, so it travels by value."""
 
     recipe: Recipe
+    """With compute.cpus_per_worker resolved."""
     dataset: Dataset
-    runs: str
+    evaluate_cpus: float
+    """CPUs of one evaluating rank."""
+    origin: dict[str, Any]
+    """Versions and git state of the driver's tree."""
     board: Any
     """The progress board's actor handle."""
 
@@ -47,8 +52,8 @@ class Job:
         return lambda record: self.board.put.remote(seed, stage, record)
 
 
-def use_cpus(recipe: Recipe) -> None:
-    torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
+def use_cpus(cpus: float) -> None:
+    torch.set_num_threads(max(1, int(cpus)))
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -58,10 +63,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
         torch.cuda.set_device(ray.train.torch.get_device())
-    use_cpus(recipe)
+    use_cpus(recipe.compute.cpus_per_worker)
+    if not folder.is_dir():  # the driver's machine made it
+        return {"error": f"--out is not on storage that this node shares: {folder} is not there"}
     try:
         return stages.train_stage(recipe, job.dataset, seed, folder, job.log(seed, "train"))
     except (DivergedError, ValueError) as error:
+        if isinstance(error, DivergedError) and ranks.rank() == 0:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)  # the same command tries again from the beginning
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -73,6 +82,7 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
 
     def fit() -> dict[str, Any]:
         scratch = step.folder / "ray"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
         per_worker = {"CPU": compute.cpus_per_worker}
         if compute.gpus_per_worker:
             per_worker["GPU"] = compute.gpus_per_worker
@@ -100,30 +110,32 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
         shutil.rmtree(scratch, ignore_errors=True)  # Ray's bookkeeping; our checkpoints are beside it
         return result
 
-    return perform(step, fit)
+    return perform(step, fit, job.origin)
 
 
 @ray.remote(max_retries=2, retry_exceptions=[OSError])
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
-    use_cpus(job.recipe)
-    return perform(step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, job.log(seed, "score")))
+    use_cpus(job.recipe.compute.cpus_per_worker)
+    log = job.log(seed, "score")
+    return perform(step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, log), job.origin)
 
 
 @ray.remote(max_retries=2, retry_exceptions=[OSError])
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
-    use_cpus(job.recipe)
+    use_cpus(job.recipe.compute.cpus_per_worker)
     job.log(seed, "quantize")({})
-    return perform(step, lambda: stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder))
+    work = partial(stages.quantize_stage, job.recipe, job.dataset, seed, train.folder, step.folder)
+    return perform(step, work, job.origin)
 
 
 @ray.remote(max_retries=2, retry_exceptions=[OSError])
 def count(job: Job, step: Step) -> dict[str, Any]:
     """The n-gram index of the validation text, shared by every seed."""
-    return perform(step, lambda: stages.counts_stage(job.recipe, job.dataset, step.folder))
+    return perform(step, lambda: stages.counts_stage(job.recipe, job.dataset, step.folder), job.origin)
 
 
 def evaluate_rank(job: Job, artifact: str, counts: str, folder: str, seed: int) -> dict[str, Any]:
-    use_cpus(job.recipe)
+    use_cpus(job.evaluate_cpus)
     log = job.log(seed, "evaluate")
     return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log)
 
@@ -134,9 +146,9 @@ def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dic
     compute = job.recipe.compute
     arguments = (job, artifact, counts, str(step.folder), seed)
     if compute.evaluate_workers == 1:
-        return perform(step, lambda: evaluate_rank(*arguments))
-    ranks_of = compute.evaluate_workers, compute.cpus_per_worker, compute.gpus_per_worker
-    return perform(step, lambda: run_gang(*ranks_of, evaluate_rank, arguments))
+        return perform(step, lambda: evaluate_rank(*arguments), job.origin)
+    gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, compute.gpus_per_worker)
+    return perform(step, lambda: run_gang(gang, evaluate_rank, arguments), job.origin)
 
 
 def one_worker(job: Job) -> dict[str, Any]:
@@ -154,10 +166,12 @@ def start_score(job: Job, steps: SeedSteps) -> Any:
 
 
 def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
-    options = one_worker(job) if job.recipe.compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
+    compute = job.recipe.compute
+    alone = {"num_cpus": job.evaluate_cpus, "num_gpus": compute.gpus_per_worker}
+    options = alone if compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
     artifact, index = steps.quantize.folder / stages.ARTIFACT, counts.folder / stages.INDEX
     return evaluate.options(**options).remote(job, steps.evaluate, str(artifact), str(index), steps.seed)
 
 
-def start_counts(job: Job) -> Any:
-    return count.options(num_cpus=1).remote(job, runs.counts_step(Path(job.runs), job.recipe, job.dataset))
+def start_counts(job: Job, counts: Step) -> Any:
+    return count.options(num_cpus=1, resources=HEAD).remote(job, counts)

@@ -63,7 +63,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         datasets.save(datasets.prepare(recipe.data, step.folder), step.folder)
         return {}
 
-    runs.perform(step, prepare)
+    runs.perform(step, prepare, {})
     broken = runs.seed_steps(out, recipe, datasets.load(step.folder), 2).train.folder
     broken.mkdir(parents=True)
     (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")

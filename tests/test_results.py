@@ -35,7 +35,7 @@ FAILED = Row(record="one", recipe="laptop", config_hash="h", seed=2, status="fai
 
 def test_rows_come_back_from_pandas_as_they_were_written(tmp_path: Path) -> None:
     path = results.write(tmp_path, [DONE, FAILED])
-    table = results.read(path)
+    table = pd.read_parquet(path)
     assert table.seed.tolist() == [1, 2] and table.status.tolist() == ["done", "failed"]
     assert table.bpb_final[0] == 1.5 and math.isnan(table.bpb_final[1])
     assert list(table.expert_weights[0]) == [0.75, 0.25]
@@ -65,7 +65,7 @@ def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Pat
     (tmp_path / ".two.parquet.host.1.tmp").write_bytes(b"half a file")
     results.write(tmp_path, [DONE])
     results.write(tmp_path, [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
-    assert sorted(results.read(tmp_path).record) == ["one", "two", "two"]
+    assert sorted(pd.read_parquet(tmp_path).record) == ["one", "two", "two"]
 
 
 def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_p
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(results.read(tmp_path).record) == ["one", "three", "two"]
+    assert sorted(pd.read_parquet(tmp_path).record) == ["one", "three", "two"]
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +93,13 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest
         results.write(tmp_path, [DONE, FAILED])
     assert [entry.name for entry in tmp_path.iterdir()] == ["one.parquet"]
     assert len(pd.read_parquet(path)) == 1
+
+
+def test_other_seeds_join_the_record_and_the_same_seed_is_replaced(tmp_path: Path) -> None:
+    results.write(tmp_path, [DONE, FAILED])
+    path = results.write(tmp_path, [dataclasses.replace(DONE, seed=3), dataclasses.replace(FAILED, error="again")])
+    table = pd.read_parquet(path).set_index("seed")
+    assert sorted(table.index) == [1, 2, 3] and table.error[2] == "again" and table.bpb_final[1] == 1.5
 
 
 def test_mean_and_sample_deviation() -> None:

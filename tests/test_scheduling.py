@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
+from rich.console import Console
 
 from hedgemix.config import RecipeError
 from hedgemix.recipes import RECIPES
@@ -38,7 +39,7 @@ def test_a_seed_of_the_record_takes_one_node_and_others_wait_for_one(cluster: Cl
     recipe = RECIPES["record"]()
     compute = recipe.compute
     assert driver.training_slots(recipe) == 2
-    driver.check_capacity(recipe)
+    driver.check_capacity(recipe, 20, Console())
     bundle = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
     groups = [placement_group([bundle] * compute.workers, strategy="STRICT_PACK") for _ in range(3)]
     assert [group.wait(timeout_seconds=5) for group in groups] == [True, True, False]
@@ -51,13 +52,19 @@ def test_a_seed_of_the_record_takes_one_node_and_others_wait_for_one(cluster: Cl
 def test_cpus_of_a_node_are_shared_by_its_workers(cluster: Cluster) -> None:
     recipe = RECIPES["record"]()
     whole = replace(recipe, compute=replace(recipe.compute, cpus_per_worker=0))
-    assert driver.resolve_cpus(whole).compute.cpus_per_worker == 20
-    assert driver.resolve_cpus(recipe) is recipe
+    resolved, evaluate_cpus = driver.resolve_cpus(whole)
+    assert resolved.compute.cpus_per_worker == evaluate_cpus == 20
+    assert driver.resolve_cpus(recipe) == (recipe, 20)
+    more = replace(whole, compute=replace(whole.compute, evaluate_workers=4))
+    assert driver.resolve_cpus(more) == (replace(more, compute=replace(more.compute, cpus_per_worker=20)), 40)
 
 
 def test_a_request_that_fits_no_node_is_refused_with_what_there_is(cluster: Cluster) -> None:
     recipe = RECIPES["record"]()
     split = replace(recipe, compute=replace(recipe.compute, workers=16))  # 16 GPUs there are, but not on one node
     assert driver.training_slots(split) == 0
-    with pytest.raises(RecipeError, match=r"16 workers of 1 GPU and 20 CPU; this machine has 16 GPU"):
-        driver.check_capacity(split)
+    with pytest.raises(RecipeError, match=r"16 ranks of 1 GPU and 20 CPU; the largest here has 8 GPU"):
+        driver.check_capacity(split, 20, Console())
+    gang = replace(recipe, compute=replace(recipe.compute, workers=1, evaluate_workers=9))
+    with pytest.raises(RecipeError, match="evaluates a seed on one machine with 9 ranks"):
+        driver.check_capacity(gang, 20, Console())
