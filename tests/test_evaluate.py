@@ -92,6 +92,8 @@ def test_the_trace_adds_up_to_the_result(case: Case, scored: Any) -> None:
     assert result.scoring_seconds + result.mixing_seconds + result.ttt_seconds < result.evaluate_seconds
     assert result.expert_names == ["neural", "order1", "order2", "order3"]
     assert result.expert_weights == trace[-1]["weights"]["hedge"] and sum(result.expert_weights) == pytest.approx(1)
+    assert result.ensemble_names == ["neural", "logistic-order", "logistic-both", "logistic-none"]
+    assert result.ensemble_weights == trace[-1]["weights"]["ensemble"]
 
 
 def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> None:

@@ -22,7 +22,15 @@ CONFIG = EvaluateConfig(
     window_tokens=32, stride_tokens=8, segment_tokens=96, overlap_tokens=64, batch_windows=7, chunk_tokens=320,
     dtype="float32",
     ttt=TTTConfig(
-        rate=3e-3, epochs=2, batch_sequences=3, sequence_tokens=32, last_blocks=1, polyak=0.9, byte_weighted=True
+        rate=3e-3,
+        epochs=2,
+        batch_sequences=3,
+        sequence_tokens=32,
+        last_blocks=1,
+        polyak=0.9,
+        byte_weighted=True,
+        cosine=True,
+        ramp=3.0,
     ),
     mixer=MixerConfig(orders=(1, 2, 3), block_tokens=32),
 )  # fmt: skip
