@@ -11,6 +11,7 @@ of a mixer, C lanes, L steps of a lane, Q = K (K + 1) / 2 products of experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -136,10 +137,16 @@ def _second_moments(p_BRMV: Tensor, log_rows_BRKV: Tensor) -> Tensor:
         rest = slice(at, at + experts - k)
         torch.mul(log_rows_BRKV[:, :, k:], log_rows_BRKV[:, :, k : k + 1], out=products_BRQV[:, :, rest])
         at = rest.stop
+    return (p_BRMV @ products_BRQV.transpose(2, 3))[..., _square(experts, p_BRMV.device)]
+
+
+@cache
+def _square(experts: int, device: torch.device) -> Tensor:
+    """Which product of the upper triangle each (k, j) is; kept, since copying it to a GPU waits for its queue."""
     square = torch.empty(experts, experts, dtype=torch.int64)
     high, low = torch.triu_indices(experts, experts)
     square[high, low] = square[low, high] = torch.arange(len(high))
-    return (p_BRMV @ products_BRQV.transpose(2, 3))[..., square.to(p_BRMV.device)]
+    return square.to(device)
 
 
 def _chosen(state: LogisticState, gate_BRM: Tensor) -> Tensor:

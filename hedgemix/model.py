@@ -32,7 +32,8 @@ def fake_quantize(weight: Tensor) -> Tensor:
     with torch.no_grad():
         magnitude = weight.float().abs()
         rank = max(1, math.ceil(QAT_QUANTILE * magnitude.shape[1]))
-        scale = magnitude.kthvalue(rank, dim=1, keepdim=True).values.clamp_min(1e-8) / QAT_LEVELS
+        largest = magnitude.topk(magnitude.shape[1] - rank + 1, dim=1).values  # kthvalue is not deterministic on a GPU
+        scale = largest[:, -1:].clamp_min(1e-8) / QAT_LEVELS
         rounded = (weight / scale).round().clamp(-QAT_LEVELS, QAT_LEVELS) * scale
     return weight + (rounded - weight).detach()
 

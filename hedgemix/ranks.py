@@ -37,8 +37,9 @@ def gather(tensor: Tensor) -> list[Tensor]:
     """Every rank's `tensor` (same shape everywhere), in rank order, on every rank."""
     if not active():
         return [tensor]
+    tensor = tensor.contiguous()  # before empty_like, which would keep its strides
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor)
     return parts
 
 

@@ -86,7 +86,7 @@ def record() -> Recipe:
     return Recipe(
         recipe="record",
         data=fineweb(),
-        train=TrainConfig(late_qat=True),
+        train=TrainConfig(late_qat=True, checkpoint_seconds=200),  # one takes seconds of the budget
         evaluate=EvaluateConfig(ttt=reference),
         quantize=QuantizeConfig(scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22),
     )
@@ -109,6 +109,8 @@ def validate(recipe: Recipe) -> None:
     for name in ("gpus_per_worker", "cpus_per_worker", "max_restarts"):
         if getattr(compute, name) < 0:
             raise RecipeError(f"compute.{name} must not be negative")
+    if max(compute.workers, compute.evaluate_workers) > 1 and compute.gpus_per_worker % 1:
+        raise RecipeError("compute.gpus_per_worker must be whole with several ranks: each needs a GPU of its own")
     for name, value in asdict(recipe.limits).items():
         if value <= 0 or math.isnan(value):
             raise RecipeError(f"limits.{name} must be positive")

@@ -363,6 +363,8 @@ def validate(recipe: Recipe, workers: int | None = None) -> None:
         )
     if config.late_qat and 2 ** (recipe.quantize.matrix_bits - 1) - 1 != QAT_LEVELS:
         raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {recipe.quantize.matrix_bits}")
+    if config.late_qat and config.compile and config.warmup_steps < 2:
+        raise RecipeError("train.warmup_steps must be at least 2 with late_qat: each kind of step is compiled once")
     if not config.steps and config.budget_seconds <= config.reserve_seconds:
         raise RecipeError(
             f"train.budget_seconds {config.budget_seconds:g} leaves nothing after train.reserve_seconds "

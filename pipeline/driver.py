@@ -205,7 +205,13 @@ def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:
     compute = recipe.compute
     if compute.cpus_per_worker:
         return recipe, compute.cpus_per_worker
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    able = [node["Resources"] for node in ray.nodes() if fits(node, compute.workers, 0, compute.gpus_per_worker)]
+    largest = max((resources.get("CPU", 0) for resources in able), default=0)
+    if not largest:
+        raise RecipeError(
+            f"no node with {compute.workers * compute.gpus_per_worker:g} GPU is there to tell its CPUs; set "
+            "compute.cpus_per_worker"
+        )
     resolved = replace(compute, cpus_per_worker=max(1.0, largest // compute.workers))
     return replace(recipe, compute=resolved), max(1.0, largest // compute.evaluate_workers)
 

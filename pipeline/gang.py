@@ -32,10 +32,10 @@ class Rank:
         dist.init_process_group(
             backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
-        try:
-            return work(*arguments)
-        finally:
-            dist.destroy_process_group()
+        value = work(*arguments)
+        # Only after success: leaving the group would wait for ranks that wait for this one. The process ends anyway.
+        dist.destroy_process_group()
+        return value
 
 
 RankActor = ray.remote(max_restarts=0)(Rank)

@@ -18,7 +18,7 @@ import torch
 from hedgemix import artifact, bundle, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
-from hedgemix.config import Recipe, to_dict
+from hedgemix.config import Recipe, RecipeError, to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors
@@ -101,9 +101,11 @@ def code_bytes(recipe: Recipe) -> int:
 
 def pick_device(recipe: Recipe) -> torch.device:
     """The GPU Ray gave this process when the recipe asks for one, else the CPU."""
-    if recipe.compute.gpus_per_worker > 0 and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if recipe.compute.gpus_per_worker == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RecipeError("compute.gpus_per_worker asks for GPUs and torch sees none on this node; check its driver")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def hardware(device: torch.device) -> str:

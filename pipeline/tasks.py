@@ -30,6 +30,9 @@ from pipeline.runs import SeedSteps, Step, perform
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
 
+ONE_CALL: dict[str, Any] = {"max_calls": 1, "max_retries": 2, "retry_exceptions": [OSError]}
+"""A process a task: a worker that Ray used again would keep the memory, and the choice, of its first GPU."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -113,14 +116,14 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     return perform(step, fit, job.origin)
 
 
-@ray.remote(max_retries=2, retry_exceptions=[OSError])
+@ray.remote(**ONE_CALL)
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     log = job.log(seed, "score")
     return perform(step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, log), job.origin)
 
 
-@ray.remote(max_retries=2, retry_exceptions=[OSError])
+@ray.remote(**ONE_CALL)
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     job.log(seed, "quantize")({})
@@ -128,7 +131,7 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     return perform(step, work, job.origin)
 
 
-@ray.remote(max_retries=2, retry_exceptions=[OSError])
+@ray.remote(**ONE_CALL)
 def count(job: Job, step: Step) -> dict[str, Any]:
     """The n-gram index of the validation text, shared by every seed."""
     return perform(step, lambda: stages.counts_stage(job.recipe, job.dataset, step.folder), job.origin)
@@ -140,7 +143,7 @@ def evaluate_rank(job: Job, artifact: str, counts: str, folder: str, seed: int) 
     return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log)
 
 
-@ray.remote(max_retries=2, retry_exceptions=[OSError])
+@ray.remote(**ONE_CALL)
 def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dict[str, Any]:
     """The score, by one rank in this process or by a gang this task waits for."""
     compute = job.recipe.compute
