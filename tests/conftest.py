@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 import tinyrecord
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("CI"):  # the same examples every time; new ones are for a person to meet
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
