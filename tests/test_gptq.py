@@ -80,7 +80,7 @@ def test_beats_rounding_and_the_mistaken_variant(seed: int) -> None:
 @given(seed=st.integers(0, 10_000), bits=st.integers(3, 8), rows=st.integers(128, 256), columns=st.integers(8, 24))
 @settings(max_examples=25, deadline=None)
 def test_never_worse_than_rounding_on_correlated_inputs(seed: int, bits: int, rows: int, columns: int) -> None:
-    # True of the sum over rows, which a few rows can miss: 8 rows did, the worst of 1,500 draws here had 0.85 of the loss.
+    # True of the sum over rows, which a few rows can miss: 8 did. The worst of 1,500 draws here had 0.85 of the loss.
     weight, hessian, count = problem(rows, columns, seed)
     result = gptq.quantize(weight, hessian, count, **{**SETTINGS, "bits": bits})
     assert loss(weight, result, hessian) <= loss(weight, gptq.round_rows(weight, bits), hessian)
