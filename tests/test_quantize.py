@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +24,6 @@ VOCAB, SEQUENCES, LENGTH = 300, 24, 64
 TABLES = ("bigram.table.weight",)
 LARGE = (*TABLES, *(f"blocks.{block}.mlp.{part}.weight" for block in (0, 1) for part in ("up", "down")))
 CONFIG = QuantizeConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Trained(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,6 @@ def write_data(folder: Path) -> Dataset:
         shards.write_shard(path, np.array(part))
     values: dict[str, Any] = {field.name: 0 for field in fields(Dataset)}
     return Dataset(**values | {"train_shards": paths, "vocab_size": VOCAB, "train_tokens": len(tokens)})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Killed(Exception):
