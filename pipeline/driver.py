@@ -26,6 +26,7 @@ from pipeline.runs import SeedSteps, Step
 from pipeline.tasks import Job
 
 POLL_SECONDS = 0.5
+STAGES = ("train", "quantize", "score", "evaluate")
 ERRORS_OF_THE_OTHERS = ("Connection closed", "Connection reset", "NCCL", "gloo", "HealthCheck")
 """What ranks say that only noticed another one fail."""
 
@@ -112,7 +113,6 @@ class Drive:
         with contextlib.suppress(RayError):  # without its board the record still goes on
             board = ray.get(self.job.board.read.remote(), timeout=5)
         shown: dict[int, dict[str, Any]] = {}
-        active = {seed: stage for seed, stage in self.running.values() if seed is not None}
         for seed, steps in self.seeds.items():
             told = board.get(seed, {})
             if steps.done():
@@ -122,7 +122,8 @@ class Drive:
             elif self.busy(seed, told.get("stage", "")):
                 shown[seed] = told
             else:
-                shown[seed] = {"stage": f"starting {active[seed]}" if seed in active else "waiting"}
+                due = next((stage for stage in STAGES if self.busy(seed, stage)), "")
+                shown[seed] = {"stage": f"starting {due}" if due else "waiting"}
         return shown
 
 
