@@ -126,8 +126,8 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
     folder = runs.record_folder(out, record)
     with runs.locked(folder):
-        keep_recipe(folder / "recipe.json", recipe, record)
         dataset = prepare(recipe, out, console)
+        keep_recipe(folder / "recipe.json", recipe, record)
         counts = runs.counts_step(out, recipe, dataset)
         steps = [runs.seed_steps(out, recipe, dataset, seed) for seed in options.seeds]
         if all(each.done() for each in steps):
@@ -143,9 +143,10 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
 
 def keep_recipe(path: Path, recipe: Recipe, record: str) -> None:
     """One record is one recipe: its table compares seeds, not settings."""
-    if path.exists() and read_json(path) != to_dict(recipe):
+    if not path.exists():
+        write_json(path, to_dict(recipe))
+    elif read_json(path) != to_dict(recipe):
         raise RecipeError(f"record {record} was begun with other settings ({path}); give this one another --record")
-    write_json(path, to_dict(recipe))
 
 
 def runs_folder(out: Path) -> Path:

@@ -113,3 +113,11 @@ def test_a_job_must_not_write_where_its_folder_vanishes(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="absolute"):
         record.runs_folder(Path("runs"))
     assert record.runs_folder(tmp_path / "shared") == tmp_path / "shared"
+
+
+def test_a_record_keeps_to_the_recipe_it_was_begun_with(tmp_path: Path) -> None:
+    recipe = RECIPES["laptop"]()
+    record.keep_recipe(tmp_path / "recipe.json", recipe, "mine")
+    record.keep_recipe(tmp_path / "recipe.json", recipe, "mine")
+    with pytest.raises(ValueError, match="record mine was begun with other settings"):
+        record.keep_recipe(tmp_path / "recipe.json", RECIPES["record"](), "mine")
