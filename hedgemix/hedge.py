@@ -78,6 +78,12 @@ def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tens
     return log_mix, weights, w_RK.log()
 
 
+def share_step(log_p_RK: Tensor, log_w_RK: Tensor, share: float) -> Tensor:
+    """The log weights that `fixed_share` has after one outcome."""
+    posterior_RK = (log_w_RK + log_p_RK).softmax(-1)
+    return _share(posterior_RK, torch.tensor(share, dtype=posterior_RK.dtype)).log()
+
+
 def _share(weights: Tensor, share: Tensor) -> Tensor:
     return (1 - share) * weights + share / weights.shape[-1] * weights.sum(-1, keepdim=True)
 

@@ -123,7 +123,8 @@ class Mixer:
         state, share = self._state, self.config.hedge_share
         token_B = torch.from_numpy(self.index.tokens_N[start:stop].astype(np.int64)).to(self.device)
         log_rows = self._expert_rows(neural_BRV, start, stop)
-        gate_BRM = self._gates(log_rows[:, :, 0], start, stop)
+        longest = np.searchsorted([1, *self.index.tables], ngram.matched_order(self.index, start, stop))
+        gate_BRM = gate_sets(self.config, log_rows[:, :, 0], torch.from_numpy(longest).to(self.device))
         mixed_y, mixed = [], []
         left = start
         while left < stop:
@@ -157,21 +158,21 @@ class Mixer:
             out[:, :, k] = rows_BV.log_()[:, None]
         return out
 
-    def _gates(self, neural_BRV: Tensor, start: int, stop: int) -> Tensor:
-        """Weight set of each position for each mixer, (B, R, M): longest matched order x bucket of neural entropy."""
-        config = self.config
-        longest = ngram.matched_order(self.index, start, stop)
-        order_B = torch.from_numpy(np.searchsorted([1, *self.index.tables], longest)).to(self.device)
-        order_BR = order_B[:, None].expand(-1, len(self.names))
-        entropy_BR = -(neural_BRV.exp() * neural_BRV).sum(-1) / math.log(self.index.vocab_size)
-        bucket_BR = (entropy_BR * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
-        sets = {
-            "none": torch.zeros_like(bucket_BR),
-            "order": order_BR,
-            "entropy": bucket_BR,
-            "both": order_BR * config.entropy_sets + bucket_BR,
-        }
-        return torch.stack([sets[gate] for gate in config.gates], 2)
+
+def gate_sets(config: MixerConfig, neural_BRV: Tensor, longest_B: Tensor) -> Tensor:
+    """Weight set of each position for each mixer, (B, R, M): longest match (its rank, from 0) x bucket of neural
+    entropy."""
+    sets, vocab_size = neural_BRV.shape[1:]
+    order_BR = longest_B[:, None].expand(-1, sets)
+    entropy_BR = -(neural_BRV.exp() * neural_BRV).sum(-1) / math.log(vocab_size)
+    bucket_BR = (entropy_BR * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
+    chosen = {
+        "none": torch.zeros_like(bucket_BR),
+        "order": order_BR,
+        "entropy": bucket_BR,
+        "both": order_BR * config.entropy_sets + bucket_BR,
+    }
+    return torch.stack([chosen[gate] for gate in config.gates], 2)
 
 
 def check(config: MixerConfig) -> None:

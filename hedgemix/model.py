@@ -10,6 +10,7 @@ Late QAT is an argument of `forward`, not an attribute that a compiled graph cou
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +89,42 @@ def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) 
     return y.view(B, blocks, H, band, E).transpose(1, 2).reshape(B, H, blocks * band, E)[:, :, :T]
 
 
+@dataclass
+class Cache:
+    """What a growing text leaves behind: with it, `features` runs one more token instead of the whole text again."""
+
+    keys: list[Tensor]
+    """Of each layer, (B, H, positions, E)."""
+    values: list[Tensor]
+    tokens_B1: Tensor
+    """The last token run, for the bigram embedding."""
+    x_B1D: Tensor
+    """The last token's input, for the smear gate."""
+    length: int = 0
+    """Tokens run so far."""
+
+    def attend(self, layer: int, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
+        """Keep the new keys and values; attend from the new positions, one at a time once there are earlier ones."""
+        stop = self.length + k_BHTE.shape[2]
+        self.keys[layer][:, :, self.length : stop], self.values[layer][:, :, self.length : stop] = k_BHTE, v_BHTE
+        if self.length == 0:
+            return attention(q_BHTE, k_BHTE, v_BHTE, band)
+        start = 0 if band is None else max(0, stop - band)
+        k, v = (kept[layer][:, :, start:stop].to(q_BHTE.dtype) for kept in (self.keys, self.values))
+        return F.scaled_dot_product_attention(q_BHTE, k, v)
+
+
+def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
+    """Causal attention over the whole sequence, or over the last `band` positions."""
+    if band is None or band >= q_BHTE.shape[2]:
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+    return banded_attention(q_BHTE, k_BHTE, v_BHTE, band)
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.heads, self.kv_heads, self.xsa = config.heads, config.kv_heads, config.xsa
         self.head_width = config.width // config.heads
         kv_width = self.head_width * config.kv_heads
@@ -101,7 +135,14 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.heads,), config.qk_gain))
 
     def forward(
-        self, x_BTD: Tensor, value_BTK: Tensor | None, cos: Tensor, sin: Tensor, band: int | None, qat: bool
+        self,
+        x_BTD: Tensor,
+        value_BTK: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        band: int | None,
+        qat: bool,
+        cache: Cache | None,
     ) -> Tensor:
         B, T, D = x_BTD.shape
 
@@ -117,10 +158,7 @@ class Attention(nn.Module):
         k = rotate(rms_norm(k.float()), cos, sin).to(dtype)
         if self.kv_heads != self.heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
-        if band is None or band >= T:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = banded_attention(q, k, v, band)
+        y = attention(q, k, v, band) if cache is None else cache.attend(self.layer, q, k, v, band)
         if self.xsa:
             direction = F.normalize(v, dim=-1)
             y = y - (y * direction).sum(-1, keepdim=True) * direction
@@ -141,7 +179,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(config), MLP(config)
+        self.attention, self.mlp = Attention(config, layer), MLP(config)
         self.depth_scale = 1 / math.sqrt(layer + 1) if config.depth_scale else 1.0
         ones = torch.ones(config.width)
         self.input_mix = nn.Parameter(torch.stack([ones, 0 * ones])) if config.input_mix else None
@@ -149,11 +187,19 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(ones.clone()) if config.residual_scale else None
 
     def forward(
-        self, x: Tensor, x0: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, band: int | None, qat: bool
+        self,
+        x: Tensor,
+        x0: Tensor,
+        value: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        band: int | None,
+        qat: bool,
+        cache: Cache | None,
     ) -> Tensor:
         if self.input_mix is not None:
             x = self.input_mix[0] * x + self.input_mix[1] * x0
-        y = self.attention(rms_norm(x) * self.depth_scale, value, cos, sin, band, qat)
+        y = self.attention(rms_norm(x) * self.depth_scale, value, cos, sin, band, qat, cache)
         x = x + (y if self.attention_scale is None else self.attention_scale * y)
         y = self.mlp(rms_norm(x) * self.depth_scale, qat)
         return x + (y if self.mlp_scale is None else self.mlp_scale * y)
@@ -228,19 +274,38 @@ class Model(nn.Module):
             nn.init.normal_(self.value_embedding.table.weight, std=0.01)
             nn.init.zeros_(self.value_embedding.project.weight)
 
-    def features(self, tokens_BT: Tensor, band: int | None = None, qat: bool = False) -> Tensor:
+    def start_cache(self, positions: int, sequences: int = 1) -> Cache:
+        """An empty cache for texts of up to `positions` tokens."""
+        config, like = self.config, self.embedding.weight
+        shape = (sequences, config.heads, positions, config.width // config.heads)
+        keys, values = ([like.new_zeros(shape) for _ in self.blocks] for _ in range(2))
+        return Cache(keys, values, like.new_zeros(sequences, 1).long(), like.new_zeros(sequences, 1, config.width))
+
+    def features(
+        self, tokens_BT: Tensor, band: int | None = None, qat: bool = False, cache: Cache | None = None
+    ) -> Tensor:
         """Normalised final hidden states (B, T, D); position t depends on tokens 0..t only (the last `band`
-        positions of each layer below, when a band is given)."""
+        positions of each layer below, when a band is given).
+
+        With a cache the tokens follow those already run through it: any number into an empty one, then one at a time.
+        """
+        length = cache.length if cache is not None else 0
+        assert length == 0 or tokens_BT.shape[1] == 1, "a cache that holds tokens takes one more at a time"
         x = self.embedding(tokens_BT)
         if self.bigram is not None:
-            x = x + self.bigram(tokens_BT)
+            if cache is not None and length:
+                x = x + self.bigram(torch.cat([cache.tokens_B1, tokens_BT], 1))[:, 1:]
+            else:
+                x = x + self.bigram(tokens_BT)
         x = rms_norm(x)
+        unsmeared = x
         if self.smear is not None:
             gate = torch.sigmoid(self.smear)
-            x = x + gate * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
+            earlier = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None or not length else cache.x_B1D
+            x = x + gate * (earlier - x)
         x0 = x
         value = None if self.value_embedding is None else self.value_embedding(tokens_BT)
-        angle = torch.arange(tokens_BT.shape[1], device=x.device)[:, None] * self.frequencies
+        angle = torch.arange(length, length + tokens_BT.shape[1], device=x.device)[:, None] * self.frequencies
         cos, sin = angle.cos(), angle.sin()
         first_valued = len(self.blocks) - self.config.value_embedding_layers
         pushed: list[Tensor] = []
@@ -250,9 +315,12 @@ class Model(nn.Module):
             added = None
             if self.value_embedding is not None and value is not None and layer >= first_valued:
                 added = value * self.value_embedding.layer_scales[layer - first_valued]
-            x = block(x, x0, added, cos, sin, band, qat)
+            x = block(x, x0, added, cos, sin, band, qat, cache)
             if self.skip_weights is not None and layer < self.pushes:
                 pushed.append(x)
+        if cache is not None:
+            cache.tokens_B1, cache.x_B1D = tokens_BT[:, -1:], unsmeared[:, -1:]
+            cache.length += tokens_BT.shape[1]
         return rms_norm(x)
 
     def logits(self, features: Tensor) -> Tensor:

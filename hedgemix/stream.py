@@ -52,6 +52,21 @@ def pieces(chunk: Piece, config: EvaluateConfig) -> list[Piece]:
     return beginning + [Piece(at, min(at + size, chunk.stop)) for at in range(full, chunk.stop, size)]
 
 
+def contexts(piece: Piece, config: EvaluateConfig) -> list[tuple[int, Piece]]:
+    """The same piece for a model that runs one token at a time: targets, and the first token their context may use.
+
+    Until the targets' end the context only grows; within it, in streaming order, a layer sees `window_tokens`.
+    """
+    window, stride = config.window_tokens, config.stride_tokens
+    if config.order == "streaming":
+        return [(max(0, piece.start - 1 - config.overlap_tokens), piece)]
+    if piece.start <= window:
+        return [(max(0, piece.stop - 1 - window), piece)]
+    starts = range(piece.start, piece.stop, stride)
+    windows = [Piece(start, min(start + stride, piece.stop)) for start in starts]
+    return [(targets.stop - 1 - window, targets) for targets in windows]
+
+
 @torch.inference_mode()
 def piece_rows(model: Model, tokens_N: Tensor, piece: Piece, config: EvaluateConfig) -> Tensor:
     """Log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets.

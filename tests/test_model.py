@@ -280,3 +280,17 @@ def test_a_compiled_model_keeps_the_quantization_switch() -> None:
         torch.testing.assert_close(compiled(tokens, tokens, qat), model(tokens, tokens, qat), rtol=1e-6, atol=0)
     assert counter.frame_count == 2
     assert compiled(tokens, tokens, True) != compiled(tokens, tokens, False)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("band", [None, 4])
+@pytest.mark.parametrize("overrides", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("prefix", [1, 7])
+def test_one_token_at_a_time_gives_what_the_whole_text_gives(
+    overrides: dict[str, Any], band: int | None, prefix: int
+) -> None:
+    model, tokens = build(**overrides), tokens_of(2, 11)
+    cache = model.start_cache(11, sequences=2)
+    steps = [model.features(tokens[:, :prefix], band, cache=cache)]
+    steps += [model.features(tokens[:, t : t + 1], band, cache=cache) for t in range(prefix, 11)]
+    torch.testing.assert_close(torch.cat(steps, 1), model.features(tokens, band), rtol=0, atol=1e-12)

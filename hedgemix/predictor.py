@@ -1,0 +1,160 @@
+"""The distributions that `evaluate` scores with, one token at a time: the step that a coder and its decoder share.
+
+`predict` gives the next token's row from the artifact and the tokens told so far; `update` tells the token, and then
+counts, mixing weights and, at the end of a chunk, the model's weights move. Nothing later is known here at all, so what
+this gives is decodable by construction. Up to float rounding the rows are those of `evaluate`, which knows the whole
+text and works in blocks.
+
+Two predictors agree bitwise on one machine with one thread; see `codec` for the conditions.
+
+Shapes as in `hedge`: one position (B = 1), one row set (R = 1), K experts, V vocabulary, M logistic mixers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgemix import bpb, hedge, mixer, stream, tokenizer, ttt
+from hedgemix.artifact import Artifact
+from hedgemix.config import EvaluateConfig
+from hedgemix.counts import Counts
+from hedgemix.evaluate import load_model
+from hedgemix.model import Cache, Model
+from hedgemix.ttt import Adapter
+
+
+@dataclass(frozen=True)
+class Step:
+    """One position's rows, and its token once it is known."""
+
+    experts_BRKV: Tensor
+    mixed_BRMV: Tensor
+    gate_BRM: Tensor
+    team_BRKV: Tensor
+    """The rows that the score's mixture is over: of experts, or of neural model and logistic mixers."""
+    token_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+class Predictor:
+    """Give it the artifact, the text's length (schedules of test-time training depend on it) and its first token."""
+
+    def __init__(self, found: Artifact, n_tokens: int, first_token: int, config: EvaluateConfig) -> None:
+        """Raises ArtifactError for an artifact that holds no model, RecipeError for settings that do not fit it."""
+        model = load_model(found)
+        mixer.check(config.mixer)
+        stream.validate(config, model.context_tokens)
+        ttt.validate(config.ttt, model.context_tokens)
+        self.config, self.vocab_size, self.position = config, model.vocab_size, 1
+        self.tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
+        self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)
+        self.tokens_N[0] = first_token
+        self.weights_N = torch.ones(n_tokens)
+        self.chunks = stream.chunks(n_tokens, config.chunk_tokens)
+        self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.enabled else None
+        self.model = self.adapter.scorer if self.adapter else model
+        self.contexts = self._contexts()
+        self.targets, self.piece_stop, self.cache = stream.Piece(1, 1), 1, model.start_cache(0)
+        self.mixture = Mixture(config, model.vocab_size, first_token)
+        self.row: np.ndarray | None = None
+
+    def predict(self) -> np.ndarray:
+        """Probabilities (V,), float64, of the next token; asked again, the same."""
+        if self.row is None:
+            self.row = self.mixture.predict(self._neural_row()).double().softmax(0).numpy()
+        return self.row
+
+    def update(self, token: int) -> None:
+        """Tell the token that `predict` was about."""
+        self.row = None
+        if self.config.ttt.byte_weighted:
+            previous = self.tokens_N[self.position - 1 : self.position].numpy()
+            self.weights_N[self.position] = float(bpb.token_bytes(self.tables, previous, np.array([token]))[0])
+        self.tokens_N[self.position] = token
+        self.position += 1
+        block = self.config.mixer.block_tokens
+        self.mixture.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
+
+    def _contexts(self) -> Iterator[tuple[int, stream.Piece, int]]:
+        """Every piece's contexts with the piece's end; between chunks the model learns."""
+        for number, chunk in enumerate(self.chunks):
+            for piece in stream.pieces(chunk, self.config):
+                for begin, targets in stream.contexts(piece, self.config):
+                    yield begin, targets, piece.stop
+            if self.adapter and number + 1 < len(self.chunks):
+                self.adapter.learn(self.tokens_N, self.weights_N, chunk)
+
+    def _neural_row(self) -> Tensor:
+        """Log-probabilities (V,) of the next token, float32."""
+        begin = self.position - 1
+        if self.position == self.targets.stop:
+            begin, self.targets, self.piece_stop = next(self.contexts)
+            self.cache = self.model.start_cache(self.targets.stop - 1 - begin)
+        return next_row(self.model, self.cache, self.tokens_N[begin : self.position], self.config)
+
+
+@torch.inference_mode()
+def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> Tensor:
+    """The row (V,) behind the last of `tokens`, which follow those the cache holds; see `stream.piece_rows`."""
+    band = config.window_tokens if config.order == "streaming" else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        if len(tokens) > 1:
+            model.features(tokens[None, :-1], band=band, cache=cache)
+        features = model.features(tokens[None, -1:], band=band, cache=cache)
+        return torch.log_softmax(model.logits(features)[0, -1], dim=-1)
+
+
+class Mixture:
+    """What `mixer.Mixer` does for a whole text, for the one mixture that is the score."""
+
+    def __init__(self, config: EvaluateConfig, vocab_size: int, first_token: int) -> None:
+        self.config = config.mixer
+        self.counts = Counts(self.config.orders, vocab_size)
+        self.counts.add(first_token)
+        self.orders = [1, *self.counts.followers]
+        experts, sets = 1 + len(self.config.orders), len(self.orders) * self.config.entropy_sets
+        memory, ridge = self.config.memory_tokens, self.config.logistic_ridge
+        self.logistic = hedge.start_logistic(1, memory, sets, experts, ridge, "cpu")
+        size = {"hedge": experts, "ensemble": 1 + len(self.config.gates)}.get(self.config.kind, 1)
+        self.log_weights_RK = torch.full((1, size), -math.log(size), dtype=torch.float64)
+        self.block: list[Step] = []
+
+    def predict(self, neural_V: Tensor) -> Tensor:
+        """The mixed log row (V,), float32, of the next token."""
+        self.step = self._step(neural_V)
+        return hedge.mix(self.log_weights_RK.exp(), self.step.team_BRKV[0])[0]
+
+    def update(self, token: int, ends_block: bool) -> None:
+        """Learn the token that `predict` was about."""
+        log_p_RK = self.step.team_BRKV[0, :, :, token].double()
+        self.log_weights_RK = hedge.share_step(log_p_RK, self.log_weights_RK, self.config.hedge_share)
+        self.block.append(replace(self.step, token_B=torch.tensor([token])))
+        if ends_block:
+            experts, mixed, gate, tokens = (
+                torch.cat([getattr(step, name) for step in self.block])
+                for name in ("experts_BRKV", "mixed_BRMV", "gate_BRM", "token_B")
+            )
+            hedge.learn_logistic(self.logistic, experts, mixed, tokens, gate)
+            self.block = []
+        self.counts.add(token)
+
+    def _step(self, neural_V: Tensor) -> Step:
+        neural_V = neural_V.float().log_softmax(-1).clamp_min(hedge.LOG_FLOOR)
+        experts = torch.stack([neural_V, *(row.log() for row in self.counts.rows())])[None, None]
+        gate = mixer.gate_sets(self.config, experts[:, :, 0], torch.tensor([self._longest()]))
+        mixed = hedge.logistic_rows(self.logistic, experts, gate)
+        team = {
+            "none": experts[:, :, :1],
+            "hedge": experts,
+            "logistic": mixed[:, :, :1],
+            "ensemble": torch.cat([experts[:, :, :1], mixed], 2),
+        }
+        return Step(experts, mixed, gate, team[self.config.kind])
+
+    def _longest(self) -> int:
+        return self.orders.index(self.counts.matched_order())
