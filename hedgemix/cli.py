@@ -1,18 +1,26 @@
-"""The `hedgemix` command: fetch or prepare data before a run. Bad input is one line on stderr and exit code 2."""
+"""The `hedgemix` command: fetch or prepare data before a run; code text with an artifact and get it back. Bad input is
+one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import dataset, fineweb
-from hedgemix.config import DataConfig, RecipeError
+from hedgemix import codec, dataset, fineweb
+from hedgemix.artifact import ArtifactError
+from hedgemix.codec import CodecError
+from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
+from hedgemix.files import Log, read_json
 
 
 @dataclass(frozen=True)
@@ -38,15 +46,48 @@ class Prepare:
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
 
 
+@dataclass(frozen=True)
+class Compress:
+    """Code a text with an artifact: the bits of its score, as a file."""
+
+    artifact: tyro.conf.Positional[Path]
+    """The artifact (.hmx) that a run made."""
+    text: tyro.conf.Positional[Path]
+    """A UTF-8 file."""
+    out: tyro.conf.Positional[Path]
+    """The coded file."""
+    recipe: Path | None = None
+    """Evaluation settings from a recipe.json (a run keeps its own under _records/); by default they follow the
+    artifact's context. The coded file carries them."""
+
+
+@dataclass(frozen=True)
+class Decompress:
+    """Get the text back from an artifact and a coded file."""
+
+    artifact: tyro.conf.Positional[Path]
+    """The artifact the file was coded with."""
+    coded: tyro.conf.Positional[Path]
+    """What `hedgemix compress` wrote."""
+    text: tyro.conf.Positional[Path]
+    """Where the text goes."""
+    force: bool = False
+    """Try although the file was coded under other conditions; a wrong text is still refused."""
+
+
 def main() -> None:
-    """Entry point; exits with 2 after a RecipeError."""
-    command = tyro.cli(Download | Prepare, prog="hedgemix", description=__doc__)  # type: ignore[call-overload]
+    """Entry point; exits with 2 after a user's mistake."""
+    commands: dict[type, Callable[[Any], None]] = {
+        Download: _download,
+        Prepare: _prepare,
+        Compress: _compress,
+        Decompress: _decompress,
+    }
+    either: Any = Download | Prepare | Compress | Decompress
+    command = tyro.cli(either, prog="hedgemix", description=__doc__)
     try:
-        if isinstance(command, Download):
-            _download(command)
-        else:
-            _prepare(command)
-    except RecipeError as error:
+        commands[type(command)](command)
+    except (RecipeError, ArtifactError, CodecError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -71,6 +112,40 @@ def _prepare(command: Prepare) -> None:
         table.add_row("sha256 of text", made.text_sha256[:16], "")
     table.add_row("sha256 of tokenizer", made.tokenizer_sha256[:16], "")
     Console().print(table)
+
+
+def _compress(command: Compress) -> None:
+    config = None
+    if command.recipe is not None:
+        try:
+            config = from_dict(EvaluateConfig, read_json(command.recipe)["evaluate"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise RecipeError(
+                f"{command.recipe} is not a recipe.json ({error!r}); a run keeps one in _records/"
+            ) from None
+    with _bar("coding") as log:
+        coded = codec.compress(command.artifact, command.text, command.out, config, log)
+    size, header = len(coded.data), len(coded.data) - coded.payload_bits // 8
+    rate = f"{8 * size / coded.text_bytes:.4f} bits per byte" if coded.text_bytes else "empty"
+    print(
+        f"{coded.text_bytes:,} bytes of text in {size:,} bytes, {rate}: {coded.payload_bits:,} bits of code for "
+        f"{coded.ideal_bits:,.1f} bits of information, and {header} bytes of header and checksum"
+    )
+
+
+def _decompress(command: Decompress) -> None:
+    with _bar("decoding") as log:
+        size = codec.decompress(command.artifact, command.coded, command.text, command.force, log)
+    print(f"{size:,} bytes of text in {command.text}; the checksum is right")
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Log]:
+    """A progress bar on a terminal, nothing elsewhere; gone when it is done."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=1.0)
+        yield lambda record: bar.update(task, completed=record["fraction"])
 
 
 if __name__ == "__main__":

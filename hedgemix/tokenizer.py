@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -102,6 +103,22 @@ def encode(processor: SentencePieceProcessor, text: str) -> list[int]:
     return encode_batch(processor, [text])[0].tolist()
 
 
+def encode_exact(processor: SentencePieceProcessor, text: str) -> list[int]:
+    """Tokens that `decode` turns into exactly this text, beginning with BOS, also where the tokenizer would normalise
+    it: what it would change is written in byte tokens. Raises RecipeError when it cannot write this text so."""
+    tokens = encode(processor, text)
+    if decode(processor, tokens) != text.encode():
+        odd = "".join(c for c in sorted(set(text)) if _literal(processor, c) is None)
+        # Between odd characters the text keeps its usual pieces; of several spaces only the last begins a word.
+        parts = re.split(f"([{re.escape(odd)}])|( (?= ))" if odd else "( (?= ))", text)
+        tokens = [processor.bos_id()]
+        for part in filter(None, parts):
+            tokens += _exact(processor, part, first=len(tokens) == 1)
+        if decode(processor, tokens) != text.encode():
+            raise RecipeError("this tokenizer cannot write the text exactly: it has no byte tokens")
+    return tokens
+
+
 def encode_batch(processor: SentencePieceProcessor, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
     """Tokens of each document as uint16 arrays, each beginning with BOS; what `encode` gives, but fast."""
     arrays = processor.encode(list(texts), return_type="numpy", add_bos=True, num_threads=threads)
@@ -129,6 +146,25 @@ def decode(processor: SentencePieceProcessor, tokens: Iterable[int]) -> bytes:
         text += piece[1:] if drop else piece
         after_control = False
     return bytes(text)
+
+
+def _exact(processor: SentencePieceProcessor, text: str, first: bool = False) -> list[int]:
+    """Tokens of a part; a space right behind BOS would be taken for a prefix, so there it is a byte token."""
+    tokens = None if first and text.startswith(" ") else _literal(processor, text)
+    if tokens is not None:
+        return tokens
+    if len(text) == 1:
+        return [processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    half = 1 if first else len(text) // 2
+    return _exact(processor, text[:half], first) + _exact(processor, text[half:])
+
+
+def _literal(processor: SentencePieceProcessor, text: str) -> list[int] | None:
+    """Tokens of a text inside another one, None when they would not say exactly it."""
+    # Between two NULs, which no piece holds, neither prefix nor strip touches the text.
+    guard = processor.encode("\x00")
+    tokens = processor.encode(f"\x00{text}\x00")[len(guard) : -1]
+    return tokens if decode(processor, tokens) == text.encode() else None
 
 
 def _piece_bytes(processor: SentencePieceProcessor, token: int) -> bytes | None:

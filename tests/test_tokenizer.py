@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from textdata import ODD, TEXTS, documents, processor
 
-from hedgemix import tokenizer
+from hedgemix import bpb, tokenizer
 from hedgemix.config import RecipeError
 
 
@@ -114,3 +116,35 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
             tokenizer.load(tmp_path / name)
     with pytest.raises(RecipeError, match="not a SentencePiece model"):
         tokenizer.load(b"something else")
+
+
+@pytest.fixture(scope="module")
+def normalising() -> SentencePieceProcessor:
+    """Like the official one: nmt_nfkc, spaces stripped, no prefix."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(text.split())[:2000] for text in documents()[:60]),
+        model_writer=model, model_type="bpe", vocab_size=400, byte_fallback=True, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, split_digits=True, minloglevel=3,
+    )  # fmt: skip
+    return tokenizer.load(model.getvalue())
+
+
+@settings(deadline=None, max_examples=300)
+@given(TEXTS)
+@example("")
+@example(" the")
+@example("  a  \n\n the  ")
+@example("\ufb01 \u2581e\u0301 \u00a0\u2460")
+def test_a_tokenizer_that_normalises_can_still_say_any_text(normalising: SentencePieceProcessor, text: str) -> None:
+    tokens = tokenizer.encode_exact(normalising, text)
+    assert tokens[0] == 1 and 1 not in tokens[1:] and 3 not in tokens
+    assert tokenizer.decode(normalising, tokens) == text.encode()
+    assert bpb.count_bytes(bpb.byte_tables(normalising), np.array(tokens)) == len(text.encode())
+
+
+def test_what_a_tokenizer_keeps_is_encoded_as_ever(normalising: SentencePieceProcessor) -> None:
+    text = "the shape of the array"
+    assert tokenizer.encode_exact(normalising, text) == [1, *normalising.encode(text)]
+    odd = tokenizer.encode_exact(normalising, text + "\n" + text)
+    assert odd == [1, *normalising.encode(text), normalising.piece_to_id("<0x0A>"), *normalising.encode(text)]

@@ -1,0 +1,239 @@
+"""Text to bits and back with an artifact: the score, paid out. A range coder driven by `predictor`.
+
+The decoder has the artifact and the coded file, nothing else. Both sides take the same steps in the same order; for
+their probabilities to be the same to the last bit, everything in `conditions` must be: code, PyTorch, processor, one
+thread, number format. The file says what it was coded under, and is refused where that differs.
+
+All integers are little-endian.
+
+    offset  bytes  content
+    0       8      magic 89 48 4D 43 0D 0A 1A 0A
+    8       4      u32 format version, 1
+    12      32     SHA-256 of the artifact's file
+    44      32     SHA-256 of the text
+    76      8      u64 bytes of the text
+    84      8      u64 tokens coded, the first included
+    92      8      u64 tokens of the text they begin (more when only its beginning is coded; schedules depend on it)
+    100     4      u32 first token, which is not coded
+    104     4      u32 bytes of the settings that follow
+    108     ...    settings, zlib: JSON {"conditions": {...}, "evaluate": {...}}
+    ...     ...    range-coded tokens, u32 words
+    end-32  32     SHA-256 of everything before
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import constriction
+import numpy as np
+import torch
+
+from hedgemix import artifact, bundle, tokenizer
+from hedgemix.artifact import Artifact
+from hedgemix.config import EvaluateConfig, from_dict, to_dict
+from hedgemix.evaluate import load_model
+from hedgemix.files import Log, replacing, silent
+from hedgemix.predictor import Predictor
+
+Categorical = constriction.stream.model.Categorical
+RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
+MAGIC = b"\x89HMC\r\n\x1a\n"
+VERSION = 1
+PREFIX = struct.Struct("<8sI32s32sQQQII")
+LOG_EVERY_TOKENS = 256
+
+
+class CodecError(ValueError):
+    """A coded file that is damaged, or that this artifact, or this machine, cannot decode."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    data: bytes
+    """The whole file."""
+    payload_bits: int
+    """Of the range-coded tokens alone."""
+    ideal_bits: float
+    """The sum of -log2 of the probabilities that drove the coder."""
+    text_bytes: int
+    tokens: int
+    """Coded tokens, the first included."""
+
+
+def settings_for(found: Artifact) -> EvaluateConfig:
+    """Evaluation settings that suit an artifact of any size, in proportion to the context it was trained at (those of
+    recipe laptop, for its artifacts). Others can be given; the coded file carries what was used."""
+    context = load_model(found).context_tokens
+    base = EvaluateConfig(
+        window_tokens=context, overlap_tokens=context, segment_tokens=8 * context, chunk_tokens=32 * context,
+        stride_tokens=max(1, context // 8), dtype="float32",
+    )  # fmt: skip
+    return from_dict(EvaluateConfig, {**to_dict(base), "ttt": {"batch_sequences": 8, "sequence_tokens": context}})
+
+
+def conditions(config: EvaluateConfig) -> dict[str, Any]:
+    """What must be equal for two machines to compute the same probabilities to the last bit."""
+    return {
+        "hedgemix": hashlib.sha256(bundle.code_bytes("hedgemix.predictor").data).hexdigest()[:16],
+        "torch": torch.__version__,
+        "constriction": metadata.version("constriction"),
+        "device": "cpu",
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": 1,
+        "dtype": config.dtype,
+    }
+
+
+def compress_tokens(
+    found: Artifact, tokens_N: np.ndarray, config: EvaluateConfig, *, schedule_tokens: int = 0, log: Log = silent
+) -> Coded:
+    """Code integer tokens (N,), N >= 1; the first is written as it is. On one thread.
+
+    schedule_tokens: length of the whole text when these tokens are only its beginning. Raises RecipeError for settings
+    that do not fit the artifact.
+    """
+    text = tokenizer.decode(tokenizer.load(found.tokenizer), tokens_N.tolist())
+    total, schedule = len(tokens_N), schedule_tokens or len(tokens_N)
+    encoder, ideal_nats = RangeEncoder(), 0.0
+    with one_thread():
+        predictor = Predictor(found, schedule, int(tokens_N[0]), config)
+        for token in _progress(tokens_N[1:].tolist(), total - 1, log):
+            row_V = predictor.predict()
+            encoder.encode(token, Categorical(row_V, perfect=False))
+            ideal_nats -= math.log(row_V[token])
+            predictor.update(token)
+    words = np.asarray(encoder.get_compressed(), "<u4").tobytes()
+    settings = {"conditions": conditions(config), "evaluate": to_dict(config)}
+    packed = zlib.compress(json.dumps(settings, separators=(",", ":")).encode(), 9)
+    digests = bytes.fromhex(found.sha256), hashlib.sha256(text).digest()
+    prefix = PREFIX.pack(MAGIC, VERSION, *digests, len(text), total, schedule, int(tokens_N[0]), len(packed))
+    content = prefix + packed + words
+    data = content + hashlib.sha256(content).digest()
+    return Coded(data, 8 * len(words), ideal_nats / math.log(2), len(text), total)
+
+
+def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log: Log = silent) -> np.ndarray:
+    """The tokens, uint16 (N,), that `compress_tokens` coded.
+
+    force: try although the conditions differ; the text's checksum still decides. Raises CodecError, before any work,
+    for a file that is cut or altered, of another artifact, or coded under other conditions; and after it when the text
+    is not the one that was coded.
+    """
+    prefix, settings, words = _parse(data)
+    _, _, artifact_sha256, text_sha256, text_bytes, total, schedule, first, _ = prefix
+    if artifact_sha256.hex() != found.sha256:
+        raise CodecError(
+            f"coded with the artifact of sha256 {artifact_sha256.hex()[:16]}, this one has {found.sha256[:16]}; "
+            "give the artifact it was coded with"
+        )
+    config = from_dict(EvaluateConfig, settings["evaluate"])
+    here, there = conditions(config), settings["conditions"]
+    differ = [f"{name} {there.get(name)} (here {here[name]})" for name in here if here[name] != there.get(name)]
+    if differ and not force:
+        raise CodecError(
+            f"coded under other conditions: {'; '.join(differ)}. Decode it where they are the same, or try with --force"
+        )
+    decoder = RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
+    tokens_N = np.zeros(total, np.uint16)
+    tokens_N[0] = first
+    with one_thread():
+        predictor = Predictor(found, schedule, first, config)
+        for at in _progress(range(1, total), total - 1, log):
+            try:
+                token = int(decoder.decode(Categorical(predictor.predict(), perfect=False)))
+            except AssertionError:  # what constriction raises
+                raise CodecError(_lost(differ)) from None
+            tokens_N[at] = token
+            predictor.update(token)
+    text = tokenizer.decode(tokenizer.load(found.tokenizer), tokens_N.tolist())
+    if len(text) != text_bytes or hashlib.sha256(text).digest() != text_sha256:
+        raise CodecError(_lost(differ))
+    return tokens_N
+
+
+def compress(artifact_path: Path, text_path: Path, out: Path, config: EvaluateConfig | None, log: Log) -> Coded:
+    """Code a UTF-8 text file. config None: `settings_for` the artifact. Raises CodecError for bytes that are not
+    UTF-8, what `artifact.read` raises, and RecipeError as `compress_tokens` does."""
+    found = artifact.read(artifact_path)
+    try:
+        text = text_path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise CodecError(f"{text_path} is not UTF-8 at byte {error.start:,}; convert it (iconv) first") from None
+    tokens = np.array(tokenizer.encode_exact(tokenizer.load(found.tokenizer), text))
+    coded = compress_tokens(found, tokens, config or settings_for(found), log=log)
+    with replacing(out) as file:
+        file.write(coded.data)
+    return coded
+
+
+def decompress(artifact_path: Path, coded_path: Path, out: Path, force: bool, log: Log) -> int:
+    """Write the text that `compress` coded, and return its bytes; raises as `decompress_tokens` does."""
+    found = artifact.read(artifact_path)
+    try:
+        tokens = decompress_tokens(found, coded_path.read_bytes(), force=force, log=log)
+    except CodecError as error:
+        raise CodecError(f"{coded_path}: {error}") from None
+    text = tokenizer.decode(tokenizer.load(found.tokenizer), tokens.tolist())
+    with replacing(out) as file:
+        file.write(text)
+    return len(text)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums are split among threads, and how they are split shows in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _parse(data: bytes) -> tuple[tuple[Any, ...], dict[str, Any], bytes]:
+    """Prefix fields, settings and range-coded words; CodecError unless they are what was written."""
+    if data[: len(MAGIC)] != MAGIC:
+        raise CodecError("not a file that `hedgemix compress` wrote")
+    if len(data) >= 12 and (version := struct.unpack_from("<I", data, 8)[0]) != VERSION:
+        raise CodecError(f"format version {version}, this hedgemix reads {VERSION}; use the one that wrote it")
+    if len(data) < PREFIX.size + 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise CodecError("cut short or altered: its checksum does not match; copy it again from its source")
+    prefix = PREFIX.unpack_from(data)
+    rest = data[PREFIX.size : -32]
+    return prefix, json.loads(zlib.decompress(rest[: prefix[-1]])), rest[prefix[-1] :]
+
+
+def _lost(differ: list[str]) -> str:
+    reason = f"under other conditions ({'; '.join(differ)})" if differ else "although all stated conditions are equal"
+    return f"decoded to another text than was coded, {reason}; decode it on the machine that coded it"
+
+
+def _progress(items: Any, total: int, log: Log) -> Iterator[Any]:
+    began = time.monotonic()
+    for done, item in enumerate(items):
+        if done % LOG_EVERY_TOKENS == 0:
+            log({"fraction": done / total, "elapsed_seconds": time.monotonic() - began})
+        yield item
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
