@@ -59,7 +59,7 @@ def load_model(found: artifact.Artifact) -> Model:
     header = found.header
     try:
         config = from_dict(ModelConfig, header["model"])
-        model = Model(config, header["vocab_size"], header["context_tokens"])
+        model = Model(config, header["vocab_size"], header["context_tokens"], draw=False)
         model.load_state_dict(found.tensors)
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise artifact.ArtifactError(f"the artifact's header and tensors do not fit together: {error}") from None

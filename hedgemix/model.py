@@ -238,9 +238,10 @@ class ValueEmbedding(nn.Module):
 
 class Model(nn.Module):
     """`features` then `logits`; both take any context up to the one the model was trained at, or a longer stream
-    with a band. `context_tokens` is the training context and fixes the RoPE base."""
+    with a band. `context_tokens` is the training context and fixes the RoPE base. draw: draw initial weights; not worth
+    the seconds when others are loaded."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, context_tokens: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, context_tokens: int, draw: bool = True) -> None:
         super().__init__()
         validate(config)
         self.config, self.vocab_size, self.context_tokens = config, vocab_size, context_tokens
@@ -255,7 +256,8 @@ class Model(nn.Module):
         frequencies = base ** -(torch.arange(0, config.rope_dims, 2) / max(config.rope_dims, 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.frequencies: Tensor
-        self.initialise()
+        if draw:
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:

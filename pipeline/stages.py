@@ -38,7 +38,7 @@ def train_stage(recipe: Recipe, dataset: Dataset, seed: int, folder: Path, log: 
 
 def score_stage(recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log) -> dict[str, Any]:
     device = pick_device(recipe)
-    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens)
+    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
     model.load_state_dict(load_tensors(train_folder / "weights.pt"))
     score = score_model(model.to(device), datasets.valid_stream(dataset), recipe.evaluate, log=log)
     return {"nats": score, "bpb_full": bits_per_byte(score, dataset.valid_bytes)}
@@ -46,7 +46,7 @@ def score_stage(recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log) 
 
 def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Path, folder: Path) -> dict[str, Any]:
     device = pick_device(recipe)
-    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens)
+    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
     model.load_state_dict(load_tensors(train_folder / "weights.pt"))
     hessians = load_tensors(train_folder / "hessians.pt", device)
     tensors, report = quantize_model(model.to(device), hessians["sums"], hessians["count"], recipe.quantize)
