@@ -78,7 +78,13 @@ def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tens
     return log_mix, weights, w_RK.log()
 
 
-def _share(weights: Tensor, share: Tensor) -> Tensor:
+def share_step(log_p_RK: Tensor, log_w_RK: Tensor, share: float) -> Tensor:
+    """The log weights (R, K) after one outcome: `fixed_share` for a decoder that meets them one at a time."""
+    log_posterior_RK = (log_w_RK + log_p_RK).log_softmax(-1)
+    return _share(log_posterior_RK.exp(), share).log() if share else log_posterior_RK
+
+
+def _share(weights: Tensor, share: Tensor | float) -> Tensor:
     return (1 - share) * weights + share / weights.shape[-1] * weights.sum(-1, keepdim=True)
 
 
