@@ -184,12 +184,15 @@ class MixerConfig:
     ensemble: Hedge over the neural model and every logistic mixer."""
     orders: tuple[int, ...] = (1, 2, 3, 4)
     """Orders of the n-gram experts: 1 unigram, 2 bigram, 3 trigram, up to 6."""
+    match_lengths: tuple[int, ...] = (8, 16, 32)
+    """The match expert follows the last occurrence of the last so many tokens, the longest first (none: no expert)."""
     block_tokens: int = 128
     """Tokens scored between two moves of the logistic weights."""
     hedge_share: float = 0.002
     """Fixed share: weight redistributed over the experts at each token."""
     gates: tuple[Literal["none", "order", "entropy", "both"], ...] = ("order", "both", "none")
-    """One logistic mixer each. Its weight set is chosen by longest matched order, neural entropy, both or neither."""
+    """One logistic mixer each. Its weight set is chosen by the longest context that occurred before (order or match
+    length), by the neural distribution's entropy, by both or by neither."""
     memory_tokens: tuple[float, ...] = (500.0, 1000.0, 4000.0)
     """Tokens of curvature each logistic mixer remembers in a weight set; fewer follow the text faster."""
     logistic_ridge: float = 10.0

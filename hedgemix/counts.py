@@ -40,9 +40,9 @@ class Counts:
             out.append(p_V)
         return out
 
-    def matched_order(self) -> int:
-        """Longest order whose context was seen before; 1 when none above 1 was."""
-        return max((n for n in self.followers if self._seen(n)), default=1)
+    def longest_class(self) -> int:
+        """1 + the place, among the orders above 1, of the longest whose context was seen before; 0 when none was."""
+        return max((at for at, n in enumerate(self.followers, start=1) if self._seen(n)), default=0)
 
     def add(self, token: int) -> None:
         """Count the next token."""

@@ -234,7 +234,7 @@ class Evaluation:
             scoring_seconds=self.seconds["scoring"],
             mixing_seconds=self.seconds["mixing"],
             ttt_seconds=self.seconds["ttt"],
-            expert_names=["neural", *(f"order{order}" for order in self.config.mixer.orders)],
+            expert_names=list(self.mixer.experts),
             expert_weights=self.weights[self.best]["hedge"].tolist(),
             ensemble_names=["neural", *(f"logistic-{gate}" for gate in self.config.mixer.gates)],
             ensemble_weights=self.weights[self.best]["ensemble"].tolist(),

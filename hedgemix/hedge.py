@@ -79,12 +79,12 @@ def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tens
 
 
 def share_step(log_p_RK: Tensor, log_w_RK: Tensor, share: float) -> Tensor:
-    """The log weights that `fixed_share` has after one outcome."""
-    posterior_RK = (log_w_RK + log_p_RK).softmax(-1)
-    return _share(posterior_RK, torch.tensor(share, dtype=posterior_RK.dtype)).log()
+    """The log weights (R, K) after one outcome: `fixed_share` for a decoder that meets them one at a time."""
+    log_posterior_RK = (log_w_RK + log_p_RK).log_softmax(-1)
+    return _share(log_posterior_RK.exp(), share).log() if share else log_posterior_RK
 
 
-def _share(weights: Tensor, share: Tensor) -> Tensor:
+def _share(weights: Tensor, share: Tensor | float) -> Tensor:
     return (1 - share) * weights + share / weights.shape[-1] * weights.sum(-1, keepdim=True)
 
 

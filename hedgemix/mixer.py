@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import hedge, ngram
+from hedgemix import hedge, match, ngram
 from hedgemix.config import MixerConfig, RecipeError
 
 _SPAN = {"cpu": 512, "cuda": 4096}
@@ -28,8 +28,8 @@ _SPAN = {"cpu": 512, "cuda": 4096}
 class Scores:
     """What one call scored: `nll[row set][kind]` in nats, (B,) float64, and the weights it ended with.
 
-    Kinds: neural, order1 ..., hedge, logistic (the first logistic mixer), ensemble. `weights[row set]`: hedge (K,) over
-    neural and the orders, ensemble (1 + M,) over neural and the logistic mixers, logistic (M, S, K).
+    Kinds: neural, order1 ..., match, hedge, logistic (the first logistic mixer), ensemble. `weights[row set]`: hedge
+    (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers, logistic (M, S, K).
     """
 
     nll: dict[str, dict[str, Tensor]]
@@ -57,24 +57,26 @@ class Mixer:
     ) -> None:
         """Raises RecipeError when the configuration contradicts itself or the index."""
         check(config)
-        if config.orders != index.orders or vocab_size != index.vocab_size:
+        known = index.orders, index.match.lengths, index.vocab_size
+        if known != (config.orders, config.match_lengths, vocab_size):
             raise RecipeError(
-                f"index of orders {index.orders} over {index.vocab_size} tokens, mixer of {config.orders}"
+                "index of orders {}, match lengths {} over {} tokens".format(*known)
+                + f", mixer of {config.orders}, {config.match_lengths} over {vocab_size}"
             )
         self.config, self.index, self.names = config, index, names
         self.device = torch.device(device)
-        self.kinds = ("neural", *(f"order{n}" for n in config.orders), "hedge", "logistic", "ensemble")
+        self.experts = expert_names(config)
+        self.kinds = (*self.experts, "hedge", "logistic", "ensemble")
         self.kind = "neural" if config.kind == "none" else config.kind
-        self.matched = len(index.tables) + 1
         span = _SPAN["cpu" if self.device.type == "cpu" else "cuda"]
         self.span = max(span // config.block_tokens, 1) * config.block_tokens
-        experts, sets = 1 + len(config.orders), len(names)
+        experts, sets = len(self.experts), len(names)
 
         def uniform(size: int) -> Tensor:
             return torch.full((sets, size), -math.log(size), dtype=torch.float64, device=self.device)
 
         logistic = hedge.start_logistic(
-            sets, config.memory_tokens, self.matched * config.entropy_sets, experts, config.logistic_ridge, self.device
+            sets, config.memory_tokens, weight_sets(config), experts, config.logistic_ridge, self.device
         )
         state = ngram.start_state(index, self.device)
         ngram.advance(state, index, 0, min(1, len(index.tokens_N)))
@@ -123,8 +125,8 @@ class Mixer:
         state, share = self._state, self.config.hedge_share
         token_B = torch.from_numpy(self.index.tokens_N[start:stop].astype(np.int64)).to(self.device)
         log_rows = self._expert_rows(neural_BRV, start, stop)
-        longest = np.searchsorted([1, *self.index.tables], ngram.matched_order(self.index, start, stop))
-        gate_BRM = gate_sets(self.config, log_rows[:, :, 0], torch.from_numpy(longest).to(self.device))
+        class_B = torch.from_numpy(ngram.longest_class(self.index, start, stop)).to(self.device)
+        gate_BRM = gate_sets(self.config, log_rows[:, :, 0], class_B[:, None])
         mixed_y, mixed = [], []
         left = start
         while left < stop:
@@ -151,28 +153,46 @@ class Mixer:
 
     def _expert_rows(self, neural_BRV: Tensor, start: int, stop: int) -> Tensor:
         size, sets, vocab_size = neural_BRV.shape
-        out = torch.empty(size, sets, 1 + len(self.config.orders), vocab_size, device=self.device)
+        out = torch.empty(size, sets, len(self.experts), vocab_size, device=self.device)
         # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
         out[:, :, 0] = neural_BRV.float().log_softmax(-1).clamp_min_(hedge.LOG_FLOOR)
-        for k, rows_BV in enumerate(ngram.rows(self._state.ngrams, self.index, start, stop), start=1):
+        rows = ngram.rows(self._state.ngrams, self.index, start, stop)
+        if self.config.match_lengths:
+            rows.append(match.rows_at(self.index.match, rows[-1], start, stop))
+        for k, rows_BV in enumerate(rows, start=1):
             out[:, :, k] = rows_BV.log_()[:, None]
         return out
 
 
-def gate_sets(config: MixerConfig, neural_BRV: Tensor, longest_B: Tensor) -> Tensor:
-    """Weight set of each position for each mixer, (B, R, M): longest match (its rank, from 0) x bucket of neural
-    entropy."""
-    sets, vocab_size = neural_BRV.shape[1:]
-    order_BR = longest_B[:, None].expand(-1, sets)
-    entropy_BR = -(neural_BRV.exp() * neural_BRV).sum(-1) / math.log(vocab_size)
-    bucket_BR = (entropy_BR * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
-    chosen = {
-        "none": torch.zeros_like(bucket_BR),
-        "order": order_BR,
-        "entropy": bucket_BR,
-        "both": order_BR * config.entropy_sets + bucket_BR,
+def expert_names(config: MixerConfig) -> tuple[str, ...]:
+    """The experts in the order of their rows: neural, order1 ..., match."""
+    return "neural", *(f"order{n}" for n in config.orders), *(("match",) if config.match_lengths else ())
+
+
+def classes(config: MixerConfig) -> int:
+    """How many values `ngram.longest_class` takes."""
+    return 1 + sum(n > 1 for n in config.orders) + len(config.match_lengths)
+
+
+def weight_sets(config: MixerConfig) -> int:
+    """S, the most weight sets a gate chooses from."""
+    return classes(config) * config.entropy_sets
+
+
+def gate_sets(config: MixerConfig, log_rows: Tensor, longest_class: Tensor) -> Tensor:
+    """Weight set of each mixer, (..., M) int64, for neural log rows (..., V) and what of the context occurred before
+    (`ngram.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's bucket, both
+    or neither. For a batch, or for one position of a decoder."""
+    entropy = -(log_rows.exp() * log_rows).sum(-1) / math.log(log_rows.shape[-1])
+    bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
+    longest = longest_class.expand_as(bucket)
+    sets = {
+        "none": torch.zeros_like(bucket),
+        "order": longest,
+        "entropy": bucket,
+        "both": longest * config.entropy_sets + bucket,
     }
-    return torch.stack([chosen[gate] for gate in config.gates], 2)
+    return torch.stack([sets[gate] for gate in config.gates], -1)
 
 
 def check(config: MixerConfig) -> None:

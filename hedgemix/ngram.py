@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hedgemix import match
 from hedgemix.config import RecipeError
 
 _COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
@@ -43,12 +44,13 @@ class OrderIndex:
 
 @dataclass(frozen=True)
 class NgramIndex:
-    """A text and the pairs of every order above 1; see `build_index`."""
+    """A text, the pairs of every order above 1 and its matches; see `build_index`."""
 
     tokens_N: np.ndarray
     vocab_size: int
     orders: tuple[int, ...]
     tables: dict[int, OrderIndex]
+    match: match.MatchIndex
 
 
 @dataclass
@@ -71,11 +73,13 @@ def check_orders(orders: tuple[int, ...], vocab_size: int) -> None:
         )
 
 
-def build_index(tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int) -> NgramIndex:
-    """Number the pairs of each order.
+def build_index(
+    tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int, match_lengths: tuple[int, ...] = ()
+) -> NgramIndex:
+    """Number the pairs of each order, and find the matches of each length.
 
-    Takes integer tokens (N,). About 10 s a order for 60 M tokens, 16 bytes a token and order.
-    Raises RecipeError as `check_orders` does, and for tokens that do not fit.
+    Takes integer tokens (N,). About 10 s a order for 60 M tokens, 16 bytes a token and order, and 16 for the matches.
+    Raises RecipeError as `check_orders` and `match.check_lengths` do, and for tokens that do not fit.
     """
     tokens_N = np.ascontiguousarray(tokens_N)
     check_orders(orders, vocab_size)
@@ -86,7 +90,7 @@ def build_index(tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int) 
     if len(tokens_N) and not (tokens_N.min() >= 0 and tokens_N.max() < vocab_size):
         raise RecipeError(f"tokens outside 0..{vocab_size - 1}: data.vocab_size does not fit the text")
     tables = {n: _index_order(tokens_N, n, vocab_size) for n in orders if n > 1}
-    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables)
+    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, match.build(tokens_N, match_lengths, vocab_size))
 
 
 def _index_order(tokens_N: np.ndarray, n: int, vocab_size: int) -> OrderIndex:
@@ -138,7 +142,9 @@ def save(index: NgramIndex, folder: Path) -> None:
     for n, table in index.tables.items():
         for name in _COLUMNS:
             np.save(folder / f"order{n}_{name}.npy", getattr(table, name))
-    (folder / "index.json").write_text(json.dumps({"vocab_size": index.vocab_size, "orders": index.orders}))
+    match.save(index.match, folder)
+    meta = {"vocab_size": index.vocab_size, "orders": index.orders, "match_lengths": index.match.lengths}
+    (folder / "index.json").write_text(json.dumps(meta))
 
 
 def load(folder: Path) -> NgramIndex:
@@ -150,7 +156,8 @@ def load(folder: Path) -> NgramIndex:
 
     orders = tuple(meta["orders"])
     tables = {n: OrderIndex(*(read(f"order{n}_{name}") for name in _COLUMNS)) for n in orders if n > 1}
-    return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables)
+    matches = match.load(folder, tuple(meta["match_lengths"]))
+    return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables, matches)
 
 
 def start_state(index: NgramIndex, device: torch.device | str = "cpu") -> NgramState:
@@ -241,12 +248,14 @@ def _count(counts: Tensor, ids: Tensor) -> None:
     counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
 
 
-def matched_order(index: NgramIndex, start: int, stop: int) -> np.ndarray:
-    """Longest order of index.orders whose context occurred before, (B,) int64; 1 where none above 1 did."""
-    longest_B = np.ones(stop - start, np.int64)
-    for n, table in index.tables.items():
-        longest_B[table.count_N[start:stop] > 0] = n
-    return longest_B
+def longest_class(index: NgramIndex, start: int, stop: int) -> np.ndarray:
+    """What occurred before of each position's context, (B,) int64: 0 nothing, then one class for each order above 1,
+    then one for each match length; the last that did counts."""
+    class_B = np.zeros(stop - start, np.int64)
+    for number, table in enumerate(index.tables.values(), start=1):
+        class_B[table.count_N[start:stop] > 0] = number
+    matched_B = index.match.class_N[start:stop]
+    return np.where(matched_B > 0, len(index.tables) + matched_B, class_B)
 
 
 def _tensor(values: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import bpb, hedge, mixer, stream, tokenizer, ttt
+from hedgemix import bpb, hedge, match, mixer, stream, tokenizer, ttt
 from hedgemix.artifact import Artifact
 from hedgemix.config import EvaluateConfig
 from hedgemix.counts import Counts
@@ -115,11 +115,13 @@ class Mixture:
     def __init__(self, config: EvaluateConfig, vocab_size: int, first_token: int) -> None:
         self.config = config.mixer
         self.counts = Counts(self.config.orders, vocab_size)
+        self.follower = match.Follower(self.config.match_lengths, vocab_size)
         self.counts.add(first_token)
-        self.orders = [1, *self.counts.followers]
-        experts, sets = 1 + len(self.config.orders), len(self.orders) * self.config.entropy_sets
-        memory, ridge = self.config.memory_tokens, self.config.logistic_ridge
-        self.logistic = hedge.start_logistic(1, memory, sets, experts, ridge, "cpu")
+        self.follower.update(first_token)
+        experts, memory = len(mixer.expert_names(self.config)), self.config.memory_tokens
+        self.logistic = hedge.start_logistic(
+            1, memory, mixer.weight_sets(self.config), experts, self.config.logistic_ridge, "cpu"
+        )
         size = {"hedge": experts, "ensemble": 1 + len(self.config.gates)}.get(self.config.kind, 1)
         self.log_weights_RK = torch.full((1, size), -math.log(size), dtype=torch.float64)
         self.block: list[Step] = []
@@ -142,11 +144,17 @@ class Mixture:
             hedge.learn_logistic(self.logistic, experts, mixed, tokens, gate)
             self.block = []
         self.counts.add(token)
+        self.follower.update(token)
 
     def _step(self, neural_V: Tensor) -> Step:
         neural_V = neural_V.float().log_softmax(-1).clamp_min(hedge.LOG_FLOOR)
-        experts = torch.stack([neural_V, *(row.log() for row in self.counts.rows())])[None, None]
-        gate = mixer.gate_sets(self.config, experts[:, :, 0], torch.tensor([self._longest()]))
+        rows, longest = self.counts.rows(), self.counts.longest_class()
+        if self.config.match_lengths:
+            predicted, matched, confidence = self.follower.predict()
+            rows.append(match.rows(rows[-1][None], torch.tensor([predicted]), torch.tensor([confidence]))[0])
+            longest = len(self.counts.followers) + matched if matched else longest
+        experts = torch.stack([neural_V, *(row.log() for row in rows)])[None, None]
+        gate = mixer.gate_sets(self.config, experts[:, :, 0], torch.tensor([[longest]]))
         mixed = hedge.logistic_rows(self.logistic, experts, gate)
         team = {
             "none": experts[:, :, :1],
@@ -155,6 +163,3 @@ class Mixture:
             "ensemble": torch.cat([experts[:, :, :1], mixed], 2),
         }
         return Step(experts, mixed, gate, team[self.config.kind])
-
-    def _longest(self) -> int:
-        return self.orders.index(self.counts.matched_order())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 
-from hedgemix import mixer, ngram, quantize, stream, train, ttt
+from hedgemix import match, mixer, ngram, quantize, stream, train, ttt
 from hedgemix.config import (
     ComputeConfig,
     DataConfig,
@@ -123,3 +123,4 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("data.vocab_size must be at least 2")
     mixer.check(recipe.evaluate.mixer)
     ngram.check_orders(recipe.evaluate.mixer.orders, recipe.data.vocab_size)
+    match.check_lengths(recipe.evaluate.mixer.match_lengths)

@@ -28,7 +28,7 @@ from hedgemix.dataset import Dataset
 from hedgemix.files import write_json
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
-VERSIONS = {"data": 1, "counts": 1, "train": 1, "score": 1, "quantize": 1, "evaluate": 1}
+VERSIONS = {"data": 1, "counts": 2, "train": 1, "score": 1, "quantize": 1, "evaluate": 2}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,9 @@ def installed_versions(distributions: Iterable[str]) -> list[str]:
 
 
 def counts_step(runs: Path, recipe: Recipe, dataset: Dataset) -> Step:
-    return step(runs, "counts", dataset.valid_sha256, dataset.vocab_size, list(recipe.evaluate.mixer.orders))
+    mixer = recipe.evaluate.mixer
+    experts = [list(mixer.orders), list(mixer.match_lengths)]
+    return step(runs, "counts", dataset.valid_sha256, dataset.vocab_size, *experts)
 
 
 def record_folder(runs: Path, record: str) -> Path:

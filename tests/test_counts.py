@@ -19,11 +19,11 @@ def test_rows_are_those_of_the_index_bitwise(source: str, orders: tuple[int, ...
         tokens, vocab_size = np.random.default_rng(0).integers(0, 3, 200), 4
     index = ngram.build_index(tokens, orders, vocab_size)
     state, counts = ngram.start_state(index), Counts(orders, vocab_size)
-    longest = ngram.matched_order(index, 0, len(tokens))
+    longest = ngram.longest_class(index, 0, len(tokens))
     for t, token in enumerate(tokens.tolist()):
         for row, expected in zip(counts.rows(), ngram.rows(state, index, t, t + 1), strict=True):
             assert torch.equal(row, expected[0])
-        assert counts.matched_order() == longest[t]
+        assert counts.longest_class() == longest[t]
         counts.add(token)
         ngram.advance(state, index, t, t + 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hedgemix import hedge, ngram
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.mixer import Mixer
+from hedgemix.mixer import Mixer, classes, gate_sets, weight_sets
 
 VOCAB = 40
 
@@ -38,6 +39,18 @@ def test_fixed_share_equals_a_slow_loop(size: int, experts: int, share: float, s
         np.testing.assert_allclose(log_mix[:, r], expected, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(after[r].exp(), weights, rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose((used.log() + torch.from_numpy(log_p)).logsumexp(-1), log_mix, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6, 0.3])
+def test_one_outcome_at_a_time_moves_the_same_weights(share: float) -> None:
+    log_p = -torch.rand(200, 2, 4, generator=torch.manual_seed(1), dtype=torch.float64) * 20
+    start = torch.full((2, 4), -math.log(4), dtype=torch.float64)
+    _, used, after = hedge.fixed_share(log_p, start, share)
+    log_w = start
+    for outcome in range(200):
+        torch.testing.assert_close(log_w.exp(), used[outcome], rtol=1e-12, atol=1e-12)
+        log_w = hedge.share_step(log_p[outcome], log_w, share)
+    torch.testing.assert_close(log_w.exp(), after.exp(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-6, 0.01])
@@ -128,11 +141,15 @@ def neural_rows(text: np.ndarray, seed: int = 0) -> Tensor:
     return torch.randn(len(text), VOCAB, generator=torch.manual_seed(seed)) * 2
 
 
-CONFIG = MixerConfig(orders=(1, 2, 3), block_tokens=32)
+CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
+
+
+def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex:
+    return ngram.build_index(text, config.orders, VOCAB, config.match_lengths)
 
 
 def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
-    mixer = Mixer(config, VOCAB, ngram.build_index(text, config.orders, VOCAB), names=("a", "b"))
+    mixer = Mixer(config, VOCAB, index_of(text, config), names=("a", "b"))
     rows = {"a": neural_rows(text), "b": neural_rows(text, 1)}
     parts = []
     for start, stop in zip([1, *cuts], [*cuts, len(text)], strict=True):
@@ -151,7 +168,7 @@ def test_hedge_does_not_depend_on_cuts_at_all(text: np.ndarray) -> None:
 
 
 def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
-    index = ngram.build_index(text, CONFIG.orders, VOCAB)
+    index = index_of(text)
     alone = Mixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
     both = scored(text, [])
     for kind, nll in alone.items():
@@ -159,7 +176,7 @@ def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
 
 
 def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray) -> None:
-    mixer = Mixer(CONFIG, VOCAB, ngram.build_index(text, CONFIG.orders, VOCAB))
+    mixer = Mixer(CONFIG, VOCAB, index_of(text))
     neural = neural_rows(text)
     neural[5, 3:] = -1e30
     for start, stop in ((1, 320), (320, 700)):
@@ -180,8 +197,7 @@ def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int) -> No
     changed[t:] = np.random.default_rng(1).integers(0, VOCAB, len(text) - t)
     neural = {"neural": neural_rows(text)[1:]}
     before, after = (
-        Mixer(CONFIG, VOCAB, ngram.build_index(tokens, CONFIG.orders, VOCAB)).rows(neural, 1, len(text))["neural"]
-        for tokens in (text, changed)
+        Mixer(CONFIG, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
     )
     for kind in before:
         assert torch.equal(before[kind][:t], after[kind][:t]), kind
@@ -189,13 +205,36 @@ def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int) -> No
 
 
 def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
-    nll = scored(text, [], MixerConfig(orders=(1, 2, 3), block_tokens=32, hedge_share=0.0))
+    nll = scored(text, [], replace(CONFIG, hedge_share=0.0))
     best = min(nll["a.neural"].sum(), nll["a.logistic"].sum())
     assert nll["a.ensemble"].sum() <= best + math.log(4)
-    assert nll["a.hedge"].sum() <= min(nll[f"a.{k}"].sum() for k in ("neural", "order1", "order3")) + math.log(4)
+    assert nll["a.hedge"].sum() <= min(nll[f"a.{k}"].sum() for k in ("neural", "order1", "order3", "match")) + math.log(
+        5
+    )
 
 
-@pytest.mark.parametrize("bad", [{"hedge_share": 1.0}, {"gates": ()}, {"orders": (1, 2)}, {"memory_tokens": (1.0,)}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hedge_share": 1.0},
+        {"gates": ()},
+        {"orders": (1, 2)},
+        {"memory_tokens": (1.0,)},
+        {"match_lengths": (2,)},
+        {"match_lengths": ()},
+    ],
+)
 def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
     with pytest.raises(RecipeError):
-        Mixer(MixerConfig(**{"orders": (1, 2, 3)} | bad), VOCAB, ngram.build_index(text, (1, 2, 3), VOCAB))
+        Mixer(replace(CONFIG, **bad), VOCAB, index_of(text))
+
+
+def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
+    config = replace(CONFIG, gates=("order", "both", "none", "entropy"), memory_tokens=(1.0, 1.0, 1.0, 1.0))
+    rows, longest = neural_rows(text).log_softmax(-1), ngram.longest_class(index_of(text), 0, len(text))
+    together = gate_sets(config, rows[:, None], torch.from_numpy(longest)[:, None])
+    assert together.shape == (len(text), 1, 4) and together.amax() < weight_sets(config)
+    assert [len(together[..., gate].unique()) for gate in (0, 2)] == [classes(config), 1]
+    for t in range(0, len(text), 50):
+        alone = gate_sets(config, rows[t : t + 1], torch.tensor([longest[t]]))
+        assert torch.equal(alone, together[t])

@@ -88,23 +88,27 @@ def test_the_future_changes_no_row(text: np.ndarray, t: int) -> None:
     assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
 
 
-def test_matched_order(text: np.ndarray) -> None:
-    index = ngram.build_index(text, (1, 2, 4), 50)
-    longest = ngram.matched_order(index, 0, len(text))
+def test_longest_class(text: np.ndarray) -> None:
+    index = ngram.build_index(text, (1, 2, 4), 50, (5, 7))
+    longest = ngram.longest_class(index, 0, len(text))
+    assert set(longest.tolist()) >= set(range(4))
     for t in range(0, len(text), 7):
-        expected = 1
-        for n in (2, 4):
-            grams = {tuple(text[i : i + n - 1]) for i in range(t - n + 1)}
-            if t >= n - 1 and tuple(text[t - n + 1 : t]) in grams:
-                expected = n
+        expected = 0
+        for number, context in enumerate((1, 3, 5, 7), start=1):  # tokens of the context
+            grams = {tuple(text[i : i + context]) for i in range(t - context)}
+            if t >= context and tuple(text[t - context : t]) in grams:
+                expected = number
         assert longest[t] == expected
 
 
 def test_save_and_load(text: np.ndarray, tmp_path: Path) -> None:
-    index = ngram.build_index(text, (1, 2, 3), 50)
+    index = ngram.build_index(text, (1, 2, 3), 50, (4, 6))
     ngram.save(index, tmp_path / "index")
     loaded = ngram.load(tmp_path / "index")
     assert loaded.orders == index.orders and isinstance(loaded.tables[3].pair_N, np.memmap)
+    assert loaded.match.lengths == (4, 6) and isinstance(loaded.match.class_N, np.memmap)
+    for name in ("predicted_N", "class_N", "tries_N", "hits_N"):
+        np.testing.assert_array_equal(getattr(loaded.match, name), getattr(index.match, name))
     state, other = ngram.start_state(index), ngram.start_state(loaded)
     for a, b in ((0, 400), (400, 600)):
         assert all(map(torch.equal, ngram.rows(state, index, a, b), ngram.rows(other, loaded, a, b)))

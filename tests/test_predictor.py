@@ -70,8 +70,20 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
         (mixed(FROZEN, kind="hedge", hedge_share=0.0), 300),
         (mixed(FROZEN, kind="logistic"), 300),
         (mixed(FROZEN, orders=(2, 4), gates=("entropy", "both"), memory_tokens=(100.0, 700.0)), 300),
+        (mixed(FROZEN, match_lengths=()), 300),
     ],
-    ids=["default", "sliding", "odd segments", "short chunks", "wide stride", "none", "hedge", "logistic", "orders"],
+    ids=[
+        "default",
+        "sliding",
+        "odd segments",
+        "short chunks",
+        "wide stride",
+        "none",
+        "hedge",
+        "logistic",
+        "orders",
+        "no match",
+    ],
 )
 def test_every_token_costs_what_the_evaluation_says(case: Case, config: EvaluateConfig, tokens: int) -> None:
     expected = evaluated(case.begin(config), tokens)

@@ -32,7 +32,7 @@ CONFIG = EvaluateConfig(
         cosine=True,
         ramp=3.0,
     ),
-    mixer=MixerConfig(orders=(1, 2, 3), block_tokens=32),
+    mixer=MixerConfig(orders=(1, 2, 3), match_lengths=(4, 8), block_tokens=32),
 )  # fmt: skip
 MODEL = ModelConfig(
     layers=2, width=32, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, bigram_buckets=256, bigram_width=16,
@@ -63,7 +63,8 @@ class Case:
         """What `score` begins with, also for other tokens."""
         tokens = self.tokens if tokens is None else tokens
         sizes = bpb.token_bytes(bpb.byte_tables(processor()), tokens[:-1], tokens[1:])
-        index = ngram.build_index(tokens, config.mixer.orders, processor().vocab_size())
+        mixer = config.mixer
+        index = ngram.build_index(tokens, mixer.orders, processor().vocab_size(), mixer.match_lengths)
         tokens_N = torch.from_numpy(tokens.astype(np.int64))
         return Evaluation(self.model(), tokens_N, np.concatenate([[0], sizes]), index, config)
 
@@ -81,5 +82,6 @@ def make(folder: Path) -> Case:
     artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3)
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
     tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
-    ngram.save(ngram.build_index(tokens, CONFIG.mixer.orders, model.vocab_size), folder / "counts")
+    mixer = CONFIG.mixer
+    ngram.save(ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths), folder / "counts")
     return Case(folder, "".join(texts).encode(), tokens)
