@@ -193,6 +193,11 @@ def decompress(artifact_path: Path, coded_path: Path, out: Path, force: bool, lo
     return len(text)
 
 
+def header_bytes(data: bytes) -> int:
+    """Bytes of a coded file that are not range-coded tokens; raises CodecError as `decompress_tokens` does."""
+    return len(data) - len(_parse(data)[2])
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Sums are split among threads, and how they are split shows in their last bits."""
