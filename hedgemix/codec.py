@@ -53,6 +53,7 @@ RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constrictio
 MAGIC = b"\x89HMC\r\n\x1a\n"
 VERSION = 1
 PREFIX = struct.Struct("<8sI32s32sQQQII")
+LARGEST_SETTINGS = 2**20
 LOG_EVERY_TOKENS = 256
 
 
@@ -104,9 +105,12 @@ def compress_tokens(
     """Code integer tokens (N,), N >= 1; the first is written as it is. On one thread.
 
     schedule_tokens: length of the whole text when these tokens are only its beginning. Raises RecipeError for settings
-    that do not fit the artifact.
+    that do not fit the artifact, ValueError for tokens that it does not know.
     """
-    text = tokenizer.decode(tokenizer.load(found.tokenizer), tokens_N.tolist())
+    processor = tokenizer.load(found.tokenizer)
+    if not len(tokens_N) or tokens_N.min() < 0 or tokens_N.max() >= processor.vocab_size():
+        raise ValueError(f"no tokens, or some outside 0..{processor.vocab_size() - 1}: not a text of this artifact")
+    text = tokenizer.decode(processor, tokens_N.tolist())
     total, schedule = len(tokens_N), schedule_tokens or len(tokens_N)
     encoder, ideal_nats = RangeEncoder(), 0.0
     with one_thread():
@@ -218,8 +222,17 @@ def _parse(data: bytes) -> tuple[tuple[Any, ...], dict[str, Any], bytes]:
     if len(data) < PREFIX.size + 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise CodecError("cut short or altered: its checksum does not match; copy it again from its source")
     prefix = PREFIX.unpack_from(data)
+    *_, total, schedule, first, length = prefix
     rest = data[PREFIX.size : -32]
-    return prefix, json.loads(zlib.decompress(rest[: prefix[-1]])), rest[prefix[-1] :]
+    try:
+        unpacked = zlib.decompressobj().decompress(rest[:length], LARGEST_SETTINGS)
+        settings = json.loads(unpacked)
+        sound = {"conditions", "evaluate"} <= set(settings) and 1 <= total <= schedule < 2**31 and first < 2**16
+    except (zlib.error, ValueError, TypeError) as error:
+        raise CodecError(f"its settings cannot be read ({error}); code the text again") from None
+    if not sound or len(rest) < length or (len(rest) - length) % 4:
+        raise CodecError("its header contradicts itself; code the text again")
+    return prefix, settings, rest[length:]
 
 
 def _lost(differ: list[str]) -> str:

@@ -45,8 +45,11 @@ class Predictor:
     """Give it the artifact, the text's length (schedules of test-time training depend on it) and its first token."""
 
     def __init__(self, found: Artifact, n_tokens: int, first_token: int, config: EvaluateConfig) -> None:
-        """Raises ArtifactError for an artifact that holds no model, RecipeError for settings that do not fit it."""
+        """Raises ArtifactError for an artifact that holds no model, RecipeError for settings that do not fit it,
+        ValueError for a token or a length that cannot be."""
         model = load_model(found)
+        if n_tokens < 1 or not 0 <= first_token < model.vocab_size:
+            raise ValueError(f"{n_tokens} tokens beginning with {first_token}: not a text of {model.vocab_size} tokens")
         mixer.check(config.mixer)
         stream.validate(config, model.context_tokens)
         ttt.validate(config.ttt, model.context_tokens)
@@ -70,7 +73,10 @@ class Predictor:
         return self.row
 
     def update(self, token: int) -> None:
-        """Tell the token that `predict` was about."""
+        """Tell the token that `predict` is about."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside 0..{self.vocab_size - 1}")
+        self.predict()
         self.row = None
         if self.config.ttt.byte_weighted:
             previous = self.tokens_N[self.position - 1 : self.position].numpy()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +102,36 @@ def test_an_altered_file_is_refused(found: Artifact, coded: bytes, at: int) -> N
 def test_a_cut_file_is_refused(found: Artifact, coded: bytes, length: int) -> None:
     with pytest.raises(CodecError, match="not a file|cut short"):
         decompress_tokens(found, coded[:length])
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        ({5: 0}, None),
+        ({5: 9, 6: 8}, None),
+        ({8: 2**31}, None),
+        ({}, b"not zlib"),
+        ({}, zlib.compress(b"[]")),
+        ({}, zlib.compress(b"{")),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(
+    found: Artifact, coded: bytes, fields: dict[int, int], settings: bytes | None
+) -> None:
+    prefix = list(codec.PREFIX.unpack_from(coded))
+    packed = coded[codec.PREFIX.size : codec.PREFIX.size + prefix[-1]] if settings is None else settings
+    prefix[-1] = len(packed)
+    for place, value in fields.items():
+        prefix[place] = value
+    content = codec.PREFIX.pack(*prefix) + packed
+    with pytest.raises(CodecError, match="code the text again"):
+        decompress_tokens(found, content + hashlib.sha256(content).digest())
+
+
+def test_tokens_that_are_none_are_refused(found: Artifact) -> None:
+    for tokens in ([1, 512], [512], [1, -1], []):
+        with pytest.raises(ValueError, match=r"outside 0\.\.511"):
+            compress_tokens(found, np.array(tokens), CONFIG)
 
 
 def test_another_artifact_is_refused(found: Artifact, coded: bytes) -> None:
