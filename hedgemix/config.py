@@ -179,21 +179,25 @@ class TTTConfig:
 
 @dataclass(frozen=True)
 class MixerConfig:
-    kind: Literal["none", "hedge", "logistic", "ensemble"] = "ensemble"
-    """The mixture whose bits are the final score; the others are reported beside it. logistic: the first of gates.
-    ensemble: Hedge over the neural model and every logistic mixer."""
-    orders: tuple[int, ...] = (1, 2, 3, 4)
+    kind: Literal["none", "hedge", "linear", "logistic", "ensemble"] = "ensemble"
+    """The mixture whose bits are the final score. hedge: over the experts. linear: the first of linear_gates.
+    logistic: the first of gates. ensemble: Hedge over the neural model and every logistic mixer."""
+    orders: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     """Orders of the n-gram experts: 1 unigram, 2 bigram, 3 trigram, up to 6."""
-    match_lengths: tuple[int, ...] = (8, 16, 32)
+    match_lengths: tuple[int, ...] = (6, 8, 12, 16, 24, 32)
     """The match expert follows the last occurrence of the last so many tokens, the longest first (none: no expert)."""
     block_tokens: int = 128
-    """Tokens scored between two moves of the logistic weights."""
-    hedge_share: float = 0.002
-    """Fixed share: weight redistributed over the experts at each token."""
-    gates: tuple[Literal["none", "order", "entropy", "both"], ...] = ("order", "both", "none")
+    """Tokens scored between two moves of the linear and logistic weights."""
+    hedge_share: float = 0.02
+    """Fixed share: weight redistributed over what Hedge mixes at each token."""
+    linear_gates: tuple[Literal["none", "order", "entropy", "both"], ...] = ("order", "entropy")
+    """One linear mixer of all experts each, an input of the logistic mixers; its weight sets as in gates."""
+    linear_rate: float = 0.02
+    """How far one token moves the linear weights towards what explained it."""
+    gates: tuple[Literal["none", "order", "entropy", "both"], ...] = ("order", "entropy")
     """One logistic mixer each. Its weight set is chosen by the longest context that occurred before (order or match
     length), by the neural distribution's entropy, by both or by neither."""
-    memory_tokens: tuple[float, ...] = (500.0, 1000.0, 4000.0)
+    memory_tokens: tuple[float, ...] = (1000.0, 1000.0)
     """Tokens of curvature each logistic mixer remembers in a weight set; fewer follow the text faster."""
     logistic_ridge: float = 10.0
     """Added to the curvature: what the first steps of a weight set are damped by."""

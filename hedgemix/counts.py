@@ -17,7 +17,7 @@ class Counts:
 
     def __init__(self, orders: tuple[int, ...], vocab_size: int) -> None:
         """Raises RecipeError as `ngram.check_orders` does."""
-        ngram.check_orders(orders, vocab_size)
+        ngram.check_orders(orders)
         self.orders, self.vocab_size = orders, vocab_size
         self.count_V = torch.zeros(vocab_size, dtype=torch.int32)
         self.tokens: list[int] = []

@@ -1,11 +1,12 @@
-"""Two online mixtures of experts, each a code: the mixed row is normalised, and it moves only after it was scored.
+"""Online mixtures of experts, each a code: the mixed row is normalised, and it moves only after it was scored.
 
-Fixed share mixes probabilities and follows the best expert. Logistic mixing adds weighted log probabilities and may use
+Fixed share mixes probabilities and follows the best expert, from one token to the next. Linear mixing looks for the
+best mixture of probabilities, by expectation maximisation. Logistic mixing adds weighted log probabilities and may use
 what one expert knows beyond another: it learns to take the lift of a trigram over a bigram, with a negative weight on
 the bigram. Its weights start at (1, 0, ..., 0), which is the first expert exactly, so a strong model loses little.
 
-Shapes: B positions, R row sets (one model each, mixed apart), K experts, V vocabulary, M logistic mixers, S weight sets
-of a mixer, C lanes, L steps of a lane, Q = K (K + 1) / 2 products of experts.
+Shapes: B positions, R row sets (one model each, mixed apart), K experts, V vocabulary, L linear and
+M logistic mixers, S weight sets of a mixer, C lanes, L steps of a lane, Q = K (K + 1) / 2 products of experts.
 """
 
 from __future__ import annotations
@@ -20,9 +21,19 @@ LOG_FLOOR = -60.0
 """Log probabilities are raised to this inside logistic mixing, which normalises its own rows."""
 CURVATURE_STRIDE = 4
 """Curvature is summed over every fourth token of a block and scaled up; gradients use all."""
+LINEAR_FLOOR = 1e-5
+"""Least weight in a linear mixture: an expert that was useless for a million tokens can still come back."""
 _LANE = 32
 _MAX_STEP = 0.5
 _MAX_WEIGHT = 4.0
+
+
+@dataclass
+class LinearState:
+    """Weights (R, L, S, K), float64, of each set adding up to 1; rate a token."""
+
+    weights: Tensor
+    rate: float
 
 
 @dataclass
@@ -88,6 +99,46 @@ def _share(weights: Tensor, share: Tensor | float) -> Tensor:
     return (1 - share) * weights + share / weights.shape[-1] * weights.sum(-1, keepdim=True)
 
 
+def start_linear(
+    sets: int, mixers: int, gates: int, experts: int, rate: float, device: torch.device | str
+) -> LinearState:
+    """R = sets row sets; the first expert has half of the weight, so a strong model loses one bit a set at most."""
+    shape = (sets, mixers, gates, experts)
+    weights = torch.full(shape, 0.5 / max(experts - 1, 1), dtype=torch.float64, device=device)
+    weights[..., 0] = 0.5
+    return LinearState(weights / weights.sum(-1, keepdim=True), rate)
+
+
+def linear_weights(state: LinearState, gate_BRL: Tensor) -> Tensor:
+    """Each position's weights (B, R, L, K), float64, of the set that each gate names."""
+    return _chosen(state.weights, gate_BRL)
+
+
+def linear_rows(weights_BRLK: Tensor, p_BRV: Tensor, p_BKV: Tensor) -> Tensor:
+    """Mixtures (B, R, L, V), float32, of each row set's own first expert (B, R, V) and the K - 1 experts they share."""
+    size, sets, mixers, experts = weights_BRLK.shape
+    weights = weights_BRLK.float()
+    shared = weights[..., 1:].reshape(size, sets * mixers, experts - 1) @ p_BKV
+    return shared.view(size, sets, mixers, p_BKV.shape[2]).addcmul_(weights[..., :1], p_BRV[:, :, None])
+
+
+def learn_linear(state: LinearState, weights_BRLK: Tensor, p_BRK: Tensor, gate_BRL: Tensor) -> None:
+    """Move the weights after the block was scored; `p_BRK`: the experts' probabilities of what occurred, float64.
+
+    Towards the best mixture, not the best expert: the weights of a set become
+    `(1 - rate)^n * weights + (1 - (1 - rate)^n) * mean responsibility` over its n positions of the block, where the
+    responsibility of an expert is its share of the mixture's probability (one step of expectation maximisation).
+    """
+    share_BRLK = weights_BRLK * p_BRK[:, :, None]
+    share_BRLK = share_BRLK / share_BRLK.sum(-1, keepdim=True)
+    member_BRLS = torch.nn.functional.one_hot(gate_BRL, state.weights.shape[2]).double()
+    count_RLS1 = member_BRLS.sum(0)[..., None]
+    total_RLSK = torch.einsum("brls,brlk->rlsk", member_BRLS, share_BRLK)
+    kept = (1 - state.rate) ** count_RLS1
+    moved = (kept * state.weights + (1 - kept) / count_RLS1.clamp_min(1) * total_RLSK).clamp_min(LINEAR_FLOOR)
+    state.weights = moved / moved.sum(-1, keepdim=True)
+
+
 def start_logistic(
     sets: int, memory: tuple[float, ...], gates: int, experts: int, ridge: float, device: torch.device | str
 ) -> LogisticState:
@@ -101,7 +152,7 @@ def start_logistic(
 
 def logistic_rows(state: LogisticState, log_rows_BRKV: Tensor, gate_BRM: Tensor) -> Tensor:
     """Normalised log rows (B, R, M, V), p proportional to exp(sum_k w_k log p_k), with the set that each gate names."""
-    return (_chosen(state, gate_BRM).float() @ log_rows_BRKV).log_softmax(-1)
+    return (_chosen(state.weights, gate_BRM).float() @ log_rows_BRKV).log_softmax(-1)
 
 
 def learn_logistic(
@@ -155,11 +206,11 @@ def _square(experts: int, device: torch.device) -> Tensor:
     return square.to(device)
 
 
-def _chosen(state: LogisticState, gate_BRM: Tensor) -> Tensor:
-    """Each position's weights (B, R, M, K)."""
-    set_index = torch.arange(state.weights.shape[0], device=gate_BRM.device)[:, None]
-    mixer = torch.arange(state.weights.shape[1], device=gate_BRM.device)
-    return state.weights[set_index, mixer, gate_BRM]
+def _chosen(weights: Tensor, gate_BRM: Tensor) -> Tensor:
+    """Each position's weights (B, R, M, K) out of (R, M, S, K)."""
+    set_index = torch.arange(weights.shape[0], device=gate_BRM.device)[:, None]
+    mixer = torch.arange(weights.shape[1], device=gate_BRM.device)
+    return weights[set_index, mixer, gate_BRM]
 
 
 def mix(weights_BK: Tensor, log_rows_BKV: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ def confidence(hits: Any, tries: Any) -> Any:
     return (hits + PRIOR_HITS) / (tries + PRIOR_TRIES)
 
 
-def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> MatchIndex:
-    """Matches at every position of a text. One or two sorts of the text for each length."""
+def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int, grams: Grams | None = None) -> MatchIndex:
+    """Matches at every position of a text. One or two sorts of the text for each length; `grams` may know some."""
     check_lengths(lengths)
     total = len(tokens_N)
     source_N, class_N = np.full(total, -1, np.int32), np.zeros(total, np.int32)
-    grams = _Grams(tokens_N, vocab_size)
+    grams = grams or Grams(tokens_N, vocab_size)
     for number, m in enumerate(lengths, start=1):
         if m >= total:
             break
@@ -75,7 +75,7 @@ def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> Ma
     return MatchIndex(tuple(lengths), predicted_N, class_N, tries_N, hits_N)
 
 
-class _Grams:
+class Grams:
     """Numbers for the m-grams of a text: equal grams have equal numbers."""
 
     def __init__(self, tokens_N: np.ndarray, vocab_size: int) -> None:
@@ -96,7 +96,10 @@ class _Grams:
         """Each m-gram's number, int32 (N - m + 1,)."""
         if m in self.numbers:
             return self.numbers[m]
-        size = len(self.tokens_N) - m + 1
+        size = max(len(self.tokens_N) - m + 1, 0)
+        if m == 1:
+            self.numbers[1] = self.tokens_N.astype(np.int32)
+            return self.numbers[1]
         if self.vocab_size**m < 2**63:
             key = np.zeros(size, np.int64)
             for i in range(m):
@@ -106,15 +109,17 @@ class _Grams:
             # Two overlapping shorter grams are equal exactly when the long one is.
             part = max((known for known in self.numbers if 2 * known >= m), default=-(-m // 2))
             number = self.number(part)
-            key = number[:size].astype(np.int64) * len(self.tokens_N)
+            key = number[:size] * np.int64(max(len(self.tokens_N), self.vocab_size))
             key += number[m - part : m - part + size]
         order = np.argsort(key, kind="stable")
-        fresh = np.zeros(size, np.int32)
-        fresh[1:] = key[order[1:]] != key[order[:-1]]
-        numbers = np.empty(size, np.int32)
-        numbers[order] = np.cumsum(fresh, dtype=np.int32)
+        self.keep(m, order, np.flatnonzero(np.append(True, key[order[1:]] != key[order[:-1]])[:size]))
+        return self.numbers[m]
+
+    def keep(self, m: int, order: np.ndarray, opens: np.ndarray) -> None:
+        """Number the m-grams, from their sorted order and where runs of equal ones start in it."""
+        numbers = np.empty(len(order), np.int32)
+        numbers[order] = np.repeat(np.arange(len(opens), dtype=np.int32), np.diff(opens, append=len(order)))
         self.numbers[m], self.by_gram = numbers, {m: order}
-        return numbers
 
 
 def rows(top_BV: Tensor, predicted_B: Tensor, confidence_B: Tensor) -> Tensor:

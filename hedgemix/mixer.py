@@ -1,4 +1,4 @@
-"""The mixtures an evaluation scores with: n-gram experts, Hedge, logistic mixers, and Hedge over the logistic mixers.
+"""The mixtures an evaluation scores with: experts, Hedge, linear and logistic mixers, and Hedge over the logistic ones.
 
 Several models (frozen and adapted, say) score the same tokens: n-gram rows are made once for all of them, and each
 row set has mixing weights of its own. Positions are worked in blocks that start at multiples of `block_tokens`, so a
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hedgemix import hedge, match, ngram
+from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
 
 _SPAN = {"cpu": 512, "cuda": 4096}
@@ -28,8 +29,9 @@ _SPAN = {"cpu": 512, "cuda": 4096}
 class Scores:
     """What one call scored: `nll[row set][kind]` in nats, (B,) float64, and the weights it ended with.
 
-    Kinds: neural, order1 ..., match, hedge, logistic (the first logistic mixer), ensemble. `weights[row set]`: hedge
-    (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers, logistic (M, S, K).
+    Kinds: neural, order1 ..., match, hedge, linear and logistic (the first mixer of each), ensemble. `weights[row
+    set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers, linear (L, S, K),
+    logistic (M, S, J), see `blend`.
     """
 
     nll: dict[str, dict[str, Tensor]]
@@ -39,7 +41,7 @@ class Scores:
 @dataclass
 class _State:
     ngrams: ngram.NgramState
-    logistic: hedge.LogisticState
+    blend: Blend
     hedge_RK: Tensor
     ensemble_RK: Tensor
 
@@ -66,21 +68,20 @@ class Mixer:
         self.config, self.index, self.names = config, index, names
         self.device = torch.device(device)
         self.experts = expert_names(config)
-        self.kinds = (*self.experts, "hedge", "logistic", "ensemble")
+        linear = ("linear",) if config.linear_gates else ()
+        self.kinds = (*self.experts, "hedge", *linear, "logistic", "ensemble")
         self.kind = "neural" if config.kind == "none" else config.kind
         span = _SPAN["cpu" if self.device.type == "cpu" else "cuda"]
         self.span = max(span // config.block_tokens, 1) * config.block_tokens
-        experts, sets = len(self.experts), len(names)
+        sets = len(names)
 
         def uniform(size: int) -> Tensor:
             return torch.full((sets, size), -math.log(size), dtype=torch.float64, device=self.device)
 
-        logistic = hedge.start_logistic(
-            sets, config.memory_tokens, weight_sets(config), experts, config.logistic_ridge, self.device
-        )
         state = ngram.start_state(index, self.device)
         ngram.advance(state, index, 0, min(1, len(index.tokens_N)))
-        self._state = _State(state, logistic, uniform(experts), uniform(1 + len(config.gates)))
+        blend = Blend(config, sets, self.device)
+        self._state = _State(state, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
 
     def score(self, log_rows: dict[str, Tensor], start: int, stop: int) -> Scores:
         """Score the tokens start..stop-1 and learn them.
@@ -92,7 +93,7 @@ class Mixer:
         state = self._state
         weights = {
             name: {"hedge": state.hedge_RK[r].exp(), "ensemble": state.ensemble_RK[r].exp()}
-            | {"logistic": state.logistic.weights[r].clone()}
+            | {"linear": state.blend.linear.weights[r].clone(), "logistic": state.blend.logistic.weights[r].clone()}
             for r, name in enumerate(self.names)
         }
         scored = {name: dict(zip(self.kinds, nll[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
@@ -122,77 +123,45 @@ class Mixer:
 
     def _span(self, neural_BRV: Tensor, start: int, stop: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """NLL (B, R, kinds) and, if kept, log rows (B, R, kinds, V) of one span."""
-        state, share = self._state, self.config.hedge_share
+        state, share, block = self._state, self.config.hedge_share, self.config.block_tokens
         token_B = torch.from_numpy(self.index.tokens_N[start:stop].astype(np.int64)).to(self.device)
-        log_rows = self._expert_rows(neural_BRV, start, stop)
-        class_B = torch.from_numpy(ngram.longest_class(self.index, start, stop)).to(self.device)
-        gate_BRM = gate_sets(self.config, log_rows[:, :, 0], class_B[:, None])
-        mixed_y, mixed = [], []
+        longest_B = torch.from_numpy(ngram.longest_class(self.index, start, stop)).to(self.device)
+        at = state.blend.positions(neural_BRV, self._expert_rows(start, stop), longest_B)
+        parts: list[Mixed] = []
+        linear, mixed = [], []
         left = start
         while left < stop:
-            right = min((left // self.config.block_tokens + 1) * self.config.block_tokens, stop)
+            right = min((left // block + 1) * block, stop)
             here = slice(left - start, right - start)
-            mixed_BRMV = hedge.logistic_rows(state.logistic, log_rows[here], gate_BRM[here])
-            mixed_y.append(_gather(mixed_BRMV, token_B[here]))
-            hedge.learn_logistic(state.logistic, log_rows[here], mixed_BRMV, token_B[here], gate_BRM[here])
-            mixed += [mixed_BRMV] if keep else []
+            said = state.blend.mix(at[here])
+            linear.append(gather(said.log_BRJV[:, :, : state.blend.linears], token_B[here]))
+            mixed.append(gather(said.log_BRMV, token_B[here]))
+            state.blend.learn(said, token_B[here])
+            parts += [said] if keep else []
             left = right
-        expert_y, logistic_y = _gather(log_rows, token_B), torch.cat(mixed_y)
+        ngram.advance(state.ngrams, self.index, start, stop)
+        expert_y, linear_y, logistic_y = state.blend.expert_log_p(at, token_B), torch.cat(linear), torch.cat(mixed)
         team_y = torch.cat([expert_y[:, :, :1], logistic_y], 2)
         hedge_y, hedge_w, state.hedge_RK = hedge.fixed_share(expert_y, state.hedge_RK, share)
         team_log, team_w, state.ensemble_RK = hedge.fixed_share(team_y, state.ensemble_RK, share)
-        ngram.advance(state.ngrams, self.index, start, stop)
-        nll = -torch.cat([expert_y, hedge_y[..., None], logistic_y[:, :, :1], team_log[..., None]], 2)
+        layers = [hedge_y[..., None], linear_y[:, :, :1], logistic_y[:, :, :1], team_log[..., None]]
+        nll = -torch.cat([expert_y, *layers], 2)
         if not keep:
             return nll, []
-        logistic = torch.cat(mixed)
-        team = torch.cat([log_rows[:, :, :1], logistic], 2)
-        hedge_rows = hedge.mix(hedge_w.flatten(0, 1), log_rows.flatten(0, 1)).view_as(neural_BRV)
+        said, expert_rows = join(parts), state.blend.expert_rows(at)
+        team = torch.cat([state.blend.neural(said), said.log_BRMV], 2)
+        hedge_rows = hedge.mix(hedge_w.flatten(0, 1), expert_rows.flatten(0, 1)).view_as(neural_BRV)
         team_rows = hedge.mix(team_w.flatten(0, 1), team.flatten(0, 1)).view_as(neural_BRV)
-        return nll, [torch.cat([log_rows, hedge_rows[:, :, None], logistic[:, :, :1], team_rows[:, :, None]], 2)]
+        linear_rows = said.log_BRJV[:, :, : min(state.blend.linears, 1)]
+        layer_rows = [hedge_rows[:, :, None], linear_rows, said.log_BRMV[:, :, :1], team_rows[:, :, None]]
+        return nll, [torch.cat([expert_rows, *layer_rows], 2)]
 
-    def _expert_rows(self, neural_BRV: Tensor, start: int, stop: int) -> Tensor:
-        size, sets, vocab_size = neural_BRV.shape
-        out = torch.empty(size, sets, len(self.experts), vocab_size, device=self.device)
-        # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
-        out[:, :, 0] = neural_BRV.float().log_softmax(-1).clamp_min_(hedge.LOG_FLOOR)
+    def _expert_rows(self, start: int, stop: int) -> Tensor:
+        """Probability rows (B, K - 1, V) of every expert but the neural one."""
         rows = ngram.rows(self._state.ngrams, self.index, start, stop)
         if self.config.match_lengths:
             rows.append(match.rows_at(self.index.match, rows[-1], start, stop))
-        for k, rows_BV in enumerate(rows, start=1):
-            out[:, :, k] = rows_BV.log_()[:, None]
-        return out
-
-
-def expert_names(config: MixerConfig) -> tuple[str, ...]:
-    """The experts in the order of their rows: neural, order1 ..., match."""
-    return "neural", *(f"order{n}" for n in config.orders), *(("match",) if config.match_lengths else ())
-
-
-def classes(config: MixerConfig) -> int:
-    """How many values `ngram.longest_class` takes."""
-    return 1 + sum(n > 1 for n in config.orders) + len(config.match_lengths)
-
-
-def weight_sets(config: MixerConfig) -> int:
-    """S, the most weight sets a gate chooses from."""
-    return classes(config) * config.entropy_sets
-
-
-def gate_sets(config: MixerConfig, log_rows: Tensor, longest_class: Tensor) -> Tensor:
-    """Weight set of each mixer, (..., M) int64, for neural log rows (..., V) and what of the context occurred before
-    (`ngram.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's bucket, both
-    or neither. For a batch, or for one position of a decoder."""
-    entropy = -(log_rows.exp() * log_rows).sum(-1) / math.log(log_rows.shape[-1])
-    bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
-    longest = longest_class.expand_as(bucket)
-    sets = {
-        "none": torch.zeros_like(bucket),
-        "order": longest,
-        "entropy": bucket,
-        "both": longest * config.entropy_sets + bucket,
-    }
-    return torch.stack([sets[gate] for gate in config.gates], -1)
+        return torch.stack(rows, 1)
 
 
 def check(config: MixerConfig) -> None:
@@ -205,14 +174,10 @@ def check(config: MixerConfig) -> None:
     share = config.hedge_share
     require(share == 0 or 1e-6 <= share < 1, "hedge_share", "0, or from 1e-6 to below 1")
     require(len(config.gates) > 0, "gates", "one or more")
+    require(config.kind != "linear" or len(config.linear_gates) > 0, "linear_gates", "one or more for this kind")
+    require(0 < config.linear_rate < 1, "linear_rate", "above 0 and below 1")
     require(len(config.memory_tokens) == len(config.gates), "memory_tokens", "one number for each of gates")
     require(all(memory > 0 for memory in config.memory_tokens), "memory_tokens", "above 0")
     require(config.logistic_ridge > 0, "logistic_ridge", "above 0")
     require(config.block_tokens >= 1, "block_tokens", "at least 1")
     require(config.entropy_sets >= 1, "entropy_sets", "at least 1")
-
-
-def _gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:
-    """Each row's value at the position's token, (B, R, K) float64."""
-    index = token_B[:, None, None, None].expand(-1, *rows_BRKV.shape[1:3], 1)
-    return rows_BRKV.gather(3, index)[..., 0].double()

@@ -63,14 +63,10 @@ class NgramState:
     token_P: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
 
-def check_orders(orders: tuple[int, ...], vocab_size: int) -> None:
-    """Raises RecipeError when an order is not in 1..6, when orders do not rise, or when a key would not fit 63 bits."""
+def check_orders(orders: tuple[int, ...]) -> None:
+    """Raises RecipeError when an order is not in 1..6 or when orders do not rise."""
     if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 6:
         raise RecipeError(f"evaluate.mixer.orders {orders}: give rising orders from 1 to 6")
-    if vocab_size ** orders[-1] > 2**63:
-        raise RecipeError(
-            f"evaluate.mixer.orders {orders}: order {orders[-1]} over {vocab_size} tokens does not fit a 64-bit key"
-        )
 
 
 def build_index(
@@ -82,27 +78,29 @@ def build_index(
     Raises RecipeError as `check_orders` and `match.check_lengths` do, and for tokens that do not fit.
     """
     tokens_N = np.ascontiguousarray(tokens_N)
-    check_orders(orders, vocab_size)
+    check_orders(orders)
     if len(tokens_N) >= 2**31:
         raise RecipeError(
             f"{len(tokens_N)} tokens: positions are 32-bit; score at most 2**31 - 1 (data.max_valid_tokens)"
         )
     if len(tokens_N) and not (tokens_N.min() >= 0 and tokens_N.max() < vocab_size):
         raise RecipeError(f"tokens outside 0..{vocab_size - 1}: data.vocab_size does not fit the text")
-    tables = {n: _index_order(tokens_N, n, vocab_size) for n in orders if n > 1}
-    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, match.build(tokens_N, match_lengths, vocab_size))
+    grams = match.Grams(tokens_N, vocab_size)
+    tables = {n: _index_order(grams, n) for n in orders if n > 1}
+    matches = match.build(tokens_N, match_lengths, vocab_size, grams)
+    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, matches)
 
 
-def _index_order(tokens_N: np.ndarray, n: int, vocab_size: int) -> OrderIndex:
-    total = len(tokens_N)
+def _index_order(grams: match.Grams, n: int) -> OrderIndex:
+    tokens_N, vocab_size, total = grams.tokens_N, grams.vocab_size, len(grams.tokens_N)
     size = max(total - n + 1, 0)
-    key = np.zeros(size, np.int64)
-    for i in range(n):
-        key *= vocab_size
-        key += tokens_N[i : i + size]
+    # Contexts by number, below 2**31, so any vocabulary fits the key.
+    key = grams.number(n - 1)[:size] * np.int64(vocab_size)
+    key += tokens_N[n - 1 :]
     by_key = np.argsort(key, kind="stable")
     sorted_key = key[by_key]
     opens = np.flatnonzero(_changes(sorted_key))
+    grams.keep(n, by_key, opens)
     pair_context, first_seen = sorted_key[opens] // vocab_size, by_key[opens]
     by_age = np.lexsort((first_seen, pair_context))
     pairs = len(opens)

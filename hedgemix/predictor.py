@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,23 +21,12 @@ from torch import Tensor
 
 from hedgemix import bpb, hedge, match, mixer, stream, tokenizer, ttt
 from hedgemix.artifact import Artifact
+from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
 from hedgemix.counts import Counts
 from hedgemix.evaluate import load_model
 from hedgemix.model import Cache, Model
 from hedgemix.ttt import Adapter
-
-
-@dataclass(frozen=True)
-class Step:
-    """One position's rows, and its token once it is known."""
-
-    experts_BRKV: Tensor
-    mixed_BRMV: Tensor
-    gate_BRM: Tensor
-    team_BRKV: Tensor
-    """The rows that the score's mixture is over: of experts, or of neural model and logistic mixers."""
-    token_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class Predictor:
@@ -124,48 +112,41 @@ class Mixture:
         self.follower = match.Follower(self.config.match_lengths, vocab_size)
         self.counts.add(first_token)
         self.follower.update(first_token)
-        experts, memory = len(mixer.expert_names(self.config)), self.config.memory_tokens
-        self.logistic = hedge.start_logistic(
-            1, memory, mixer.weight_sets(self.config), experts, self.config.logistic_ridge, "cpu"
-        )
-        size = {"hedge": experts, "ensemble": 1 + len(self.config.gates)}.get(self.config.kind, 1)
-        self.log_weights_RK = torch.full((1, size), -math.log(size), dtype=torch.float64)
-        self.block: list[Step] = []
+        self.blend = Blend(self.config, 1, "cpu")
+        size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
+        over = size.get(self.config.kind, 1)
+        self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
+        self.block: list[tuple[Mixed, int]] = []
 
     def predict(self, neural_V: Tensor) -> Tensor:
         """The mixed log row (V,), float32, of the next token."""
-        self.step = self._step(neural_V)
-        return hedge.mix(self.log_weights_RK.exp(), self.step.team_BRKV[0])[0]
+        self.said = self.blend.mix(self._position(neural_V))
+        self.team_BRKV = self._team(self.said)
+        return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]
 
     def update(self, token: int, ends_block: bool) -> None:
         """Learn the token that `predict` was about."""
-        log_p_RK = self.step.team_BRKV[0, :, :, token].double()
+        log_p_RK = self.team_BRKV[0, :, :, token].double()
         self.log_weights_RK = hedge.share_step(log_p_RK, self.log_weights_RK, self.config.hedge_share)
-        self.block.append(replace(self.step, token_B=torch.tensor([token])))
+        self.block.append((self.said, token))
         if ends_block:
-            experts, mixed, gate, tokens = (
-                torch.cat([getattr(step, name) for step in self.block])
-                for name in ("experts_BRKV", "mixed_BRMV", "gate_BRM", "token_B")
-            )
-            hedge.learn_logistic(self.logistic, experts, mixed, tokens, gate)
+            self.blend.learn(join([said for said, _ in self.block]), torch.tensor([told for _, told in self.block]))
             self.block = []
         self.counts.add(token)
         self.follower.update(token)
 
-    def _step(self, neural_V: Tensor) -> Step:
-        neural_V = neural_V.float().log_softmax(-1).clamp_min(hedge.LOG_FLOOR)
-        rows, longest = self.counts.rows(), self.counts.longest_class()
+    def _position(self, neural_V: Tensor) -> Positions:
+        rows, longest = [row[None] for row in self.counts.rows()], self.counts.longest_class()
         if self.config.match_lengths:
             predicted, matched, confidence = self.follower.predict()
-            rows.append(match.rows(rows[-1][None], torch.tensor([predicted]), torch.tensor([confidence]))[0])
+            rows.append(match.rows(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
             longest = len(self.counts.followers) + matched if matched else longest
-        experts = torch.stack([neural_V, *(row.log() for row in rows)])[None, None]
-        gate = mixer.gate_sets(self.config, experts[:, :, 0], torch.tensor([[longest]]))
-        mixed = hedge.logistic_rows(self.logistic, experts, gate)
-        team = {
-            "none": experts[:, :, :1],
-            "hedge": experts,
-            "logistic": mixed[:, :, :1],
-            "ensemble": torch.cat([experts[:, :, :1], mixed], 2),
-        }
-        return Step(experts, mixed, gate, team[self.config.kind])
+        return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
+
+    def _team(self, said: Mixed) -> Tensor:
+        """The log rows that the score's mixture is over, (1, 1, K, V): of experts, or of mixers."""
+        neural = self.blend.neural(said)
+        if self.config.kind == "ensemble":
+            return torch.cat([neural, said.log_BRMV], 2)
+        team = {"none": neural, "linear": said.log_BRJV[:, :, :1], "logistic": said.log_BRMV[:, :, :1]}
+        return self.blend.expert_rows(said) if self.config.kind == "hedge" else team[self.config.kind]

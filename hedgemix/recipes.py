@@ -122,5 +122,5 @@ def validate(recipe: Recipe) -> None:
     if recipe.data.vocab_size < 2:
         raise RecipeError("data.vocab_size must be at least 2")
     mixer.check(recipe.evaluate.mixer)
-    ngram.check_orders(recipe.evaluate.mixer.orders, recipe.data.vocab_size)
+    ngram.check_orders(recipe.evaluate.mixer.orders)
     match.check_lengths(recipe.evaluate.mixer.match_lengths)

@@ -1,9 +1,8 @@
-"""Mixers: exact against slow loops, valid on any row, blind to the future."""
+"""The updates that mixers are made of: exact against slow loops, valid on any row."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgemix import hedge, ngram
-from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.mixer import Mixer, classes, gate_sets, weight_sets
+from hedgemix import hedge
 
 VOCAB = 40
 
@@ -132,109 +129,67 @@ def test_logistic_never_diverges(case: str) -> None:
     learn(state, rows, tokens, torch.randint(2, (size, 1, 2), generator=generator))
 
 
-@pytest.fixture(scope="module")
-def text() -> np.ndarray:
-    return (np.random.default_rng(0).zipf(1.4, 700) % VOCAB).astype(np.uint16)
+def slow_best_mixture(p: np.ndarray, gate: np.ndarray, weights: np.ndarray, rate: float) -> np.ndarray:
+    """One block, one row set, one mixer: every set moves by its own positions."""
+    moved = weights.copy()
+    for number in range(len(weights)):
+        mine = p[gate == number]
+        if len(mine):
+            joint = weights[number] * mine
+            kept = (1 - rate) ** len(mine)
+            moved[number] = kept * weights[number] + (1 - kept) * (joint / joint.sum(1, keepdims=True)).mean(0)
+    return moved
 
 
-def neural_rows(text: np.ndarray, seed: int = 0) -> Tensor:
-    return torch.randn(len(text), VOCAB, generator=torch.manual_seed(seed)) * 2
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 5), st.sampled_from([0.02, 0.5]), st.integers(0, 10**6))
+def test_linear_weights_equal_a_slow_loop(size: int, experts: int, rate: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    p, gates = rng.dirichlet(np.ones(20), (size, 2, experts))[..., 0], rng.integers(0, 3, (size, 2, 2))
+    state = hedge.start_linear(2, 2, 3, experts, rate, "cpu")
+    expected = [[slow_best_mixture(p[:, r], gates[:, r, m], state.weights[r, m].numpy(), rate) for m in range(2)]
+                for r in range(2)]  # fmt: skip
+    gate = torch.from_numpy(gates)
+    hedge.learn_linear(state, hedge.linear_weights(state, gate), torch.from_numpy(p), gate)
+    np.testing.assert_allclose(state.weights, np.array(expected), rtol=1e-3, atol=experts * hedge.LINEAR_FLOOR)
+    torch.testing.assert_close(state.weights.sum(-1), torch.ones(2, 2, 3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
+def test_linear_mixing_finds_the_best_mixture() -> None:
+    """Where no expert is best, fixed share goes to and fro between them and the best mixture does not."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(8), (8000, 1, 3))  # rows of three experts
+    truth = p[:, 0].transpose(0, 2, 1) @ np.array([0.6, 0.3, 0.1])
+    token = (truth.cumsum(1) < rng.random((8000, 1))).sum(1)
+    p_y = torch.from_numpy(np.take_along_axis(p, token[:, None, None, None], 3)[..., 0])
+    state, gate, nats = hedge.start_linear(1, 1, 1, 3, 0.005, "cpu"), torch.zeros(100, 1, 1, dtype=torch.long), 0.0
+    for a in range(0, 8000, 100):
+        weights, here = hedge.linear_weights(state, gate), p_y[a : a + 100]
+        nats -= float((weights[:, 0, 0] * here[:, 0]).sum(1).log().sum())
+        hedge.learn_linear(state, weights, here, gate)
+    torch.testing.assert_close(state.weights[0, 0, 0].float(), torch.tensor([0.6, 0.3, 0.1]), rtol=0, atol=0.06)
+    start = torch.full((1, 3), -math.log(3), dtype=torch.float64)
+    for share in (0.0, 0.02):
+        assert nats < -hedge.fixed_share(p_y.log(), start, share)[0].sum() - 100
+    best = -(p_y[:, 0] @ torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)).log().sum()
+    assert nats < best + 60
 
 
-def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex:
-    return ngram.build_index(text, config.orders, VOCAB, config.match_lengths)
+def test_linear_mixing_survives_deterministic_experts() -> None:
+    p = torch.full((6000, 1, 3), 1e-13, dtype=torch.float64)
+    p[:3000, 0, 1], p[3000:, 0, 2] = 1.0, 1.0
+    state, gate = hedge.start_linear(1, 1, 1, 3, 0.5, "cpu"), torch.zeros(100, 1, 1, dtype=torch.long)
+    for a in range(0, 6000, 100):
+        hedge.learn_linear(state, hedge.linear_weights(state, gate), p[a : a + 100], gate)
+        assert state.weights.isfinite().all() and state.weights.min() > hedge.LINEAR_FLOOR / 2
+    assert state.weights[0, 0, 0, 2] > 0.99
 
 
-def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
-    mixer = Mixer(config, VOCAB, index_of(text, config), names=("a", "b"))
-    rows = {"a": neural_rows(text), "b": neural_rows(text, 1)}
-    parts = []
-    for start, stop in zip([1, *cuts], [*cuts, len(text)], strict=True):
-        parts.append(mixer.score({name: rows[name][start:stop] for name in rows}, start, stop).nll)
-    return {f"{name}.{kind}": torch.cat([part[name][kind] for part in parts]) for name in rows for kind in mixer.kinds}
-
-
-def test_cuts_at_blocks_do_not_matter(text: np.ndarray) -> None:
-    whole, cut = scored(text, []), scored(text, [32, 64, 320, 640])
-    for kind in whole:
-        torch.testing.assert_close(cut[kind], whole[kind], rtol=1e-5, atol=1e-6, msg=kind)
-
-
-def test_hedge_does_not_depend_on_cuts_at_all(text: np.ndarray) -> None:
-    torch.testing.assert_close(scored(text, [7, 100])["a.hedge"], scored(text, [])["a.hedge"], rtol=1e-9, atol=1e-9)
-
-
-def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
-    index = index_of(text)
-    alone = Mixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
-    both = scored(text, [])
-    for kind, nll in alone.items():
-        torch.testing.assert_close(both[f"b.{kind}"], nll, rtol=1e-5, atol=1e-6, msg=kind)
-
-
-def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray) -> None:
-    mixer = Mixer(CONFIG, VOCAB, index_of(text))
-    neural = neural_rows(text)
-    neural[5, 3:] = -1e30
-    for start, stop in ((1, 320), (320, 700)):
-        given = {"neural": neural[start:stop]}
-        rows = mixer.rows(given, start, stop)["neural"]
-        nll = mixer.score(given, start, stop).nll["neural"]
-        token = torch.from_numpy(text[start:stop].astype(np.int64))
-        for kind, row in rows.items():
-            assert row.shape == (stop - start, VOCAB)
-            assert row.double().logsumexp(1).abs().max() < 1e-5, kind
-            gathered = -row.gather(1, token[:, None])[:, 0].double()
-            torch.testing.assert_close(nll[kind], gathered, rtol=1e-5, atol=1e-5, msg=kind)
-
-
-@pytest.mark.parametrize("t", [1, 33, 350])
-def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int) -> None:
-    changed = text.copy()
-    changed[t:] = np.random.default_rng(1).integers(0, VOCAB, len(text) - t)
-    neural = {"neural": neural_rows(text)[1:]}
-    before, after = (
-        Mixer(CONFIG, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
-    )
-    for kind in before:
-        assert torch.equal(before[kind][:t], after[kind][:t]), kind
-    assert not torch.equal(before["ensemble"][t:], after["ensemble"][t:])
-
-
-def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
-    nll = scored(text, [], replace(CONFIG, hedge_share=0.0))
-    best = min(nll["a.neural"].sum(), nll["a.logistic"].sum())
-    assert nll["a.ensemble"].sum() <= best + math.log(4)
-    assert nll["a.hedge"].sum() <= min(nll[f"a.{k}"].sum() for k in ("neural", "order1", "order3", "match")) + math.log(
-        5
-    )
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"hedge_share": 1.0},
-        {"gates": ()},
-        {"orders": (1, 2)},
-        {"memory_tokens": (1.0,)},
-        {"match_lengths": (2,)},
-        {"match_lengths": ()},
-    ],
-)
-def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
-    with pytest.raises(RecipeError):
-        Mixer(replace(CONFIG, **bad), VOCAB, index_of(text))
-
-
-def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
-    config = replace(CONFIG, gates=("order", "both", "none", "entropy"), memory_tokens=(1.0, 1.0, 1.0, 1.0))
-    rows, longest = neural_rows(text).log_softmax(-1), ngram.longest_class(index_of(text), 0, len(text))
-    together = gate_sets(config, rows[:, None], torch.from_numpy(longest)[:, None])
-    assert together.shape == (len(text), 1, 4) and together.amax() < weight_sets(config)
-    assert [len(together[..., gate].unique()) for gate in (0, 2)] == [classes(config), 1]
-    for t in range(0, len(text), 50):
-        alone = gate_sets(config, rows[t : t + 1], torch.tensor([longest[t]]))
-        assert torch.equal(alone, together[t])
+def test_linear_rows_sum_to_one() -> None:
+    own, shared = log_rows(50, 2).exp()[:, 0], log_rows(50, 3, seed=1).exp()[:, 0]
+    weights = torch.rand(50, 2, 3, 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    weights = weights / weights.sum(-1, keepdim=True)
+    mixed = hedge.linear_rows(weights, own, shared)
+    together = torch.cat([own[:, :, None], shared[:, None].expand(-1, 2, -1, -1)], 2)
+    torch.testing.assert_close(mixed, weights.float() @ together)
+    torch.testing.assert_close(mixed.sum(-1), torch.ones(50, 2, 3), rtol=0, atol=1e-5)

@@ -1,0 +1,151 @@
+"""The mixers between the experts and the ensemble, for many positions or for one: evaluation and decoder share them.
+
+Two layers. Linear mixers weigh all experts' probabilities; each has many weight sets, chosen by how much of the context
+occurred before and by the neural entropy. Logistic mixers weigh log probabilities: of the linear mixtures, the neural
+model, the two lowest and the highest n-gram order and the match. Their first weight set is the first linear mixture.
+
+Shapes as in `hedge`; B positions, R row sets, K experts (0 is neural; p_BKV has the others, which row sets share), L
+linear mixers, J inputs of a logistic mixer (linear mixtures, then experts), M logistic mixers, G = L + M gates, S
+weight sets, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hedgemix import hedge
+from hedgemix.config import MixerConfig
+
+
+def expert_names(config: MixerConfig) -> tuple[str, ...]:
+    """The experts in the order of their rows: neural, order1 ..., match."""
+    return "neural", *(f"order{n}" for n in config.orders), *(("match",) if config.match_lengths else ())
+
+
+def classes(config: MixerConfig) -> int:
+    """How many values `ngram.longest_class` takes."""
+    return 1 + sum(n > 1 for n in config.orders) + len(config.match_lengths)
+
+
+def weight_sets(config: MixerConfig) -> int:
+    """S, the most weight sets a gate chooses from."""
+    return classes(config) * config.entropy_sets
+
+
+def logistic_experts(config: MixerConfig) -> list[int]:
+    """The experts that logistic mixers see beside the linear mixtures; what the rest know, those mixtures bring."""
+    orders = len(config.orders)
+    return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config)))})
+
+
+def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
+    """Each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context occurred
+    before (`ngram.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's
+    bucket, both or neither."""
+    entropy = -(neural_log_rows.exp() * neural_log_rows).sum(-1) / math.log(neural_log_rows.shape[-1])
+    bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
+    longest = longest_class.expand_as(bucket)
+    sets = {
+        "none": torch.zeros_like(bucket),
+        "order": longest,
+        "entropy": bucket,
+        "both": longest * config.entropy_sets + bucket,
+    }
+    return torch.stack([sets[gate] for gate in gates], -1)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What is known of B positions before their tokens are."""
+
+    p_BKV: Tensor
+    """Probabilities, float32, of all experts but the neural one, which the row sets share."""
+    log_BRJV: Tensor
+    """Inputs of the logistic mixers; `Blend.mix` fills in the linear mixtures."""
+    gate_BRG: Tensor
+    """Weight sets of the linear mixers, then of the logistic ones."""
+
+    def __getitem__(self, here: slice) -> Positions:
+        return Positions(self.p_BKV[here], self.log_BRJV[here], self.gate_BRG[here])
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What the mixers said of B positions, and what they learn from once the tokens are known."""
+
+    p_BKV: Tensor
+    log_BRJV: Tensor
+    gate_BRG: Tensor
+    weights_BRLK: Tensor
+    """Weights of the linear mixtures, float64; their log rows are the first L of log_BRJV."""
+    log_BRMV: Tensor
+    """Log rows of the logistic mixers."""
+
+
+def join(parts: Sequence[Mixed]) -> Mixed:
+    """Several positions' as one."""
+    return Mixed(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Mixed)))
+
+
+class Blend:
+    """The mixers' weights. `mix` never sees a token; `learn` moves the weights after a block was scored."""
+
+    def __init__(self, config: MixerConfig, sets: int, device: torch.device | str) -> None:
+        self.config, self.experts = config, logistic_experts(config)
+        self.gates = (*config.linear_gates, *config.gates)
+        self.linears = len(config.linear_gates)
+        size, experts = weight_sets(config), len(expert_names(config))
+        self.linear = hedge.start_linear(sets, self.linears, size, experts, config.linear_rate, device)
+        self.logistic = hedge.start_logistic(
+            sets, config.memory_tokens, size, self.linears + len(self.experts), config.logistic_ridge, device
+        )
+
+    def positions(self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor) -> Positions:
+        """From neural log rows or logits, the other experts' probability rows and `ngram.longest_class`."""
+        # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
+        neural_BRV = neural_BRV.float().log_softmax(-1).clamp_min_(hedge.LOG_FLOOR)
+        size, sets, vocab_size = neural_BRV.shape
+        log_BRJV = neural_BRV.new_empty(size, sets, self.linears + len(self.experts), vocab_size)
+        log_BRJV[:, :, self.linears] = neural_BRV
+        for j, k in enumerate(self.experts[1:], start=self.linears + 1):
+            log_BRJV[:, :, j] = p_BKV[:, k - 1].log().clamp_min_(hedge.LOG_FLOOR)[:, None]
+        return Positions(p_BKV, log_BRJV, gate_sets(self.config, self.gates, neural_BRV, longest_B[:, None]))
+
+    def neural(self, at: Positions | Mixed) -> Tensor:
+        """The neural model's log rows, (B, R, 1, V)."""
+        return at.log_BRJV[:, :, self.linears : self.linears + 1]
+
+    def expert_rows(self, at: Positions | Mixed) -> Tensor:
+        """Log rows of all experts, (B, R, K, V)."""
+        shared = at.p_BKV.log()[:, None].expand(-1, at.log_BRJV.shape[1], -1, -1)
+        return torch.cat([self.neural(at), shared], 2)
+
+    def expert_log_p(self, at: Positions | Mixed, token_B: Tensor) -> Tensor:
+        """Log probability of the tokens under every expert, (B, R, K) float64."""
+        shared = gather(at.p_BKV[:, None], token_B).log().expand(-1, at.log_BRJV.shape[1], -1)
+        return torch.cat([gather(self.neural(at), token_B), shared], 2)
+
+    def mix(self, at: Positions) -> Mixed:
+        """What every mixer says; moves nothing."""
+        weights_BRLK = hedge.linear_weights(self.linear, at.gate_BRG[..., : self.linears])
+        linear = hedge.linear_rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
+        torch.log(linear, out=at.log_BRJV[:, :, : self.linears])
+        rows_BRMV = hedge.logistic_rows(self.logistic, at.log_BRJV, at.gate_BRG[..., self.linears :])
+        return Mixed(at.p_BKV, at.log_BRJV, at.gate_BRG, weights_BRLK, rows_BRMV)
+
+    def learn(self, said: Mixed, token_B: Tensor) -> None:
+        """Move the weights, once the block was scored."""
+        linear_BRL, gate_BRM = said.gate_BRG.tensor_split([self.linears], -1)
+        hedge.learn_linear(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
+        hedge.learn_logistic(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
+
+
+def gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:
+    """Each row's value at the position's token, (B, R, K) float64."""
+    index = token_B[:, None, None, None].expand(-1, *rows_BRKV.shape[1:3], 1)
+    return rows_BRKV.gather(3, index)[..., 0].double()

@@ -1,0 +1,167 @@
+"""The mixer of a whole text: valid on any row, blind to the future, the same however it is cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hedgemix import ngram
+from hedgemix.blend import Blend, classes, expert_names, gate_sets, join, weight_sets
+from hedgemix.config import MixerConfig, RecipeError
+from hedgemix.mixer import Mixer
+
+VOCAB = 40
+
+
+@pytest.fixture(scope="module")
+def text() -> np.ndarray:
+    return (np.random.default_rng(0).zipf(1.4, 700) % VOCAB).astype(np.uint16)
+
+
+def neural_rows(text: np.ndarray, seed: int = 0) -> Tensor:
+    return torch.randn(len(text), VOCAB, generator=torch.manual_seed(seed)) * 2
+
+
+CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
+
+
+def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex:
+    return ngram.build_index(text, config.orders, VOCAB, config.match_lengths)
+
+
+def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
+    mixer = Mixer(config, VOCAB, index_of(text, config), names=("a", "b"))
+    rows = {"a": neural_rows(text), "b": neural_rows(text, 1)}
+    parts = []
+    for start, stop in zip([1, *cuts], [*cuts, len(text)], strict=True):
+        parts.append(mixer.score({name: rows[name][start:stop] for name in rows}, start, stop).nll)
+    return {f"{name}.{kind}": torch.cat([part[name][kind] for part in parts]) for name in rows for kind in mixer.kinds}
+
+
+def test_cuts_at_blocks_do_not_matter(text: np.ndarray) -> None:
+    whole, cut = scored(text, []), scored(text, [32, 64, 320, 640])
+    for kind in whole:
+        torch.testing.assert_close(cut[kind], whole[kind], rtol=1e-5, atol=1e-6, msg=kind)
+
+
+def test_hedge_does_not_depend_on_cuts_at_all(text: np.ndarray) -> None:
+    torch.testing.assert_close(scored(text, [7, 100])["a.hedge"], scored(text, [])["a.hedge"], rtol=1e-9, atol=1e-9)
+
+
+def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
+    index = index_of(text)
+    alone = Mixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
+    both = scored(text, [])
+    for kind, nll in alone.items():
+        torch.testing.assert_close(both[f"b.{kind}"], nll, rtol=1e-5, atol=1e-6, msg=kind)
+
+
+def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray) -> None:
+    mixer = Mixer(CONFIG, VOCAB, index_of(text))
+    neural = neural_rows(text)
+    neural[5, 3:] = -1e30
+    for start, stop in ((1, 320), (320, 700)):
+        given = {"neural": neural[start:stop]}
+        rows = mixer.rows(given, start, stop)["neural"]
+        nll = mixer.score(given, start, stop).nll["neural"]
+        token = torch.from_numpy(text[start:stop].astype(np.int64))
+        for kind, row in rows.items():
+            assert row.shape == (stop - start, VOCAB)
+            assert row.double().logsumexp(1).abs().max() < 1e-5, kind
+            gathered = -row.gather(1, token[:, None])[:, 0].double()
+            torch.testing.assert_close(nll[kind], gathered, rtol=1e-5, atol=1e-5, msg=kind)
+
+
+@pytest.mark.parametrize("t", [1, 33, 350])
+def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int) -> None:
+    changed = text.copy()
+    changed[t:] = np.random.default_rng(1).integers(0, VOCAB, len(text) - t)
+    neural = {"neural": neural_rows(text)[1:]}
+    before, after = (
+        Mixer(CONFIG, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
+    )
+    for kind in before:
+        assert torch.equal(before[kind][:t], after[kind][:t]), kind
+    assert not torch.equal(before["ensemble"][t:], after["ensemble"][t:])
+
+
+@pytest.mark.parametrize("kind", ["logistic", "ensemble"])
+def test_mixers_beat_the_experts_they_mix(kind: str) -> None:
+    """A text that repeats itself, told by a model that knows nothing."""
+    words = np.random.default_rng(0).integers(0, VOCAB, (20, 8))
+    text = words[np.random.default_rng(1).integers(0, 20, 800)].reshape(-1).astype(np.uint16)
+    flat = {"neural": torch.zeros(len(text) - 1, VOCAB)}
+    nll = Mixer(CONFIG, VOCAB, index_of(text)).score(flat, 1, len(text)).nll["neural"]
+    assert nll[kind].sum() < 0.98 * min(nll[expert].sum() for expert in expert_names(CONFIG))
+
+
+def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
+    nll = scored(text, [], replace(CONFIG, hedge_share=0.0))
+    best = min(nll["a.neural"].sum(), nll["a.logistic"].sum())
+    assert nll["a.ensemble"].sum() <= best + math.log(4)
+    assert nll["a.hedge"].sum() <= min(nll[f"a.{k}"].sum() for k in ("neural", "order1", "order3", "match")) + math.log(
+        5
+    )
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hedge_share": 1.0},
+        {"gates": ()},
+        {"orders": (1, 2)},
+        {"memory_tokens": (1.0,)},
+        {"match_lengths": (2,)},
+        {"match_lengths": ()},
+        {"linear_rate": 0.0},
+        {"linear_gates": (), "kind": "linear"},
+    ],
+)
+def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
+    with pytest.raises(RecipeError):
+        Mixer(replace(CONFIG, **bad), VOCAB, index_of(text))
+
+
+def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
+    config = replace(CONFIG, gates=("order", "both", "none", "entropy"), memory_tokens=(1.0, 1.0, 1.0, 1.0))
+    rows, longest = neural_rows(text).log_softmax(-1), ngram.longest_class(index_of(text), 0, len(text))
+    together = gate_sets(config, config.gates, rows[:, None], torch.from_numpy(longest)[:, None])
+    assert together.shape == (len(text), 1, 4) and together.amax() < weight_sets(config)
+    assert [len(together[..., gate].unique()) for gate in (0, 2)] == [classes(config), 1]
+    for t in range(0, len(text), 50):
+        alone = gate_sets(config, config.gates, rows[t : t + 1], torch.tensor([longest[t]]))
+        assert torch.equal(alone, together[t])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"linear_gates": ()}, {"match_lengths": ()}, {"orders": (2, 4)}, {"gates": ("both",) * 3}]
+)
+def test_other_shapes_of_mixer_score_from_their_rows(text: np.ndarray, changes: dict) -> None:
+    config = replace(CONFIG, **changes)
+    config = replace(config, memory_tokens=(900.0,) * len(config.gates))
+    mixer, given = Mixer(config, VOCAB, index_of(text, config)), {"neural": neural_rows(text)[1:300]}
+    rows, token = mixer.rows(given, 1, 300)["neural"], torch.from_numpy(text[1:300].astype(np.int64))
+    nll = mixer.score(given, 1, 300).nll["neural"]
+    assert set(rows) == set(nll) == set(mixer.kinds) and ("linear" in rows) == bool(config.linear_gates)
+    for kind, row in rows.items():
+        assert row.double().logsumexp(1).abs().max() < 1e-5, kind
+        gathered = -row.gather(1, token[:, None])[:, 0].double()
+        torch.testing.assert_close(nll[kind], gathered, rtol=1e-5, atol=1e-5, msg=kind)
+
+
+def test_positions_mixed_one_by_one_are_the_batch(text: np.ndarray) -> None:
+    blend, rng = Blend(CONFIG, 1, "cpu"), torch.manual_seed(0)
+    neural = torch.randn(40, 1, VOCAB, generator=rng)
+    rows = torch.randn(40, len(expert_names(CONFIG)) - 1, VOCAB, generator=rng).softmax(-1)
+    longest, token = torch.arange(40) % classes(CONFIG), torch.arange(40) % VOCAB
+    for _ in range(2):
+        together = blend.mix(blend.positions(neural, rows, longest))
+        alone = [blend.mix(blend.positions(neural[t : t + 1], rows[t : t + 1], longest[t : t + 1])) for t in range(40)]
+        for name, value in vars(join(alone)).items():
+            torch.testing.assert_close(value, getattr(together, name), rtol=1e-5, atol=1e-6, msg=name)
+        blend.learn(together, token)
