@@ -80,6 +80,11 @@ class Mixer:
         ngram.advance(state, index, 0, min(1, len(index.tokens_N)))
         self._state = _State(state, logistic, uniform(experts), uniform(1 + len(config.gates)))
 
+    @property
+    def position(self) -> int:
+        """The next position to score: all before it are learned, none from it on."""
+        return self._state.ngrams.position
+
     def score(self, log_rows: dict[str, Tensor], start: int, stop: int) -> Scores:
         """Score the tokens start..stop-1 and learn them.
 
