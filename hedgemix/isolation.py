@@ -28,10 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MAKERS = tuple(
-    f"hedgemix.{name}" for name in "train quantize gptq calibrate batches schedule corpus dataset recipes".split()
-)
-FORBIDDEN = (*MAKERS, "pipeline", "ray")
+MAKERS = ("train", "quantize", "gptq", "calibrate", "batches", "schedule", "corpus", "dataset", "recipes")
+FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 CODE = (".py", ".pyc", ".so")
@@ -39,7 +37,7 @@ START = (
     "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] = spec['path']; "
     "from hedgemix import isolation; isolation.serve(spec)"
 )
-EVENTS = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "subprocess.Popen")
+PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
 WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
 
 
@@ -160,7 +158,7 @@ def confine(readable: Sequence[str], path: Sequence[str]) -> Confined:
                 refuse(f"opening {name}")
         elif event == "import" and under(arguments[0].replace(".", "/"), [one.replace(".", "/") for one in FORBIDDEN]):
             refuse(f"importing {arguments[0]}")
-        elif event in EVENTS or event in WRITES or event.startswith("socket."):
+        elif event in PROCESSES or event in WRITES or event.startswith("socket."):
             refuse(f"{event} {arguments[0] if event in WRITES else ''}".strip())
 
     sys.addaudithook(hook)
