@@ -8,7 +8,8 @@
 
 Limits. The guards keep out mistakes, not an attacker: C code may undo a hook, and without Landlock it opens what it
 likes. Folders of source code on the import path are read as a whole by the kernel's rule (the hook allows their code
-only), and names of files can be listed. What was in memory before is not reached: the process is new.
+only), and names of files can be listed. It may write into one folder, its temporary one, empty at first and removed
+at the end (torch wants one when it is imported).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +86,14 @@ def run(
     spec = {"work": work, "arguments": arguments, "readable": files, "path": list(dict.fromkeys(path))}
     began, message, ended = time.monotonic(), "", None
     confined, start_seconds = Confined(), 0.0
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as scratch:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            [sys.executable, "-I", "-B", "-c", START],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=scratch,
+            env={**os.environ, "TMPDIR": scratch},
         )
         try:
             assert child.stdin and child.stdout
@@ -121,23 +128,24 @@ def serve(spec: dict[str, Any]) -> None:
         channel.write(json.dumps(told) + "\n")
         channel.flush()
 
-    confined = Confined() if spec["readable"] is None else confine(spec["readable"], spec["path"])
+    confined = Confined() if spec["readable"] is None else confine(spec["readable"], spec["path"], os.getcwd())
     try:
         module, _, name = spec["work"].partition(":")
         function = getattr(importlib.import_module(module), name)
         tell({"started": True})
         end = {"value": function(**spec["arguments"], log=lambda record: tell({"log": record}))}
     except Exception as error:
+        traceback.print_exc()
         end = {"error": f"{type(error).__name__}: {error}"}
     tell({**end, "confined": vars(confined)})
 
 
-def confine(readable: Sequence[str], path: Sequence[str]) -> Confined:
-    """Put both guards on this process, for good."""
+def confine(readable: Sequence[str], path: Sequence[str], scratch: str) -> Confined:
+    """Put both guards on this process, for good; `scratch` is the folder that it may write to."""
     library = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}
     roots = sorted({os.path.realpath(folder) for folder in library if os.path.exists(folder)})
     sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)})
-    confined = Confined(landlock=landlock([*roots, *sources], readable))
+    confined = Confined(landlock=landlock([*roots, *sources], readable, scratch))
 
     def refuse(what: str) -> None:
         confined.refused.append(what)
@@ -147,8 +155,10 @@ def confine(readable: Sequence[str], path: Sequence[str]) -> Confined:
         return any(name == folder or name.startswith(folder.rstrip("/") + "/") for folder in folders)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], (str, bytes)):
+        if event == "open" and not isinstance(arguments[0], int):
             name = os.path.realpath(os.fsdecode(arguments[0]))
+            if under(name, [scratch]):
+                return
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             if writes and name != os.devnull:
                 refuse(f"writing {name}")
@@ -158,15 +168,18 @@ def confine(readable: Sequence[str], path: Sequence[str]) -> Confined:
                 refuse(f"opening {name}")
         elif event == "import" and under(arguments[0].replace(".", "/"), [one.replace(".", "/") for one in FORBIDDEN]):
             refuse(f"importing {arguments[0]}")
-        elif event in PROCESSES or event in WRITES or event.startswith("socket."):
-            refuse(f"{event} {arguments[0] if event in WRITES else ''}".strip())
+        elif event in WRITES:
+            if isinstance(arguments[0], int) or not under(os.path.realpath(os.fsdecode(arguments[0])), [scratch]):
+                refuse(f"{event} {arguments[0]}")
+        elif event in PROCESSES or event.startswith("socket."):
+            refuse(event)
 
     sys.addaudithook(hook)
     return confined
 
 
-def landlock(folders: Sequence[str], files: Sequence[str]) -> int:
-    """Make the kernel refuse this thread, and those it starts, all files but these, all writes and TCP.
+def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
+    """Make the kernel refuse this thread, and those it starts, all files but these, writes but to scratch, and TCP.
 
     Returns Landlock's version, 0 where there is none. System calls 444 to 446 have these numbers on every machine.
     """
@@ -180,7 +193,7 @@ def landlock(folders: Sequence[str], files: Sequence[str]) -> int:
     rules = struct.pack("=QQ", every, 3) if version >= 4 else struct.pack("=Q", every)
     ruleset = libc.syscall(444, rules, len(rules), 0)
     grants = [(name, read | look | execute) for name in folders] + [(name, read) for name in files]
-    for name, access in [*grants, ("/dev", read | look | write)]:
+    for name, access in [*grants, ("/dev", read | look | write), (scratch, every)]:
         if os.path.exists(name):
             held = os.open(name, os.O_PATH)
             kept = access if os.path.isdir(name) else access & ~look

@@ -146,7 +146,7 @@ def walk(make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, last: int, 
     """Take a new scorer through the text up to position `last`."""
     scorer = make(tokens_N.copy())
     own_total = getattr(scorer, "nats", None)
-    out = Walk(*(np.zeros(last + 1) for _ in range(3)))
+    out = Walk(np.zeros(last + 1), np.zeros(last + 1), np.zeros(last + 1))
     for t in range(1, last + 1):
         row_V, token = np.array(scorer.predict()), int(tokens_N[t])
         if row_V.ndim != 1 or row_V.dtype.kind != "f" or token >= len(row_V):
