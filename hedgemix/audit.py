@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import math
 import os
 import platform
 import tempfile
@@ -259,7 +260,7 @@ def reported_bits(work: Audit, stop: int) -> float:
         if chunk.start < stop:
             total += line["bits"][claim.name]
             mine += told["bits"][claim.name]
-    return total * (replay["marks"][str(stop)] / np.log(2) / mine)
+    return total * (replay["marks"][str(stop)] / math.log(2) / mine)
 
 
 def write(work: Audit) -> None:

@@ -2,8 +2,9 @@
 
 `run` starts Python without its environment variables and user folder (-I), and there two guards before anything else:
 
-- an audit hook refuses, and notes, every opening of another file, every write, every socket, every process, and the
-  import of what makes artifacts (training, quantizing, preparing data). It sees what goes through Python;
+- an audit hook refuses, and notes, every opening of another file, every write, every socket and every process, and a
+  gate among the importers what makes artifacts (training, quantizing, preparing data). They see what goes through
+  Python;
 - on Linux, Landlock makes the kernel refuse the same of files, for C code too, and all TCP: kernel 5.13, TCP 6.7.
 
 Limits. The guards keep out mistakes, not an attacker: C code may undo a hook, and without Landlock it opens what it
@@ -166,14 +167,21 @@ def confine(readable: Sequence[str], path: Sequence[str], scratch: str) -> Confi
                 confined.opened.append(name)
             elif not under(name, roots) and not (name.endswith(CODE) and under(name, sources)):
                 refuse(f"opening {name}")
-        elif event == "import" and under(arguments[0].replace(".", "/"), [one.replace(".", "/") for one in FORBIDDEN]):
-            refuse(f"importing {arguments[0]}")
         elif event in WRITES:
             if isinstance(arguments[0], int) or not under(os.path.realpath(os.fsdecode(arguments[0])), [scratch]):
                 refuse(f"{event} {arguments[0]}")
         elif event in PROCESSES or event.startswith("socket."):
             refuse(event)
 
+    class Gate:
+        """First among the finders of modules, so that it is asked for each that is not there yet."""
+
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+            if any(name == module or name.startswith(module + ".") for module in FORBIDDEN):
+                refuse(f"importing {name}")
+
+    sys.meta_path.insert(0, Gate)  # type: ignore[arg-type]
     sys.addaudithook(hook)
     return confined
 
