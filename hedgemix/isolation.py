@@ -94,7 +94,7 @@ def run(
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd=scratch,
-            env={**os.environ, "TMPDIR": scratch},
+            env={**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch},
         )
         try:
             assert child.stdin and child.stdout

@@ -143,25 +143,36 @@ def run(
 
 
 def walk(make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, last: int, asked: Collection[int]) -> Walk:
-    """Take a new scorer through the text up to position `last`."""
-    scorer = make(tokens_N.copy())
-    own_total = getattr(scorer, "nats", None)
+    """Take a new scorer through the text up to position `last`; raises RecipeError when it fails on its way."""
     out = Walk(np.zeros(last + 1), np.zeros(last + 1), np.zeros(last + 1))
-    for t in range(1, last + 1):
-        row_V, token = np.array(scorer.predict()), int(tokens_N[t])
-        if row_V.ndim != 1 or row_V.dtype.kind != "f" or token >= len(row_V):
-            raise RecipeError(f"predict() gave {row_V.dtype} of shape {row_V.shape} before token {token}: not a row")
-        if t in asked:
-            out.rows[t] = row_V
-            if not np.array_equal(np.array(scorer.predict()), row_V, equal_nan=True):
-                out.unsteady.append(t)
-        value = float(row_V[token])
-        out.nats_N[t] = -math.log(value) if value > 0 else math.inf
-        out.sums_N[t], out.least_N[t] = row_V.sum(dtype=np.float64), row_V.min()
-        scorer.update(token)
-        if own_total and (t in asked or t == last):
-            out.totals[t] = float(own_total()), float(out.nats_N.sum())
+    t = 0
+    try:
+        scorer = make(tokens_N.copy())
+        own_total = getattr(scorer, "nats", None)
+        for t in range(1, last + 1):
+            step(scorer, out, t, int(tokens_N[t]), t in asked)
+            if own_total and (t in asked or t == last):
+                out.totals[t] = float(own_total()), float(out.nats_N.sum())
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"the scorer raised {type(error).__name__} at position {t}: {error}") from error
     return out
+
+
+def step(scorer: Scorer, out: Walk, t: int, token: int, asked: bool) -> None:
+    """One prediction, looked at before the scorer is told the token."""
+    row_V = np.array(scorer.predict())
+    if row_V.ndim != 1 or row_V.dtype.kind != "f" or token >= len(row_V):
+        raise RecipeError(f"predict() gave {row_V.dtype} of shape {row_V.shape} before token {token}: not a row")
+    if asked:
+        out.rows[t] = row_V
+        if not np.array_equal(np.array(scorer.predict()), row_V, equal_nan=True):
+            out.unsteady.append(t)
+    value = float(row_V[token])
+    out.nats_N[t] = -math.log(value) if value > 0 else math.inf
+    out.sums_N[t], out.least_N[t] = row_V.sum(dtype=np.float64), row_V.min()
+    scorer.update(token)
 
 
 def normalised(base: Walk, seconds: float) -> Finding:
