@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import planted
 import pytest
-import tinyartifact
-from tinyartifact import CONFIG
+from tinyrun import Record, make
 
-from hedgemix import artifact, audit, claim, isolation, shards
-from hedgemix import dataset as datasets
+from hedgemix import audit, claim, isolation
 from hedgemix.audit import Audit, Plan
-from hedgemix.claim import Claim
-from hedgemix.config import DataConfig, LimitsConfig, Recipe, RecipeError, to_dict
+from hedgemix.config import RecipeError
 from hedgemix.files import read_json, write_json
 from hedgemix.finding import Finding, failed
-from pipeline import results
-from pipeline.results import Row
 
-RECIPE = Recipe("tiny", evaluate=CONFIG, limits=LimitsConfig(total_bytes=300_000))
 PLAN = Plan(
     draws=12,
     witness="planted:testify",
@@ -40,69 +32,6 @@ SHORT = replace(PLAN, first_tokens=640, cuts=1)
 """Two chunks, of which the second is scored after something was learned."""
 
 
-@dataclass
-class Record:
-    """A finished run of one seed, as the pipeline leaves it: table, artifact, evaluation, data."""
-
-    folder: Path
-
-    @property
-    def table(self) -> Path:
-        return self.folder / "tiny.parquet"
-
-    def claim(self, name: str = "final") -> Claim:
-        [found] = claim.claims(self.table, (), name)
-        return found
-
-    def evaluation(self) -> Path:
-        return self.folder / "_steps" / "evaluate-0"
-
-    def change(self, **values: Any) -> None:
-        claim.write_columns(self.table, 7, values)
-
-
-def make(folder: Path) -> Record:
-    steps = folder / "_steps"
-    case = tinyartifact.make(steps / "quantize-0")
-    model, data = artifact.read(case.artifact), steps / "data-0"
-    data.mkdir()
-    shards.write_shard(data / "val_000000.bin", case.tokens)
-    other = np.random.default_rng(0).permutation(case.tokens)
-    for number in range(2):
-        shards.write_shard(data / f"train_{number:06d}.bin", np.roll(other, number))
-    (data / "tokenizer.model").write_bytes(model.tokenizer)
-    vocab_size = model.header["vocab_size"]
-    made = datasets.prepare(DataConfig(source="shards", shards_dir=str(data), vocab_size=vocab_size), data, print)
-    datasets.save(made, data)
-    with planted.eager():
-        result = asdict(case.score(trace=steps / "evaluate-0" / "trace.jsonl"))
-    write_json(steps / "evaluate-0" / "result.json", {"key": "0", "result": result})
-    row = Row(
-        record="tiny",
-        recipe="tiny",
-        config_hash="0",
-        seed=7,
-        status="done",
-        train_seconds=1.0,
-        evaluate_seconds=result["evaluate_seconds"],
-        bpb_final=result["bpb_final"],
-        bpb_published=result["bpb_published"],
-        artifact_bytes=model.n_bytes,
-        code_bytes=1000,
-        valid_bytes=made.valid_bytes,
-        valid_sha256=made.valid_sha256,
-        train_sha256=made.train_sha256,
-        tokenizer_sha256=made.tokenizer_sha256,
-        artifact_sha256=model.sha256,
-        artifact_path=str(case.artifact),
-        evaluate_path=str(steps / "evaluate-0"),
-        dataset_path=str(data),
-        config=json.dumps(to_dict(RECIPE)),
-    )
-    results.write(folder, [row, replace(row, seed=8, status="failed")])
-    return Record(folder)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Record:
     return make(tmp_path_factory.mktemp("made") / "runs")
@@ -111,10 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Record:
 @pytest.fixture
 def record(made: Record, tmp_path: Path) -> Record:
     """A copy to spoil. Its paths are those of another folder that is not there, as at a reviewer's."""
-    own = Record(shutil.copytree(made.folder, tmp_path / "runs"))
-    row = claim.read_rows(own.table)[0]
-    own.change(**{column: row[column].replace("/made", "/elsewhere") for column in claim.PATHS})
-    return own
+    return made.moved(tmp_path / "runs")
 
 
 @pytest.fixture
