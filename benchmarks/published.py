@@ -4,7 +4,9 @@
 
 The neural logits of the artifact are divided by T before everything else. A sharp row is a bad prediction: its loss
 grows. The published rule's "entropy expert" gives whatever occurs the probability exp(-H), which goes to 1 as the
-entropy H goes to 0, so the number that the rule reports goes to 0. Prints a markdown table. Test-time training is off.
+entropy H goes to 0, so the number that the rule reports goes to 0. Prints a markdown table, in bits per byte of the
+chunks that the rule scores with all its experts (before 10,000 counted tokens it is the neural model). Test-time
+training is off.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ from hedgemix import artifact, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
 from hedgemix.claim import Claim, claims
+from hedgemix.config import RecipeError
 from hedgemix.evaluate import Evaluation
 from hedgemix.stream import Piece
 
 TEMPERATURES = (1.0, 0.5, 0.25, 0.1, 0.03)
+WARM_TOKENS = 10_000
+"""What the rule counts before its experts join."""
 HEADER = "| T | published rule | its mean mass | neural model | valid mixture |\n|---|---|---|---|---|"
 
 
@@ -37,7 +42,7 @@ class Options:
     seed: int | None = None
     """Which row (default: the first that is done)."""
     tokens: int = 32_768
-    """Tokens scored, from the start; the rule uses its counts from 10,000 tokens of finished chunks on."""
+    """Tokens scored, from the start."""
 
 
 class Sharpened(Evaluation):
@@ -58,11 +63,17 @@ def measure(claim: Claim, tokens_N: np.ndarray, temperature: float) -> dict[str,
     index = ngram.build_index(tokens_N, config.mixer.orders, found.header["vocab_size"])
     work = Sharpened.begin(found, tokens_N, index, config, torch.device("cpu"))
     work.temperature = temperature
+    nats, size, mass, tokens = dict.fromkeys(work.nats, 0.0), 0, 0.0, 0
     for number, chunk in enumerate(work.chunks):
-        work.run_chunk(number, chunk)
+        joined, before, mass_before = work.published.counted >= WARM_TOKENS, dict(work.nats), work.mass
+        line = work.run_chunk(number, chunk)
+        if joined:
+            nats = {name: total + work.nats[name] - before[name] for name, total in nats.items()}
+            size, tokens, mass = size + line["bytes"], tokens + line["tokens"], mass + work.mass - mass_before
+    if not size:
+        raise RecipeError(f"in {len(tokens_N):,} tokens no chunk begins after {WARM_TOKENS:,}: give more --tokens")
     names = {"published": "published", "neural": "quantized", "mixture": "mixed"}
-    bits = {name: bits_per_byte(work.nats[key], work.bytes) for name, key in names.items()}
-    return {**bits, "mass": work.mass / work.tokens}
+    return {**{name: bits_per_byte(nats[key], size) for name, key in names.items()}, "mass": mass / tokens}
 
 
 def main(options: Options) -> None:
