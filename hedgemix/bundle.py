@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import zstandard
 
 from hedgemix.artifact import ArtifactError
+from hedgemix.config import EvaluateConfig, to_dict
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ def code_bytes(entry: str = "hedgemix.evaluate") -> CodeBundle:
     plain = "".join(f"{name}\0{sources[name]}\0" for name in modules).encode()
     packed = lzma.compress(plain, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return CodeBundle(min(packed, zstandard.ZstdCompressor(level=22).compress(plain), key=len), modules)
+
+
+def decoder_bytes(config: EvaluateConfig) -> int:
+    """What a decoder needs beside the artifact: the code that evaluation imports, and its settings."""
+    settings = json.dumps(to_dict(config), separators=(",", ":")).encode()
+    return code_bytes().n_bytes + len(lzma.compress(settings, format=lzma.FORMAT_ALONE))
 
 
 def _root(package: str) -> Path:

@@ -1,5 +1,5 @@
-"""The `hedgemix` command: fetch or prepare data before a run; code text with an artifact and get it back. Bad input is
-one line on stderr and exit code 2."""
+"""The `hedgemix` command: what comes before a run and after, and text coded with an artifact. Bad input is one line on
+stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import codec, dataset, fineweb
+from hedgemix import audit, codec, dataset, fineweb, scorer
 from hedgemix.artifact import ArtifactError
 from hedgemix.codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
@@ -75,18 +75,54 @@ class Decompress:
     """Try although the file was coded under other conditions; a wrong text is still refused."""
 
 
+@dataclass(frozen=True)
+class Audit:
+    """Derive the score of a finished run again and check every rule it has to keep; or audit another scorer.
+
+    `hedgemix audit RUN` writes its findings beside the run and into its table; `hedgemix audit --scorer module:object
+    --tokens FILE` prints a report. Exit code 0: every check passed, 1: one failed, 2: it could not be audited.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """The record's parquet file, which the record prints as its table."""
+    seeds: tuple[int, ...] = ()
+    """Of RUN: which rows (default: all that are done)."""
+    claim: Literal["final", "published"] = "final"
+    """Of RUN: which number is taken for the score. The published rule's is none, and fails."""
+    first_tokens: int = 0
+    """Of RUN: audit this many tokens from the start, rounded up to whole chunks (0: all)."""
+    coded_tokens: int = 16_384
+    """Of RUN: most tokens really compressed and decompressed, of the first two chunks."""
+    tolerance: float = 1e-6
+    """Of RUN: largest relative difference of bits from another machine's, or another number of ranks'."""
+    draws: int = 64
+    """Positions whose rows are looked at."""
+    cuts: int = 2
+    """Positions at which the text is changed, in each of the two checks that do so."""
+    draw_seed: int = 0
+    """Of everything that is drawn."""
+    scorer: str = ""
+    """module:object, a callable that makes a scorer (docs/audit.md), instead of RUN."""
+    tokens: Path | None = None
+    """With --scorer: the text, a shard (.bin) or a NumPy file of integers (.npy)."""
+    report: Path | None = None
+    """With --scorer: write the report there (default: print it)."""
+
+
 def main() -> None:
     """Entry point; exits with 2 after a user's mistake."""
-    commands: dict[type, Callable[[Any], None]] = {
+    commands: dict[type, Callable[[Any], int | None]] = {
         Download: _download,
         Prepare: _prepare,
         Compress: _compress,
         Decompress: _decompress,
+        Audit: _audit,
     }
-    either: Any = Download | Prepare | Compress | Decompress
+    either: Any = Download | Prepare | Compress | Decompress | Audit
     command = tyro.cli(either, prog="hedgemix", description=__doc__)
     try:
-        commands[type(command)](command)
+        if code := commands[type(command)](command):
+            sys.exit(code)
     except (RecipeError, ArtifactError, CodecError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -146,6 +182,29 @@ def _bar(name: str) -> Iterator[Log]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=1.0)
         yield lambda record: bar.update(task, completed=record["fraction"])
+
+
+def _audit(command: Audit) -> int:
+    console = Console(highlight=False)
+    if (command.run is None) == (not command.scorer):
+        raise RecipeError("give the parquet file of a record, or --scorer and --tokens")
+    if command.run is not None:
+        if command.tokens or command.report:
+            raise RecipeError("--tokens and --report go with --scorer; --first-tokens bounds the audit of a record")
+        plan = audit.Plan(
+            first_tokens=command.first_tokens,
+            draws=command.draws,
+            cuts=command.cuts,
+            coded_tokens=command.coded_tokens,
+            tolerance=command.tolerance,
+            seed=command.draw_seed,
+        )
+        return audit.record(command.run, command.seeds, command.claim, plan, console)
+    if command.tokens is None:
+        raise RecipeError("--scorer needs --tokens, the file of a text")
+    return scorer.report(
+        command.scorer, command.tokens, command.draws, command.cuts, command.draw_seed, command.report, console
+    )
 
 
 if __name__ == "__main__":

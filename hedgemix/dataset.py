@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -55,6 +55,8 @@ class Dataset:
     """Of each training shard's name, size, first and last megabyte."""
     text_sha256: str
     """docs, text: of the sorted SHA-256 of all documents; shards: ''."""
+    folder: str = field(default="", compare=False)
+    """Where dataset.json was loaded from."""
 
 
 def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print) -> Dataset:
@@ -85,7 +87,8 @@ def save(dataset: Dataset, folder: str | Path) -> None:
         full = Path(path).resolve()
         return str(full.relative_to(root)) if full.is_relative_to(root) else str(full)
 
-    write_json(root / FILE_NAME, to_dict(_with_paths(dataset, place)))
+    written = dataclasses.replace(_with_paths(dataset, place), folder="")
+    write_json(root / FILE_NAME, to_dict(written))
 
 
 def load(folder: str | Path) -> Dataset:
@@ -95,7 +98,7 @@ def load(folder: str | Path) -> Dataset:
         dataset = from_dict(Dataset, read_json(root / FILE_NAME))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{root / FILE_NAME} cannot be read ({error}); prepare the data again") from None
-    return _with_paths(dataset, lambda path: str(root / path))
+    return dataclasses.replace(_with_paths(dataset, lambda path: str(root / path)), folder=str(root))
 
 
 def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) -> None:
@@ -212,7 +215,7 @@ def _describe(
         valid_documents=valid_documents,
         tokenizer_sha256=hashlib.sha256(model.read_bytes()).hexdigest(),
         valid_sha256=digest.hexdigest(),
-        train_sha256=_edges_sha256(train),
+        train_sha256=edges_sha256(train),
         text_sha256=text_sha256,
     )
     log(f"tokens: {dataset.train_tokens:,} for training, {dataset.valid_tokens:,} for validation")
@@ -263,7 +266,8 @@ def _write_shards(folder: Path, name: str, batches: Iterable[np.ndarray]) -> lis
     return paths
 
 
-def _edges_sha256(paths: Iterable[Path]) -> str:
+def edges_sha256(paths: Iterable[Path]) -> str:
+    """Of each file's name, size, first and last megabyte."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

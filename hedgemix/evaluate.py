@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -95,15 +95,10 @@ def evaluate_artifact(
     """
     began = time.monotonic()
     found = artifact.read(path)
-    model = load_model(found).to(device)
-    index = ngram.load(counts)
-    tokens_N = read_tokens(stream, device)
-    if not np.array_equal(index.tokens_N, tokens_N.cpu().numpy()):
+    index, tokens_N = ngram.load(counts), stream.read(0, len(stream))
+    if not np.array_equal(index.tokens_N, tokens_N):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
-    tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
-    previous, current = tokens_N[:-1].cpu().numpy(), tokens_N[1:].cpu().numpy()
-    bytes_N = np.concatenate([[0], bpb.token_bytes(tables, previous, current)])
-    work = Evaluation(model, tokens_N, bytes_N, index, config, began)
+    work = Evaluation.begin(found, tokens_N, index, config, device, began=began)
     lines = []
     for number, chunk in enumerate(work.chunks):
         lines.append(work.run_chunk(number, chunk))
@@ -123,7 +118,7 @@ def evaluate_artifact(
 
 
 class Evaluation:
-    """The running state of one evaluation."""
+    """The running state of one evaluation. Its methods are the seams an audit watches it at."""
 
     def __init__(
         self,
@@ -133,11 +128,14 @@ class Evaluation:
         index: ngram.NgramIndex,
         config: EvaluateConfig,
         began: float | None = None,
+        schedule_tokens: int = 0,
     ) -> None:
+        """schedule_tokens: length of the whole text when tokens_N is only its beginning."""
         self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, bytes_N, config
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
         device = tokens_N.device
-        self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.enabled else None
+        scheduled = len(chunks(schedule_tokens or len(tokens_N), config.chunk_tokens))
+        self.adapter = Adapter(model, config.ttt, scheduled, config.dtype) if config.ttt.enabled else None
         names = ("frozen", "adapted") if self.adapter else ("frozen",)
         self.best = names[-1]
         self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names)
@@ -153,21 +151,37 @@ class Evaluation:
         self.weights: dict[str, dict[str, Tensor]] = {}
         self.began = time.monotonic() if began is None else began
 
+    @classmethod
+    def begin(
+        cls,
+        found: artifact.Artifact,
+        tokens_N: np.ndarray,
+        index: ngram.NgramIndex,
+        config: EvaluateConfig,
+        device: torch.device,
+        *,
+        schedule_tokens: int = 0,
+        began: float | None = None,
+    ) -> Self:
+        """The evaluation of tokens_N, integers (N,), by an artifact, before its first chunk; `index` is of tokens_N.
+
+        Raises ArtifactError for an artifact whose parts do not fit together.
+        """
+        model = load_model(found).to(device)
+        tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
+        text_N = torch.from_numpy(tokens_N.astype(np.int64))
+        bytes_N = np.concatenate([[0], bpb.token_bytes(tables, text_N[:-1].numpy(), text_N[1:].numpy())])
+        return cls(model, text_N.to(device), bytes_N, index, config, began, schedule_tokens)
+
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
     def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:
         """Score the chunk, then learn from it; returns its line of the trace."""
         before, seconds = dict(self.nats), dict(self.seconds)
-        models = {"frozen": self.model}
-        if self.adapter and self.adapter.chunks_learned:
-            models["adapted"] = self.adapter.scorer
-        source = chunk_rows(models, self.tokens_N, chunk, self.config)
+        source = self.rows(chunk)
         while (item := self.timed("scoring", partial(next, source, None))) is not None:
-            piece, rows = item
-            if self.adapter and "adapted" not in rows:
-                rows["adapted"] = rows["frozen"]  # nothing was learned yet
-            self.timed("mixing", partial(self.score, piece, rows))
+            self.timed("mixing", partial(self.score, *item))
         published.count(self.published, self.history(chunk), self.tokens_N[chunk.start : chunk.stop])
         chunk_bytes = int(self.bytes_N[chunk.start : chunk.stop].sum())
         self.tokens += chunk.stop - chunk.start
@@ -182,6 +196,16 @@ class Evaluation:
             "weights": {name: value.tolist() for name, value in self.weights[self.best].items()},
             "seconds": {name: value - seconds[name] for name, value in self.seconds.items()},
         }
+
+    def rows(self, chunk: Piece) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+        """The chunk's pieces in order, each with the log rows (B, V) of every model."""
+        models = {"frozen": self.model}
+        if self.adapter and self.adapter.chunks_learned:
+            models["adapted"] = self.adapter.scorer
+        for piece, rows in chunk_rows(models, self.tokens_N, chunk, self.config):
+            if self.adapter and "adapted" not in rows:
+                rows["adapted"] = rows["frozen"]  # nothing was learned yet
+            yield piece, rows
 
     def score(self, piece: Piece, rows: dict[str, Tensor]) -> None:
         """Add the piece's bits, once, under every model and mixture; mixing weights and counts learn from it."""
@@ -199,8 +223,12 @@ class Evaluation:
             ("logistic", best["logistic"]),
             ("published", rule),
         ):
-            self.nats[name] += float(nats.sum())
+            self.add(name, nats)
         self.mass += float(mass.sum())
+
+    def add(self, name: str, nats_B: Tensor) -> None:
+        """Charge the piece's targets under one of the names of `nats`."""
+        self.nats[name] += float(nats_B.sum())
 
     def history(self, piece: Piece) -> Tensor:
         """The two tokens before each target, oldest first, (B, 2); token 0 stands in before the text's start."""

@@ -83,6 +83,11 @@ class Mixer:
         blend = Blend(config, sets, self.device)
         self._state = _State(state, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
 
+    @property
+    def position(self) -> int:
+        """The next position to score: all before it are learned, none from it on."""
+        return self._state.ngrams.position
+
     def score(self, log_rows: dict[str, Tensor], start: int, stop: int) -> Scores:
         """Score the tokens start..stop-1 and learn them.
 

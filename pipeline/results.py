@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.files import replacing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,24 @@ class Row:
     """Of the artifact file."""
     artifact_path: str | None = None
     """Where the artifact file lies."""
+    evaluate_path: str | None = None
+    """Folder of the evaluation's step: result.json, trace.jsonl and, once audited, audit.json and audit.md."""
+    dataset_path: str | None = None
+    """Folder of dataset.json, which names the shards."""
+    audited: bool | None = None
+    """Whether every check of `hedgemix audit` passed; empty when this artifact and result were not audited."""
+    audit_failed: list[str] | None = None
+    """The checks that failed."""
+    audit_log_sum: float | None = None
+    """Largest |log of the sum| of the audited rows of the mixture: 0 is a distribution."""
+    audit_published_log_sum: float | None = None
+    """The same of the published rule's rows."""
+    audit_coded_bits: int | None = None
+    """Bits that the audit's stretch of text took when it was really compressed and decoded."""
+    audit_reported_bits: float | None = None
+    """Bits that the evaluation reports for that stretch."""
+    audit_tokens: int | None = None
+    """Tokens the audit scored anew, from the beginning of the text."""
     workers: int | None = None
     """Ray Train workers of the training job."""
     hardware: str | None = None

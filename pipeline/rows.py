@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 
-from hedgemix import __version__
+from hedgemix import __version__, claim
 from hedgemix.config import Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline import stages
@@ -49,6 +49,8 @@ def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, c
         "tokenizer_sha256": dataset.tokenizer_sha256,
         "vocab_size": dataset.vocab_size,
         "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if steps.quantize.done() else None,
+        "evaluate_path": str(steps.evaluate.folder) if steps.evaluate.done() else None,
+        "dataset_path": dataset.folder or None,
         "workers": recipe.compute.workers,
         "evaluate_workers": recipe.compute.evaluate_workers,
         "text_sha256": dataset.text_sha256,
@@ -57,6 +59,8 @@ def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, c
         "started_at": min((found["started_at"] for found in records), default=None),
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
+    if steps.done():
+        known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], steps.evaluate.result())
     return Row(
         record=record,
         recipe=recipe.recipe,

@@ -6,8 +6,6 @@ counts: n-gram index of the validation text;  evaluate: the score, from the arti
 
 from __future__ import annotations
 
-import json
-import lzma
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from hedgemix import artifact, bundle, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
-from hedgemix.config import Recipe, RecipeError, to_dict
+from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors
@@ -91,13 +89,7 @@ def evaluate_stage(
             f"scored {result.scored_tokens} tokens and {result.scored_bytes} bytes of a text of "
             f"{dataset.valid_tokens - 1} and {dataset.valid_bytes}"
         )
-    return {**asdict(result), "code_bytes": code_bytes(recipe)}
-
-
-def code_bytes(recipe: Recipe) -> int:
-    """What a decoder needs beside the artifact: the code that evaluation imports, and its settings."""
-    settings = json.dumps(to_dict(recipe.evaluate), separators=(",", ":")).encode()
-    return bundle.code_bytes().n_bytes + len(lzma.compress(settings, format=lzma.FORMAT_ALONE))
+    return {**asdict(result), "code_bytes": bundle.decoder_bytes(recipe.evaluate)}
 
 
 def pick_device(recipe: Recipe) -> torch.device:

@@ -1,0 +1,303 @@
+"""The audit of a finished run: its claim derived again by running it, and what was found written beside it.
+
+Everything is computed from the artifact and the shards in processes of their own; the record is only compared with. The
+functions that do the work there are named in `Plan`, so that a test can name one that cheats and see it caught.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from hedgemix import __version__, budgets, checks, isolation
+from hedgemix.claim import Claim, claims, columns, write_columns
+from hedgemix.config import RecipeError, to_dict
+from hedgemix.files import replacing, write_json
+from hedgemix.finding import Finding, failed, markdown, print_finding, timed
+from hedgemix.isolation import WorkError
+from hedgemix.stream import Piece, chunks, pieces
+from hedgemix.witness import Source
+
+RANKS = 2
+RANK_CHUNKS = 3
+CODED_CHUNKS = 2
+ROWS_A_PIECE = 4
+"""Rows looked at in one drawn piece: all of a piece's rows are made for the first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is looked at, and what does the work."""
+
+    first_tokens: int = 0
+    """Audit this many tokens from the start, rounded up to whole chunks (0: all)."""
+    draws: int = 64
+    """Positions whose rows are summed."""
+    cuts: int = 2
+    """Positions at which copies of the text are changed, for each of the two checks that do."""
+    coded_tokens: int = 16_384
+    """Most tokens that are compressed and decompressed, of the first two chunks."""
+    windows: int = 1000
+    """Windows of each validation shard looked for in the training text."""
+    tolerance: float = 1e-6
+    """Largest relative difference of bits between two machines or numbers of ranks."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    witness: str = "hedgemix.witness:testify"
+    rank: str = "hedgemix.witness:score_rank"
+    coder: str = "hedgemix.witness:compress"
+    decoder: str = "hedgemix.witness:decompress"
+
+
+@dataclass
+class Audit:
+    """One audit at work; findings are told as they come."""
+
+    claim: Claim
+    plan: Plan
+    told: Callable[[Finding], None]
+    source: Source
+    spans: list[Piece]
+    """The chunks audited."""
+    findings: list[Finding] = field(default_factory=list)
+    parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """What the witness logged."""
+
+    def find(self, found: Finding) -> None:
+        if found.name not in [earlier.name for earlier in self.findings]:
+            self.findings.append(found)
+            self.told(found)
+
+    def readable(self) -> list[Path]:
+        return [self.claim.artifact, *map(Path, self.claim.dataset.valid_shards)]
+
+
+def start(claim: Claim, plan: Plan, told: Callable[[Finding], None]) -> Audit:
+    """Raises RecipeError for a plan that cannot be carried out."""
+    if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
+        raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
+    total, config = claim.dataset.valid_tokens, claim.recipe.evaluate
+    found = chunks(total, config.chunk_tokens)
+    wanted = plan.first_tokens or total
+    spans = [chunk for chunk in found if chunk.start < wanted]
+    if spans[-1].stop < 4:
+        raise RecipeError(f"{spans[-1].stop} tokens are too few to audit")
+    on_gpu = claim.recipe.compute.gpus_per_worker > 0 and torch.cuda.is_available()
+    source = Source(
+        artifact=str(claim.artifact),
+        shards=list(claim.dataset.valid_shards),
+        limit=claim.dataset.max_valid_tokens,
+        tokens=spans[-1].stop,
+        schedule_tokens=total,
+        config=to_dict(config),
+        claim=claim.name,
+        device="cuda" if on_gpu else "cpu",
+        threads=torch.get_num_threads(),
+    )
+    return Audit(claim, plan, told, source, spans)
+
+
+def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Console) -> int:
+    """Audit the table's claims, a line a check; returns 0 when every check passed, else 1. Raises RecipeError."""
+    found, bad = claims(table, seeds, name), []
+    for claim in found:
+        total = f"{claim.dataset.valid_tokens:,} tokens"
+        console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total}", highlight=False)
+        findings = run(claim, plan, lambda finding: print_finding(finding, console))
+        bad += [f"{finding} (seed {claim.seed})" for finding in failed(findings)]
+        console.print(f"  report: {claim.path('.md')}", soft_wrap=True, highlight=False)
+    verdict = f"FAILED: {', '.join(bad)}" if bad else f"every check passed for {len(found)} seeds"
+    console.print(verdict, style="bold red" if bad else "bold green", soft_wrap=True, highlight=False)
+    return 1 if bad else 0
+
+
+def run(claim: Claim, plan: Plan, told: Callable[[Finding], None] = lambda found: None) -> list[Finding]:
+    """All checks of one claim, told one by one; writes audit.json, audit.md and, for the score, the table's columns."""
+    work = start(claim, plan, told)
+    coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
+    repeat(work, coded_stop)
+    ranks_agree(work)
+    work.find(timed(lambda: budgets.limits(claim)))
+    work.find(timed(lambda: budgets.unseen(claim, plan.windows, plan.seed)))
+    work.find(timed(lambda: really_coded(work, coded_stop)))
+    write(work)
+    return work.findings
+
+
+def repeat(work: Audit, coded_stop: int) -> None:
+    """The replay and its copies, isolated; without isolation when that fails, so that the rest can still be told."""
+    plan, source = work.plan, work.source
+    arguments = {
+        "source": asdict(source),
+        "positions": draw_positions(work.spans, work, plan.draws),
+        "cuts": draw_cuts(work.spans, plan.cuts, plan.seed),
+        "marks": [coded_stop],
+    }
+
+    def hear(record: dict[str, Any]) -> None:
+        for name in ("replay", "target", "future"):
+            if name in record:
+                work.parts.setdefault(name, []).append(record[name])
+                judge(work, name)
+
+    try:
+        outcome = isolation.run(plan.witness, arguments, work.readable(), hear)
+        work.find(checks.self_contained(outcome.confined, "", len(work.readable()), outcome.start_seconds))
+        return
+    except WorkError as error:
+        message = str(error)
+        refused = error.refused
+    if refused:
+        work.find(checks.self_contained(None, message, len(work.readable()), 0.0))
+        work.parts.clear()
+        try:
+            isolation.run(plan.witness, arguments, None, hear)
+            return
+        except WorkError as error:
+            message = str(error)
+    for name in ("normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained"):
+        work.find(checks.not_done(name, message))
+
+
+def judge(work: Audit, name: str) -> None:
+    """The findings that became due with the part of this name."""
+    claim, plan, parts = work.claim, work.plan, work.parts[name]
+    if name == "replay":
+        work.find(checks.normalised(claim, parts[0]))
+        work.find(checks.order(claim, parts[0], work.source.tokens))
+        work.find(checks.bits(claim, parts[0], plan.tolerance))
+    elif len(parts) == plan.cuts:
+        work.find(checks.blind(name, parts))
+
+
+def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]:
+    """The first target, the last, and others from pieces spread evenly over the text, a few a piece."""
+    config = work.claim.recipe.evaluate
+    found = [piece for chunk in spans for piece in pieces(chunk, config)]
+    generator = np.random.default_rng(work.plan.seed)
+    count = min(len(found), -(-draws // ROWS_A_PIECE))
+    edges = np.linspace(0, len(found), count + 1).astype(int)
+    chosen = [found[generator.integers(low, high)] for low, high in itertools.pairwise(edges)]
+    drawn = [generator.integers(piece.start, piece.stop, -(-draws // count)) for piece in chosen]
+    return sorted({1, spans[-1].stop - 1, *(int(t) for part in drawn for t in part)})
+
+
+def draw_cuts(spans: Sequence[Piece], cuts: int, seed: int) -> list[int]:
+    """Positions spread over the text, the last after the first chunk when there is a second."""
+    stop = spans[-1].stop - 1  # the future of a cut has a token at least
+    edges = np.linspace(1, stop, cuts + 1).astype(int)
+    if len(spans) > 1:
+        edges[-2] = max(edges[-2], min(spans[1].start, stop - 1))
+    generator = np.random.default_rng(seed)
+    return [int(generator.integers(low, max(high, low + 1))) for low, high in itertools.pairwise(edges)]
+
+
+def ranks_agree(work: Audit) -> None:
+    """Two ranks score the first chunks; the replay is what one scored."""
+    if not work.parts.get("replay"):
+        work.find(checks.not_done("world-size", "there is no replay to compare with"))
+        return
+    source = replace(
+        work.source,
+        tokens=work.spans[:RANK_CHUNKS][-1].stop,
+        threads=max(1, work.source.threads // RANKS),
+    )
+
+    def check() -> Finding:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(RANKS) as pool:
+            shared = {"source": asdict(source), "world": RANKS, "meeting": f"{folder}/meeting"}
+            running = [
+                pool.submit(isolation.run, work.plan.rank, shared | {"rank": rank}, None) for rank in range(RANKS)
+            ]
+            try:
+                told = [each.result().value for each in running]
+            except WorkError as error:
+                return checks.not_done("world-size", str(error))
+        return checks.world_size(work.parts["replay"][0], told, work.plan.tolerance)
+
+    work.find(timed(check))
+
+
+def really_coded(work: Audit, stop: int) -> Finding:
+    """The beginning of the text through the codec, there and back in two processes."""
+    if not work.parts.get("replay"):
+        return checks.not_done("coded", "there is no replay to compare with")
+    source = replace(work.source, tokens=stop)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "coded"
+        try:
+            told = isolation.run(work.plan.coder, {"source": asdict(source)}, work.readable()).value
+            file.write_bytes(base64.b64decode(told["data"]))
+            given = {"artifact_path": source.artifact, "data_path": str(file), "threads": source.threads}
+            back = isolation.run(work.plan.decoder, given, [work.claim.artifact, file]).value
+        except WorkError as error:
+            return checks.not_done("coded", str(error))
+    sha256 = hashlib.sha256(source.read().astype("<u2").tobytes()).hexdigest()
+    return checks.coded(told, back, stop, sha256, reported_bits(work, stop))
+
+
+def reported_bits(work: Audit, stop: int) -> float:
+    """Bits that the record reports for the targets before `stop`: its trace's for whole chunks, and for the beginning
+    of a chunk the same share of them as in the replay."""
+    claim, replay = work.claim, work.parts["replay"][0]
+    total, mine = 0.0, 0.0
+    for chunk, line, told in zip(work.spans, claim.trace, replay["lines"], strict=False):
+        if chunk.start < stop:
+            total += line["bits"][claim.name]
+            mine += told["bits"][claim.name]
+    return total * (replay["marks"][str(stop)] / math.log(2) / mine)
+
+
+def write(work: Audit) -> None:
+    claim, findings = work.claim, work.findings
+    figures = {found.name: found.figures for found in findings}
+    rows = figures["normalised"]
+    verdict = {
+        "passed": not failed(findings),
+        "failed": failed(findings),
+        "log_sum": rows.get("largest_log_sum"),
+        "published_log_sum": rows.get("published_largest_log_sum"),
+        "coded_bits": figures["coded"].get("coded_bits"),
+        "reported_bits": figures["coded"].get("reported_bits"),
+        "tokens": work.source.tokens,
+        "claim": claim.name,
+        "artifact_sha256": claim.row["artifact_sha256"],
+        "result": claim.result,
+        "plan": asdict(work.plan),
+        "source": asdict(work.source),
+        "hedgemix_version": __version__,
+        "torch_version": torch.__version__,
+        "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "findings": [asdict(found) for found in findings],
+    }
+    facts = {
+        f"bpb_{claim.name}": claim.score,
+        "tokens audited": f"{work.source.tokens:,} of {claim.dataset.valid_tokens:,}",
+        "artifact sha256": claim.row["artifact_sha256"],
+        "validation sha256": claim.row["valid_sha256"],
+        "recipe": f"{claim.row['recipe']}, configuration {claim.row['config_hash']}",
+        "audited": f"{verdict['audited_at']}, hedgemix {__version__}, torch {torch.__version__}, {work.source.device}, "
+        f"{work.source.threads} threads, {platform.machine()}",
+        "drawn with seed": str(work.plan.seed),
+    }
+    title = f"Audit of {claim.row['record']}, seed {claim.seed}: bpb_{claim.name} {claim.score:.4f}"
+    with replacing(claim.path(".md")) as file:
+        file.write(markdown(title, facts, findings).encode())
+    write_json(claim.path(".json"), verdict)
+    if claim.name == "final" and os.access(claim.table, os.W_OK):
+        write_columns(claim.table, claim.seed, columns(verdict))

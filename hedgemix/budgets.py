@@ -1,0 +1,115 @@
+"""What a run was allowed, against what it used: bytes, seconds, and text that training must not have read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hedgemix import artifact, bundle, overlap
+from hedgemix import dataset as datasets
+from hedgemix.claim import Claim
+from hedgemix.finding import Finding
+from hedgemix.shards import map_shard
+
+KNOWN_SHARE = 0.5
+"""A validation shard of whose windows this share occurs in the training text was trained on."""
+READ_TOKENS = 1 << 22
+
+
+def limits(claim: Claim) -> Finding:
+    """Bytes, from the artifact file and the code bundled anew, and the row's seconds, against the recipe's limits."""
+    row, allowed = claim.row, claim.recipe.limits
+    size, code = claim.artifact.stat().st_size, bundle.decoder_bytes(claim.recipe.evaluate)
+    wrong = []
+    if size != row["artifact_bytes"]:
+        wrong.append(f"the artifact has {size:,} bytes, the row says {row['artifact_bytes']:,}")
+    used = [
+        ("bytes", size + code, allowed.total_bytes),
+        ("training seconds", row["train_seconds"], allowed.train_seconds),
+        ("evaluation seconds", row["evaluate_seconds"], allowed.evaluate_seconds),
+    ]
+    wrong += [f"{value:,.1f} {name}, the recipe allows {most:,}" for name, value, most in used if not value <= most]
+    statement = (
+        f"Artifact ({size:,} bytes) and the code and settings that a decoder needs ({code:,}) take {size + code:,} of "
+        f"{allowed.total_bytes:,} bytes; training took {row['train_seconds']:.1f} of {allowed.train_seconds:g} s and "
+        f"evaluation {row['evaluate_seconds']:.1f} of {allowed.evaluate_seconds:g} s, as the run measured them."
+    )
+    figures = {
+        "artifact_bytes": size,
+        "code_bytes": code,
+        "code_bytes_reported": row["code_bytes"],
+        "limit_bytes": allowed.total_bytes,
+        "train_seconds": row["train_seconds"],
+        "evaluate_seconds": row["evaluate_seconds"],
+        "violations": wrong,
+    }
+    headline = wrong[0] if wrong else f"{size + code:,} of {allowed.total_bytes:,} bytes; seconds within limits"
+    return Finding("limits", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
+
+
+def unseen(claim: Claim, windows: int, seed: int) -> Finding:
+    """The texts are those of the row, no validation shard is among the training shards, and drawn windows of the
+    validation text do not occur in the training text."""
+    data = claim.dataset
+    train, valid = [Path(shard) for shard in data.train_shards], [Path(shard) for shard in data.valid_shards]
+    wrong = other_text(claim)
+    wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
+    drawn = overlap.draw([map_shard(path) for path in valid], windows, seed)
+    found = overlap.occurring(drawn, [map_shard(path) for path in train])
+    counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
+    shares = [float(found[drawn.shard == number].mean()) if count else 0.0 for number, count in enumerate(counts)]
+    for path, share in zip(valid, shares, strict=True):
+        if share >= KNOWN_SHARE:
+            wrong.append(f"{share:.0%} of the windows of {path.name} occur in the training text")
+    largest = max(shares, default=0.0)
+    statement = (
+        f"The texts have the hashes of the row, none of {len(valid)} validation shards is among {len(train)} training "
+        f"shards, and of {len(found)} drawn windows of {overlap.WINDOW} validation tokens {int(found.sum())} occur "
+        f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)."
+    )
+    figures = {
+        "train_shards": len(train),
+        "valid_shards": len(valid),
+        "windows": len(found),
+        "windows_in_training_text": int(found.sum()),
+        "largest_share_of_a_shard": largest,
+        "violation_from_share": KNOWN_SHARE,
+        "violations": wrong[:8],
+    }
+    headline = wrong[0] if wrong else f"{int(found.sum())} of {len(found)} windows occur in the training text"
+    return Finding("unseen", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
+
+
+def other_text(claim: Claim) -> list[str]:
+    """Which hashes of texts and tokenizer, taken from the files, are not those that the row and dataset.json name."""
+    data, digest = claim.dataset, hashlib.sha256()
+    stream = datasets.valid_stream(data)
+    for start in range(1, len(stream), READ_TOKENS):
+        digest.update(stream.read(start, min(READ_TOKENS, len(stream) - start)).astype("<u2").tobytes())
+    found = {
+        "valid_sha256": digest.hexdigest(),
+        "train_sha256": datasets.edges_sha256(Path(shard) for shard in data.train_shards),
+        "tokenizer_sha256": hashlib.sha256(artifact.read(claim.artifact).tokenizer).hexdigest(),
+    }
+    wrong = []
+    for name, value in found.items():
+        for where, told in (("the row", claim.row[name]), ("dataset.json", getattr(data, name))):
+            if told != value:
+                wrong.append(f"{name} is {value[:16]}…, {where} says {str(told)[:16]}…")
+    return wrong
+
+
+def shared(train: Sequence[Path], valid: Sequence[Path]) -> list[tuple[str, str]]:
+    """(training, validation) names of shards that are one file, or have equal tokens."""
+    pairs = []
+    for mine in train:
+        for theirs in valid:
+            same = mine.samefile(theirs) or (
+                mine.stat().st_size == theirs.stat().st_size and np.array_equal(map_shard(mine), map_shard(theirs))
+            )
+            if same:
+                pairs.append((mine.name, theirs.name))
+    return pairs

@@ -1,0 +1,293 @@
+"""The judge: findings from what a witness told and what the record claims. Nothing is computed here but comparisons.
+
+Tolerances. A row of float32 log probabilities that is normalised exactly sums to 1 within some 1e-6 (measured, 1,024
+tokens); 1e-5 nats a token is 0.00001 bits per byte. What is charged is computed apart from the row that is looked at,
+both from float32: 1e-4 nats. Bits of another number of ranks, or of another machine, differ by rounding: 1e-6 of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hedgemix.claim import Claim
+from hedgemix.finding import Finding
+from hedgemix.isolation import Confined
+
+LOG_SUM = 1e-5
+CHARGE_NATS = 1e-4
+SAME_MACHINE = 1e-9
+
+Told = Mapping[str, Any]
+
+
+def normalised(claim: Claim, replay: Told) -> Finding:
+    """Every row looked at is a distribution, and what was charged is its value at the token."""
+    rows = replay["rows"]
+    sums = [row["log_sum"] for row in rows]
+    log_sum = max((abs(value) if math.isfinite(value) else math.inf for value in sums), default=math.inf)
+    charge = max((apart(row["row_nats"], row["charged_nats"]) for row in rows), default=math.inf)
+    unsound = sum(not row["sound"] for row in rows)
+    rule = max((abs(row["published_log_sum"]) for row in rows), default=math.nan)
+    passed = log_sum <= LOG_SUM and charge <= CHARGE_NATS and not unsound
+    figures = {
+        "rows": len(rows),
+        "largest_log_sum": log_sum,
+        "tolerance": LOG_SUM,
+        "rows_with_nan": unsound,
+        "largest_nats_between_row_and_charge": charge,
+        "published_largest_log_sum": rule,
+        "published_mean_mass": replay["published_mass"],
+    }
+    what = "the score's" if claim.name == "final" else "the published rule's"
+    statement = (
+        f"The probabilities of {what} rows at {len(rows)} positions drawn over the text sum to "
+        f"{'1' if log_sum <= LOG_SUM else 'something else than 1'} (largest |log sum| {log_sum:.2g}), and minus the "
+        f"row's value at the token {'is' if charge <= CHARGE_NATS else 'is NOT'} what was charged."
+    )
+    headline = f"largest |log sum| {log_sum:.1e} in {len(rows)} rows; published {rule:.2f}"
+    return Finding("normalised", passed, headline, statement, figures, replay["row_seconds"])
+
+
+def order(claim: Claim, replay: Told, tokens: int) -> Finding:
+    """Each target is scored once, in order, before anything learned from it; the counts are the text's."""
+    wrong = disorder(replay["events"], tokens)
+    expected = {"tokens": tokens - 1, "charged": tokens - 1, "bytes": replay["text_bytes"]}
+    wrong += [f"{name}: {replay[name]} instead of {value}" for name, value in expected.items() if replay[name] != value]
+    if relative(replay["nats"], replay["nats_of_spans"]) > SAME_MACHINE:
+        wrong.append(f"the total of {replay['nats']} nats is not the sum of the spans', {replay['nats_of_spans']}")
+    if tokens == claim.dataset.valid_tokens:
+        reported = {"tokens": claim.dataset.valid_tokens - 1, "bytes": claim.dataset.valid_bytes}
+        wrong += [f"dataset.json says {value} {name}" for name, value in reported.items() if replay[name] != value]
+    spans = [event for event in replay["events"] if event["event"] == "score"]
+    learned = sum(event["event"] == "learn" for event in replay["events"])
+    statement = f"{len(spans)} spans follow each other from the first target to the last, each target charged once, "
+    statement += "with counts and mixing weights that stood at the span's beginning and model weights that had learned "
+    statement += f"from finished chunks only ({learned} of them)."
+    figures = {
+        "spans": len(spans),
+        "chunks_learned": learned,
+        "tokens": replay["tokens"],
+        "bytes": replay["bytes"],
+        "violations": wrong[:8],
+    }
+    headline = wrong[0] if wrong else f"{replay['tokens']:,} targets in {len(spans)} spans, {learned} chunks learned"
+    return Finding(
+        "order", not wrong, headline, wrong_or(wrong, statement), figures, replay["seconds"] - replay["row_seconds"]
+    )
+
+
+def disorder(events: Sequence[Told], tokens: int) -> list[str]:
+    """What is wrong with the order of events in a text of so many tokens; empty when nothing is."""
+    wrong: list[str] = []
+    done, learned, weights, opened = 1, 1, None, None
+    for event in events:
+        kind, start, stop = event["event"], event["start"], event["stop"]
+        span = f"{start:,}..{stop - 1:,}"
+        if kind in ("open", "close"):
+            now = event["frozen"], event["scorer"]
+            weights = weights or (event["frozen"], event["frozen"])
+            if now != weights:
+                wrong.append(f"weights moved outside of learning, by the {kind} of chunk {span}")
+            weights, opened = now, span if kind == "open" else None
+        elif kind == "score":
+            if opened is None:
+                wrong.append(f"targets {span} were scored outside of a chunk")
+            if start != done:
+                wrong.append(f"targets {span} were scored when {done:,} was next")
+            if (event["before"], event["after"]) != (start, stop):
+                wrong.append(f"counts stood at {event['before']:,} when rows from {start:,} on were made")
+            if event["charged"] != stop - start:
+                wrong.append(f"targets {span} were charged {event['charged']:,} times instead of {stop - start:,}")
+            done = max(done, stop)
+        elif kind == "learn":
+            if stop > done:
+                wrong.append(f"chunk {span} was learned when only targets before {done:,} were scored")
+            if start != learned:
+                wrong.append(f"chunk {span} was learned when {learned:,} was the next to learn")
+            if weights is not None:
+                if learned > 1 and event["before"] != weights[1]:
+                    wrong.append(f"weights moved before chunk {span} was learned")
+                weights = weights[0], event["after"]
+            learned = max(learned, stop)
+    if done != tokens:
+        wrong.append(f"targets {done:,}..{tokens - 1:,} were not scored")
+    return wrong
+
+
+def bits(claim: Claim, replay: Told, tolerance: float) -> Finding:
+    """The re-derived bits are the claim's: of every chunk and name in the trace, of result.json, of the row."""
+    lines, trace, wrong = replay["lines"], claim.trace, []
+    worst, equal = 0.0, True
+    for mine, theirs in zip(lines, trace, strict=False):
+        for name in ("tokens", "bytes"):
+            if mine[name] != theirs.get(name):
+                wrong.append(f"chunk {mine['chunk']} has {mine[name]} {name}, the trace says {theirs.get(name)}")
+        for name, value in mine["bits"].items():
+            off = relative(value, theirs["bits"].get(name, math.nan))
+            worst, equal = max(worst, off), equal and off == 0
+            if not off <= tolerance:
+                wrong.append(
+                    f"chunk {mine['chunk']}: {value:.3f} {name} bits, the trace says {theirs['bits'].get(name)}"
+                )
+    if len(lines) > len(trace):
+        wrong.append(f"the text has {len(lines)} chunks and the trace {len(trace)}")
+    total = sum(line["bits"][claim.name] for line in trace)
+    size = sum(line["bytes"] for line in trace)
+    summed = total / max(1, size)
+    if relative(claim.score, summed) > SAME_MACHINE:
+        wrong.append(f"result.json says bpb_{claim.name} {claim.score:.6f}, its trace adds up to {summed:.6f}")
+    stored = claim.row[f"bpb_{claim.name}"]
+    if stored != claim.score:
+        wrong.append(f"the table says bpb_{claim.name} {stored}, result.json {claim.score}")
+    if (size, claim.row["valid_bytes"]) != (claim.dataset.valid_bytes,) * 2:
+        wrong.append(
+            f"the trace has {size} bytes, the row {claim.row['valid_bytes']}, the text {claim.dataset.valid_bytes}"
+        )
+    how = "bitwise equal" if equal else "equal within 1e-9" if worst <= SAME_MACHINE else f"equal within {tolerance:g}"
+    mine_bits = sum(line["bits"][claim.name] for line in lines)
+    statement = (
+        f"The bits of all {len(lines)} chunks audited, computed anew from the artifact, are {how} to the trace's, the "
+        "trace adds up to result.json's score, and the table says the same."
+    )
+    figures = {
+        "bits": mine_bits,
+        f"bpb_{claim.name}_of_the_audited_tokens": mine_bits / max(1, replay["bytes"]),
+        f"bpb_{claim.name}_reported": claim.score,
+        "largest_relative_difference": worst,
+        "tolerance": tolerance,
+        "torch": replay["torch"],
+        "violations": wrong[:8],
+    }
+    headline = wrong[0] if wrong else f"{len(lines)} chunks {how}; largest difference {worst:.1e}"
+    return Finding("bits", not wrong, headline, wrong_or(wrong, statement), figures)
+
+
+def self_contained(confined: Confined | None, error: str, allowed: int, seconds: float) -> Finding:
+    """confined: what the guards of the replay's process saw; None when it failed with `error`."""
+    refused = confined.refused if confined else [error]
+    kernel = confined.landlock if confined else 0
+    statement = (
+        f"The replay ran in a process that could open the artifact and the validation shards ({allowed} files) and "
+        f"Python's own library only; {'nothing else was asked for' if not refused else 'it asked for more'}."
+    )
+    by = f"the kernel (Landlock {kernel}) and an audit hook" if kernel else "an audit hook of Python alone"
+    figures = {
+        "files_allowed": allowed,
+        "files_opened": sorted(set(confined.opened)) if confined else [],
+        "refused": refused[:8],
+        "guarded_by": by,
+    }
+    headline = refused[0] if refused else f"nothing but {allowed} files, by {'kernel and hook' if kernel else 'hook'}"
+    return Finding("self-contained", not refused, headline, statement, figures, seconds)
+
+
+def blind(what: str, copies: Sequence[Told]) -> Finding:
+    """what: target or future, the part that was changed in each copy."""
+    wrong = []
+    for told in copies:
+        place = f"position {told['position']:,}"
+        if not told["row_equal"]:
+            wrong.append(f"{place}: its row moved by up to {told['row_difference']:.2g} nats")
+        if told["nats_different"]:
+            wrong.append(
+                f"{place}: {told['nats_different']:,} charges up to it changed, from {told['first_different']:,} on"
+            )
+    part = "only the token there" if what == "target" else "every token after it"
+    compared = sum(told["nats_compared"] for told in copies)
+    statement = (
+        f"With {part} replaced and the evaluation run anew, indexing, mixing and test-time training included, the row "
+        f"at each of {len(copies)} positions and all charges before it ({compared:,}) are the same to the bit."
+    )
+    figures = {
+        "positions": [told["position"] for told in copies],
+        "chunks_learned_before": [told["chunks_learned"] for told in copies],
+        "charges_compared": compared,
+        "charges_different": sum(told["nats_different"] for told in copies),
+        "largest_row_difference": max((told["row_difference"] for told in copies), default=math.nan),
+        "violations": wrong[:8],
+    }
+    headline = wrong[0] if wrong else f"{len(copies)} rows and {compared:,} charges bitwise the same"
+    seconds = sum(told["seconds"] for told in copies)
+    return Finding(
+        f"blind-to-{what}", bool(copies) and not wrong, headline, wrong_or(wrong, statement), figures, seconds
+    )
+
+
+def world_size(replay: Told, ranks: Sequence[Told], tolerance: float) -> Finding:
+    """One process (the replay) and these ranks charge the same."""
+    wrong, worst = [], 0.0
+    chunks = len(ranks[0]["bits"])
+    for mine, theirs in zip(replay["lines"], ranks[0]["bits"], strict=False):
+        for name, value in mine["bits"].items():
+            off = relative(value, theirs[name])
+            worst = max(worst, off)
+            if not off <= tolerance:
+                wrong.append(f"chunk {mine['chunk']}: {value:.3f} {name} bits on one rank, {theirs[name]:.3f} on two")
+    for number, rank in enumerate(ranks[1:], start=1):
+        if rank["bits"] != ranks[0]["bits"]:
+            wrong.append(f"ranks 0 and {number} charge different bits")
+        if rank["weights"] != ranks[0]["weights"]:
+            wrong.append(f"ranks 0 and {number} ended with different weights")
+    statement = (
+        f"{len(ranks)} ranks charge for the first {chunks} chunks what one charges (largest relative difference "
+        f"{worst:.1e}), and agree among themselves to the bit, weights included."
+    )
+    figures = {
+        "ranks": len(ranks),
+        "chunks": chunks,
+        "largest_relative_difference": worst,
+        "tolerance": tolerance,
+        "violations": wrong[:8],
+    }
+    headline = wrong[0] if wrong else f"{chunks} chunks on 1 and {len(ranks)} ranks; largest difference {worst:.1e}"
+    return Finding("world-size", not wrong, headline, wrong_or(wrong, statement), figures)
+
+
+def coded(told: Told, back: Told, tokens: int, sha256: str, reported_bits: float) -> Finding:
+    """told: what the compressor wrote; back: what the decompressor read; sha256: of the tokens that went in."""
+    allowed = 0.001 * reported_bits + 64
+    same = back["sha256"] == sha256 and back["tokens"] == tokens
+    off = told["payload_bits"] - reported_bits
+    passed = same and abs(off) <= allowed
+    statement = (
+        f"{tokens:,} tokens really compressed take {told['payload_bits']:,} bits, the evaluation reports "
+        f"{reported_bits:,.1f} for them, and a process that could open the artifact and the coded file only "
+        f"{'got them back' if same else 'did NOT get them back'}."
+    )
+    figures = {
+        "tokens": tokens,
+        "coded_bits": told["payload_bits"],
+        "reported_bits": reported_bits,
+        "difference_bits": off,
+        "allowed_difference_bits": allowed,
+        "decoded_equal": same,
+    }
+    headline = f"{told['payload_bits']:,} bits coded, {reported_bits:,.1f} reported, " + (
+        "decoded equal" if same else "NOT decoded"
+    )
+    return Finding("coded", passed, headline, statement, figures)
+
+
+def not_done(name: str, error: str) -> Finding:
+    return Finding(name, False, error, f"Could not be checked: {error}.")
+
+
+def wrong_or(wrong: Sequence[str], statement: str) -> str:
+    if not wrong:
+        return statement
+    more = f" ({len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+    return f"Violated: {wrong[0]}{more}."
+
+
+def relative(one: float, other: float) -> float:
+    """|one - other| as a share of the larger; infinite when either is no number."""
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.inf
+    return abs(one - other) / max(abs(one), abs(other), 1e-300)
+
+
+def apart(one: float, other: float) -> float:
+    """|one - other|, infinite when that is no number."""
+    return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf

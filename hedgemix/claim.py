@@ -1,0 +1,161 @@
+"""The claim of a finished run: a row of its record's table, and the files that the row names.
+
+The table is read and its audit columns are written with pyarrow alone, so an audit needs the library and the files,
+not what made them. A runs folder may have been moved or copied: a path that is not there is looked for under the folder
+of the table, from `_steps` on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hedgemix import artifact
+from hedgemix import dataset as datasets
+from hedgemix.config import Recipe, RecipeError, from_dict
+from hedgemix.dataset import Dataset
+from hedgemix.files import read_json, replacing
+
+NAMES = ("final", "published")
+PATHS = ("artifact_path", "evaluate_path", "dataset_path")
+AUDITED = {
+    "audited": "passed",
+    "audit_failed": "failed",
+    "audit_log_sum": "log_sum",
+    "audit_published_log_sum": "published_log_sum",
+    "audit_coded_bits": "coded_bits",
+    "audit_reported_bits": "reported_bits",
+    "audit_tokens": "tokens",
+}
+"""The columns an audit fills, and where they stand in audit.json."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    table: Path
+    seed: int
+    name: str
+    """final or published: the number that is taken for the score."""
+    row: dict[str, Any]
+    recipe: Recipe
+    dataset: Dataset
+    artifact: Path
+    evaluation: Path
+    """Folder of the evaluation's step."""
+    result: dict[str, Any]
+    """What its result.json reports."""
+    trace: list[dict[str, Any]]
+
+    @property
+    def score(self) -> float:
+        """Bits per byte, as the evaluation reports them."""
+        return float(self.result[f"bpb_{self.name}"])
+
+    def path(self, suffix: str) -> Path:
+        """Where findings go: audit.json, audit.md beside the result; those about another number than the score are
+        named after it."""
+        return self.evaluation / (f"audit{suffix}" if self.name == "final" else f"audit_{self.name}{suffix}")
+
+
+def claims(table: Path, seeds: Sequence[int] = (), name: str = "final") -> list[Claim]:
+    """The claims of the table's finished rows, or of these seeds'. Raises RecipeError when one cannot be audited."""
+    rows = read_rows(table)
+    if name not in NAMES:
+        raise RecipeError(f"--claim {name!r}: one of {', '.join(NAMES)}")
+    done = [row for row in rows if row["status"] == "done"]
+    if not done:
+        raise RecipeError(f"{table} has no finished row to audit; finish the record first")
+    missing = sorted(set(seeds) - {row["seed"] for row in done})
+    if missing:
+        there = ", ".join(str(row["seed"]) for row in done)
+        raise RecipeError(f"{table} has no finished row of seed {missing[0]}; finished are {there}")
+    return [load(table, row, name) for row in done if not seeds or row["seed"] in seeds]
+
+
+def read_rows(table: Path) -> list[dict[str, Any]]:
+    try:
+        found = pq.read_table(table) if table.is_file() else None
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RecipeError(f"{table} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    if found is None:
+        raise RecipeError(f"{table} is no file; give the parquet file that the record prints as its table")
+    lacking = [column for column in (*PATHS, *AUDITED, "config") if column not in found.column_names]
+    if lacking:
+        raise RecipeError(
+            f"{table} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "
+            "record command again, which repeats no finished step"
+        )
+    return found.to_pylist()
+
+
+def load(table: Path, row: dict[str, Any], name: str) -> Claim:
+    """The claim of one row, its files found and the artifact's checksum compared."""
+    seed = row["seed"]
+    places = {column: find(table, row, column) for column in PATHS}
+    evaluation, file = places["evaluate_path"], places["artifact_path"]
+    try:
+        result = read_json(evaluation / "result.json")["result"]
+        trace = [json.loads(line) for line in (evaluation / "trace.jsonl").read_text().splitlines()]
+        claimed = result[f"bpb_{name}"], [line["bits"][name] for line in trace]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"seed {seed}: {evaluation} has no sound result.json and trace.jsonl ({error!r})") from None
+    if not trace or not isinstance(claimed[0], float):
+        raise RecipeError(f"seed {seed}: {evaluation} reports no bpb_{name} and no chunks")
+    try:
+        found = artifact.read(file)
+    except (artifact.ArtifactError, OSError) as error:
+        raise RecipeError(f"seed {seed}: {error}") from None
+    if found.sha256 != row["artifact_sha256"]:
+        raise RecipeError(
+            f"seed {seed}: {file} is not the artifact of the row: its sha256 is {found.sha256[:16]}…, the row's "
+            f"{str(row['artifact_sha256'])[:16]}…"
+        )
+    recipe = from_dict(Recipe, json.loads(row["config"]))
+    data = datasets.load(places["dataset_path"])
+    for shard in (*data.valid_shards, *data.train_shards):
+        if not Path(shard).is_file():
+            raise RecipeError(f"seed {seed}: shard {shard} is not there; put back what dataset.json names")
+    return Claim(table, seed, name, row, recipe, data, file, evaluation, result, trace)
+
+
+def find(table: Path, row: dict[str, Any], column: str) -> Path:
+    """The row's path, or the same place under the table's own folder."""
+    path = Path(row[column] or "")
+    if row[column] and path.exists():
+        return path
+    parts = path.parts
+    moved = table.resolve().parent.joinpath(*parts[parts.index("_steps") :]) if "_steps" in parts else None
+    if moved is None or not moved.exists():
+        where = f" nor at {moved}" if moved else ""
+        raise RecipeError(f"seed {row['seed']}: {column} {path} is not there{where}; copy the runs folder as a whole")
+    return moved
+
+
+def columns(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """The audit columns of a row, from the content of audit.json."""
+    return {column: verdict[name] for column, name in AUDITED.items()}
+
+
+def kept(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The audit columns from the audit.json in the folder of an evaluation; empty when there is none, or when it is
+    about another artifact or another result."""
+    try:
+        verdict = read_json(evaluation / "audit.json")
+        same = verdict["artifact_sha256"] == artifact_sha256 and verdict["result"] == result
+        return columns(verdict) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write_columns(table: Path, seed: int, values: Mapping[str, Any]) -> None:
+    """Set columns of a seed's row; the table stays whole whatever happens."""
+    found = pq.read_table(table)
+    rows = [row | values if row["seed"] == seed else row for row in found.to_pylist()]
+    with replacing(table) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=found.schema), file)

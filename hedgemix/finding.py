@@ -1,0 +1,76 @@
+"""What an audit found, and how it is told: a line a check, a table, a report in markdown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+HEADLINE = 66
+"""Most characters of a headline, so that a check's line fits 100 columns."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    passed: bool
+    headline: str
+    """The figure that decides, in a few words."""
+    statement: str
+    """One sentence: what was found."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def timed(check: Callable[[], Finding]) -> Finding:
+    """The check's finding with the seconds that it took added."""
+    began = time.monotonic()
+    found = check()
+    return replace(found, seconds=found.seconds + time.monotonic() - began)
+
+
+def failed(findings: Sequence[Finding]) -> list[str]:
+    return [found.name for found in findings if not found.passed]
+
+
+def print_finding(found: Finding, console: Console) -> None:
+    """One line: name, pass or FAIL, the figure, seconds."""
+    verdict = Text("pass", "green") if found.passed else Text("FAIL", "bold red")
+    line = Text.assemble(f"  {found.name:17}", verdict, f"  {found.headline[:HEADLINE]:{HEADLINE}}")
+    console.print(line + Text(f" {found.seconds:5.1f} s"), soft_wrap=True)
+
+
+def markdown(title: str, facts: dict[str, Any], findings: Sequence[Finding]) -> str:
+    """A report: what was audited, a table of the checks, and a sentence and the figures of each."""
+    bad, verdict = failed(findings), "**Every check passed.**"
+    if bad:
+        verdict = f"**{len(bad)} of {len(findings)} checks FAILED: {', '.join(bad)}.**"
+    lines = [f"# {title}", "", verdict, ""]
+    lines += [f"- {name}: {number(value)}" for name, value in facts.items()]
+    lines += ["", "| check | result | figure | seconds |", "|---|---|---|---|"]
+    for found in findings:
+        cells = found.name, "pass" if found.passed else "**FAIL**", found.headline.replace("|", "\\|")
+        lines.append(f"| {' | '.join(cells)} | {found.seconds:.1f} |")
+    for found in findings:
+        lines += ["", f"## {found.name}: {'pass' if found.passed else 'FAIL'}", "", found.statement, ""]
+        lines += [f"- {name.replace('_', ' ')}: {number(value)}" for name, value in found.figures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: Any) -> str:
+    """A value as a reader wants it: thousands with commas, fractions in six digits."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1e5 else f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(number, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number(part)}" for name, part in value.items()) or "none"
+    return str(value)

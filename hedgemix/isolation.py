@@ -1,0 +1,211 @@
+"""Work in a fresh process that can open only the files it is told of, and Python's own library code, read only.
+
+`run` starts Python without its environment variables and user folder (-I), and there two guards before anything else:
+
+- an audit hook refuses, and notes, every opening of another file, every write, every socket and every process, and a
+  gate among the importers what makes artifacts (training, quantizing, preparing data). They see what goes through
+  Python;
+- on Linux, Landlock makes the kernel refuse the same of files, for C code too, and all TCP: kernel 5.13, TCP 6.7.
+
+Limits. The guards keep out mistakes, not an attacker: C code may undo a hook, and without Landlock it opens what it
+likes. Folders of source code on the import path are read as a whole by the kernel's rule (the hook allows their code
+only), and names of files can be listed. It may write into one folder, its temporary one, empty at first and removed
+at the end (torch wants one when it is imported).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MAKERS = ("train", "quantize", "gptq", "calibrate", "batches", "schedule", "corpus", "dataset", "recipes")
+FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
+"""Modules whose import is refused."""
+SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+CODE = (".py", ".pyc", ".so")
+START = (
+    "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] = spec['path']; "
+    "from hedgemix import isolation; isolation.serve(spec)"
+)
+PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
+WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
+
+
+@dataclass
+class Confined:
+    """What the guards did: the data files opened, what was refused, and Landlock's version (0: the kernel has none)."""
+
+    opened: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    landlock: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    value: Any
+    """What the work returned, through JSON."""
+    confined: Confined
+    start_seconds: float
+    """Until the work began: Python, the guards, the import of the work's module."""
+
+
+class WorkError(RuntimeError):
+    """The work raised, or its process died; `refused` is what the guards had refused by then."""
+
+    def __init__(self, message: str, refused: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.refused = list(refused)
+
+
+def run(
+    work: str,
+    arguments: Mapping[str, Any],
+    readable: Sequence[Path] | None,
+    log: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Outcome:
+    """`function(**arguments, log=log)` of work = "module:function" in a fresh process; JSON both ways.
+
+    readable: the files it may open; None: an ordinary process, without guards. log receives the records that the work
+    logs, as they come. Raises WorkError when the work fails.
+    """
+    package = str(Path(__file__).resolve().parent.parent)
+    path = [package, *(os.path.abspath(entry) for entry in sys.path)]
+    files = None if readable is None else [os.path.realpath(file) for file in readable]
+    spec = {"work": work, "arguments": arguments, "readable": files, "path": list(dict.fromkeys(path))}
+    began, message, ended = time.monotonic(), "", None
+    confined, start_seconds = Confined(), 0.0
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as scratch:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-c", START],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=scratch,
+            env={**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch},
+        )
+        try:
+            assert child.stdin and child.stdout
+            child.stdin.write(json.dumps(spec).encode() + b"\n")
+            child.stdin.close()
+            for line in child.stdout:
+                told = json.loads(line)
+                if "log" in told:
+                    log(told["log"])
+                elif "started" in told:
+                    start_seconds = time.monotonic() - began
+                else:
+                    ended, confined = told, Confined(**told["confined"])
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        message = errors.read()[-2000:].decode(errors="replace").strip()
+    if ended is None:
+        raise WorkError(f"{work} died without a word: {message.splitlines()[-1] if message else 'no message'}")
+    if "error" in ended:
+        raise WorkError(ended["error"], confined.refused)
+    return Outcome(ended["value"], confined, start_seconds)
+
+
+def serve(spec: dict[str, Any]) -> None:
+    """The fresh process: one JSON line on standard output for the start, each record logged, and the end."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the work prints goes to the error text
+
+    def tell(told: dict[str, Any]) -> None:
+        channel.write(json.dumps(told) + "\n")
+        channel.flush()
+
+    confined = Confined() if spec["readable"] is None else confine(spec["readable"], spec["path"], os.getcwd())
+    try:
+        module, _, name = spec["work"].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        tell({"started": True})
+        end = {"value": function(**spec["arguments"], log=lambda record: tell({"log": record}))}
+    except Exception as error:
+        traceback.print_exc()
+        end = {"error": f"{type(error).__name__}: {error}"}
+    tell({**end, "confined": vars(confined)})
+
+
+def confine(readable: Sequence[str], path: Sequence[str], scratch: str) -> Confined:
+    """Put both guards on this process, for good; `scratch` is the folder that it may write to."""
+    library = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}
+    roots = sorted({os.path.realpath(folder) for folder in library if os.path.exists(folder)})
+    sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)})
+    confined = Confined(landlock=landlock([*roots, *sources], readable, scratch))
+
+    def refuse(what: str) -> None:
+        confined.refused.append(what)
+        raise PermissionError(f"isolated: {what} is refused")
+
+    def under(name: str, folders: Sequence[str]) -> bool:
+        return any(name == folder or name.startswith(folder.rstrip("/") + "/") for folder in folders)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not isinstance(arguments[0], int):
+            name = os.path.realpath(os.fsdecode(arguments[0]))
+            if under(name, [scratch]):
+                return
+            writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            if writes and name != os.devnull:
+                refuse(f"writing {name}")
+            if name in readable:
+                confined.opened.append(name)
+            elif not under(name, roots) and not (name.endswith(CODE) and under(name, sources)):
+                refuse(f"opening {name}")
+        elif event in WRITES:
+            if isinstance(arguments[0], int) or not under(os.path.realpath(os.fsdecode(arguments[0])), [scratch]):
+                refuse(f"{event} {arguments[0]}")
+        elif event in PROCESSES or event.startswith("socket."):
+            refuse(event)
+
+    class Gate:
+        """First among the finders of modules, so that it is asked for each that is not there yet."""
+
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+            if any(name == module or name.startswith(module + ".") for module in FORBIDDEN):
+                refuse(f"importing {name}")
+
+    sys.meta_path.insert(0, Gate)  # type: ignore[arg-type]
+    sys.addaudithook(hook)
+    return confined
+
+
+def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
+    """Make the kernel refuse this thread, and those it starts, all files but these, writes but to scratch, and TCP.
+
+    Returns Landlock's version, 0 where there is none. System calls 444 to 446 have these numbers on every machine.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(444, None, 0, 1)
+    if version < 1:
+        return 0
+    every, read, look, execute, write = 0x1FFF, 1 << 2, 1 << 3, 1 << 0, 1 << 1
+    rules = struct.pack("=QQ", every, 3) if version >= 4 else struct.pack("=Q", every)
+    ruleset = libc.syscall(444, rules, len(rules), 0)
+    grants = [(name, read | look | execute) for name in folders] + [(name, read) for name in files]
+    for name, access in [*grants, ("/dev", read | look | write), (scratch, every)]:
+        if os.path.exists(name):
+            held = os.open(name, os.O_PATH)
+            kept = access if os.path.isdir(name) else access & ~look
+            libc.syscall(445, ruleset, 1, struct.pack("=Qi", kept, held), 0)
+            os.close(held)
+    libc.prctl(38, 1, 0, 0, 0)  # no new privileges, which the next call asks for
+    return version if libc.syscall(446, ruleset, 0) == 0 else 0

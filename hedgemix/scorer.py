@@ -1,0 +1,242 @@
+"""The audit of anybody's scorer, by four of the checks that hedgemix's own evaluation has to pass.
+
+A scorer is made by a callable, named `module:object`, that is given the text: integers (N,). Being given all of it, a
+batched evaluator can be wrapped; the audit changes the text it gives and watches whether what it must not reach moves.
+The first token is context; each later one is asked for, then told:
+
+    scorer = object(tokens)
+    for token in tokens[1:]:
+        row = scorer.predict()      # probabilities of the next token, (V,); changes nothing
+        scorer.update(token)        # and only now learns it
+
+`scorer.nats()` is optional: the total that it reports for what it was told so far.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from rich.console import Console
+
+from hedgemix.checks import LOG_SUM, blind, relative
+from hedgemix.config import RecipeError
+from hedgemix.files import replacing
+from hedgemix.finding import Finding, failed, markdown, print_finding, timed
+from hedgemix.shards import map_shard
+from hedgemix.witness import altered
+
+NATS = 1e-6
+"""Largest relative difference between a scorer's own total and that of its rows."""
+
+
+class Scorer(Protocol):
+    def predict(self) -> np.ndarray: ...
+
+    def update(self, token: int) -> None: ...
+
+
+@dataclass
+class Walk:
+    """What a scorer said on its way through a text; index t is position t, 0 is unused."""
+
+    nats_N: np.ndarray
+    sums_N: np.ndarray
+    """Sum of each row."""
+    least_N: np.ndarray
+    """Smallest entry of each row; NaN when there is one."""
+    rows: dict[int, np.ndarray] = field(default_factory=dict)
+    """The rows asked for."""
+    unsteady: list[int] = field(default_factory=list)
+    """Asked positions where a second predict() gave another row."""
+    totals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Its own total and that of its rows, after the asked positions and the last."""
+
+
+def load(name: str) -> Callable[[np.ndarray], Scorer]:
+    """The callable of "module:object", looked for from the working folder too; raises RecipeError."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(f"--scorer {name!r} cannot be loaded: {error}; name it as module:object") from None
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """The tokens of a shard in the official format (.bin) or of a NumPy file (.npy), int64 (N,)."""
+    if path.suffix == ".bin":
+        tokens = np.array(map_shard(path), np.int64)
+    elif path.suffix == ".npy":
+        try:
+            tokens = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"--tokens {path} cannot be read: {error}") from None
+    else:
+        raise RecipeError(f"--tokens {path}: give a shard (.bin) or a NumPy file of integers (.npy)")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) < 4 or tokens.min() < 0:
+        raise RecipeError(
+            f"--tokens {path}: {tokens.dtype} of shape {tokens.shape}, needed is one row of 4 ids or more"
+        )
+    return tokens.astype(np.int64)
+
+
+def report(name: str, path: Path, draws: int, cuts: int, seed: int, place: Path | None, console: Console) -> int:
+    """Audit the scorer `name` on the tokens of a file, a line a check; the report goes to `place`, or is printed.
+
+    Returns 0 when every check passed, else 1. Raises RecipeError.
+    """
+    if draws < 1 or cuts < 1:
+        raise RecipeError("--draws and --cuts must be positive")
+    make, tokens_N = load(name), read_tokens(path)
+    console.print(f"{name} on {len(tokens_N) - 1:,} tokens of {path}", soft_wrap=True, highlight=False)
+    findings, rate = run(make, tokens_N, draws, cuts, seed, lambda found: print_finding(found, console))
+    facts = {
+        "bits per token of its rows": rate,
+        "tokens": len(tokens_N) - 1,
+        "text": path.name,
+        "drawn with seed": seed,
+    }
+    text = markdown(f"Audit of {name}: {rate:.4f} bits per token", facts, findings)
+    if place is None:
+        console.print(text, markup=False, soft_wrap=True, highlight=False)
+    else:
+        with replacing(place) as file:
+            file.write(text.encode())
+        console.print(f"  report: {place}", soft_wrap=True, highlight=False)
+    return 1 if failed(findings) else 0
+
+
+def run(
+    make: Callable[[np.ndarray], Scorer],
+    tokens_N: np.ndarray,
+    draws: int,
+    cuts: int,
+    seed: int,
+    told: Callable[[Finding], None] = lambda found: None,
+) -> tuple[list[Finding], float]:
+    """The four findings, told one by one, and the bits a token of the scorer's rows."""
+    generator, size = np.random.default_rng(seed), len(tokens_N)
+    asked = {1, size - 1, *(int(t) for t in generator.integers(1, size, draws))}
+    edges = np.linspace(1, size - 1, cuts + 1).astype(int)
+    places = [int(generator.integers(edges[i], max(edges[i + 1], edges[i] + 1))) for i in range(cuts)]
+    began = time.monotonic()
+    base = walk(make, tokens_N, size - 1, {*asked, *places})
+    findings = [normalised(base, time.monotonic() - began), order(base, asked)]
+    for found in findings:
+        told(found)
+    for changed in ("target", "future"):
+        found = timed(partial(changed_copies, make, tokens_N, changed, places, base))
+        findings.append(found)
+        told(found)
+    return findings, float(base.nats_N[1:].sum()) / math.log(2) / (size - 1)
+
+
+def walk(make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, last: int, asked: Collection[int]) -> Walk:
+    """Take a new scorer through the text up to position `last`; raises RecipeError when it fails on its way."""
+    out = Walk(np.zeros(last + 1), np.zeros(last + 1), np.zeros(last + 1))
+    t = 0
+    try:
+        scorer = make(tokens_N.copy())
+        own_total = getattr(scorer, "nats", None)
+        for t in range(1, last + 1):
+            step(scorer, out, t, int(tokens_N[t]), t in asked)
+            if own_total and (t in asked or t == last):
+                out.totals[t] = float(own_total()), float(out.nats_N.sum())
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"the scorer raised {type(error).__name__} at position {t}: {error}") from error
+    return out
+
+
+def step(scorer: Scorer, out: Walk, t: int, token: int, asked: bool) -> None:
+    """One prediction, looked at before the scorer is told the token."""
+    row_V = np.array(scorer.predict())
+    if row_V.ndim != 1 or row_V.dtype.kind != "f" or token >= len(row_V):
+        raise RecipeError(f"predict() gave {row_V.dtype} of shape {row_V.shape} before token {token}: not a row")
+    if asked:
+        out.rows[t] = row_V
+        if not np.array_equal(np.array(scorer.predict()), row_V, equal_nan=True):
+            out.unsteady.append(t)
+    value = float(row_V[token])
+    out.nats_N[t] = -math.log(value) if value > 0 else math.inf
+    out.sums_N[t], out.least_N[t] = row_V.sum(dtype=np.float64), row_V.min()
+    scorer.update(token)
+
+
+def normalised(base: Walk, seconds: float) -> Finding:
+    sums, least = base.sums_N[1:], base.least_N[1:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_sums = np.nan_to_num(np.abs(np.log(sums)), nan=math.inf)
+    worst = int(log_sums.argmax())
+    bad = int((~(least >= 0)).sum())
+    passed = bool(log_sums[worst] <= LOG_SUM) and not bad
+    statement = (
+        f"Of {len(sums):,} rows the one that is furthest from a distribution, at position {worst + 1:,}, sums to "
+        f"{sums[worst]:.6g}; {bad:,} rows have negative entries or NaN."
+    )
+    figures = {
+        "rows": len(sums),
+        "largest_log_sum": float(log_sums[worst]),
+        "tolerance": LOG_SUM,
+        "mean_sum": float(sums.mean()),
+        "rows_negative_or_nan": bad,
+    }
+    headline = f"largest |log sum| {log_sums[worst]:.1e} in {len(sums):,} rows; mean sum {sums.mean():.4g}"
+    return Finding("normalised", passed, headline, statement, figures, seconds)
+
+
+def order(base: Walk, asked: Collection[int]) -> Finding:
+    """Predicting changes nothing, and the scorer's own total is that of the rows it gave before each update."""
+    off = {t: relative(own, total) for t, (own, total) in base.totals.items() if own != total}
+    first = min((t for t, value in off.items() if not value <= NATS), default=None)
+    wrong = [f"a second predict() at position {base.unsteady[0]:,} gave another row"] if base.unsteady else []
+    if first is not None:
+        own, total = base.totals[first]
+        wrong.append(f"at position {first:,} it reports {own:.6g} nats, its rows before the updates {total:.6g}")
+    compared = f"its own total is that of its rows at {len(base.totals)} positions"
+    compared = compared if base.totals else "it reports no total of its own to compare"
+    statement = f"predict() gave the same row twice at {len(asked)} positions, and {compared}."
+    figures = {
+        "positions": len(asked),
+        "positions_with_another_row": len(base.unsteady),
+        "totals_compared": len(base.totals),
+        "largest_relative_difference": max(off.values(), default=0.0),
+    }
+    headline = wrong[0] if wrong else f"predict() repeats; {len(base.totals)} totals compared"
+    return Finding("order", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
+
+
+def changed_copies(
+    make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk
+) -> Finding:
+    copies = []
+    for cut in places:
+        row_V = base.rows[cut]
+        mine = walk(make, altered(tokens_N, changed, cut, len(row_V)), cut, {cut})
+        stop = cut + (changed == "future")
+        other = np.flatnonzero(mine.nats_N[1:stop] != base.nats_N[1:stop])
+        copies.append(
+            {
+                "position": cut,
+                "row_equal": np.array_equal(mine.rows[cut], row_V, equal_nan=True),
+                "row_difference": float(np.abs(mine.rows[cut] - row_V).max()),
+                "nats_compared": stop - 1,
+                "nats_different": len(other),
+                "first_different": int(other[0]) + 1 if len(other) else None,
+                "chunks_learned": 0,
+                "seconds": 0.0,
+            }
+        )
+    return blind(changed, copies)

@@ -1,0 +1,240 @@
+"""The audit passes what is sound, and each of its checks catches the violation planted for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import planted
+import pytest
+from tinyrun import Record, make
+
+from hedgemix import audit, claim, isolation
+from hedgemix.audit import Audit, Plan
+from hedgemix.config import RecipeError
+from hedgemix.files import read_json, write_json
+from hedgemix.finding import Finding, failed
+
+PLAN = Plan(
+    draws=12,
+    witness="planted:testify",
+    rank="planted:score_rank",
+    coder="planted:compress",
+    decoder="planted:decompress",
+)
+SHORT = replace(PLAN, first_tokens=640, cuts=1)
+"""Two chunks, of which the second is scored after something was learned."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return make(tmp_path_factory.mktemp("made") / "runs")
+
+
+@pytest.fixture
+def record(made: Record, tmp_path: Path) -> Record:
+    """A copy to spoil. Its paths are those of another folder that is not there, as at a reviewer's."""
+    return made.moved(tmp_path / "runs")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of other processes done in this one, through JSON all the same."""
+
+    def run(work: str, arguments: Any, readable: Any, log: Any = lambda record: None) -> isolation.Outcome:
+        module, _, name = work.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        value = function(**json.loads(json.dumps(arguments)), log=lambda told: log(json.loads(json.dumps(told))))
+        return isolation.Outcome(value, isolation.Confined(), 0.0)
+
+    monkeypatch.setattr(isolation, "run", run)
+
+
+def repeated(record: Record, plan: Plan = SHORT, name: str = "final") -> Audit:
+    work = audit.start(record.claim(name), plan, lambda found: None)
+    audit.repeat(work, 640)
+    return work
+
+
+def named(findings: list[Finding]) -> dict[str, Finding]:
+    return {found.name: found for found in findings}
+
+
+def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record) -> None:
+    told: list[Finding] = []
+    findings = audit.run(record.claim(), PLAN, told.append)
+    assert [found.headline for found in findings if not found.passed] == [] and told == findings
+    assert {found.name for found in findings} == {
+        "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained",
+        "world-size", "limits", "unseen", "coded",
+    }  # fmt: skip
+    found = named(findings)
+    assert 0 < found["normalised"].figures["largest_log_sum"] < 2e-6
+    assert found["normalised"].figures["rows"] >= 12
+    assert (
+        found["order"].figures["tokens"]
+        == len(record.claim().trace) * 320 - 1 - 320 + record.claim().trace[-1]["tokens"]
+    )
+    assert found["order"].figures["chunks_learned"] == len(record.claim().trace) - 1
+    assert "bitwise equal" in found["bits"].headline
+    assert max(found["blind-to-target"].figures["chunks_learned_before"]) >= 1
+    assert found["blind-to-future"].figures["charges_compared"] > 300
+    assert 0 < found["world-size"].figures["largest_relative_difference"] < 1e-6
+    assert len(found["self-contained"].figures["files_opened"]) == 2
+    assert all(found.seconds >= 0 and found.statement.endswith(".") for found in findings)
+
+    row = pd.read_parquet(record.table).set_index("seed").loc[7]
+    assert row.audited and list(row.audit_failed) == [] and 0 < row.audit_log_sum < 2e-6
+    assert row.audit_published_log_sum > 0.01 and row.audit_tokens == record.claim().dataset.valid_tokens
+    assert abs(row.audit_coded_bits - row.audit_reported_bits) < 64
+    report = (record.evaluation() / "audit.md").read_text()
+    assert "**Every check passed.**" in report and found["world-size"].statement in report
+    assert pd.read_parquet(record.table).set_index("seed").loc[8].audited is None
+
+    result, sha256 = record.claim().result, record.claim().row["artifact_sha256"]
+    kept = claim.kept(record.evaluation(), sha256, result)
+    assert kept["audited"] is True and set(kept) == set(claim.AUDITED)
+    assert claim.kept(record.evaluation(), "0" * 64, result) == {}
+    assert claim.kept(record.evaluation(), sha256, {**result, "bpb_final": 1.0}) == {}
+    assert claim.kept(record.folder, sha256, result) == {}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("plant", "caught"),
+    [
+        (planted.unnormalised, {"normalised", "bits"}),
+        (planted.knows_target, {"blind-to-target", "bits"}),
+        (planted.knows_future, {"blind-to-future", "blind-to-target", "bits"}),
+        (planted.counted_early, {"blind-to-target", "bits"}),
+        (planted.scored_twice, {"order", "blind-to-target", "blind-to-future", "bits"}),
+        (planted.learned_first, {"order", "blind-to-target", "blind-to-future", "bits"}),
+        (planted.moved_unseen, {"order", "bits"}),
+    ],
+)
+def test_a_cheating_evaluation_is_caught(
+    record: Record, plant: Callable[[], AbstractContextManager[None]], caught: set[str]
+) -> None:
+    """`bits` fails too, since the claim was made without the fault; what it is, the other check says."""
+    with plant():
+        work = repeated(record)
+    assert set(failed(work.findings)) == caught
+    assert all(
+        found.statement.startswith("Violated") for found in work.findings if found.name in caught - {"normalised"}
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_a_fault_that_made_the_claim_too_is_caught_without_the_bits(record: Record) -> None:
+    with planted.knows_target():
+        cheated = repeated(record, replace(PLAN, cuts=1)).parts["replay"][0]
+    write_json(record.evaluation() / "result.json", {"key": "0", "result": cheated["result"]})
+    lines = [json.dumps(line) for line in cheated["lines"]]
+    (record.evaluation() / "trace.jsonl").write_text("\n".join(lines) + "\n")
+    record.change(bpb_final=cheated["result"]["bpb_final"])
+    with planted.knows_target():
+        assert failed(repeated(record, replace(PLAN, cuts=1)).findings) == ["blind-to-target"]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_published_rule_is_no_score(record: Record) -> None:
+    work = repeated(record, name="published")
+    assert failed(work.findings) == ["normalised"]
+    figures = named(work.findings)["normalised"].figures
+    assert figures["largest_log_sum"] == figures["published_largest_log_sum"] > 0.01
+    assert figures["largest_nats_between_row_and_charge"] < 1e-6
+
+
+def test_an_evaluation_that_reads_another_file_is_caught_and_the_rest_still_told(record: Record) -> None:
+    work = repeated(record, replace(SHORT, witness="planted:reading_witness"))
+    assert failed(work.findings) == ["self-contained"] and len(work.findings) == 6
+    assert f"opening {planted.SECRET}" in named(work.findings)["self-contained"].headline
+
+
+def test_ranks_with_different_weights_are_caught(record: Record, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = repeated(record, replace(SHORT, rank="planted:differing_rank"))
+    monkeypatch.undo()
+    audit.ranks_agree(work)
+    assert failed(work.findings) == ["world-size"]
+    violations = named(work.findings)["world-size"].figures["violations"]
+    assert any("different weights" in line for line in violations)
+
+
+def lower_result(record: Record) -> None:
+    path = record.evaluation() / "result.json"
+    value = read_json(path)
+    value["result"]["bpb_final"] *= 0.99
+    write_json(path, value)
+    record.change(bpb_final=value["result"]["bpb_final"])
+
+
+def lower_trace(record: Record) -> None:
+    """Trace, result and table agree, and are too low."""
+    path = record.evaluation() / "trace.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["bits"]["final"] *= 0.99
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lower_result(record)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("spoil", "caught"),
+    [
+        (lower_result, ["bits"]),
+        (lower_trace, ["bits", "coded"]),
+        (lambda record: record.change(bpb_final=1.0), ["bits"]),
+    ],
+)
+def test_a_reported_score_below_what_is_coded_is_caught(
+    record: Record, spoil: Callable[[Record], None], caught: list[str]
+) -> None:
+    spoil(record)
+    work = repeated(record)
+    work.find(audit.really_coded(work, 640))
+    assert failed(work.findings) == caught
+
+
+@pytest.mark.usefixtures("here")
+def test_the_first_tokens_are_whole_chunks_and_follow_the_whole_texts_schedule(record: Record) -> None:
+    work = repeated(record, replace(SHORT, first_tokens=350))
+    assert work.source.tokens == 640 and failed(work.findings) == []
+    assert "2 chunks bitwise equal" in named(work.findings)["bits"].headline
+
+
+@pytest.mark.usefixtures("here")
+def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None:
+    def dies(*given: Any) -> isolation.Outcome:
+        raise isolation.WorkError("it broke")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolation, "run", dies)
+        findings = audit.run(record.claim(), PLAN)
+    assert [found.name for found in findings if found.passed] == ["limits", "unseen"]
+    assert named(findings)["bits"].headline == "it broke"
+    assert not pd.read_parquet(record.table).set_index("seed").loc[7].audited
+
+
+def test_what_is_drawn_covers_the_text(record: Record) -> None:
+    work = audit.start(record.claim(), PLAN, lambda found: None)
+    stop = work.source.tokens
+    positions = audit.draw_positions(work.spans, work, 12)
+    assert positions[0] == 1 and positions[-1] == stop - 1 and 12 <= len(positions) <= 14
+    assert any(t < stop / 3 for t in positions[1:]) and any(2 * stop / 3 < t for t in positions[:-1])
+    for seed in range(20):
+        first, last = audit.draw_cuts(work.spans, 2, seed)
+        assert 1 <= first <= stop / 2 <= last <= stop - 2 and last >= work.spans[1].start
+        assert audit.draw_cuts(work.spans[:1], 1, seed)[0] <= work.spans[0].stop - 2
+
+
+@pytest.mark.parametrize("field", ["draws", "cuts", "coded_tokens", "first_tokens"])
+def test_a_plan_that_cannot_be_carried_out_is_refused(record: Record, field: str) -> None:
+    with pytest.raises(RecipeError, match="must be positive"):
+        audit.start(record.claim(), replace(PLAN, **{field: -1}), lambda found: None)
