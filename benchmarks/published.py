@@ -60,7 +60,8 @@ def measure(claim: Claim, tokens_N: np.ndarray, temperature: float) -> dict[str,
     config = claim.recipe.evaluate
     config = replace(config, ttt=replace(config.ttt, enabled=False))
     found = artifact.read(claim.artifact)
-    index = ngram.build_index(tokens_N, config.mixer.orders, found.header["vocab_size"])
+    mixer = config.mixer
+    index = ngram.build_index(tokens_N, mixer.orders, found.header["vocab_size"], mixer.match_lengths)
     work = Sharpened.begin(found, tokens_N, index, config, torch.device("cpu"))
     work.temperature = temperature
     nats, size, mass, tokens = dict.fromkeys(work.nats, 0.0), 0, 0.0, 0

@@ -188,7 +188,8 @@ def begin(source: Source, tokens_N: np.ndarray | None = None) -> Watched:
         torch.use_deterministic_algorithms(True, warn_only=True)  # copies are compared to the bit
     found, config = artifact.read(source.artifact), source.settings()
     tokens_N = source.read() if tokens_N is None else tokens_N
-    index = ngram.build_index(tokens_N, config.mixer.orders, found.header["vocab_size"])
+    mixer = config.mixer
+    index = ngram.build_index(tokens_N, mixer.orders, found.header["vocab_size"], mixer.match_lengths)
     device = torch.device(source.device)
     work = Watched.begin(found, tokens_N, index, config, device, schedule_tokens=source.schedule_tokens)
     work.claim = source.claim
