@@ -79,7 +79,7 @@ def main() -> None:
         if isinstance(command, Download):
             _download(command)
         elif isinstance(command, Audit):
-            sys.exit(_audit(command))
+            _audit(command)
         else:
             _prepare(command)
     except RecipeError as error:
@@ -109,7 +109,7 @@ def _prepare(command: Prepare) -> None:
     Console().print(table)
 
 
-def _audit(command: Audit) -> int:
+def _audit(command: Audit) -> None:
     console = Console(highlight=False)
     if (command.run is None) == (not command.scorer):
         raise RecipeError("give the parquet file of a record, or --scorer and --tokens")
@@ -124,12 +124,11 @@ def _audit(command: Audit) -> int:
             tolerance=command.tolerance,
             seed=command.draw_seed,
         )
-        return audit.record(command.run, command.seeds, command.claim, plan, console)
+        sys.exit(audit.record(command.run, command.seeds, command.claim, plan, console))
     if command.tokens is None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
-    return scorer.report(
-        command.scorer, command.tokens, command.draws, command.cuts, command.draw_seed, command.report, console
-    )
+    options = command.draws, command.cuts, command.draw_seed, command.report
+    sys.exit(scorer.report(command.scorer, command.tokens, *options, console))
 
 
 if __name__ == "__main__":
