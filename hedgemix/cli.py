@@ -62,6 +62,8 @@ class Audit:
     """Positions whose rows are looked at."""
     cuts: int = 2
     """Positions at which the text is changed, in each of the two checks that do so."""
+    windows: int = 1000
+    """Of RUN: windows of each validation shard looked for in the training text."""
     draw_seed: int = 0
     """Of everything that is drawn."""
     scorer: str = ""
@@ -121,6 +123,7 @@ def _audit(command: Audit) -> None:
             draws=command.draws,
             cuts=command.cuts,
             coded_tokens=command.coded_tokens,
+            windows=command.windows,
             tolerance=command.tolerance,
             seed=command.draw_seed,
         )
