@@ -21,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import artifact, ngram
+from hedgemix import artifact
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
 from hedgemix.claim import Claim, claims
@@ -59,10 +59,7 @@ def measure(claim: Claim, tokens_N: np.ndarray, temperature: float) -> dict[str,
     """Bits per byte of the published rule, the neural model and the mixture, and the rule's mean mass."""
     config = claim.recipe.evaluate
     config = replace(config, ttt=replace(config.ttt, enabled=False))
-    found = artifact.read(claim.artifact)
-    mixer = config.mixer
-    index = ngram.build_index(tokens_N, mixer.orders, found.header["vocab_size"], mixer.match_lengths)
-    work = Sharpened.begin(found, tokens_N, index, config, torch.device("cpu"))
+    work = Sharpened.begin(artifact.read(claim.artifact), tokens_N, config, torch.device("cpu"))
     work.temperature = temperature
     nats, size, mass, tokens = dict.fromkeys(work.nats, 0.0), 0, 0.0, 0
     for number, chunk in enumerate(work.chunks):

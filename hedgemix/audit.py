@@ -10,7 +10,6 @@ import base64
 import hashlib
 import itertools
 import math
-import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -77,6 +76,7 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """What the witness logged."""
+    progress: Callable[[str], None] = lambda text: None
 
     def find(self, found: Finding) -> None:
         if found.name not in [earlier.name for earlier in self.findings]:
@@ -118,7 +118,8 @@ def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Co
     for claim in found:
         total = f"{claim.dataset.valid_tokens:,} tokens"
         console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total}", highlight=False)
-        findings = run(claim, plan, lambda finding: print_finding(finding, console))
+        with console.status("starting") as status:
+            findings = run(claim, plan, lambda finding: print_finding(finding, console), status.update)
         bad += [f"{finding} (seed {claim.seed})" for finding in failed(findings)]
         console.print(f"  report: {claim.path('.md')}", soft_wrap=True, highlight=False)
     verdict = f"FAILED: {', '.join(bad)}" if bad else f"every check passed for {len(found)} seeds"
@@ -126,14 +127,23 @@ def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Co
     return 1 if bad else 0
 
 
-def run(claim: Claim, plan: Plan, told: Callable[[Finding], None] = lambda found: None) -> list[Finding]:
+def run(
+    claim: Claim,
+    plan: Plan,
+    told: Callable[[Finding], None] = lambda found: None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Finding]:
     """All checks of one claim, told one by one; writes audit.json, audit.md and, for the score, the table's columns."""
     work = start(claim, plan, told)
+    work.progress = progress
     coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
     repeat(work, coded_stop)
+    work.progress("scoring with two ranks")
     ranks_agree(work)
+    work.progress("reading the training text")
     work.find(timed(lambda: budgets.limits(claim)))
     work.find(timed(lambda: budgets.unseen(claim, plan.windows, plan.seed)))
+    work.progress("compressing and decompressing")
     work.find(timed(lambda: really_coded(work, coded_stop)))
     write(work)
     return work.findings
@@ -150,6 +160,9 @@ def repeat(work: Audit, coded_stop: int) -> None:
     }
 
     def hear(record: dict[str, Any]) -> None:
+        if "fraction" in record:
+            what = "evaluating a copy of the text" if work.parts.get("replay") else "evaluating the text"
+            work.progress(f"{what}: {record['fraction']:.0%}")
         for name in ("replay", "target", "future"):
             if name in record:
                 work.parts.setdefault(name, []).append(record[name])
@@ -296,8 +309,11 @@ def write(work: Audit) -> None:
         "drawn with seed": str(work.plan.seed),
     }
     title = f"Audit of {claim.row['record']}, seed {claim.seed}: bpb_{claim.name} {claim.score:.4f}"
-    with replacing(claim.path(".md")) as file:
-        file.write(markdown(title, facts, findings).encode())
-    write_json(claim.path(".json"), verdict)
-    if claim.name == "final" and os.access(claim.table, os.W_OK):
-        write_columns(claim.table, claim.seed, columns(verdict))
+    try:
+        with replacing(claim.path(".md")) as file:
+            file.write(markdown(title, facts, findings).encode())
+        write_json(claim.path(".json"), verdict)
+        if claim.name == "final":
+            write_columns(claim.table, claim.seed, columns(verdict))
+    except OSError as error:
+        raise RecipeError(f"the findings cannot be kept: {error}; copy the runs folder to where it can be") from None

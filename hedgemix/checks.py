@@ -46,7 +46,7 @@ def normalised(claim: Claim, replay: Told) -> Finding:
         f"{'1' if log_sum <= LOG_SUM else 'something else than 1'} (largest |log sum| {log_sum:.2g}), and minus the "
         f"row's value at the token {'is' if charge <= CHARGE_NATS else 'is NOT'} what was charged."
     )
-    headline = f"largest |log sum| {log_sum:.1e} in {len(rows)} rows; published {rule:.2f}"
+    headline = f"largest |log sum| {log_sum:.1e} in {len(rows)} rows; published rule {rule:.2f}"
     return Finding("normalised", passed, headline, statement, figures, replay["row_seconds"])
 
 

@@ -99,6 +99,8 @@ class Audit:
     """Positions whose rows are looked at."""
     cuts: int = 2
     """Positions at which the text is changed, in each of the two checks that do so."""
+    windows: int = 1000
+    """Of RUN: windows of each validation shard looked for in the training text."""
     draw_seed: int = 0
     """Of everything that is drawn."""
     scorer: str = ""
@@ -111,7 +113,7 @@ class Audit:
 
 def main() -> None:
     """Entry point; exits with 2 after a user's mistake."""
-    commands: dict[type, Callable[[Any], int | None]] = {
+    commands: dict[type, Callable[[Any], None]] = {
         Download: _download,
         Prepare: _prepare,
         Compress: _compress,
@@ -121,8 +123,7 @@ def main() -> None:
     either: Any = Download | Prepare | Compress | Decompress | Audit
     command = tyro.cli(either, prog="hedgemix", description=__doc__)
     try:
-        if code := commands[type(command)](command):
-            sys.exit(code)
+        commands[type(command)](command)
     except (RecipeError, ArtifactError, CodecError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -184,7 +185,7 @@ def _bar(name: str) -> Iterator[Log]:
         yield lambda record: bar.update(task, completed=record["fraction"])
 
 
-def _audit(command: Audit) -> int:
+def _audit(command: Audit) -> None:
     console = Console(highlight=False)
     if (command.run is None) == (not command.scorer):
         raise RecipeError("give the parquet file of a record, or --scorer and --tokens")
@@ -196,15 +197,15 @@ def _audit(command: Audit) -> int:
             draws=command.draws,
             cuts=command.cuts,
             coded_tokens=command.coded_tokens,
+            windows=command.windows,
             tolerance=command.tolerance,
             seed=command.draw_seed,
         )
-        return audit.record(command.run, command.seeds, command.claim, plan, console)
+        sys.exit(audit.record(command.run, command.seeds, command.claim, plan, console))
     if command.tokens is None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
-    return scorer.report(
-        command.scorer, command.tokens, command.draws, command.cuts, command.draw_seed, command.report, console
-    )
+    options = command.draws, command.cuts, command.draw_seed, command.report
+    sys.exit(scorer.report(command.scorer, command.tokens, *options, console))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def evaluate_artifact(
     index, tokens_N = ngram.load(counts), stream.read(0, len(stream))
     if not np.array_equal(index.tokens_N, tokens_N):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
-    work = Evaluation.begin(found, tokens_N, index, config, device, began=began)
+    work = Evaluation.begin(found, tokens_N, config, device, index=index, began=began)
     lines = []
     for number, chunk in enumerate(work.chunks):
         lines.append(work.run_chunk(number, chunk))
@@ -156,18 +156,22 @@ class Evaluation:
         cls,
         found: artifact.Artifact,
         tokens_N: np.ndarray,
-        index: ngram.NgramIndex,
         config: EvaluateConfig,
         device: torch.device,
         *,
+        index: ngram.NgramIndex | None = None,
         schedule_tokens: int = 0,
         began: float | None = None,
     ) -> Self:
-        """The evaluation of tokens_N, integers (N,), by an artifact, before its first chunk; `index` is of tokens_N.
+        """The evaluation of tokens_N, integers (N,), by an artifact, before its first chunk.
 
-        Raises ArtifactError for an artifact whose parts do not fit together.
+        index: of tokens_N, made here when it is not given. Raises ArtifactError for an artifact whose parts do not fit
+        together.
         """
         model = load_model(found).to(device)
+        if index is None:
+            mixer = config.mixer
+            index = ngram.build_index(tokens_N, mixer.orders, model.vocab_size, mixer.match_lengths)
         tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
         text_N = torch.from_numpy(tokens_N.astype(np.int64))
         bytes_N = np.concatenate([[0], bpb.token_bytes(tables, text_N[:-1].numpy(), text_N[1:].numpy())])

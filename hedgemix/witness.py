@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hedgemix import artifact, ngram, published, tokenizer
+from hedgemix import artifact, published, tokenizer
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.evaluate import Evaluation
 from hedgemix.files import Log, silent
@@ -188,10 +188,8 @@ def begin(source: Source, tokens_N: np.ndarray | None = None) -> Watched:
         torch.use_deterministic_algorithms(True, warn_only=True)  # copies are compared to the bit
     found, config = artifact.read(source.artifact), source.settings()
     tokens_N = source.read() if tokens_N is None else tokens_N
-    mixer = config.mixer
-    index = ngram.build_index(tokens_N, mixer.orders, found.header["vocab_size"], mixer.match_lengths)
     device = torch.device(source.device)
-    work = Watched.begin(found, tokens_N, index, config, device, schedule_tokens=source.schedule_tokens)
+    work = Watched.begin(found, tokens_N, config, device, schedule_tokens=source.schedule_tokens)
     work.claim = source.claim
     return work
 

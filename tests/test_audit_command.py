@@ -12,6 +12,7 @@ import tinyrecord
 
 from hedgemix import audit, cli
 from hedgemix import dataset as datasets
+from hedgemix.files import read_json
 from pipeline import record, runs
 from pipeline.rows import build_row
 
@@ -36,7 +37,7 @@ def test_a_record_is_audited_and_its_table_says_so(
     with_stand_in = replace(audit.Plan(), coder="planted:compress", decoder="planted:decompress")
     monkeypatch.setattr(audit, "Plan", lambda **options: replace(with_stand_in, **options))
     monkeypatch.setenv("COLUMNS", "100")
-    code, output = run([str(out / "tiny.parquet"), "--draws", "8"], monkeypatch, capsys)
+    code, output = run([str(out / "tiny.parquet"), "--draws", "8", "--cuts", "1"], monkeypatch, capsys)
     assert code == 0, output
     lines = output.splitlines()
     assert (
@@ -49,6 +50,8 @@ def test_a_record_is_audited_and_its_table_says_so(
     audited = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert audited.audited[1] and audited.audit_tokens[1] == 4000 and pd.isna(audited.audited[2])
     assert (Path(audited.evaluate_path[1]) / "audit.md").read_text().startswith("# Audit of tiny, seed 1")
+    findings = {found["name"]: found for found in read_json(Path(audited.evaluate_path[1]) / "audit.json")["findings"]}
+    assert len(findings["self-contained"]["figures"]["files_opened"]) == 2  # the artifact, and a shard
 
     # The same record command again writes the row anew, with what was found.
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
@@ -60,7 +63,7 @@ def test_a_record_is_audited_and_its_table_says_so(
     assert row.evaluate_path == audited.evaluate_path[1] and row.dataset_path == audited.dataset_path[1]
 
     code, output = run(
-        [str(out / "tiny.parquet"), "--draws", "8", "--claim", "published", "--first-tokens", "10"], monkeypatch, capsys
+        [str(out / "tiny.parquet"), "--cuts", "1", "--claim", "published", "--first-tokens", "10"], monkeypatch, capsys
     )
     again = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert "seed 1: bpb_published" in output and again.audit_tokens[1] == 4000  # about another number than the score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,12 @@ def test_the_documented_invalid_scorers_are_caught(tokens: np.ndarray, examples:
     assert set(caught) == {"blind-to-target", "blind-to-future"}
     valid = audit(lambda text: examples.Bigram(text, VOCAB), tokens)[1]
     assert cheap < valid and rate < valid
+
+
+def test_the_document_shows_the_examples_as_they_are(examples: Any) -> None:
+    document = (ROOT / "docs" / "audit.md").read_text()
+    for example in (examples.Bigram, examples.EntropyExpert):
+        assert inspect.getsource(example) in document
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])
