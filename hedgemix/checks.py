@@ -189,7 +189,7 @@ def blind(what: str, copies: Sequence[Told]) -> Finding:
     for told in copies:
         place = f"position {told['position']:,}"
         if not told["row_equal"]:
-            wrong.append(f"{place}: its row moved by up to {told['row_difference']:.2g} nats")
+            wrong.append(f"{place}: its row moved by up to {told['row_difference']:.2g}")
         if told["nats_different"]:
             wrong.append(
                 f"{place}: {told['nats_different']:,} charges up to it changed, from {told['first_different']:,} on"
