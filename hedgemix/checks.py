@@ -189,7 +189,7 @@ def blind(what: str, copies: Sequence[Told]) -> Finding:
     for told in copies:
         place = f"position {told['position']:,}"
         if not told["row_equal"]:
-            wrong.append(f"{place}: its row moved by up to {told['row_difference']:.2g} nats")
+            wrong.append(f"{place}: its row moved by up to {told['row_difference']:.2g}")
         if told["nats_different"]:
             wrong.append(
                 f"{place}: {told['nats_different']:,} charges up to it changed, from {told['first_different']:,} on"
@@ -198,7 +198,7 @@ def blind(what: str, copies: Sequence[Told]) -> Finding:
     compared = sum(told["nats_compared"] for told in copies)
     statement = (
         f"With {part} replaced and the evaluation run anew, indexing, mixing and test-time training included, the row "
-        f"at each of {len(copies)} positions and all charges before it ({compared:,}) are the same to the bit."
+        f"at each of {len(copies)} positions and all charges up to it ({compared:,}) are the same to the bit."
     )
     figures = {
         "positions": [told["position"] for told in copies],

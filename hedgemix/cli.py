@@ -83,7 +83,7 @@ class Audit:
     --tokens FILE` prints a report. Exit code 0: every check passed, 1: one failed, 2: it could not be audited.
     """
 
-    run: Annotated[Path | None, tyro.conf.Positional] = None
+    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
     """The record's parquet file, which the record prints as its table."""
     seeds: tuple[int, ...] = ()
     """Of RUN: which rows (default: all that are done)."""
