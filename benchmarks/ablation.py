@@ -76,13 +76,14 @@ def lines(ttt: bool) -> list[Line]:
         Line("ensemble: all orders and the match", MIXER, "ensemble"),
         Line("Hedge over the experts", MIXER, "hedge"),
     ]
-    for gate in ("none", "entropy", "order", "both"):
+    for gate in ("none", "entropy", "order"):
         linear = (gate, *(other for other in MIXER.linear_gates if other != gate))
         alone = replace(MIXER, linear_gates=linear, gates=(gate,), memory_tokens=MIXER.memory_tokens[:1])
         found += [Line(f"linear mixer, gate {gate}", alone, "linear")]
         found += [Line(f"logistic mixer, gate {gate}", alone, "logistic")]
     found += [
         Line("ensemble without linear mixers", replace(MIXER, linear_gates=()), "ensemble"),
+        Line("ensemble without the bias", replace(MIXER, bias_rate=0.0), "ensemble"),
         Line("ensemble with pure Hedge, share 0", replace(MIXER, hedge_share=0.0), "ensemble"),
     ]
     if ttt:

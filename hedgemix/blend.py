@@ -95,14 +95,15 @@ def join(parts: Sequence[Mixed]) -> Mixed:
 class Blend:
     """The mixers' weights. `mix` never sees a token; `learn` moves the weights after a block was scored."""
 
-    def __init__(self, config: MixerConfig, sets: int, device: torch.device | str) -> None:
+    def __init__(self, config: MixerConfig, sets: int, vocab_size: int, device: torch.device | str) -> None:
         self.config, self.experts = config, logistic_experts(config)
         self.gates = (*config.linear_gates, *config.gates)
         self.linears = len(config.linear_gates)
         size, experts = weight_sets(config), len(expert_names(config))
         self.linear = hedge.start_linear(sets, self.linears, size, experts, config.linear_rate, device)
+        inputs = self.linears + len(self.experts)
         self.logistic = hedge.start_logistic(
-            sets, config.memory_tokens, size, self.linears + len(self.experts), config.logistic_ridge, device
+            sets, config.memory_tokens, size, inputs, config.logistic_ridge, device, vocab_size, config.bias_rate
         )
 
     def positions(self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor) -> Positions:

@@ -201,6 +201,8 @@ class MixerConfig:
     """Tokens of curvature each logistic mixer remembers in a weight set; fewer follow the text faster."""
     logistic_ridge: float = 10.0
     """Added to the curvature: what the first steps of a weight set are damped by."""
+    bias_rate: float = 0.05
+    """Step of the bias that logistic mixers learn for each token of the vocabulary (0: none)."""
     entropy_sets: int = 4
     """Buckets of the neural distribution's entropy, for the gates that use it."""
 

@@ -26,6 +26,7 @@ LINEAR_FLOOR = 1e-5
 _LANE = 32
 _MAX_STEP = 0.5
 _MAX_WEIGHT = 4.0
+_MAX_BIAS = 4.0
 
 
 @dataclass
@@ -38,12 +39,14 @@ class LinearState:
 
 @dataclass
 class LogisticState:
-    """Weights (R, M, S, K) and curvature (R, M, S, K, K), float64; memory_M in tokens of one set."""
+    """Weights (R, M, S, K) and curvature (R, M, S, K, K), float64; memory_M in tokens of one set. Bias (R, M, V)."""
 
     weights: Tensor
     curvature: Tensor
     memory_M: Tensor
     ridge: float
+    bias_RMV: Tensor
+    bias_rate: float
 
 
 def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,19 +143,22 @@ def learn_linear(state: LinearState, weights_BRLK: Tensor, p_BRK: Tensor, gate_B
 
 
 def start_logistic(
-    sets: int, memory: tuple[float, ...], gates: int, experts: int, ridge: float, device: torch.device | str
-) -> LogisticState:
-    """R = sets row sets, one mixer for each memory, all weights (1, 0, ..., 0)."""
+    sets: int, memory: tuple[float, ...], gates: int, experts: int, ridge: float, device: torch.device | str,
+    vocab_size: int, bias_rate: float = 0.0,
+) -> LogisticState:  # fmt: skip
+    """R = sets row sets, one mixer for each memory, all weights (1, 0, ..., 0), no bias."""
     shape = (sets, len(memory), gates, experts)
     weights = torch.zeros(shape, dtype=torch.float64, device=device)
     weights[..., 0] = 1
     curvature = torch.zeros(*shape, experts, dtype=torch.float64, device=device)
-    return LogisticState(weights, curvature, torch.tensor(memory, dtype=torch.float64, device=device), ridge)
+    memory_M = torch.tensor(memory, dtype=torch.float64, device=device)
+    bias_RMV = torch.zeros(sets, len(memory), vocab_size, device=device)
+    return LogisticState(weights, curvature, memory_M, ridge, bias_RMV, bias_rate)
 
 
 def logistic_rows(state: LogisticState, log_rows_BRKV: Tensor, gate_BRM: Tensor) -> Tensor:
-    """Normalised log rows (B, R, M, V), p proportional to exp(sum_k w_k log p_k), with the set that each gate names."""
-    return (_chosen(state.weights, gate_BRM).float() @ log_rows_BRKV).log_softmax(-1)
+    """Normalised log rows (B, R, M, V), p proportional to exp(bias + sum_k w_k log p_k), with the set a gate names."""
+    return (_chosen(state.weights, gate_BRM).float() @ log_rows_BRKV).add_(state.bias_RMV).log_softmax(-1)
 
 
 def learn_logistic(
@@ -163,6 +169,8 @@ def learn_logistic(
     Per set: gradient sum over the block of `log p_k(y) - E_p[log p_k]`; curvature the covariance of the log rows under
     the mixed row, the exact Hessian of the loss, from every fourth token and forgotten with `exp(-tokens / memory)`.
     A step is at most 0.5 long and weights stay within 4 of zero, so no sequence of rows can make them diverge.
+    A token's bias moves by how much oftener it occurred than was expected, over `1 / bias_rate` plus the expected
+    count, which bounds the curvature: however frequent a token, no step goes too far.
     """
     sets, experts = log_rows_BRKV.shape[1:3]
     p_BRMV = mixed_BRMV.exp()
@@ -183,6 +191,11 @@ def learn_logistic(
     step = step[..., 0].nan_to_num(0.0, 0.0, 0.0)
     length = step.norm(dim=-1, keepdim=True).clamp_min(_MAX_STEP)
     state.weights = (state.weights + step * (_MAX_STEP / length)).clamp(-_MAX_WEIGHT, _MAX_WEIGHT)
+    if state.bias_rate:
+        occurred_V = torch.zeros_like(state.bias_RMV[0, 0]).index_add_(0, token_B, p_BRMV.new_ones(len(token_B)))
+        expected_RMV = p_BRMV.sum(0)
+        step_RMV = (occurred_V - expected_RMV) / (1 / state.bias_rate + expected_RMV)
+        state.bias_RMV = (state.bias_RMV + step_RMV).clamp_(-_MAX_BIAS, _MAX_BIAS)
 
 
 def _second_moments(p_BRMV: Tensor, log_rows_BRKV: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Mixer:
 
         state = ngram.start_state(index, self.device)
         ngram.advance(state, index, 0, min(1, len(index.tokens_N)))
-        blend = Blend(config, sets, self.device)
+        blend = Blend(config, sets, vocab_size, self.device)
         self._state = _State(state, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
 
     @property
@@ -183,6 +183,7 @@ def check(config: MixerConfig) -> None:
     require(0 < config.linear_rate < 1, "linear_rate", "above 0 and below 1")
     require(len(config.memory_tokens) == len(config.gates), "memory_tokens", "one number for each of gates")
     require(all(memory > 0 for memory in config.memory_tokens), "memory_tokens", "above 0")
+    require(0 <= config.bias_rate < 1, "bias_rate", "at least 0 and below 1")
     require(config.logistic_ridge > 0, "logistic_ridge", "above 0")
     require(config.block_tokens >= 1, "block_tokens", "at least 1")
     require(config.entropy_sets >= 1, "entropy_sets", "at least 1")

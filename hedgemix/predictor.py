@@ -112,7 +112,7 @@ class Mixture:
         self.follower = match.Follower(self.config.match_lengths, vocab_size)
         self.counts.add(first_token)
         self.follower.update(first_token)
-        self.blend = Blend(self.config, 1, "cpu")
+        self.blend = Blend(self.config, 1, vocab_size, "cpu")
         size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
         self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)

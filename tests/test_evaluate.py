@@ -92,7 +92,7 @@ def test_the_trace_adds_up_to_the_result(case: Case, scored: Any) -> None:
     assert result.scoring_seconds + result.mixing_seconds + result.ttt_seconds < result.evaluate_seconds
     assert result.expert_names == ["neural", "order1", "order2", "order3", "match"]
     assert result.expert_weights == trace[-1]["weights"]["hedge"] and sum(result.expert_weights) == pytest.approx(1)
-    assert result.ensemble_names == ["neural", "logistic-order", "logistic-both", "logistic-none"]
+    assert result.ensemble_names == ["neural", "logistic-order", "logistic-entropy"]
     assert result.ensemble_weights == trace[-1]["weights"]["ensemble"]
 
 

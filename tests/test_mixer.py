@@ -155,7 +155,7 @@ def test_other_shapes_of_mixer_score_from_their_rows(text: np.ndarray, changes: 
 
 
 def test_positions_mixed_one_by_one_are_the_batch(text: np.ndarray) -> None:
-    blend, rng = Blend(CONFIG, 1, "cpu"), torch.manual_seed(0)
+    blend, rng = Blend(CONFIG, 1, VOCAB, "cpu"), torch.manual_seed(0)
     neural = torch.randn(40, 1, VOCAB, generator=rng)
     rows = torch.randn(40, len(expert_names(CONFIG)) - 1, VOCAB, generator=rng).softmax(-1)
     longest, token = torch.arange(40) % classes(CONFIG), torch.arange(40) % VOCAB
