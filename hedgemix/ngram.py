@@ -74,7 +74,8 @@ def build_index(
 ) -> NgramIndex:
     """Number the pairs of each order, and find the matches of each length.
 
-    Takes integer tokens (N,). About 10 s a order for 60 M tokens, 16 bytes a token and order, and 16 for the matches.
+    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. Measured on 4 M tokens with one
+    thread: 2 s an order, 0.5 s a match length.
     Raises RecipeError as `check_orders` and `match.check_lengths` do, and for tokens that do not fit.
     """
     tokens_N = np.ascontiguousarray(tokens_N)
