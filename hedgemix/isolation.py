@@ -19,6 +19,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -35,7 +36,8 @@ MAKERS = ("train", "quantize", "gptq", "calibrate", "batches", "schedule", "corp
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
-CODE = (".py", ".pyc", ".so")
+CODE = re.compile(r"\.(py|pyc|so)$|\.(egg|dist)-info/")
+"""What is library code in a folder of the import path: modules, and the notes an installer left beside them."""
 START = (
     "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] = spec['path']; "
     "from hedgemix import isolation; isolation.serve(spec)"
@@ -165,7 +167,7 @@ def confine(readable: Sequence[str], path: Sequence[str], scratch: str) -> Confi
                 refuse(f"writing {name}")
             if name in readable:
                 confined.opened.append(name)
-            elif not under(name, roots) and not (name.endswith(CODE) and under(name, sources)):
+            elif not under(name, roots) and not (CODE.search(name) and under(name, sources)):
                 refuse(f"opening {name}")
         elif event in WRITES:
             if isinstance(arguments[0], int) or not under(os.path.realpath(os.fsdecode(arguments[0])), [scratch]):

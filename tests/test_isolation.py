@@ -84,3 +84,12 @@ def test_there_is_a_folder_to_write_to_and_it_is_gone_afterwards(file: Path) -> 
 def test_work_that_fails_is_an_error_that_says_why(file: Path, how: str, message: str) -> None:
     with pytest.raises(WorkError, match=message):
         run(how, file, [])
+
+
+def test_what_an_installer_left_beside_code_is_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a checkout that is installed in place: libraries look for entry points there."""
+    notes = tmp_path / "thing.egg-info" / "entry_points.txt"
+    notes.parent.mkdir()
+    notes.write_text("[none]")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("read_anyway", notes, []).value == "[none]"
