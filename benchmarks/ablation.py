@@ -115,10 +115,10 @@ def main(options: Options) -> None:
             lines_of |= {label: Score(bits) for label, bits in kept.items()}
         found.append(lines_of)
         print(f"seed {row['seed']}: {time.process_time():.0f} s so far", file=sys.stderr, flush=True)
-    report = markdown(text, tokens, recipe, table.seed.tolist(), found)
+        report = markdown(text, tokens, recipe, table.seed.tolist()[: len(found)], found)
+        if options.out:  # after every seed, so that a run that is cut leaves the finished ones
+            options.out.write_text(report + "\n")
     print(report)
-    if options.out:
-        options.out.write_text(report + "\n")
 
 
 @dataclass
