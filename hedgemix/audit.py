@@ -122,7 +122,8 @@ def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Co
             findings = run(claim, plan, lambda finding: print_finding(finding, console), status.update)
         bad += [f"{finding} (seed {claim.seed})" for finding in failed(findings)]
         console.print(f"  report: {claim.path('.md')}", soft_wrap=True, highlight=False)
-    verdict = f"FAILED: {', '.join(bad)}" if bad else f"every check passed for {len(found)} seeds"
+    sound = f"every check passed: seed {', '.join(str(claim.seed) for claim in found)}"
+    verdict = f"FAILED: {', '.join(bad)}" if bad else sound
     console.print(verdict, style="bold red" if bad else "bold green", soft_wrap=True, highlight=False)
     return 1 if bad else 0
 
