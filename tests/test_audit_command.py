@@ -37,11 +37,7 @@ def test_a_record_is_audited_and_its_table_says_so(
     code, output = run([str(out / "tiny.parquet"), "--draws", "8", "--cuts", "1"], monkeypatch, capsys)
     assert code == 0, output
     lines = output.splitlines()
-    assert (
-        lines[0].startswith("seed 1: bpb_final ")
-        and "3,999" in output
-        and lines[-1] == "every check passed: seed 1"
-    )
+    assert lines[0].startswith("seed 1: bpb_final ") and "3,999" in output and lines[-1] == "every check passed: seed 1"
     checks = [line for line in lines if line.startswith("  ") and line.endswith(" s")]
     assert len(checks) == 10 and all(len(line) <= 100 and "pass" in line for line in checks)
     audited = pd.read_parquet(out / "tiny.parquet").set_index("seed")
