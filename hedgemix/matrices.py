@@ -152,10 +152,15 @@ def _fit(matrix: Ints, base: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
         return np.zeros(matrix.shape[0], np.int64), np.zeros(matrix.shape[1], np.int64)
     units, table = _units(matrix.shape), _derivatives()
     numbers = [np.rint(width / unit).astype(np.int64) for width, unit in zip(_start(matrix, base), units, strict=True)]
+    plain = np.minimum(np.abs(matrix), CENTRE).astype(np.uint8)
     for _ in range(ROUNDS):
         for axis in (0, 1):
-            values, tables, _ = widths.split(matrix, _spread(base, *numbers))
-            entries = np.minimum(np.abs(values), CENTRE) + tables * np.int64(CENTRE + 1)
+            tables, wide, shifts = widths.tables_of(_spread(base, *numbers))
+            entries = tables * np.int64(CENTRE + 1)
+            entries += plain
+            if len(wide):
+                shifted = np.minimum(np.abs(widths.rounded(matrix.ravel()[wide], shifts)), CENTRE)
+                entries.ravel()[wide] += shifted - plain.ravel()[wide]
             joint = table.take(entries).sum(1 - axis)
             held = numbers[axis] * units[axis]
             slope = (joint >> 32) / SLOPE_UNITS + RIDGE * (held - np.median(held))

@@ -2,9 +2,9 @@
 
 A width is a logarithmic standard deviation in eighths of an octave: an integer of width w is about Gaussian with
 deviation 2^(w/8). Each width from 1/16 to 16 has a table of its own; above that the low bits, which are then uniform,
-are split off, and the rest has a width in the top octave. A table begins as a discretised Gaussian (1 in 64 of it four
-times as wide) that counts as 256 symbols, and follows what was coded under it: tables change after 4096, 8192,
-16384, ... integers. So no table is transmitted; a few thousand weights are coded about as well as a Gaussian can, and
+are split off, and the rest has a width in the top octave. A table begins as a discretised Gaussian (1 in 256 of it four
+times as wide) that counts as 512 symbols, and follows what was coded under it: tables change after 1024, 2048,
+4096, ... integers. So no table is transmitted; a few thousand weights are coded about as well as a Gaussian can, and
 millions as well as by their own histograms.
 
 The symbol of an integer is q + 127 (after the split), or ESCAPE where that is outside 0..254 or has no frequency;
@@ -34,10 +34,10 @@ LARGEST = 1 << 24
 """Integers from -LARGEST to LARGEST can be coded."""
 SAMPLES = 8
 """Points in each integer's cell at which the Gaussian is summed."""
-PRIOR_BITS, COUNT_BITS = 16, 8
-"""A table begins with a mass of 2^16, and each symbol coded adds 2^8."""
-WIDE_SHARE, WIDE_EIGHTHS = 64, 16
-FIRST_CHUNK = 4096
+PRIOR_BITS, COUNT_BITS = 16, 7
+"""A table begins with a mass of 2^16, and each symbol coded adds 2^7."""
+WIDE_SHARE, WIDE_EIGHTHS = 256, 16
+FIRST_CHUNK = 1024
 PIECE_BITS = 8
 LENGTH_BITS = 5
 
@@ -106,21 +106,21 @@ def _uniform() -> NDArray[np.int64]:
 
 def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
     """Runs for integers (N,) of given widths (N,); `decode` takes them in this order."""
-    rounded, tables, shifts = split(values, widths)
+    tables, wide, shifts = tables_of(widths)
+    shifted = rounded(values[wide], shifts)
+    symbols = _symbols(values)
+    symbols[wide] = _symbols(shifted)
     runs, counts = [], np.zeros((TABLES, 256), np.int64)
-    symbols = np.where(np.abs(rounded) <= CENTRE, rounded + CENTRE, ESCAPE).astype(np.uint8)
     for part in _chunks(len(values)):
-        current, contexts = frequencies(counts), tables[part]
-        symbols[part][current.ravel().take(contexts * np.int64(256) + symbols[part]) == 0] = ESCAPE
-        runs.append(Run(symbols[part], contexts, current))
-        _count(counts, contexts, symbols[part])
-    escaped = symbols == ESCAPE
-    if shifts is not None:
-        low = np.flatnonzero((shifts > 0) & ~escaped)
-        lengths = shifts[low].astype(np.int64)
-        runs += _encode_bits(values[low] + (1 << lengths >> 1), lengths)
-    if escaped.any():
-        bounds, lengths = _gamma(values[escaped])
+        current = frequencies(counts)
+        _escape(tables[part], symbols[part], current == 0)
+        _count(counts, tables[part], symbols[part])
+        runs.append(Run(symbols[part], tables[part], current))
+    plain = symbols[wide] != ESCAPE
+    runs += _encode_bits(values[wide][plain] + (1 << shifts[plain] >> 1), shifts[plain])
+    escaped = values[symbols == ESCAPE]
+    if len(escaped):
+        bounds, lengths = _gamma(escaped)
         runs.append(Run(lengths, np.full(len(lengths), LENGTH_BITS, np.uint8), _uniform()))
         runs += _encode_bits(bounds, lengths - 1)
     return runs
@@ -128,26 +128,22 @@ def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
 
 def decode(decoder: Decoder, widths: NDArray[np.int16]) -> NDArray[np.int32]:
     """The integers (N,) of given widths (N,) that come next; wrong ones, or CoderError, if the data was altered."""
-    tables, shifts = _tables(widths)
+    tables, wide, shifts = tables_of(widths)
     values, counts = np.empty(len(widths), np.int32), np.zeros((TABLES, 256), np.int64)
-    escapes = []
+    escapes = [np.empty(0, np.int64)]
     for part in _chunks(len(widths)):
-        contexts = tables[part]
-        symbols = decoder.take(contexts, frequencies(counts))
-        _count(counts, contexts, symbols)
+        symbols = decoder.take(tables[part], frequencies(counts))
+        _count(counts, tables[part], symbols)
         np.subtract(symbols, CENTRE, out=values[part], dtype=np.int32)
         escapes.append(np.flatnonzero(symbols == ESCAPE) + part.start)
-    escaped = np.concatenate(escapes) if escapes else np.empty(0, np.int64)
-    if shifts is not None:
-        split_off = shifts > 0
-        split_off[escaped] = False
-        low = np.flatnonzero(split_off)
-        lengths = shifts[low].astype(np.int64)
-        values[low] = (values[low].astype(np.int64) << lengths) + _decode_bits(decoder, lengths) - (1 << lengths >> 1)
+    escaped = np.concatenate(escapes)
+    plain = values[wide] != ESCAPE - CENTRE
+    wide, shifts = wide[plain], shifts[plain]
+    values[wide] = (values[wide].astype(np.int64) << shifts) + _decode_bits(decoder, shifts) - (1 << shifts >> 1)
     if len(escaped):
         lengths = decoder.take(np.full(len(escaped), LENGTH_BITS, np.uint8), _uniform()).astype(np.int64)
-        bounds = np.where(lengths > 0, 1 << np.maximum(lengths - 1, 0), 0) + _decode_bits(decoder, lengths - 1)
-        values[escaped] = (bounds >> 1) ^ -(bounds & 1)
+        bounds = (1 << lengths >> 1) + _decode_bits(decoder, lengths - 1)
+        values[escaped] = bounds >> 1 ^ -(bounds & 1)
     return values
 
 
@@ -167,29 +163,31 @@ def code_lengths(values: Ints, widths: NDArray[np.int16], runs: list[Run]) -> tu
         charged[part] = math.log2(SLOTS) - np.log2(run.frequencies.ravel().take(joint))
         ideal[part] = entropy.take(joint)
     symbols = np.concatenate([np.empty(0, np.uint8), *(run.symbols for _, run in chunks)])
-    shifts = _tables(widths)[1]
-    extra = np.zeros(len(values)) if shifts is None else np.where(symbols == ESCAPE, 0.0, shifts)
-    escaped = np.flatnonzero(symbols == ESCAPE)
-    extra[escaped] += LENGTH_BITS + np.maximum(_gamma(values[escaped])[1] - 1, 0)
+    extra = np.zeros(len(values))
+    _, wide, shifts = tables_of(widths)
+    extra[wide] = shifts
+    escaped = symbols == ESCAPE
+    extra[escaped] = LENGTH_BITS + np.maximum(_gamma(values[escaped])[1] - 1, 0)
     return charged + extra, ideal + extra
 
 
-def split(values: Ints, widths: NDArray[np.int16]) -> tuple[Ints, NDArray[np.uint8], Ints | None]:
-    """Integers rounded to the multiples their tables are for, the tables, and the bits split off (None: none at all).
-
-    Any equal shapes.
-    """
-    tables, shifts = _tables(widths)
-    if shifts is not None:
-        values = values + (1 << shifts.astype(np.int64) >> 1) >> shifts
-    return values, tables, shifts
+def tables_of(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """The table of each width (any shape), where in the flat array bits are split off (W,), and how many there (W,)."""
+    wide = np.flatnonzero(widths > WIDEST_TABLE)
+    shifts = (widths.ravel()[wide].astype(np.int64) - WIDEST_TABLE + 7) >> 3
+    tables = (widths - NARROWEST).astype(np.uint8)
+    tables.reshape(-1)[wide] -= (8 * shifts).astype(np.uint8)
+    return tables, wide, shifts
 
 
-def _tables(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int16] | None]:
-    if not widths.size or widths.max() <= WIDEST_TABLE:
-        return (widths - NARROWEST).astype(np.uint8), None
-    shifts = np.maximum(widths - WIDEST_TABLE + 7 >> 3, 0)
-    return (widths - 8 * shifts - NARROWEST).astype(np.uint8), shifts
+def rounded(values: Ints, shifts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Integers (W,) without their low shifts (W,) bits."""
+    return values + (1 << shifts >> 1) >> shifts
+
+
+def _symbols(values: Ints) -> NDArray[np.uint8]:
+    above = (values.astype(np.int32) + CENTRE).view(np.uint32)  # what is below zero becomes very large
+    return np.minimum(above, ESCAPE).astype(np.uint8)
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -200,11 +198,21 @@ def _chunks(n: int) -> Iterator[slice]:
         start = stop
 
 
-def _count(counts: Ints, contexts: Ints, symbols: Ints) -> None:
-    step = 1 << 20  # bounds the memory of the joint index
-    for first in range(0, len(symbols), step):
-        joint = contexts[first : first + step] * np.int64(256) + symbols[first : first + step]
-        counts += np.bincount(joint, minlength=counts.size).reshape(counts.shape)
+def _blocks(tables: Ints, symbols: Ints) -> Iterator[tuple[Ints, NDArray[np.int64]]]:
+    """A million symbols at a time, and their places in a flat (TABLES, 256) array."""
+    for first in range(0, len(symbols), 1 << 20):
+        block = symbols[first : first + (1 << 20)]
+        yield block, tables[first : first + (1 << 20)] * np.int64(256) + block
+
+
+def _escape(tables: Ints, symbols: NDArray[np.uint8], missing: NDArray[np.bool_]) -> None:
+    for block, places in _blocks(tables, symbols):
+        block[missing.ravel().take(places)] = ESCAPE
+
+
+def _count(counts: NDArray[np.int64], tables: Ints, symbols: Ints) -> None:
+    for _, places in _blocks(tables, symbols):
+        counts += np.bincount(places, minlength=counts.size).reshape(counts.shape)
 
 
 def _gamma(values: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
