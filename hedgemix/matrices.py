@@ -76,7 +76,7 @@ def decode(data: bytes, shapes: Sequence[Shape], steps: Steps | None = None) -> 
     matrices: dict[int, NDArray[np.int32]] = {}
     for shape, members in _groups(shapes).items():
         spread = np.concatenate([_spread(bases[k], numbers[2 * k], numbers[2 * k + 1]).ravel() for k in members])
-        values = widths.decode(decoder, spread).reshape(-1, *shape)
+        values = widths.decode(decoder, spread).reshape(len(members), *shape)
         matrices.update(zip(members, values, strict=True))
     decoder.close()
     return [matrices[k] for k in range(len(shapes))]

@@ -78,7 +78,7 @@ def _push(states: Ints, words: list[Ints], entries: Ints, lanes: int) -> None:
     for first in reversed(range(0, len(entries), lanes)):
         frequency = frequencies[first : first + lanes]
         state = states[: len(frequency)]
-        full = np.flatnonzero(state >= limits[first : first + lanes])
+        full = (state >= limits[first : first + lanes]).nonzero()[0]
         over = state[full]
         words.append((over & 0xFFFF).astype(np.uint16))
         state[full] = over >> 16
@@ -132,7 +132,7 @@ class Decoder:
             state *= entry & 0xFFFF
             slot -= entry >> 16
             state += slot
-            empty = np.flatnonzero(state < LOW)
+            empty = (state < LOW).nonzero()[0]
             end = self._position + len(empty)
             if end > len(words):
                 raise CoderError("the coded data ends too early; it was cut or altered")
