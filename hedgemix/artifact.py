@@ -4,23 +4,26 @@ All integers and floats are little-endian.
 
     offset  bytes  content
     0       8      magic 89 48 4D 58 0D 0A 1A 0A (as PNG's: text-mode copying breaks it visibly)
-    8       4      u32 format version, 1
-    12      80     for each of the five sections below: u64 length, u64 length as stored
-    92      ...    the sections as stored, one after the other
+    8       4      u32 format version, 2
+    12      112    for each of the seven sections below: u64 length, u64 length as stored
+    124     ...    the sections as stored, one after the other
     end-32  32     SHA-256 of everything before
 
-    section    coder  content
-    document   lzma   JSON {"header": {...}, "tensors": [[name, kind, shape], ...]}, ASCII, keys and names sorted
-    tokenizer  lzma   the SentencePiece .model
-    codes      zstd   int8 codes of the "quantized" tensors, row-major
-    halves     zstd   float16: the scales of the "quantized" tensors, one for each row, then the "float16" tensors; all
-                      low bytes, then all high bytes
-    singles    zstd   the "float32" tensors
+    section    coder   content
+    document   lzma    JSON {"header": {...}, "tensors": [[name, kind, shape], ...]}, ASCII, keys and names sorted
+    tokenizer  lzma    the SentencePiece .model
+    steps      vectors  step indices of the "stepped" tensors: of each the rows', then the columns'
+    weights    matrices their integer codes, coded with the steps known
+    codes      zstd    int8 codes of the "quantized" tensors, row-major
+    halves     zstd    float16: the scales of the "quantized" tensors, one for each row, then the "float16" tensors; all
+                       low bytes, then all high bytes
+    singles    zstd    the "float32" tensors
 
 Within a section tensors follow the document's order, so offsets are sums of sizes and cannot overlap. lzma is
-FORMAT_ALONE. A zstd section is the shorter of the requested level and of plain Huffman coding: on 8 MB of int5 codes
-Huffman was as short (1 % either way) in 0.03 s instead of 9: there is nothing to match in rounded noise.
-An empty zstd section is stored as nothing.
+FORMAT_ALONE; `vectors` and `matrices` are specified in their modules, and decode with integers only. A step is
+2^(index / 8); a stepped weight is (code * row step) * column step in float32. A zstd section is the shorter of the
+requested level and of plain Huffman coding: on 8 MB of int5 codes Huffman was as short (1 % either way) in 0.03 s
+instead of 9: there is nothing to match in rounded noise. An empty section is stored as nothing, but for the first two.
 """
 
 from __future__ import annotations
@@ -41,24 +44,27 @@ import torch
 import zstandard
 from torch import Tensor
 
+from hedgemix import matrices, vectors, widths
+from hedgemix.files import replacing
+from hedgemix.rans import CoderError
+from hedgemix.stored import LARGEST_INDEX, Stepped, Stored, dequantize, stepped_weights
+
 MAGIC = b"\x89HMX\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
 LARGEST_SECTION = 2**30
-PREFIX = struct.Struct("<8sI10Q")
-KINDS = {"quantized": 1, "float16": 2, "float32": 4}
-"""How a tensor is stored, and the bytes of one element (without the scales)."""
+FREE_NUMBERS, NUMBERS_A_BYTE = 2**22, 256
+"""Most steps, and most weights, that a file may have: FREE_NUMBERS and some for each byte of their section. No real
+model comes near (that would be 1/32 bit a weight), and a file with a wrong table cannot ask for all memory."""
+PREFIX = struct.Struct("<8sI14Q")
+KINDS = {"stepped": 0, "quantized": 1, "float16": 2, "float32": 4}
+"""How a tensor is stored, and the bytes of one element in the sections whose sizes follow from shapes."""
 
 
 class ArtifactError(ValueError):
     """A file that is not a sound artifact, or contents that cannot become one; the message names both and the fix."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A quantized tensor: codes int8 (..., R, C), scale float16 (..., R)."""
-
-    codes: Tensor
-    scale: Tensor
+Table = list[tuple[str, str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -72,57 +78,97 @@ class Artifact:
     n_bytes: int
 
 
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes (..., R, C) * scale (..., R) in float32. Here, as evaluation reads artifacts without the quantizer."""
-    return codes.float() * scale.float()[..., None]
+@dataclass(frozen=True)
+class Parts:
+    """A sound artifact as it is stored, before weights are made of it."""
+
+    header: dict[str, Any]
+    tokenizer: bytes
+    table: Table
+    """Name, kind and shape of each tensor."""
+    stepped: list[Stepped]
+    """Those of this kind, in the table's order."""
+    codes: bytes
+    halves: bytes
+    singles: bytes
+    lengths: dict[str, tuple[int, int]]
+    """Of each section: bytes, and bytes as stored."""
+    sha256: str
+    n_bytes: int
 
 
-def write(
-    path: str | Path, header: dict[str, Any], tokenizer: bytes, tensors: Mapping[str, Stored | Tensor], zstd_level: int
-) -> int:
-    """Writes the artifact atomically and returns its bytes; the same contents give the same bytes.
+SECTIONS = ("document", "tokenizer", "steps", "weights", "codes", "halves", "singles")
+Tensors = Mapping[str, "Stepped | Stored | Tensor"]
 
-    header: anything JSON. tensors: quantized ones, or plain ones in float16 or float32, which is how they are stored.
-    Raises ArtifactError for other types, values that are not finite, or a header that is not JSON.
+
+def write(path: str | Path, header: dict[str, Any], tokenizer: bytes, tensors: Tensors, zstd_level: int) -> int:
+    """Writes the artifact atomically and returns its bytes; see `pack`."""
+    content = pack(header, tokenizer, tensors, zstd_level, str(path))
+    _, _, *lengths = PREFIX.unpack_from(content)
+    shapes = [(each.codes.shape[0], each.codes.shape[1]) for each in tensors.values() if isinstance(each, Stepped)]
+    _check_count(Path(path), shapes, lengths[5], lengths[7])
+    with replacing(Path(path)) as file:
+        file.write(content)
+    return len(content)
+
+
+def pack(
+    header: dict[str, Any], tokenizer: bytes, tensors: Tensors, zstd_level: int, name_of_file: str = "artifact"
+) -> bytes:
+    """The bytes of an artifact; the same contents give the same bytes.
+
+    header: anything JSON. tensors: stepped or quantized ones, or plain ones in float16 or float32, which is how they
+    are stored. Raises ArtifactError, beginning with the file's name, for other types, values that are not finite, or a
+    header that is not JSON.
     """
-    path = Path(path)
     table: list[tuple[str, str, list[int]]] = []
-    codes: list[bytes] = []
-    scales: list[bytes] = []
-    halves: list[bytes] = []
-    singles: list[bytes] = []
+    weights: list[np.ndarray] = []
+    indices: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: dict[str, list[bytes]] = {"codes": [], "scales": [], "float16": [], "float32": []}
+
+    def refuse(problem: str) -> ArtifactError:
+        return ArtifactError(f"{name_of_file}: {problem}")
+
     for name, tensor in sorted(tensors.items()):
-        if isinstance(tensor, Stored):
+        if isinstance(tensor, Stepped):
+            _check_stepped(name, tensor)
+            table.append((name, "stepped", list(tensor.codes.shape)))
+            weights.append(tensor.codes.detach().cpu().numpy())
+            indices.append((tensor.row_index.cpu().numpy(), tensor.column_index.cpu().numpy()))
+        elif isinstance(tensor, Stored):
             _check_stored(name, tensor)
             table.append((name, "quantized", list(tensor.codes.shape)))
-            codes.append(_raw(tensor.codes, "i1"))
-            scales.append(_raw(tensor.scale, "<f2"))
-            continue
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in ("float16", "float32"):
-            raise ArtifactError(f"{path}: tensor {name!r} is {kind}; quantize it or convert it to float16 or float32")
-        if not tensor.isfinite().all():
-            raise ArtifactError(
-                f"{path}: tensor {name!r} has values that are not finite in {kind}; store it as float32"
-            )
-        table.append((name, kind, list(tensor.shape)))
-        (halves if kind == "float16" else singles).append(_raw(tensor, "<f2" if kind == "float16" else "<f4"))
+            parts["codes"].append(_raw(tensor.codes, "i1"))
+            parts["scales"].append(_raw(tensor.scale, "<f2"))
+        else:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            if kind not in ("float16", "float32"):
+                raise refuse(f"tensor {name!r} is {kind}; quantize it or convert it to float16 or float32")
+            if not tensor.isfinite().all():
+                raise refuse(f"tensor {name!r} has values that are not finite in {kind}; store it as float32")
+            table.append((name, kind, list(tensor.shape)))
+            parts[kind].append(_raw(tensor, "<f2" if kind == "float16" else "<f4"))
     try:
         document = json.dumps(
             {"header": header, "tensors": table}, sort_keys=True, separators=(",", ":"), allow_nan=False
         )
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: the header is not JSON ({error}); use plain numbers, texts, lists") from None
+        raise refuse(f"the header is not JSON ({error}); use plain numbers, texts, lists") from None
 
-    half_bytes = b"".join(scales + halves)
-    plain = [document.encode(), tokenizer, b"".join(codes), half_bytes[::2] + half_bytes[1::2], b"".join(singles)]
-    if max(map(len, plain)) > LARGEST_SECTION:
-        raise ArtifactError(f"{path}: a section is over {LARGEST_SECTION:,} bytes; the format is for small models")
-    stored = [_lzma(part) for part in plain[:2]] + [_zstd(part, zstd_level) for part in plain[2:]]
-    lengths = [length for pair in zip(plain, stored, strict=True) for length in map(len, pair)]
-    content = PREFIX.pack(MAGIC, VERSION, *lengths) + b"".join(stored)
-    _replace(path, content + hashlib.sha256(content).digest())
-    return len(content) + 32
+    halves = b"".join(parts["scales"] + parts["float16"])
+    steps = [(rows.astype(np.int64), columns.astype(np.int64)) for rows, columns in indices]
+    coded = [b"", b""]
+    if weights:
+        coded = [vectors.encode([vector for pair in steps for vector in pair]), matrices.encode(weights, steps)]
+    plain = [b"".join(parts["codes"]), halves[::2] + halves[1::2], b"".join(parts["float32"])]
+    sections = [(len(part), _lzma(part)) for part in (document.encode(), tokenizer)]
+    sections += [(len(part), part) for part in coded]
+    sections += [(len(part), _zstd(part, zstd_level)) for part in plain]
+    if max(length for length, _ in sections) > LARGEST_SECTION:
+        raise refuse(f"a section is over {LARGEST_SECTION:,} bytes; the format is for small models")
+    lengths = [number for length, part in sections for number in (length, len(part))]
+    content = PREFIX.pack(MAGIC, VERSION, *lengths) + b"".join(part for _, part in sections)
+    return content + hashlib.sha256(content).digest()
 
 
 def read(path: str | Path) -> Artifact:
@@ -130,6 +176,12 @@ def read(path: str | Path) -> Artifact:
 
     Nothing is decompressed before the checksum and the declared sizes (at most 1 GiB a section) were checked.
     """
+    parts = read_parts(path)
+    return Artifact(parts.header, parts.tokenizer, _tensors(Path(path), parts), parts.sha256, parts.n_bytes)
+
+
+def read_parts(path: str | Path) -> Parts:
+    """The same as `read`, but for the tensors, which stay codes and steps."""
     path = Path(path)
     with path.open("rb") as file:
         n_bytes = os.fstat(file.fileno()).st_size
@@ -138,26 +190,68 @@ def read(path: str | Path) -> Artifact:
         content = prefix + file.read(n_bytes - PREFIX.size)
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ArtifactError(f"{path} was altered: its checksum does not match; copy it again from its source")
-    sections, start = [], PREFIX.size
-    for index, (length, stored) in enumerate(lengths):
-        part = content[start : start + stored]
+    parts, start = [], PREFIX.size
+    for _, stored in lengths:
+        parts.append(content[start : start + stored])
         start += stored
-        sections.append(_unlzma(path, part, length) if index < 2 else _unzstd(path, part, length))
-    document, tokenizer, codes, planes, singles = sections
+    declared = [length for length, _ in lengths]
+    document, tokenizer = (_unlzma(path, part, length) for part, length in zip(parts[:2], declared, strict=False))
+    codes, planes, singles = (_unzstd(path, part, length) for part, length in zip(parts[4:], declared[4:], strict=True))
     header, table = _document(path, document)
     _check_sizes(path, table, len(codes), len(planes), len(singles))
-    halves = np.frombuffer(planes, np.uint8).reshape(2, -1).T.tobytes()
-    return Artifact(
+    return Parts(
         header=header,
         tokenizer=tokenizer,
-        tensors=_tensors(path, table, codes, halves, singles),
+        table=table,
+        stepped=_stepped(path, [(shape[0], shape[1]) for _, kind, shape in table if kind == "stepped"], *parts[2:4]),
+        codes=codes,
+        halves=np.frombuffer(planes, np.uint8).reshape(2, -1).T.tobytes(),
+        singles=singles,
+        lengths=dict(zip(SECTIONS, lengths, strict=True)),
         sha256=hashlib.sha256(content).hexdigest(),
         n_bytes=n_bytes,
     )
 
 
+def _stepped(path: Path, shapes: list[tuple[int, int]], steps: bytes, weights: bytes) -> list[Stepped]:
+    """The stepped tensors, in the document's order."""
+    if not shapes:
+        if weights or steps:
+            raise ArtifactError(f"{path}: it has steps and no tensor for them; write the artifact again")
+        return []
+    _check_count(path, shapes, len(steps), len(weights))
+    try:
+        index = vectors.decode(steps, [length for shape in shapes for length in shape])
+        if any(len(each) and abs(each).max() > LARGEST_INDEX for each in index):
+            raise ArtifactError(f"{path}: a step is out of range; write the artifact again")
+        pairs = list(zip(index[::2], index[1::2], strict=True))
+        codes = matrices.decode(weights, shapes, pairs)
+    except CoderError as error:
+        raise ArtifactError(f"{path}: its weights cannot be decoded ({error}); write the artifact again") from None
+    return [
+        Stepped(torch.from_numpy(matrix), *(torch.from_numpy(each.astype(np.int8)) for each in pair))
+        for matrix, pair in zip(codes, pairs, strict=True)
+    ]
+
+
+def _check_count(path: Path, shapes: list[tuple[int, int]], n_steps: int, n_weights: int) -> None:
+    for wanted, stored in ((sum(map(sum, shapes)), n_steps), (sum(map(math.prod, shapes)), n_weights)):
+        if wanted > FREE_NUMBERS + NUMBERS_A_BYTE * stored:
+            raise ArtifactError(f"{path}: its tensors are too large for their {stored:,} bytes; check what made it")
+
+
 def _raw(tensor: Tensor, dtype: str) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
+
+
+def _check_stepped(name: str, tensor: Stepped) -> None:
+    shapes = tuple(tensor.codes.shape), (*tensor.row_index.shape, *tensor.column_index.shape)
+    types = tensor.codes.dtype, tensor.row_index.dtype, tensor.column_index.dtype
+    if shapes[0] != shapes[1] or types != (torch.int32, torch.int8, torch.int8):
+        raise ArtifactError(f"tensor {name!r}: codes {shapes[0]} and steps {shapes[1]} of types {types} do not fit")
+    parts = (tensor.codes, widths.LARGEST), (tensor.row_index, LARGEST_INDEX), (tensor.column_index, LARGEST_INDEX)
+    if any(part.numel() and (part.min() < -most or part.max() > most) for part, most in parts):
+        raise ArtifactError(f"tensor {name!r}: codes or steps out of range; check that training converged")
 
 
 def _check_stored(name: str, stored: Stored) -> None:
@@ -182,19 +276,6 @@ def _zstd(data: bytes, level: int) -> bytes:
     )
     compressors = zstandard.ZstdCompressor(level=level), zstandard.ZstdCompressor(compression_params=huffman)
     return min((compressor.compress(data) for compressor in compressors), key=len)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lengths(path: Path, prefix: bytes, n_bytes: int) -> list[tuple[int, int]]:
@@ -239,9 +320,6 @@ def _unzstd(path: Path, data: bytes, length: int) -> bytes:
         raise ArtifactError(f"{path}: a section cannot be decompressed ({error}); write the artifact again") from None
 
 
-Table = list[tuple[str, str, tuple[int, ...]]]
-
-
 def _document(path: Path, data: bytes) -> tuple[dict[str, Any], Table]:
     try:
         document = json.loads(data)
@@ -254,12 +332,12 @@ def _document(path: Path, data: bytes) -> tuple[dict[str, Any], Table]:
 
 
 def _check_sizes(path: Path, table: Table, n_codes: int, n_halves: int, n_singles: int) -> None:
-    sizes = {"quantized": 0, "float16": 0, "float32": 0}
+    sizes = dict.fromkeys(KINDS, 0)
     for name, kind, shape in table:
         if not isinstance(name, str) or not isinstance(kind, str) or kind not in KINDS:
             raise ArtifactError(f"{path}: tensor {name!r} is of unknown kind {kind!r}; use the hedgemix it names")
         sizes_fit = all(type(size) is int and 0 <= size <= LARGEST_SECTION for size in shape)
-        if not sizes_fit or not (kind == "quantized") <= len(shape) <= 8:
+        if not sizes_fit or not (kind == "quantized") <= len(shape) <= 8 or (kind == "stepped" and len(shape) != 2):
             raise ArtifactError(f"{path}: tensor {name!r} has the impossible shape {shape}; write the artifact again")
         sizes[kind] += KINDS[kind] * math.prod(shape)
         if kind == "quantized":
@@ -270,12 +348,16 @@ def _check_sizes(path: Path, table: Table, n_codes: int, n_halves: int, n_single
         raise ArtifactError(f"{path}: a tensor is listed twice; write the artifact again")
 
 
-def _tensors(path: Path, table: Table, codes: bytes, halves: bytes, singles: bytes) -> dict[str, Tensor]:
-    parts = {"quantized": np.frombuffer(codes, "i1"), "float32": np.frombuffer(singles, "<f4")}
-    n_scales = sum(math.prod(shape[:-1]) for _, kind, shape in table if kind == "quantized")
-    scales, parts["float16"] = np.split(np.frombuffer(halves, "<f2"), [n_scales])
+def _tensors(path: Path, stored: Parts) -> dict[str, Tensor]:
+    stepped = iter(stored.stepped)
+    parts = {"quantized": np.frombuffer(stored.codes, "i1"), "float32": np.frombuffer(stored.singles, "<f4")}
+    n_scales = sum(math.prod(shape[:-1]) for _, kind, shape in stored.table if kind == "quantized")
+    scales, parts["float16"] = np.split(np.frombuffer(stored.halves, "<f2"), [n_scales])
     tensors = {}
-    for name, kind, shape in table:
+    for name, kind, shape in stored.table:
+        if kind == "stepped":
+            tensors[name] = stepped_weights(next(stepped))
+            continue
         values, parts[kind] = np.split(parts[kind], [math.prod(shape)])
         tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
         if kind == "quantized":

@@ -1,48 +1,145 @@
-"""Calibration: second moments of every quantized matrix's input, on training tokens only."""
+"""Calibration: how much each quantized weight matters, from second moments on training tokens only.
+
+Near trained weights, an error E (R, C) of a matrix adds about 1/2 sum_r G_r e_r H e_r^T nats a token, where H is the
+second moment of the matrix's inputs and G_r that of the loss's gradient at output r, its labels drawn from the model
+itself (the Fisher information: Martens and Grosse 2015, K-FAC, with a diagonal output factor). The same form holds for
+a table of embeddings with H the second moment of the gradient at the embedding, and G_r how often row r is read; and
+for the tied output layer, where the moment of its gradient is known in closed form.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hedgemix import ranks
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
 from hedgemix.gptq import add_inputs
-from hedgemix.model import Model
+from hedgemix.model import Linear, Model
+from hedgemix.shards import TokenStream
+
+FREQUENCY_TOKENS = 4_000_000
+"""Training tokens in which the rows of tables are counted: reading them is all it takes."""
 
 
-@torch.no_grad()
-def calibrate(
-    model: Model, batches: Batches, config: TrainConfig, device: torch.device
-) -> tuple[dict[str, Tensor], int]:
-    """Unnormalised Hessians (sum of x x^T, float32 (C, C)) of every distinct matrix input over calibration sequences
-    of the training stream, and the number of positions summed. Ranks add up to the same as one rank."""
-    matrices = model.matrices()
-    sums = {
-        name: torch.zeros(matrices[name].in_features, matrices[name].in_features, device=device)
-        for name in model.inputs()
-    }
+@dataclass(frozen=True)
+class Moments:
+    """By tensor name, a token's mean. Matrices with one input share one Hessian, under `Model.inputs`' key."""
 
-    def collect(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            add_inputs(sums[name], arguments[0].flatten(0, -2))
+    columns: dict[str, Tensor]
+    """H, float32 (C, C)."""
+    rows: dict[str, Tensor]
+    """G, float32 (R,)."""
 
-        return hook
 
-    hooks = [matrices[name].register_forward_pre_hook(collect(name)) for name in sums]
+def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch.device) -> Moments:
+    """Moments of every matrix and table over calibration sequences of the training stream.
+
+    One forward and one backward pass; the Hessians take 4 C^2 bytes for each distinct input. Ranks add up to what one
+    rank gives: labels are drawn by sequence, not by rank.
+    """
+    shared, linears = model.inputs(), matrices(model)
+    owners = [*shared, *(name for name in linears if not name.startswith("blocks."))]
+    tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    columns = {name: square(linears[name].in_features, device) for name in owners}
+    columns |= {name: square(table.embedding_dim, device) for name, table in tables.items()}
+    rows = {name: torch.zeros(linear.out_features, device=device) for name, linear in linears.items()}
+    rows |= {name: torch.zeros(table.num_embeddings, device=device) for name, table in tables.items()}
+    hooks = [linears[name].register_forward_pre_hook(inputs_to(columns[name])) for name in owners]
+    hooks += [linear.register_forward_hook(squares_to(rows[name])) for name, linear in linears.items()]
+    hooks += [table.register_forward_hook(gradients_to(columns[n])) for n, table in tables.items() if n != TIED]
     chosen = Batches(batches.stream, config.sequence_tokens, config.calibration_sequences, seed=0)
     try:
         for indices in chosen.microbatches(0, ranks.rank(), ranks.world_size(), config.microbatch_sequences):
             tokens, _ = batches.read(indices, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                model.features(tokens)
+                features = model.features(tokens)
+                logits = model.logits(features)
+            add_inputs(columns[TIED], features.detach())
+            labels = drawn(logits.detach(), indices, model.config.logit_cap, rows[TIED])
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+            model.zero_grad(set_to_none=True)
     finally:
         for hook in hooks:
             hook.remove()
-    for value in sums.values():
-        ranks.sum_over(value)
-    return sums, config.calibration_sequences * config.sequence_tokens
+    count = config.calibration_sequences * config.sequence_tokens
+    for moment in (*columns.values(), *rows.values()):
+        ranks.sum_over(moment).div_(count)
+    return Moments(columns, rows | frequencies(model, batches.stream, device))
+
+
+TIED = "embedding.weight"
+"""Read as the output layer, which outweighs its other use as the token embedding."""
+
+
+def matrices(model: Model) -> dict[str, Linear]:
+    """Every matrix of the model, by the name of its weight."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def square(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, size, device=device)
+
+
+def inputs_to(total: Tensor) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        add_inputs(total, arguments[0].detach().flatten(0, -2))
+
+    return hook
+
+
+def squares_to(total: Tensor) -> Callable[..., None]:
+    """Sums the squared gradients at a module's outputs."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def collect(gradient: Tensor) -> None:
+            total.add_(gradient.detach().float().flatten(0, -2).square().sum(0))
+
+        output.register_hook(collect)
+
+    return hook
+
+
+def gradients_to(total: Tensor) -> Callable[..., None]:
+    """Sums the outer products of the gradient at a table's outputs."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def collect(gradient: Tensor) -> None:
+            add_inputs(total, gradient.detach().flatten(0, -2))
+
+        output.register_hook(collect)
+
+    return hook
+
+
+@torch.no_grad()
+def drawn(logits_BTV: Tensor, indices: np.ndarray, cap: float, total_V: Tensor) -> Tensor:
+    """Labels (B, T) drawn from the model, each sequence by its own generator; and to `total_V` is added the expected
+    squared gradient before the cap, `p (1 - p) (1 - tanh^2)^2`."""
+    p_BTV = logits_BTV.softmax(-1)
+    slope_BTV = 1 - (logits_BTV / cap).square()
+    total_V.add_((p_BTV * (1 - p_BTV) * slope_BTV.square()).flatten(0, 1).sum(0))
+    uniform = [torch.rand(p_BTV.shape[1], generator=torch.Generator().manual_seed(int(index))) for index in indices]
+    chance_BT1 = torch.stack(uniform)[..., None].to(p_BTV.device)
+    # A GPU's sums of floats are refused where the same bits are promised again; a CPU's are not.
+    place = "cpu" if torch.are_deterministic_algorithms_enabled() else p_BTV.device
+    cumulative_BTV = p_BTV.to(place).cumsum(-1).to(p_BTV.device)
+    return torch.searchsorted(cumulative_BTV, chance_BT1)[..., 0].clamp_max(p_BTV.shape[-1] - 1)
+
+
+def frequencies(model: Model, stream: TokenStream, device: torch.device) -> dict[str, Tensor]:
+    """How often a token reads each row of the tables that are only read (not the tied one)."""
+    tokens = torch.from_numpy(stream.read(0, min(len(stream), FREQUENCY_TOKENS)).astype(np.int64)).to(device)
+    read = {}
+    if model.value_embedding is not None:
+        read["value_embedding.table.weight"] = torch.bincount(tokens, minlength=model.vocab_size)
+    if model.bigram is not None:
+        read["bigram.table.weight"] = torch.bincount(model.bigram.rows(tokens[None])[0], minlength=model.bigram.buckets)
+    return {name: count.float() / len(tokens) for name, count in read.items()}

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import audit, codec, dataset, fineweb, scorer
+from hedgemix import anatomy, audit, codec, dataset, fineweb, scorer
 from hedgemix.artifact import ArtifactError
 from hedgemix.codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
@@ -76,6 +76,14 @@ class Decompress:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Show where the bytes of an artifact go: by section and by tensor, with bits a weight and steps."""
+
+    artifact: tyro.conf.Positional[Path]
+    """The artifact (.hmx) that a run made."""
+
+
+@dataclass(frozen=True)
 class Audit:
     """Derive the score of a finished run again and check every rule it has to keep; or audit another scorer.
 
@@ -118,9 +126,10 @@ def main() -> None:
         Prepare: _prepare,
         Compress: _compress,
         Decompress: _decompress,
+        Inspect: _inspect,
         Audit: _audit,
     }
-    either: Any = Download | Prepare | Compress | Decompress | Audit
+    either: Any = Download | Prepare | Compress | Decompress | Inspect | Audit
     command = tyro.cli(either, prog="hedgemix", description=__doc__)
     try:
         commands[type(command)](command)
@@ -183,6 +192,10 @@ def _bar(name: str) -> Iterator[Log]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=1.0)
         yield lambda record: bar.update(task, completed=record["fraction"])
+
+
+def _inspect(command: Inspect) -> None:
+    anatomy.show(command.artifact, Console(highlight=False))
 
 
 def _audit(command: Audit) -> None:

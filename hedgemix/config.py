@@ -135,20 +135,27 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
+    method: Literal["stepped", "reference"] = "stepped"
+    """stepped: steps by row and column from what weights matter, entropy coded. reference: the published export, for
+    comparison (fields marked so are its own)."""
+    loss_nats: float = 5e-4
+    """stepped: loss a token that quantization is expected to add, unless bytes demand more."""
+    target_bytes: int = 0
+    """stepped: most bytes of the artifact (0: what limits.total_bytes leaves beside the code)."""
     matrix_bits: int = 5
-    """Bits of attention and MLP matrices (GPTQ)."""
+    """reference: bits of attention and MLP matrices (GPTQ)."""
     table_bits: int = 8
-    """Bits of embeddings and other large tables (rounded per row)."""
+    """reference: bits of embeddings and other large tables (rounded per row)."""
     damping: float = 0.01
     """Share of the Hessian's mean diagonal added to its diagonal."""
     block_columns: int = 128
     clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-    """Candidates for each row's clipping point; the one with the least rounding error is kept (Hessian-weighted for
-    matrices)."""
+    """reference: candidates for each row's clipping point; the one with the least rounding error is kept
+    (Hessian-weighted for matrices)."""
     scale_floor: float = 0.0
-    """Smallest step of a row (the reference's 1/15 caps the artifact's size at the cost of accuracy)."""
+    """reference: smallest step of a row (the published 1/15 caps the artifact's size at the cost of accuracy)."""
     prune_fraction: float = 0.0
-    """Share of the smallest weights of each large matrix set to zero first."""
+    """reference: share of the smallest weights of each large matrix set to zero first."""
     zstd_level: int = 1
     """Codes hardly repeat, so a higher level takes up to 100 times longer for 0.04 % fewer bytes."""
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hedgemix.artifact import Stored, dequantize
 from hedgemix.config import RecipeError
+from hedgemix.stored import Stored, dequantize
 
 __all__ = ["Quantized", "add_inputs", "check_settings", "dequantize", "prune", "quantize", "round_rows"]
 
@@ -94,16 +94,16 @@ def quantize(
         live_C = diagonal_C > 0
         order_C = torch.argsort(diagonal_C, descending=True, stable=True)
         hessian_BCC[b] = sum_CC[order_C[:, None], order_C] / count
-        back_BCC[b], used = _factor(hessian_BCC[b], damping, f"{name}[{b}]" if batched else name)
+        back_BCC[b], _, used = factor(hessian_BCC[b], damping, f"{name}[{b}]" if batched else name)
         ordered_BRC[b] = (weight_BRC[b] * live_C)[:, order_C]
         orders.append(order_C)
         dampings.append(used)
 
     scale_BR = _search(ordered_BRC, clip_quantiles, levels, scale_floor, name, hessian_BCC)
-    codes_BCR = _round_columns(ordered_BRC / scale_BR.float()[..., None], back_BCC, levels, block_columns)
+    codes_BCR = _round_columns(ordered_BRC / scale_BR.float()[..., None], back_BCC, block_columns, levels)
     codes_BRC = torch.empty_like(ordered_BRC, dtype=torch.int8)
     for b, order_C in enumerate(orders):
-        codes_BRC[b, :, order_C] = codes_BCR[b].mT
+        codes_BRC[b, :, order_C] = codes_BCR[b].mT.to(torch.int8)
     result = Quantized(codes_BRC, scale_BR, torch.tensor(dampings, dtype=torch.float64))
     return result if batched else result.unbind()[0]
 
@@ -165,8 +165,9 @@ def _check_tensors(weight_BRC: Tensor, sum_BCC: Tensor, count: int, name: str) -
             raise ValueError(f"{name}: its {what} are not all finite{where}")
 
 
-def _factor(hessian_CC: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
-    """Damps H in place; returns U^T of H = U U^T with its diagonal scaled to one, and the damping it took."""
+def factor(hessian_CC: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor, float]:
+    """Damps H in place; of H = U U^T returns U^T with its diagonal scaled to one, the squared diagonal (C,) and the
+    damping it took. Raises ValueError when none is enough."""
     diagonal_C = hessian_CC.diagonal().clone()
     live_C = diagonal_C > 0
     mean = float(diagonal_C[live_C].double().mean()) if live_C.any() else 1.0
@@ -177,9 +178,23 @@ def _factor(hessian_CC: Tensor, damping: float, name: str) -> tuple[Tensor, floa
         lower_CC, failed = torch.linalg.cholesky_ex(hessian_CC.flip(0, 1).double())  # condition up to C / damping
         pivots_C = lower_CC.diagonal()
         if not failed and pivots_C.square().min() >= PIVOT_FLOOR * mean:
-            return (lower_CC / pivots_C).float().flip(0, 1).mT, used
+            return (lower_CC / pivots_C).float().flip(0, 1).mT, pivots_C.square().float().flip(0), used
         used = max(10 * used, 1e-6)
     raise ValueError(f"{name}: no damping up to {LARGEST_DAMPING:g} makes its Hessian positive definite")
+
+
+@torch.no_grad()
+def round_to_steps(
+    weight_BRC: Tensor, back_BCC: Tensor, row_steps_BR: Tensor, column_steps_BC: Tensor, block_columns: int
+) -> Tensor:
+    """Codes int32 (B, R, C) of weights whose steps are `row * column`, without a clip, in natural column order.
+
+    back: what `factor` returns, one for each weight. With a step for each column the order makes no difference worth
+    a permutation.
+    """
+    in_steps_BRC = weight_BRC.float() / row_steps_BR[..., None] / column_steps_BC[:, None]
+    scaled_BCC = back_BCC * column_steps_BC[:, None] / column_steps_BC[..., None]  # of errors counted in steps
+    return _round_columns(in_steps_BRC, scaled_BCC, block_columns, None).mT.to(torch.int32)
 
 
 def _search(
@@ -217,10 +232,11 @@ def _quantiles(magnitude_BRC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     return torch.lerp(low_QBR, high_QBR, part_Q.view(-1, *[1] * (low_QBR.ndim - 1)))
 
 
-def _round_columns(weight_BRC: Tensor, back_BCC: Tensor, levels: int, block: int) -> Tensor:
-    """Codes int8 (B, C, R) of weights given in steps; back is what `_factor` returns: row k weighs earlier errors."""
+def _round_columns(weight_BRC: Tensor, back_BCC: Tensor, block: int, levels: int | None) -> Tensor:
+    """Codes (B, C, R), float32 integers, of weights given in steps; back is what `factor` returns: row k weighs earlier
+    errors. levels None: no largest code."""
     rest_BCR = weight_BRC.mT.contiguous()  # rounded columns hold their errors, the others still their weights
-    codes_BCR = torch.empty_like(rest_BCR, dtype=torch.int8)
+    codes_BCR = torch.empty_like(rest_BCR)
     columns = rest_BCR.shape[1]
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -229,9 +245,11 @@ def _round_columns(weight_BRC: Tensor, back_BCC: Tensor, levels: int, block: int
             target_B1R = target_BKR[:, k - start : k - start + 1]
             if k > start:
                 target_B1R.baddbmm_(back_BCC[:, k : k + 1, start:k], rest_BCR[:, start:k])
+            if levels is not None:
+                target_B1R.clamp_(-levels, levels)
             # Rounds half to even, as round_ does, but round_ starts all threads for these few numbers: on a busy
             # machine their barrier made the loop 10 times slower.
-            target_B1R.clamp_(-levels, levels).add_(ROUNDER).sub_(ROUNDER)
+            target_B1R.add_(ROUNDER).sub_(ROUNDER)
             rest_BCR[:, k : k + 1] -= target_B1R
         codes_BCR[:, start:stop] = target_BKR
     return codes_BCR

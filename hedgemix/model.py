@@ -215,11 +215,14 @@ class BigramEmbedding(nn.Module):
         self.project = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def rows(self, tokens_BT: Tensor) -> Tensor:
+        """The table's row for each position."""
         current, previous = tokens_BT[:, 1:], tokens_BT[:, :-1]
         row = torch.bitwise_xor(HASH_CURRENT * current, HASH_PREVIOUS * previous) % (self.buckets - 1)
-        row = F.pad(row, (1, 0), value=self.buckets - 1)
-        return self.project(self.table(row)) * self.scale
+        return F.pad(row, (1, 0), value=self.buckets - 1)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.project(self.table(self.rows(tokens_BT))) * self.scale
 
 
 class ValueEmbedding(nn.Module):

@@ -13,7 +13,6 @@ from hedgemix.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
-    QuantizeConfig,
     Recipe,
     RecipeError,
     TrainConfig,
@@ -88,7 +87,6 @@ def record() -> Recipe:
         data=fineweb(),
         train=TrainConfig(late_qat=True, checkpoint_seconds=200),  # one takes seconds of the budget
         evaluate=EvaluateConfig(ttt=reference),
-        quantize=QuantizeConfig(scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22),
     )
 
 

@@ -5,7 +5,7 @@ It counts over restarts: what a lost worker used stays used. The last `reserve_s
 the weights and for the calibration that quantization needs; both are done here, on training tokens only.
 
 A folder holds: checkpoint.pt (resume), clock.json (budget used), log.jsonl (one line a step), then weights.pt (the
-averaged weights) and hessians.pt (calibration).
+averaged weights) and moments.pt (calibration).
 """
 
 from __future__ import annotations
@@ -153,10 +153,11 @@ def train(
     run.ema.swap()
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
-    hessians, count = calibrate(model, batches, config, device)
+    moments = calibrate(model, batches, config, device)
     if ranks.rank() == 0:
         save_tensors(folder / "weights.pt", {name: value.cpu() for name, value in model.state_dict().items()})
-        save_tensors(folder / "hessians.pt", {"sums": {k: h.cpu() for k, h in hessians.items()}, "count": count})
+        kept = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
+        save_tensors(folder / "moments.pt", kept)
     synchronise(device)
     clock.note()
     train_seconds = clock.elapsed()
@@ -361,8 +362,9 @@ def validate(recipe: Recipe, workers: int | None = None) -> None:
             f"{config.sequence_tokens} times {workers} workers; use "
             f"{max(1, config.batch_tokens // (config.sequence_tokens * workers)) * config.sequence_tokens * workers}"
         )
-    if config.late_qat and 2 ** (recipe.quantize.matrix_bits - 1) - 1 != QAT_LEVELS:
-        raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {recipe.quantize.matrix_bits}")
+    export = recipe.quantize
+    if config.late_qat and export.method == "reference" and 2 ** (export.matrix_bits - 1) - 1 != QAT_LEVELS:
+        raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {export.matrix_bits}")
     if config.late_qat and config.compile and config.warmup_steps < 2:
         raise RecipeError("train.warmup_steps must be at least 2 with late_qat: each kind of step is compiled once")
     if not config.steps and config.budget_seconds <= config.reserve_seconds:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.files import replacing
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ class Row:
     """Part of quantize_seconds in GPTQ and rounding; the rest is reading, compressing and reading back."""
     largest_damping: float | None = None
     """Largest damping GPTQ needed, as a share of a Hessian's mean diagonal."""
+    theta: float | None = None
+    """What sets all quantization steps together; larger means coarser (empty for the reference's export)."""
+    expected_loss_nats: float | None = None
+    """Nats a token that quantization was expected to add (empty for the reference's export)."""
+    bits_per_weight: float | None = None
+    """All bits of the artifact, tokenizer and configuration too, over the parameters."""
     score_seconds: float | None = None
     """Scoring the full-precision weights, for bpb_full."""
     counts_seconds: float | None = None

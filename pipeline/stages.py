@@ -1,6 +1,6 @@
 """What each step does once it has its machine: plain functions from files to files, no Ray.
 
-train -> weights.pt, hessians.pt;  score: bits per byte of those weights;  quantize -> artifact.hmx;
+train -> weights.pt, moments.pt;  score: bits per byte of those weights;  quantize -> artifact.hmx;
 counts: n-gram index of the validation text;  evaluate: the score, from the artifact and the tokens alone.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from hedgemix import artifact, bundle, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
+from hedgemix.calibrate import Moments
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors
-from hedgemix.model import Model
+from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.train import train
 
@@ -46,9 +48,7 @@ def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Pa
     device = pick_device(recipe)
     model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
     model.load_state_dict(load_tensors(train_folder / "weights.pt"))
-    hessians = load_tensors(train_folder / "hessians.pt", device)
-    tensors, report = quantize_model(model.to(device), hessians["sums"], hessians["count"], recipe.quantize)
-    path = folder / ARTIFACT
+    moments = Moments(**load_tensors(train_folder / "moments.pt", device))
     header = {
         "recipe": recipe.recipe,
         "seed": seed,
@@ -56,10 +56,17 @@ def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Pa
         "vocab_size": dataset.vocab_size,
         "context_tokens": recipe.train.sequence_tokens,
     }
+    pack = partial(artifact.pack, header, Path(dataset.tokenizer).read_bytes(), zstd_level=recipe.quantize.zstd_level)
+    target = recipe.quantize.target_bytes or recipe.limits.total_bytes - bundle.decoder_bytes(recipe.evaluate)
+    tensors, report = quantize_model(
+        model.to(device), moments, recipe.quantize, target, lambda tensors: len(pack(tensors=tensors))
+    )
+    path = folder / ARTIFACT
     size = artifact.write(path, header, Path(dataset.tokenizer).read_bytes(), tensors, recipe.quantize.zstd_level)
     return {
         **report,
         "artifact_bytes": size,
+        "bits_per_weight": 8 * size / parameter_count(model),
         "artifact_sha256": artifact.read(path).sha256,  # reads back what was written: a bad file stops here
     }
 

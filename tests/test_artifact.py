@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,31 @@ import torch
 import zstandard
 from torch import Tensor
 
-from hedgemix import artifact
-from hedgemix.artifact import PREFIX, Artifact, ArtifactError, Stored
+from hedgemix import artifact, matrices, vectors
+from hedgemix.artifact import PREFIX, Artifact, ArtifactError
+from hedgemix.stored import Stepped, Stored, dequantize, stepped_weights
 
 HEADER = {"model": {"layers": 2, "width": 8}, "seed": 7, "recipe": "t\u00e9st"}
 TOKENIZER = bytes(range(256))
 GOLDEN = """
-89484d580d0a1a0a01000000740000000000000078000000000000000900000000000000200000000000000006000000000000000f000000
-000000000800000000000000110000000000000004000000000000000d000000000000005d00000004ffffffffffffffff003d88890693b6
-29d7f1d53aa79e5d566577aed334a0dba13728e5df5986f01f53494d99607036d3ec52ab43c6579ffd060b3f54776e0d2070100a408b5a52
-28c544fd66ec2ec7e918c8c00da5a27ea0b85c2a577e5026725b8293db573c79d735f7890e97aaa2fed2e0805d00000004ffffffffffffff
-ff003a1bc9a93f270a0416fd4b1c3ffffe93500028b52ffd2006310000f1000f0102fd28b52ffd20084100000000000038343ec028b52ffd
-2004210000cdcccc3ded5e720e7af59a48ce7015dccf0087369113dd1c19d5957944690ee89f516024
+89484d580d0a1a0a020000009000000000000000820000000000000009000000000000002000000000000000080000000000000008000000
+000000000e000000000000000e0000000000000006000000000000000f000000000000000800000000000000110000000000000004000000
+000000000d000000000000005d00000004ffffffffffffffff003d88890693b629d7f1d53aa79e5d566577aed334a0dba13728e5df5986f0
+1f53494d99607036d3ec52ab43c6579ffd060b3f54776e0d2070100a408b5a5228c544fd66ec2ec7e918c8c00da5a27ea0b85c2a577e5026
+725b8293db573c79dba5aca4b6b39971276a17d13306e15a40e9fe091a405d00000004ffffffffffffffff003a1bc9a93f270a0416fd4b1c
+3ffffe93500030071a00c88bb80f37243d05e58a422cad8fbd59b4ed28b52ffd2006310000f1000f0102fd28b52ffd200841000000000000
+38343ec028b52ffd2004210000cdcccc3dc6471de8984887a6e7ef7857db22071b898e3d816c5bf6a2852f3919b96f71fc
 """
 
 
-def tensors() -> dict[str, Tensor | Stored]:
+def stepped(rows: int = 5, columns: int = 7, seed: int = 0) -> Stepped:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-300, 301, (rows, columns), generator=generator, dtype=torch.int32)
+    index = (torch.randint(-40, 41, (n,), generator=generator, dtype=torch.int8) for n in (rows, columns))
+    return Stepped(codes, *index)
+
+
+def tensors() -> dict[str, Tensor | Stored | Stepped]:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-15, 16, (6, 8), generator=generator, dtype=torch.int8)
     table = torch.randint(-127, 128, (3, 4, 5), generator=generator, dtype=torch.int8)
@@ -40,7 +50,18 @@ def tensors() -> dict[str, Tensor | Stored]:
         "gate": torch.randn(2, 3, generator=generator),
         "scalar": torch.tensor(0.1),
         "empty": torch.zeros(0, 4),
+        "stepped": stepped(),
+        "stepped.too": stepped(seed=1),
+        "other": stepped(3, 1),
+        "stepless": stepped(0, 3),
     }
+
+
+def plain(tensor: Tensor | Stored | Stepped) -> Tensor:
+    """What decoding gives."""
+    if isinstance(tensor, Stepped):
+        return stepped_weights(tensor)
+    return dequantize(tensor.codes, tensor.scale) if isinstance(tensor, Stored) else tensor.float()
 
 
 def made(path: Path) -> Path:
@@ -48,18 +69,42 @@ def made(path: Path) -> Path:
     return path
 
 
-def packed(document: Any, codes: bytes = b"", halves: bytes = b"", singles: bytes = b"") -> bytes:
+def packed(
+    document: Any,
+    codes: bytes = b"",
+    halves: bytes = b"",
+    singles: bytes = b"",
+    steps: bytes = b"",
+    weights: bytes = b"",
+) -> bytes:
     """A file with a right checksum and wrong contents."""
     data = document if isinstance(document, bytes) else json.dumps(document).encode()
-    plain = [data, b"", codes, halves, singles]
-    stored = [lzma.compress(part, lzma.FORMAT_ALONE) for part in plain[:2]]
-    stored += [zstandard.compress(part) if part else part for part in plain[2:]]
-    return sealed([(len(p), s) for p, s in zip(plain, stored, strict=True)])
+    whole = [data, b"", steps, weights, codes, halves, singles]
+    stored = [lzma.compress(part, lzma.FORMAT_ALONE) for part in whole[:2]] + [steps, weights]
+    stored += [zstandard.compress(part) if part else part for part in whole[4:]]
+    return sealed([(len(p), s) for p, s in zip(whole, stored, strict=True)])
+
+
+def table(*shapes: Any) -> dict[str, Any]:
+    """A document of stepped tensors."""
+    return {"header": {}, "tensors": [[f"t{n}", "stepped", shape] for n, shape in enumerate(shapes)]}
+
+
+def coded(*stored: Stepped, index: int | None = None) -> dict[str, bytes]:
+    """Sections of stepped tensors, maybe with another index for the first row's step."""
+    pairs = [(each.row_index.numpy().astype(int), each.column_index.numpy().astype(int)) for each in stored]
+    if index is not None:
+        pairs[0][0][0] = index
+    weights = matrices.encode([each.codes.numpy() for each in stored], pairs)
+    return {"steps": vectors.encode([part for pair in pairs for part in pair]), "weights": weights}
+
+
+ONE = coded(stepped())
 
 
 def sealed(sections: list[tuple[int, bytes]]) -> bytes:
     lengths = [number for length, part in sections for number in (length, len(part))]
-    content = PREFIX.pack(artifact.MAGIC, 1, *lengths) + b"".join(part for _, part in sections)
+    content = PREFIX.pack(artifact.MAGIC, artifact.VERSION, *lengths) + b"".join(part for _, part in sections)
     return content + hashlib.sha256(content).digest()
 
 
@@ -73,9 +118,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert result.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert list(result.tensors) == sorted(tensors())
     for name, tensor in tensors().items():
-        plain = artifact.dequantize(tensor.codes, tensor.scale) if isinstance(tensor, Stored) else tensor.float()
         assert result.tensors[name].dtype == torch.float32
-        assert torch.equal(result.tensors[name], plain), name
+        assert torch.equal(result.tensors[name], plain(tensor)), name
     assert [file.name for file in path.parent.iterdir()] == ["model.hmx"]
 
 
@@ -97,7 +141,7 @@ def test_strided_tensors(tmp_path: Path) -> None:
     assert torch.equal(artifact.read(tmp_path / "a").tensors["t"], codes.float())
 
 
-def test_files_of_earlier_versions_still_read(tmp_path: Path) -> None:
+def test_the_format_stays_what_it_is(tmp_path: Path) -> None:
     path = tmp_path / "golden"
     path.write_bytes(bytes.fromhex(GOLDEN))
     result = artifact.read(path)
@@ -106,6 +150,7 @@ def test_files_of_earlier_versions_still_read(tmp_path: Path) -> None:
         "half": [1.5, -2.0],
         "matrix": [[-7.5, 0.0, 7.5], [0.25, 0.5, -0.75]],
         "single": torch.tensor(0.1).item(),
+        "stepped": [[-0.5, 0.0, 3.0], [1.0, 2.1810154914855957, 600.0]],
     }
 
 
@@ -135,7 +180,8 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     for altered, message in [
         (b"PK\x03\x04" + bytes(500), "not a hedgemix artifact"),
         (content + b"\0", "bytes after its end"),
-        (content[:8] + struct.pack("<I", 2) + content[12:], "format version 2, this hedgemix reads 1"),
+        (content[:8] + struct.pack("<I", 1) + content[12:], "format version 1, this hedgemix reads 2"),
+        (content[:8] + struct.pack("<I", 3) + content[12:], "format version 3, this hedgemix reads 2"),
         (content[:200] + bytes([content[200] ^ 1]) + content[201:], "altered"),
         (content[:12] + struct.pack("<Q", 2**40) + content[20:], "over 1,073,741,824 bytes"),
     ]:
@@ -167,6 +213,20 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
             packed({"header": {}, "tensors": [["a", "quantized", [1, 1]]]}, codes=b"\1", halves=b"\x00\x7c"),
             "'a' is not finite",
         ),
+        (packed(table([5, 8]), **ONE), "cannot be decoded"),
+        (packed(table([5, 7], [5, 7]), **ONE), "cannot be decoded"),
+        (packed(table([5, 7]), steps=ONE["steps"]), "cannot be decoded"),
+        (packed(table([5, 7]), weights=ONE["weights"]), "cannot be decoded"),
+        (packed(table([5, 7]), **coded(stepped(), stepped(seed=1))), "cannot be decoded"),
+        (packed(table([5, 7]), **coded(stepped(), index=300)), "step is out of range"),
+        (packed(table(), **ONE), "steps and no tensor"),
+        (packed(table([35]), **ONE), "impossible shape"),
+        (packed(table([5, 7, 1]), **ONE), "impossible shape"),
+        (packed(table([-5, 7]), **ONE), "impossible shape"),
+        (packed(table([2**20, 2**20]), **ONE), "too large"),
+        (packed(table(*[[2**15, 2**14]] * 3), **ONE), "too large"),
+        (packed(table([2**15, 2**14]), **ONE), "too large"),
+        (packed(table([2**30, 0]), **ONE), "too large"),
     ],
 )
 def test_well_sealed_nonsense_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -184,16 +244,17 @@ def test_no_section_expands_beyond_its_declared_length(tmp_path: Path) -> None:
     bomb, noise = bytes(10_000_000), b"no compressed data"
     path = tmp_path / "bomb"
     for sections in [
-        [(len(document), text), (10, lzma.compress(bomb, lzma.FORMAT_ALONE)), *[(0, empty)] * 3],
+        [(len(document), text), (10, lzma.compress(bomb, lzma.FORMAT_ALONE)), *[(0, empty)] * 5],
         [
             (len(document), text),
             (0, nothing),
+            *[(0, empty)] * 2,
             (10, zstandard.compress(bomb)),
             *[(0, empty)] * 2,
         ],
-        [(len(document), noise), (0, text), *[(0, empty)] * 3],
-        [(len(document), text), (0, nothing), (10, noise), *[(0, empty)] * 2],
-        [(len(document), text), (0, nothing), (0, b"more"), *[(0, empty)] * 2],
+        [(len(document), noise), (0, text), *[(0, empty)] * 5],
+        [(len(document), text), (0, nothing), *[(0, empty)] * 2, (10, noise), *[(0, empty)] * 2],
+        [(len(document), text), (0, nothing), *[(0, empty)] * 2, (0, b"more"), *[(0, empty)] * 2],
     ]:
         path.write_bytes(sealed(sections))
         with pytest.raises(ArtifactError, match="bomb: a section"):
@@ -210,6 +271,10 @@ def test_no_section_expands_beyond_its_declared_length(tmp_path: Path) -> None:
         ({}, Stored(torch.ones(2, 2, dtype=torch.int8), torch.ones(3).half()), "do not fit"),
         ({}, Stored(torch.ones(2, 2), torch.ones(2).half()), "use int8 and float16"),
         ({}, Stored(torch.ones(1, 2, dtype=torch.int8), torch.tensor([float("inf")]).half()), "scales are not finite"),
+        ({}, replace(stepped(), row_index=torch.zeros(4, dtype=torch.int8)), "do not fit"),
+        ({}, replace(stepped(), codes=torch.zeros(5, 7)), "do not fit"),
+        ({}, replace(stepped(), codes=torch.full((5, 7), 2**24 + 1, dtype=torch.int32)), "out of range"),
+        ({}, replace(stepped(), row_index=torch.full((5,), -128, dtype=torch.int8)), "out of range"),
     ],
 )
 def test_contents_that_cannot_be_stored(tmp_path: Path, header: dict[str, Any], tensor: Any, message: str) -> None:

@@ -270,3 +270,50 @@ def test_prune() -> None:
     assert int((gptq.prune(torch.ones(10, 10), 0.03) == 0).sum()) == 3  # ties too
     with pytest.raises(RecipeError, match="prune_fraction"):
         gptq.prune(weight, 1.0)
+
+
+def stepped_problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, Hessian, and steps of their rows and columns."""
+    weight, hessian, count = problem(seed=seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    rows, columns = (0.02 * torch.exp2(torch.randint(-16, 17, (n,), generator=generator) / 8) for n in weight.shape)
+    return weight, hessian / count, rows, 50 * columns
+
+
+@pytest.mark.parametrize("block", [1, 16, 999])
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_equal_the_textbook_in_their_units(seed: int, block: int) -> None:
+    """With weights and inputs in units of the columns' steps, GPTQ has one step a row; here without clip or order."""
+    weight, hessian, rows, columns = stepped_problem(seed)
+    back, pivots, damping = gptq.factor(hessian.clone(), 0.01, "fc")
+    codes = gptq.round_to_steps(weight[None], back[None], rows[None], columns[None], block)[0]
+    damped = hessian.double() + damping * hessian.diagonal().double().mean() * torch.eye(40, dtype=torch.float64)
+    scaled = damped * columns.double()[:, None] * columns.double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(scaled), upper=True)
+    rest = (weight / columns / rows[:, None]).double()
+    for k in range(40):
+        wanted = rest[:, k].round()
+        assert torch.equal(codes[:, k], wanted.int()), k
+        rest[:, k:] -= ((rest[:, k] - wanted) / factor[k, k])[:, None] * factor[k, k:]
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    torch.testing.assert_close(pivots.double(), upper.diagonal().square(), rtol=1e-5, atol=0)
+
+
+def test_steps_and_uncorrelated_inputs_are_rounded_to_nearest() -> None:
+    weight, _, rows, columns = stepped_problem(0)
+    back, _, _ = gptq.factor(torch.eye(40), 0.0, "fc")
+    codes = gptq.round_to_steps(weight[None], back[None], rows[None], columns[None], 16)
+    assert torch.equal(codes[0], (weight / rows[:, None] / columns).round().int())
+
+
+def test_steps_of_a_batch_equal_those_alone_and_cost_less_than_rounding() -> None:
+    weights, hessians, rows, columns = (torch.stack(part) for part in zip(*map(stepped_problem, range(3)), strict=True))
+    back = torch.stack([gptq.factor(hessian.clone(), 0.01, "fc")[0] for hessian in hessians])
+    codes = gptq.round_to_steps(weights, back, rows, columns, 16)
+    steps = rows[..., None] * columns[:, None]
+    for b in range(3):
+        alone = gptq.round_to_steps(weights[b : b + 1], back[b : b + 1], rows[b : b + 1], columns[b : b + 1], 16)
+        assert torch.equal(codes[b], alone[0])
+        errors = (found[b] * steps[b] - weights[b] for found in (codes, (weights / steps).round()))
+        ours, nearest = (float(((error @ hessians[b]) * error).sum()) for error in errors)
+        assert ours < 0.5 * nearest

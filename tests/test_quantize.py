@@ -1,77 +1,40 @@
-"""From a trained model to an artifact: what each tensor becomes, and that nothing is lost after it."""
+"""The reference export: what each tensor becomes, and that nothing is lost after it; settings of all exports."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from tinytrained import LENGTH, SEQUENCES, VOCAB, Trained, make, restored
 from torch import Tensor
 
 from hedgemix import artifact, gptq, quantize
-from hedgemix.batches import Batches
-from hedgemix.calibrate import calibrate
-from hedgemix.config import ModelConfig, QuantizeConfig, RecipeError, TrainConfig
+from hedgemix.config import QuantizeConfig, RecipeError
 from hedgemix.evaluate import load_model
 from hedgemix.gptq import Quantized
 from hedgemix.model import Model
-from hedgemix.shards import TokenStream
 
-VOCAB, SEQUENCES, LENGTH = 300, 24, 64
 TABLES = ("bigram.table.weight",)
 LARGE = (*TABLES, *(f"blocks.{block}.mlp.{part}.weight" for block in (0, 1) for part in ("up", "down")))
 CONFIG = QuantizeConfig()
 
 
-class Trained(NamedTuple):
-    model: Model
-    inputs: Tensor
-    targets: Tensor
-    sums: dict[str, Tensor]
-    count: int
-
-
 @pytest.fixture(scope="module")
 def trained() -> Trained:
-    """A small model that has learned a random Markov chain, with its calibration."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        layers=2, width=64, heads=4, kv_heads=2, mlp_hidden=1040, rope_dims=8, embedding_std=0.05,
-        bigram_buckets=1100, bigram_width=64, value_embedding_layers=1, value_embedding_width=16,
-    )  # fmt: skip
-    model = Model(config, VOCAB, LENGTH)
-    followers, text = torch.randint(VOCAB, (VOCAB, 3)), [0]
-    for choice in torch.randint(3, (SEQUENCES * LENGTH,)).tolist():
-        text.append(int(followers[text[-1], choice]))
-    stream = TokenStream([torch.tensor(text).numpy().astype("uint16")])
-    batches = Batches(stream, LENGTH, 8, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    for step in range(40):
-        optimizer.zero_grad()
-        (model(*batches.read(batches.indices(step), torch.device("cpu"))) / (8 * LENGTH)).backward()
-        optimizer.step()
-    settings = TrainConfig(sequence_tokens=LENGTH, calibration_sequences=SEQUENCES, dtype="float32")
-    sums, count = calibrate(model, batches, settings, torch.device("cpu"))
-    inputs, targets = batches.read(Batches(stream, LENGTH, SEQUENCES, seed=0).indices(0), torch.device("cpu"))
-    return Trained(model, inputs, targets, sums, count)
+    return make()
 
 
 def quantized(trained: Trained, **changes: Any) -> dict[str, Any]:
-    return quantize.quantize_model(trained.model, trained.sums, trained.count, QuantizeConfig(**changes))[0]
+    config = QuantizeConfig(method="reference", **changes)
+    return quantize.quantize_model(trained.model, trained.moments, config, 0, len)[0]
 
 
-def restored(model: Model, tensors: dict[str, Any]) -> Model:
-    """A copy of the model with what decoding the tensors gives."""
-    decoded = {
-        name: tensor.codes.float() * tensor.scale.float()[:, None] if isinstance(tensor, Quantized) else tensor.float()
-        for name, tensor in tensors.items()
-    }
-    model = copy.deepcopy(model)
-    model.load_state_dict(decoded)
-    return model
+def with_columns(trained: Trained, columns: dict[str, Tensor]) -> Trained:
+    """Other Hessians for some inputs."""
+    return trained._replace(moments=replace(trained.moments, columns=trained.moments.columns | columns))
 
 
 @torch.no_grad()
@@ -99,9 +62,13 @@ def test_bits_are_those_of_the_recipe(trained: Trained) -> None:
     assert largest == dict.fromkeys(trained.model.matrices(), 3) | dict.fromkeys(TABLES, 7)
 
 
-def test_calibration_sums_the_inputs_of_every_matrix(trained: Trained) -> None:
+def test_calibration_averages_the_inputs_of_every_matrix(trained: Trained) -> None:
     model, seen = trained.model, {}
-    assert set(trained.sums) == set(model.inputs()) and trained.count == SEQUENCES * LENGTH
+    columns = trained.moments.columns
+    assert set(columns) - set(model.inputs()) == {
+        "embedding.weight", "bigram.table.weight", "bigram.project.weight",
+        "value_embedding.table.weight", "value_embedding.project.weight",
+    }  # fmt: skip
 
     def watch(name: str) -> Any:
         return lambda module, arguments: seen.update({name: arguments[0].flatten(0, 1).double()})
@@ -113,7 +80,8 @@ def test_calibration_sums_the_inputs_of_every_matrix(trained: Trained) -> None:
         hook.remove()
     for owner, names in model.inputs().items():
         for name in names:
-            torch.testing.assert_close(trained.sums[owner].double(), seen[name].mT @ seen[name], rtol=1e-4, atol=1e-3)
+            mean = seen[name].mT @ seen[name] / (SEQUENCES * LENGTH)
+            torch.testing.assert_close(columns[owner].double(), mean, rtol=1e-4, atol=1e-6)
 
 
 def test_q_k_and_v_share_one_hessian_and_nothing_else_reads_it(trained: Trained) -> None:
@@ -121,7 +89,7 @@ def test_q_k_and_v_share_one_hessian_and_nothing_else_reads_it(trained: Trained)
     assert trained.model.inputs()[attention[0]] == attention
     generator = torch.manual_seed(3)
     other = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
-    changed = trained._replace(sums=trained.sums | {attention[0]: other.mT @ other})
+    changed = with_columns(trained, {attention[0]: other.mT @ other})
     before, after = quantized(trained), quantized(changed)
     for name in trained.model.matrices():
         assert torch.equal(before[name].codes, after[name].codes) == (name not in attention), name
@@ -132,7 +100,7 @@ def test_matrices_of_a_batch_equal_matrices_alone(trained: Trained) -> None:
     for owner, names in model.inputs().items():
         for name in names:
             alone = gptq.quantize(
-                model.get_parameter(name), trained.sums[owner], trained.count, bits=5, damping=CONFIG.damping,
+                model.get_parameter(name), trained.moments.columns[owner], 1, bits=5, damping=CONFIG.damping,
                 block_columns=CONFIG.block_columns, clip_quantiles=CONFIG.clip_quantiles, scale_floor=0.0,
             )  # fmt: skip
             assert torch.equal(tensors[name].scale, alone.scale), name
@@ -177,8 +145,7 @@ def test_the_scale_floor_holds_every_row_of_the_matrices(trained: Trained) -> No
 @pytest.mark.parametrize("fraction", [0.03, 0.4])
 def test_the_smallest_weights_of_large_tensors_are_pruned(trained: Trained, fraction: float) -> None:
     """With identity Hessians no error moves to another column, so what was pruned stays zero."""
-    sums = {name: torch.eye(len(total)) for name, total in trained.sums.items()}
-    ready = trained._replace(sums=sums, count=1)
+    ready = with_columns(trained, {name: torch.eye(len(each)) for name, each in trained.moments.columns.items()})
     kept, pruned = (quantized(ready, clip_quantiles=(1.0,), prune_fraction=each) for each in (0.0, fraction))
     for name, parameter in trained.model.named_parameters():
         before, after = (getattr(each[name], "codes", each[name]).flatten() for each in (kept, pruned))
@@ -196,10 +163,12 @@ def test_the_model_itself_is_left_alone(trained: Trained) -> None:
 
 
 def test_the_report_names_the_largest_damping(trained: Trained) -> None:
-    sums = {name: torch.eye(len(total)) for name, total in trained.sums.items()}
+    flat = {name: torch.eye(len(each)) for name, each in trained.moments.columns.items()}
     one_input = {"blocks.1.mlp.up.weight": torch.outer(*[torch.arange(1.0, 65)] * 2)}  # cannot be factored as it is
-    for given, least, most in ((sums, 0.0, 0.0), (sums | one_input, 1e-6, 1e-2)):
-        _, report = quantize.quantize_model(trained.model, given, 1, QuantizeConfig(damping=0.0))
+    config = QuantizeConfig(method="reference", damping=0.0)
+    for given, least, most in ((flat, 0.0, 0.0), (flat | one_input, 1e-6, 1e-2)):
+        moments = with_columns(trained, given).moments
+        _, report = quantize.quantize_model(trained.model, moments, config, 0, len)
         assert least <= report["largest_damping"] <= most and report["gptq_seconds"] > 0
 
 
@@ -217,6 +186,9 @@ def test_the_report_names_the_largest_damping(trained: Trained) -> None:
         {"clip_quantiles": ()},
         {"clip_quantiles": (0.0, 1.0)},
         {"scale_floor": -1.0},
+        {"loss_nats": 0.0},
+        {"loss_nats": float("nan")},
+        {"target_bytes": -1},
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(changes: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from textdata import documents, processor
 
 from hedgemix import artifact, bpb, ngram, tokenizer
+from hedgemix.calibrate import Moments
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
 from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
 from hedgemix.model import Model
@@ -76,8 +77,9 @@ def make(folder: Path) -> Case:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    sums = {name: torch.eye(model.get_parameter(name).shape[1]) for name in model.inputs()}
-    tensors, _ = quantize_model(model, sums, 1, QuantizeConfig())
+    columns = {name: torch.eye(each.shape[1]) for name, each in model.named_parameters() if each.dim() == 2}
+    rows = {name: torch.ones(len(model.get_parameter(name))) for name in columns}
+    tensors, _ = quantize_model(model, Moments(columns, rows), QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
     header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT}
     artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3)
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
