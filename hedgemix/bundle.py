@@ -12,12 +12,15 @@ import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import zstandard
 
 from hedgemix.artifact import ArtifactError
-from hedgemix.config import EvaluateConfig, to_dict
+from hedgemix.config import EvaluateConfig, Recipe, to_dict
+
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,21 @@ def code_bytes(entry: str = "hedgemix.evaluate") -> CodeBundle:
 def decoder_bytes(config: EvaluateConfig) -> int:
     """What a decoder needs beside the artifact: the code that evaluation imports, and its settings."""
     settings = json.dumps(to_dict(config), separators=(",", ":")).encode()
-    return code_bytes().n_bytes + len(lzma.compress(settings, format=lzma.FORMAT_ALONE))
+    return _library_bytes() + len(lzma.compress(settings, format=lzma.FORMAT_ALONE))
+
+
+@cache
+def _library_bytes() -> int:
+    return code_bytes().n_bytes
+
+
+def artifact_room(recipe: Recipe) -> int:
+    """Most bytes of the artifact: `quantize.target_bytes`, or what the limit leaves beside the decoder.
+
+    The decoder counts in whole pages, so that a few bytes more of code or settings do not ask for another artifact.
+    """
+    pages = -(-decoder_bytes(recipe.evaluate) // PAGE_BYTES)
+    return recipe.quantize.target_bytes or recipe.limits.total_bytes - pages * PAGE_BYTES
 
 
 def _root(package: str) -> Path:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import corpus
+from hedgemix import bundle, corpus
 from hedgemix.config import DataConfig, Recipe, RecipeError, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.files import write_json
@@ -126,7 +126,8 @@ def seed_steps(runs: Path, recipe: Recipe, dataset: Dataset, seed: int) -> SeedS
     train = step(runs, "train", recipe.model, recipe.train, machine, text, seed)
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
     score = step(runs, "score", train.key, order, dataset.valid_sha256)
-    quantize = step(runs, "quantize", train.key, recipe.quantize)
+    room = bundle.artifact_room(recipe) if recipe.quantize.method == "stepped" else None
+    quantize = step(runs, "quantize", train.key, recipe.quantize, room)
     evaluation = step(runs, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
     return SeedSteps(seed, train, score, quantize, evaluation)
 

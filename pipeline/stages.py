@@ -57,9 +57,12 @@ def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Pa
         "context_tokens": recipe.train.sequence_tokens,
     }
     pack = partial(artifact.pack, header, Path(dataset.tokenizer).read_bytes(), zstd_level=recipe.quantize.zstd_level)
-    target = recipe.quantize.target_bytes or recipe.limits.total_bytes - bundle.decoder_bytes(recipe.evaluate)
     tensors, report = quantize_model(
-        model.to(device), moments, recipe.quantize, target, lambda tensors: len(pack(tensors=tensors))
+        model.to(device),
+        moments,
+        recipe.quantize,
+        bundle.artifact_room(recipe),
+        lambda tensors: len(pack(tensors=tensors)),
     )
     path = folder / ARTIFACT
     size = artifact.write(path, header, Path(dataset.tokenizer).read_bytes(), tensors, recipe.quantize.zstd_level)

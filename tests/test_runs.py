@@ -46,6 +46,11 @@ def test_a_step_is_named_by_what_it_reads_and_nothing_else() -> None:
     assert changed(base, keys(replace(recipe, evaluate=window), dataset())) == {"score", "evaluate"}
     bits = replace(recipe, quantize=replace(recipe.quantize, matrix_bits=4))
     assert changed(base, keys(bits, dataset())) == {"quantize", "evaluate"}
+    limit = replace(recipe, limits=replace(recipe.limits, total_bytes=recipe.limits.total_bytes - 4096))
+    assert changed(base, keys(limit, dataset())) == {"quantize", "evaluate"}  # it decides the steps of an artifact
+    published = replace(limit, quantize=replace(limit.quantize, method="reference"))
+    raised = replace(published, limits=recipe.limits)
+    assert keys(published, dataset()) == keys(raised, dataset())
     assert changed(base, keys(recipe, dataset(valid_sha256="other"))) == {"score", "evaluate"}
     assert changed(base, keys(recipe, dataset(train_sha256="other"))) == {"train", "score", "quantize", "evaluate"}
     ranks = replace(recipe, compute=replace(recipe.compute, evaluate_workers=8))
