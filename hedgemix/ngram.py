@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import match
+from hedgemix import grams, match
 from hedgemix.config import RecipeError
+from hedgemix.shards import PIECE_TOKENS, TokenStream
 
 _COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
 
@@ -70,63 +71,88 @@ def check_orders(orders: tuple[int, ...]) -> None:
 
 
 def build_index(
-    tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int, match_lengths: tuple[int, ...] = ()
+    tokens: np.ndarray | TokenStream,
+    orders: tuple[int, ...],
+    vocab_size: int,
+    match_lengths: tuple[int, ...] = (),
+    folder: Path | None = None,
+    memory_bytes: int = grams.MEMORY_BYTES,
 ) -> NgramIndex:
     """Number the pairs of each order, and find the matches of each length.
 
-    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. Measured on 4 M tokens with one
-    thread: 2 s an order, 0.5 s a match length.
+    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
+    .json of `folder`, which `load` maps, or into memory when it is None; beside them `grams.Grams` says what memory is
+    used. A folder holds 13 bytes a token more during the work.
     Raises RecipeError as `check_orders` and `match.check_lengths` do, and for tokens that do not fit.
     """
-    tokens_N = np.ascontiguousarray(tokens_N)
     check_orders(orders)
-    if len(tokens_N) >= 2**31:
-        raise RecipeError(
-            f"{len(tokens_N)} tokens: positions are 32-bit; score at most 2**31 - 1 (data.max_valid_tokens)"
-        )
-    if len(tokens_N) and not (tokens_N.min() >= 0 and tokens_N.max() < vocab_size):
-        raise RecipeError(f"tokens outside 0..{vocab_size - 1}: data.vocab_size does not fit the text")
-    grams = match.Grams(tokens_N, vocab_size)
-    tables = {n: _index_order(grams, n) for n in orders if n > 1}
-    matches = match.build(tokens_N, match_lengths, vocab_size, grams)
+    match.check_lengths(match_lengths)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    arrays = grams.Arrays(folder)
+    tokens_N = _keep(tokens, arrays)
+    found = grams.Grams(tokens_N, vocab_size, arrays, memory_bytes)
+    matches = match.start(len(tokens_N), match_lengths, arrays)
+    tables = {}
+    match.follow(matches, found)
+    for n in range(2, orders[-1] + 1):
+        if n in orders:
+            tables[n] = _index_order(found, n)
+        else:
+            for _ in found.grow():
+                pass
+        match.follow(matches, found)
+    for m in match_lengths:
+        if m > found.length:
+            found.grow_to(m)
+            match.follow(matches, found)
+    match.rate(matches, tokens_N)
+    if folder is not None:
+        meta = {"vocab_size": vocab_size, "orders": orders, "match_lengths": match_lengths}
+        (folder / "index.json").write_text(json.dumps(meta))
     return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, matches)
 
 
-def _index_order(grams: match.Grams, n: int) -> OrderIndex:
-    tokens_N, vocab_size, total = grams.tokens_N, grams.vocab_size, len(grams.tokens_N)
-    size = max(total - n + 1, 0)
-    # Contexts by number, below 2**31, so any vocabulary fits the key.
-    key = grams.number(n - 1)[:size] * np.int64(vocab_size)
-    key += tokens_N[n - 1 :]
-    by_key = np.argsort(key, kind="stable")
-    sorted_key = key[by_key]
-    opens = np.flatnonzero(_changes(sorted_key))
-    grams.keep(n, by_key, opens)
-    pair_context, first_seen = sorted_key[opens] // vocab_size, by_key[opens]
-    by_age = np.lexsort((first_seen, pair_context))
-    pairs = len(opens)
-    number = np.empty(pairs, np.int32)
-    number[by_age] = np.arange(pairs, dtype=np.int32)
-    context_opens = np.flatnonzero(_changes(pair_context))
-    start = np.repeat(context_opens, np.diff(context_opens, append=pairs)).astype(np.int32)
-    lengths = np.diff(opens, append=size)
-    pair, first, fresh = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, bool)
-    pair[by_key], first[by_key] = np.repeat(number, lengths), np.repeat(start, lengths)
-    fresh[first_seen] = True
-    token_P = (sorted_key[opens] % vocab_size)[by_age].astype(np.int32)
-    del key, sorted_key, by_key
-    by_context = np.argsort(first, kind="stable")
-    groups = np.flatnonzero(_changes(first[by_context]))
-    lengths = np.diff(groups, append=size)
-    seen = np.cumsum(fresh[by_context]) - fresh[by_context]
-    count, distinct = np.empty(size, np.int32), np.empty(size, np.int32)
-    count[by_context] = np.arange(size) - np.repeat(groups, lengths)
-    distinct[by_context] = seen - np.repeat(seen[groups], lengths)
+def _keep(tokens: np.ndarray | TokenStream, arrays: grams.Arrays) -> np.ndarray:
+    """The tokens as an array of the index."""
+    if isinstance(tokens, np.ndarray) and arrays.folder is None:
+        return np.ascontiguousarray(tokens)
+    kept_N = arrays.result("tokens_N", len(tokens), tokens.dtype if isinstance(tokens, np.ndarray) else np.uint16)
+    for start in range(0, len(tokens), PIECE_TOKENS):
+        stop = min(start + PIECE_TOKENS, len(tokens))
+        piece = tokens[start:stop] if isinstance(tokens, np.ndarray) else tokens.read(start, stop - start)
+        kept_N[start:stop] = piece
+    return kept_N
 
-    def lead(values: np.ndarray, fill: int) -> np.ndarray:
-        return np.concatenate([np.full(total - size, fill, np.int32), values])
 
-    return OrderIndex(lead(first, 0), lead(pair, -1), lead(count, 0), lead(distinct, 0), token_P)
+def _index_order(found: grams.Grams, n: int) -> OrderIndex:
+    total, arrays = len(found.tokens_N), found.arrays
+    first_N, pair_N, count_N, distinct_N = (arrays.result(f"order{n}_{name}", total) for name in _COLUMNS[:4])
+    for column, fill in ((first_N, 0), (pair_N, -1), (count_N, 0), (distinct_N, 0)):
+        column[: n - 1] = fill
+    tokens, pairs = arrays.scratch(total), 0
+    for block in found.grow():
+        size, at = len(block.begin_B), block.begin_B + np.int32(n - 1)
+        opens = np.flatnonzero(block.opens_B)
+        lengths = np.diff(opens, append=size)
+        heads = np.flatnonzero(block.splits_B)
+        fresh = np.zeros(size, bool)
+        fresh[block.sorted_B[heads]] = True
+        # Pairs are numbered by context, then by age: the order in which the block meets them.
+        seen = np.cumsum(fresh, dtype=np.int32)
+        seen += np.int32(pairs) - fresh
+        first = np.repeat(seen[opens], lengths)
+        pair = np.empty(size, np.int32)
+        pair[block.sorted_B] = np.repeat(seen[block.sorted_B[heads]], np.diff(heads, append=size))
+        first_N[at], pair_N[at] = first, pair
+        count_N[at] = np.arange(size, dtype=np.int32) - np.repeat(opens.astype(np.int32), lengths)
+        distinct_N[at] = seen - first
+        tokens[pairs : pairs + len(heads)] = found.tokens_N[at[fresh]]
+        pairs += len(heads)
+    token_P = arrays.result(f"order{n}_token_P", pairs)
+    for span in found.spans(pairs):
+        token_P[span] = tokens[span]
+    return OrderIndex(first_N, pair_N, count_N, distinct_N, token_P)
 
 
 def _changes(values: np.ndarray) -> np.ndarray:
@@ -134,20 +160,8 @@ def _changes(values: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
 
 
-def save(index: NgramIndex, folder: Path) -> None:
-    """Write the index as plain .npy files and one .json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens_N.npy", index.tokens_N)
-    for n, table in index.tables.items():
-        for name in _COLUMNS:
-            np.save(folder / f"order{n}_{name}.npy", getattr(table, name))
-    match.save(index.match, folder)
-    meta = {"vocab_size": index.vocab_size, "orders": index.orders, "match_lengths": index.match.lengths}
-    (folder / "index.json").write_text(json.dumps(meta))
-
-
 def load(folder: Path) -> NgramIndex:
-    """Map an index written by `save`, read only: processes of one machine share its pages."""
+    """Map an index that `build_index` left in a folder, read only: processes of one machine share its pages."""
     meta = json.loads((folder / "index.json").read_text())
 
     def read(name: str) -> np.ndarray:

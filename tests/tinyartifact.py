@@ -85,5 +85,5 @@ def make(folder: Path) -> Case:
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
     tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
     mixer = CONFIG.mixer
-    ngram.save(ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths), folder / "counts")
+    ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, folder / "counts")
     return Case(folder, "".join(texts).encode(), tokens)
