@@ -44,11 +44,17 @@ class Arrays:
         return np.lib.format.open_memmap(path, "w+", dtype, (size,))
 
     def scratch(self, size: int, dtype: Any = np.int32) -> np.ndarray:
-        """An array that goes with the last reference to it; its file has no name."""
+        """An array that goes with the last reference to it, not filled; its file has no name."""
         if self.folder is None or size == 0:
             return np.empty(size, dtype)
         with TemporaryFile(dir=self.folder) as file:
             return np.memmap(file, dtype, "w+", shape=(size,))
+
+    def zeros(self, size: int) -> np.ndarray:
+        """A scratch array of int32 zeros."""
+        if self.folder is None:
+            return np.zeros(size, np.int32)
+        return self.scratch(size)  # a file grows by zeros
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,7 @@ class Grams:
                 raise RecipeError(f"tokens outside 0..{self.vocab_size - 1}: data.vocab_size does not fit the text")
             count_V += np.bincount(piece, minlength=self.vocab_size)
         start_V = np.cumsum(count_V) - count_V
-        for span in self.spans(self.size):
-            self.opens_N[span] = False
+        self.opens_N[:] = False
         self.opens_N[start_V[count_V > 0]] = True
         for span in self.spans(self.size):
             piece = self.tokens_N[span].astype(self.digits)

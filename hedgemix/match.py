@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hedgemix import grams
 from hedgemix.config import RecipeError
-from hedgemix.shards import PIECE_TOKENS
 
 PRIOR_HITS, PRIOR_TRIES = 0.5, 1.0
 _COLUMNS = ("predicted_N", "class_N", "tries_N", "hits_N")
@@ -64,7 +63,7 @@ def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> Ma
     for m in lengths:
         found.grow_to(m)
         follow(index, found)
-    rate(index, tokens_N)
+    rate(index, found)
     return index
 
 
@@ -72,8 +71,7 @@ def start(total: int, lengths: tuple[int, ...], arrays: grams.Arrays) -> MatchIn
     """An index in which nothing matches yet."""
     columns = [arrays.result(f"match_{name}", total) for name in _COLUMNS]
     for column, fill in zip(columns, (-1, 0, 0, 0), strict=True):
-        for begin in range(0, total, PIECE_TOKENS):
-            column[begin : begin + PIECE_TOKENS] = fill
+        column[:] = fill
     return MatchIndex(tuple(lengths), *columns)
 
 
@@ -89,17 +87,16 @@ def follow(index: MatchIndex, found: grams.Grams) -> None:
         index.predicted_N[at], index.class_N[at] = found.tokens_N[before[inside] + m], number
 
 
-def rate(index: MatchIndex, tokens_N: np.ndarray) -> None:
+def rate(index: MatchIndex, found: grams.Grams) -> None:
     """Count each class's tries and hits, once all matches are entered."""
     tries, hits = np.zeros(len(index.lengths) + 1, np.int64), np.zeros(len(index.lengths) + 1, np.int64)
-    for begin in range(0, len(tokens_N), PIECE_TOKENS):
-        span = slice(begin, begin + PIECE_TOKENS)
-        class_B, hit_B = index.class_N[span], index.predicted_N[span] == tokens_N[span]
+    for span in found.spans(len(found.tokens_N)):
+        class_B, hit_B = index.class_N[span], index.predicted_N[span] == found.tokens_N[span]
         for number in range(1, len(index.lengths) + 1):
             here = np.flatnonzero(class_B == number)
             hit = np.cumsum(hit_B[here])
-            index.tries_N[begin + here] = tries[number] + np.arange(len(here))
-            index.hits_N[begin + here] = hits[number] + hit - hit_B[here]
+            index.tries_N[span.start + here] = tries[number] + np.arange(len(here))
+            index.hits_N[span.start + here] = hits[number] + hit - hit_B[here]
             tries[number] += len(here)
             hits[number] += hit_B[here].sum()
 

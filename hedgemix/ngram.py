@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
+from typing import Literal
 
 import numpy as np
 import torch
@@ -106,7 +108,7 @@ def build_index(
         if m > found.length:
             found.grow_to(m)
             match.follow(matches, found)
-    match.rate(matches, tokens_N)
+    match.rate(matches, found)
     if folder is not None:
         meta = {"vocab_size": vocab_size, "orders": orders, "match_lengths": match_lengths}
         (folder / "index.json").write_text(json.dumps(meta))
@@ -165,7 +167,9 @@ def load(folder: Path) -> NgramIndex:
     meta = json.loads((folder / "index.json").read_text())
 
     def read(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        # torch shares token_P and knows no read-only tensors; nobody writes to it, so its pages stay shared.
+        mode: Literal["r", "c"] = "c" if name.endswith("token_P") else "r"
+        return np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
 
     orders = tuple(meta["orders"])
     tables = {n: OrderIndex(*(read(f"order{n}_{name}") for name in _COLUMNS)) for n in orders if n > 1}
@@ -174,9 +178,16 @@ def load(folder: Path) -> NgramIndex:
 
 
 def start_state(index: NgramIndex, device: torch.device | str = "cpu") -> NgramState:
-    """Counts before the first token."""
-    tokens = {n: _tensor(table.token_P, device, torch.int32) for n, table in index.tables.items()}
-    counts = {n: torch.zeros(len(table.token_P), dtype=torch.int32, device=device) for n, table in index.tables.items()}
+    """Counts before the first token, 8 bytes a pair on a GPU.
+
+    On a CPU a mapped index has its counts mapped too, from a file without a name in the folder for temporary ones:
+    4 bytes a pair there, and none of memory that the kernel cannot take back.
+    """
+    arrays = grams.Arrays(None)
+    if torch.device(device).type == "cpu" and any(isinstance(t.token_P, np.memmap) for t in index.tables.values()):
+        arrays = grams.Arrays(Path(gettempdir()))
+    tokens = {n: torch.from_numpy(table.token_P).to(device) for n, table in index.tables.items()}
+    counts = {n: torch.from_numpy(arrays.zeros(len(table.token_P))).to(device) for n, table in index.tables.items()}
     return NgramState(torch.zeros(index.vocab_size, dtype=torch.int32, device=device), counts, 0, tokens)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -166,6 +167,19 @@ def test_a_folder_holds_what_memory_does(text: np.ndarray, tmp_path: Path) -> No
         assert all(map(torch.equal, ngram.rows(state, index, a, b), ngram.rows(other, loaded, a, b)))
         ngram.advance(state, index, a, b)
         ngram.advance(other, loaded, a, b)
+
+
+def test_an_index_in_a_folder_takes_no_memory_of_the_texts_length(tmp_path: Path) -> None:
+    """NumPy tells tracemalloc what it allocates, and mapped files are no allocation; measured, 0.83 MB, with twice the tokens too."""
+    stream = TokenStream([np.random.default_rng(0).integers(0, 256, 200_000).astype(np.uint16)])
+    folder = tmp_path / "index"
+    tracemalloc.start()
+    ngram.build_index(stream, (1, 2, 3, 4), 256, (6, 8), folder, 1 << 20)
+    ngram.start_state(ngram.load(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 12e6
+    assert peak < 1.2e6
 
 
 def test_what_cannot_work_says_so(text: np.ndarray) -> None:
