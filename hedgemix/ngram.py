@@ -212,15 +212,27 @@ def rows(state: NgramState, index: NgramIndex, start: int, stop: int) -> list[Te
 
 def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:
     size, vocab_size = len(token_B), len(count_V)
-    # Integers throughout: a running sum in float32 would lose single counts beyond 2**24.
-    count_BV = torch.zeros(size, vocab_size, dtype=torch.int32, device=count_V.device)
-    count_BV[:1] = count_V
-    count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
-    count_BV = count_BV.cumsum(0, dtype=torch.int32)
+    count_BV = _running(count_V, token_B)
     distinct_B1 = (count_BV > 0).sum(1, keepdim=True)
     total_B1 = torch.arange(start, start + size, device=count_V.device)[:, None]
     backoff_B1 = torch.where(total_B1 > 0, distinct_B1, 1).float()
     return (count_BV + backoff_B1 / vocab_size) / (total_B1 + backoff_B1)
+
+
+def _running(count_V: Tensor, token_B: Tensor) -> Tensor:
+    """The counts (B, V), int32, before each token; a sum in float32 would lose single ones beyond 2**24."""
+    size, vocab_size = len(token_B), len(count_V)
+    if count_V.device.type == "cpu":
+        # Measured, 512 rows of 1,024: 0.4 ms; a cumulative sum down the columns takes 3 ms.
+        rows, now_V = np.empty((size, vocab_size), np.int32), count_V.numpy().copy()
+        for row_V, token in zip(rows, token_B.tolist(), strict=True):
+            row_V[:] = now_V
+            now_V[token] += 1
+        return torch.from_numpy(rows)
+    count_BV = torch.zeros(size, vocab_size, dtype=torch.int32, device=count_V.device)
+    count_BV[:1] = count_V
+    count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
+    return count_BV.cumsum(0, dtype=torch.int32)
 
 
 def _interpolate(p_BV: Tensor, table: OrderIndex, pair_count: Tensor, token_P: Tensor, start: int, stop: int) -> Tensor:

@@ -170,7 +170,7 @@ def test_a_folder_holds_what_memory_does(text: np.ndarray, tmp_path: Path) -> No
 
 
 def test_an_index_in_a_folder_takes_no_memory_of_the_texts_length(tmp_path: Path) -> None:
-    """NumPy tells tracemalloc what it allocates, and mapped files are no allocation; measured, 0.83 MB, with twice the tokens too."""
+    """NumPy tells tracemalloc what it allocates; mapped files are none. Measured 0.83 MB, with twice the tokens too."""
     stream = TokenStream([np.random.default_rng(0).integers(0, 256, 200_000).astype(np.uint16)])
     folder = tmp_path / "index"
     tracemalloc.start()
