@@ -118,7 +118,7 @@ def reported(model: Path, text: bytes, recipe: Recipe, counts: Path) -> float:
     found = artifact.read(model)
     processor, mixer = tokenizer.load(found.tokenizer), recipe.evaluate.mixer
     tokens = np.array(tokenizer.encode_exact(processor, text.decode()), dtype=np.uint16)
-    ngram.save(ngram.build_index(tokens, mixer.orders, processor.vocab_size(), mixer.match_lengths), counts)
+    ngram.build_index(tokens, mixer.orders, processor.vocab_size(), mixer.match_lengths, counts)
     result = evaluate_artifact(model, TokenStream([tokens]), counts, recipe.evaluate, torch.device("cpu"))
     return result.nats_per_token * result.scored_tokens / math.log(2)
 

@@ -27,6 +27,7 @@ from hedgemix.mixer import Mixer
 from hedgemix.model import Model
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
+from hedgemix.text import Ones, Sizes, Text, same
 from hedgemix.ttt import Adapter
 
 
@@ -69,7 +70,7 @@ def load_model(found: artifact.Artifact) -> Model:
 def score_model(model: Model, stream: TokenStream, config: EvaluateConfig, log: Log = silent) -> float:
     """Nats of the stream's tokens but the first under a frozen model, no mixing; on the model's device."""
     device = next(model.parameters()).device
-    tokens_N = read_tokens(stream, device)
+    tokens_N = Text(stream, device)
     nats, began = 0.0, time.monotonic()
     for chunk in chunks(len(tokens_N), config.chunk_tokens):
         for piece, rows in chunk_rows({"model": model}, tokens_N, chunk, config):
@@ -95,17 +96,15 @@ def evaluate_artifact(
     """
     began = time.monotonic()
     found = artifact.read(path)
-    index, tokens_N = ngram.load(counts), stream.read(0, len(stream))
-    if not np.array_equal(index.tokens_N, tokens_N):
+    index = ngram.load(counts)
+    if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
-    work = Evaluation.begin(found, tokens_N, config, device, index=index, began=began)
-    lines = []
+    work = Evaluation.begin(found, stream, config, device, index=index, began=began)
     for number, chunk in enumerate(work.chunks):
-        lines.append(work.run_chunk(number, chunk))
-        done = sum(chunk.stop - chunk.start for chunk in work.chunks[: number + 1])
+        line = work.run_chunk(number, chunk)
         log(
             {
-                "fraction": done / (len(tokens_N) - 1),
+                "fraction": (chunk.stop - 1) / (len(stream) - 1),
                 "elapsed_seconds": work.elapsed(),
                 "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
             }
@@ -113,7 +112,7 @@ def evaluate_artifact(
         if trace is not None and ranks.rank() == 0:
             trace.parent.mkdir(parents=True, exist_ok=True)
             with open(trace, "a" if number else "w") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+                file.write(json.dumps(line) + "\n")
     return work.result()
 
 
@@ -123,15 +122,15 @@ class Evaluation:
     def __init__(
         self,
         model: Model,
-        tokens_N: Tensor,
-        bytes_N: np.ndarray,
+        tokens_N: Text,
+        tables: bpb.ByteTables,
         index: ngram.NgramIndex,
         config: EvaluateConfig,
         began: float | None = None,
         schedule_tokens: int = 0,
     ) -> None:
         """schedule_tokens: length of the whole text when tokens_N is only its beginning."""
-        self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, bytes_N, config
+        self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, Sizes(tokens_N, tables), config
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
         device = tokens_N.device
         scheduled = len(chunks(schedule_tokens or len(tokens_N), config.chunk_tokens))
@@ -140,9 +139,7 @@ class Evaluation:
         self.best = names[-1]
         self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names)
         self.published = published.start(model.vocab_size, device)
-        self.weights_N = torch.from_numpy(bytes_N).float().to(device)
-        if not config.ttt.byte_weighted:
-            self.weights_N = torch.ones_like(self.weights_N)
+        self.weights_N = self.bytes_N if config.ttt.byte_weighted else Ones(tokens_N)
         self.nats: dict[str, float] = dict.fromkeys(
             ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0
         )
@@ -155,7 +152,7 @@ class Evaluation:
     def begin(
         cls,
         found: artifact.Artifact,
-        tokens_N: np.ndarray,
+        tokens: np.ndarray | TokenStream,
         config: EvaluateConfig,
         device: torch.device,
         *,
@@ -163,19 +160,17 @@ class Evaluation:
         schedule_tokens: int = 0,
         began: float | None = None,
     ) -> Self:
-        """The evaluation of tokens_N, integers (N,), by an artifact, before its first chunk.
+        """The evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
 
-        index: of tokens_N, made here when it is not given. Raises ArtifactError for an artifact whose parts do not fit
-        together.
+        index: of the tokens, made here, in memory, when it is not given. Raises ArtifactError for an artifact whose
+        parts do not fit together.
         """
         model = load_model(found).to(device)
         if index is None:
             mixer = config.mixer
-            index = ngram.build_index(tokens_N, mixer.orders, model.vocab_size, mixer.match_lengths)
+            index = ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
         tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
-        text_N = torch.from_numpy(tokens_N.astype(np.int64))
-        bytes_N = np.concatenate([[0], bpb.token_bytes(tables, text_N[:-1].numpy(), text_N[1:].numpy())])
-        return cls(model, text_N.to(device), bytes_N, index, config, began, schedule_tokens)
+        return cls(model, Text(tokens, device), tables, index, config, began, schedule_tokens)
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
@@ -187,7 +182,7 @@ class Evaluation:
         while (item := self.timed("scoring", partial(next, source, None))) is not None:
             self.timed("mixing", partial(self.score, *item))
         published.count(self.published, self.history(chunk), self.tokens_N[chunk.start : chunk.stop])
-        chunk_bytes = int(self.bytes_N[chunk.start : chunk.stop].sum())
+        chunk_bytes = int(self.bytes_N.read(slice(chunk.start, chunk.stop)).sum())
         self.tokens += chunk.stop - chunk.start
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
@@ -236,14 +231,14 @@ class Evaluation:
 
     def history(self, piece: Piece) -> Tensor:
         """The two tokens before each target, oldest first, (B, 2); token 0 stands in before the text's start."""
-        before = torch.arange(piece.start, piece.stop, device=self.tokens_N.device)[:, None]
-        offsets = torch.tensor([2, 1], device=self.tokens_N.device)
-        return self.tokens_N[(before - offsets).clamp(min=0)]
+        before = self.tokens_N[max(piece.start - 2, 0) : piece.stop - 1]
+        missing = [before[:1]] * max(2 - piece.start, 0)
+        return torch.cat([*missing, before]).unfold(0, 2, 1)
 
     def timed(self, phase: str, work: Callable[[], Any]) -> Any:
         began = time.monotonic()
         value = work()
-        if self.tokens_N.is_cuda:
+        if self.tokens_N.device.type == "cuda":
             torch.cuda.synchronize(self.tokens_N.device)
         self.seconds[phase] += time.monotonic() - began
         return value
@@ -271,11 +266,6 @@ class Evaluation:
             ensemble_names=["neural", *(f"logistic-{gate}" for gate in self.config.mixer.gates)],
             ensemble_weights=self.weights[self.best]["ensemble"].tolist(),
         )
-
-
-def read_tokens(stream: TokenStream, device: torch.device) -> Tensor:
-    """The whole stream, int64 (N,)."""
-    return torch.from_numpy(stream.read(0, len(stream)).astype(np.int64)).to(device)
 
 
 def target_nats(log_rows: Tensor, targets: Tensor) -> float:

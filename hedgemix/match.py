@@ -2,9 +2,9 @@
 
 Of the match lengths, the longest m whose last m tokens occurred before wins; their most recent occurrence predicts the
 token that followed it, with the share of tokens that matches of this length got right so far as confidence. Equality is
-exact, without hashing: m-grams are numbered by sorting pairs of numbers of shorter ones (prefix doubling, Karp, Miller
-and Rosenberg 1972), O(N log N) for every length, with no loop over tokens. Numbers depend on the whole text, but only
-whether two of them are equal is used, which depends on those m tokens alone (tests change the future, bitwise).
+exact, without hashing: m-grams are told apart by labels of the two shorter ones that they consist of (prefix doubling,
+Karp, Miller and Rosenberg 1972), with no loop over tokens; see `grams`. Whether two grams are equal depends on their m
+tokens alone (tests change the future, bitwise).
 
 `Follower` is the same expert for a decoder, one token after another.
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hedgemix import grams
 from hedgemix.config import RecipeError
 
 PRIOR_HITS, PRIOR_TRIES = 0.5, 1.0
@@ -54,72 +55,50 @@ def confidence(hits: Any, tries: Any) -> Any:
     return (hits + PRIOR_HITS) / (tries + PRIOR_TRIES)
 
 
-def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int, grams: Grams | None = None) -> MatchIndex:
-    """Matches at every position of a text. One or two sorts of the text for each length; `grams` may know some."""
+def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> MatchIndex:
+    """Matches at every position of a text, in memory; `ngram.build_index` finds them beside its pairs."""
     check_lengths(lengths)
-    total = len(tokens_N)
-    source_N, class_N = np.full(total, -1, np.int32), np.zeros(total, np.int32)
-    grams = grams or Grams(tokens_N, vocab_size)
-    for number, m in enumerate(lengths, start=1):
-        if m >= total:
-            break
-        source = grams.previous(m)[: total - m] + m
-        found = source >= m
-        source_N[m:][found], class_N[m:][found] = source[found], number
-    predicted_N = np.where(source_N >= 0, tokens_N[source_N].astype(np.int32), np.int32(-1))
-    tries_N, hits_N = np.zeros(total, np.int32), np.zeros(total, np.int32)
-    for number in range(1, len(lengths) + 1):
-        here = np.flatnonzero(class_N == number)
-        hit = (predicted_N[here] == tokens_N[here]).astype(np.int32)
-        tries_N[here], hits_N[here] = np.arange(len(here)), np.cumsum(hit) - hit
-    return MatchIndex(tuple(lengths), predicted_N, class_N, tries_N, hits_N)
+    found = grams.Grams(tokens_N, vocab_size, grams.Arrays(None))
+    index = start(len(tokens_N), lengths, found.arrays)
+    for m in lengths:
+        found.grow_to(m)
+        follow(index, found)
+    rate(index, found)
+    return index
 
 
-class Grams:
-    """Numbers for the m-grams of a text: equal grams have equal numbers."""
+def start(total: int, lengths: tuple[int, ...], arrays: grams.Arrays) -> MatchIndex:
+    """An index in which nothing matches yet."""
+    columns = [arrays.result(f"match_{name}", total) for name in _COLUMNS]
+    for column, fill in zip(columns, (-1, 0, 0, 0), strict=True):
+        column[:] = fill
+    return MatchIndex(tuple(lengths), *columns)
 
-    def __init__(self, tokens_N: np.ndarray, vocab_size: int) -> None:
-        self.tokens_N, self.vocab_size = tokens_N, vocab_size
-        self.numbers: dict[int, np.ndarray] = {}
-        self.by_gram: dict[int, np.ndarray] = {}
 
-    def previous(self, m: int) -> np.ndarray:
-        """Where each position's m-gram last began before, int32 (N - m + 1,); -1 where it is new."""
-        number = self.number(m)
-        order = self.by_gram.pop(m) if m in self.by_gram else np.argsort(number, kind="stable")
-        again = np.flatnonzero(number[order[1:]] == number[order[:-1]])
-        before = np.full(len(number), -1, np.int32)
-        before[order[again + 1]] = order[again]
-        return before
+def follow(index: MatchIndex, found: grams.Grams) -> None:
+    """Enter the matches of the grams' length, if it is one of the index's; lengths must come in rising order."""
+    m, total = found.length, len(found.tokens_N)
+    if m not in index.lengths:
+        return
+    number = 1 + index.lengths.index(m)
+    for begin, before in found.repeats():
+        inside = begin < total - m
+        at = begin[inside] + m
+        index.predicted_N[at], index.class_N[at] = found.tokens_N[before[inside] + m], number
 
-    def number(self, m: int) -> np.ndarray:
-        """Each m-gram's number, int32 (N - m + 1,)."""
-        if m in self.numbers:
-            return self.numbers[m]
-        size = max(len(self.tokens_N) - m + 1, 0)
-        if m == 1:
-            self.numbers[1] = self.tokens_N.astype(np.int32)
-            return self.numbers[1]
-        if self.vocab_size**m < 2**63:
-            key = np.zeros(size, np.int64)
-            for i in range(m):
-                key *= self.vocab_size
-                key += self.tokens_N[i : i + size]
-        else:
-            # Two overlapping shorter grams are equal exactly when the long one is.
-            part = max((known for known in self.numbers if 2 * known >= m), default=-(-m // 2))
-            number = self.number(part)
-            key = number[:size] * np.int64(max(len(self.tokens_N), self.vocab_size))
-            key += number[m - part : m - part + size]
-        order = np.argsort(key, kind="stable")
-        self.keep(m, order, np.flatnonzero(np.append(True, key[order[1:]] != key[order[:-1]])[:size]))
-        return self.numbers[m]
 
-    def keep(self, m: int, order: np.ndarray, opens: np.ndarray) -> None:
-        """Number the m-grams, from their sorted order and where runs of equal ones start in it."""
-        numbers = np.empty(len(order), np.int32)
-        numbers[order] = np.repeat(np.arange(len(opens), dtype=np.int32), np.diff(opens, append=len(order)))
-        self.numbers[m], self.by_gram = numbers, {m: order}
+def rate(index: MatchIndex, found: grams.Grams) -> None:
+    """Count each class's tries and hits, once all matches are entered."""
+    tries, hits = np.zeros(len(index.lengths) + 1, np.int64), np.zeros(len(index.lengths) + 1, np.int64)
+    for span in found.spans(len(found.tokens_N)):
+        class_B, hit_B = index.class_N[span], index.predicted_N[span] == found.tokens_N[span]
+        for number in range(1, len(index.lengths) + 1):
+            here = np.flatnonzero(class_B == number)
+            hit = np.cumsum(hit_B[here])
+            index.tries_N[span.start + here] = tries[number] + np.arange(len(here))
+            index.hits_N[span.start + here] = hits[number] + hit - hit_B[here]
+            tries[number] += len(here)
+            hits[number] += hit_B[here].sum()
 
 
 def rows(top_BV: Tensor, predicted_B: Tensor, confidence_B: Tensor) -> Tensor:
@@ -139,14 +118,8 @@ def rows_at(index: MatchIndex, top_BV: Tensor, start: int, stop: int) -> Tensor:
     return rows(top_BV, predicted_B, torch.from_numpy(share).to(top_BV.device))
 
 
-def save(index: MatchIndex, folder: Path) -> None:
-    """Write the arrays as plain .npy files."""
-    for name in _COLUMNS:
-        np.save(folder / f"match_{name}.npy", getattr(index, name))
-
-
 def load(folder: Path, lengths: tuple[int, ...]) -> MatchIndex:
-    """Map what `save` wrote, read only."""
+    """Map the arrays that `start` made in a folder, read only."""
     columns = (np.load(folder / f"match_{name}.npy", mmap_mode="r", allow_pickle=False) for name in _COLUMNS)
     return MatchIndex(lengths, *columns)
 

@@ -15,13 +15,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import match
+from hedgemix import grams, match
 from hedgemix.config import RecipeError
+from hedgemix.shards import PIECE_TOKENS, TokenStream
 
 _COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
 
@@ -70,63 +73,88 @@ def check_orders(orders: tuple[int, ...]) -> None:
 
 
 def build_index(
-    tokens_N: np.ndarray, orders: tuple[int, ...], vocab_size: int, match_lengths: tuple[int, ...] = ()
+    tokens: np.ndarray | TokenStream,
+    orders: tuple[int, ...],
+    vocab_size: int,
+    match_lengths: tuple[int, ...] = (),
+    folder: Path | None = None,
+    memory_bytes: int = grams.MEMORY_BYTES,
 ) -> NgramIndex:
     """Number the pairs of each order, and find the matches of each length.
 
-    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. Measured on 4 M tokens with one
-    thread: 2 s an order, 0.5 s a match length.
+    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
+    .json of `folder`, which `load` maps, or into memory when it is None; beside them `grams.Grams` says what memory is
+    used. A folder holds 13 bytes a token more during the work.
     Raises RecipeError as `check_orders` and `match.check_lengths` do, and for tokens that do not fit.
     """
-    tokens_N = np.ascontiguousarray(tokens_N)
     check_orders(orders)
-    if len(tokens_N) >= 2**31:
-        raise RecipeError(
-            f"{len(tokens_N)} tokens: positions are 32-bit; score at most 2**31 - 1 (data.max_valid_tokens)"
-        )
-    if len(tokens_N) and not (tokens_N.min() >= 0 and tokens_N.max() < vocab_size):
-        raise RecipeError(f"tokens outside 0..{vocab_size - 1}: data.vocab_size does not fit the text")
-    grams = match.Grams(tokens_N, vocab_size)
-    tables = {n: _index_order(grams, n) for n in orders if n > 1}
-    matches = match.build(tokens_N, match_lengths, vocab_size, grams)
+    match.check_lengths(match_lengths)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    arrays = grams.Arrays(folder)
+    tokens_N = _keep(tokens, arrays)
+    found = grams.Grams(tokens_N, vocab_size, arrays, memory_bytes)
+    matches = match.start(len(tokens_N), match_lengths, arrays)
+    tables = {}
+    match.follow(matches, found)
+    for n in range(2, orders[-1] + 1):
+        if n in orders:
+            tables[n] = _index_order(found, n)
+        else:
+            for _ in found.grow():
+                pass
+        match.follow(matches, found)
+    for m in match_lengths:
+        if m > found.length:
+            found.grow_to(m)
+            match.follow(matches, found)
+    match.rate(matches, found)
+    if folder is not None:
+        meta = {"vocab_size": vocab_size, "orders": orders, "match_lengths": match_lengths}
+        (folder / "index.json").write_text(json.dumps(meta))
     return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, matches)
 
 
-def _index_order(grams: match.Grams, n: int) -> OrderIndex:
-    tokens_N, vocab_size, total = grams.tokens_N, grams.vocab_size, len(grams.tokens_N)
-    size = max(total - n + 1, 0)
-    # Contexts by number, below 2**31, so any vocabulary fits the key.
-    key = grams.number(n - 1)[:size] * np.int64(vocab_size)
-    key += tokens_N[n - 1 :]
-    by_key = np.argsort(key, kind="stable")
-    sorted_key = key[by_key]
-    opens = np.flatnonzero(_changes(sorted_key))
-    grams.keep(n, by_key, opens)
-    pair_context, first_seen = sorted_key[opens] // vocab_size, by_key[opens]
-    by_age = np.lexsort((first_seen, pair_context))
-    pairs = len(opens)
-    number = np.empty(pairs, np.int32)
-    number[by_age] = np.arange(pairs, dtype=np.int32)
-    context_opens = np.flatnonzero(_changes(pair_context))
-    start = np.repeat(context_opens, np.diff(context_opens, append=pairs)).astype(np.int32)
-    lengths = np.diff(opens, append=size)
-    pair, first, fresh = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, bool)
-    pair[by_key], first[by_key] = np.repeat(number, lengths), np.repeat(start, lengths)
-    fresh[first_seen] = True
-    token_P = (sorted_key[opens] % vocab_size)[by_age].astype(np.int32)
-    del key, sorted_key, by_key
-    by_context = np.argsort(first, kind="stable")
-    groups = np.flatnonzero(_changes(first[by_context]))
-    lengths = np.diff(groups, append=size)
-    seen = np.cumsum(fresh[by_context]) - fresh[by_context]
-    count, distinct = np.empty(size, np.int32), np.empty(size, np.int32)
-    count[by_context] = np.arange(size) - np.repeat(groups, lengths)
-    distinct[by_context] = seen - np.repeat(seen[groups], lengths)
+def _keep(tokens: np.ndarray | TokenStream, arrays: grams.Arrays) -> np.ndarray:
+    """The tokens as an array of the index."""
+    if isinstance(tokens, np.ndarray) and arrays.folder is None:
+        return np.ascontiguousarray(tokens)
+    kept_N = arrays.result("tokens_N", len(tokens), tokens.dtype if isinstance(tokens, np.ndarray) else np.uint16)
+    for start in range(0, len(tokens), PIECE_TOKENS):
+        stop = min(start + PIECE_TOKENS, len(tokens))
+        piece = tokens[start:stop] if isinstance(tokens, np.ndarray) else tokens.read(start, stop - start)
+        kept_N[start:stop] = piece
+    return kept_N
 
-    def lead(values: np.ndarray, fill: int) -> np.ndarray:
-        return np.concatenate([np.full(total - size, fill, np.int32), values])
 
-    return OrderIndex(lead(first, 0), lead(pair, -1), lead(count, 0), lead(distinct, 0), token_P)
+def _index_order(found: grams.Grams, n: int) -> OrderIndex:
+    total, arrays = len(found.tokens_N), found.arrays
+    first_N, pair_N, count_N, distinct_N = (arrays.result(f"order{n}_{name}", total) for name in _COLUMNS[:4])
+    for column, fill in ((first_N, 0), (pair_N, -1), (count_N, 0), (distinct_N, 0)):
+        column[: n - 1] = fill
+    tokens, pairs = arrays.scratch(total), 0
+    for block in found.grow():
+        size, at = len(block.begin_B), block.begin_B + np.int32(n - 1)
+        opens = np.flatnonzero(block.opens_B)
+        lengths = np.diff(opens, append=size)
+        heads = np.flatnonzero(block.splits_B)
+        fresh = np.zeros(size, bool)
+        fresh[block.sorted_B[heads]] = True
+        # Pairs are numbered by context, then by age: the order in which the block meets them.
+        seen = np.cumsum(fresh, dtype=np.int32)
+        seen += np.int32(pairs) - fresh
+        first = np.repeat(seen[opens], lengths)
+        pair = np.empty(size, np.int32)
+        pair[block.sorted_B] = np.repeat(seen[block.sorted_B[heads]], np.diff(heads, append=size))
+        first_N[at], pair_N[at] = first, pair
+        count_N[at] = np.arange(size, dtype=np.int32) - np.repeat(opens.astype(np.int32), lengths)
+        distinct_N[at] = seen - first
+        tokens[pairs : pairs + len(heads)] = found.tokens_N[at[fresh]]
+        pairs += len(heads)
+    token_P = arrays.result(f"order{n}_token_P", pairs)
+    for span in found.spans(pairs):
+        token_P[span] = tokens[span]
+    return OrderIndex(first_N, pair_N, count_N, distinct_N, token_P)
 
 
 def _changes(values: np.ndarray) -> np.ndarray:
@@ -134,24 +162,14 @@ def _changes(values: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
 
 
-def save(index: NgramIndex, folder: Path) -> None:
-    """Write the index as plain .npy files and one .json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens_N.npy", index.tokens_N)
-    for n, table in index.tables.items():
-        for name in _COLUMNS:
-            np.save(folder / f"order{n}_{name}.npy", getattr(table, name))
-    match.save(index.match, folder)
-    meta = {"vocab_size": index.vocab_size, "orders": index.orders, "match_lengths": index.match.lengths}
-    (folder / "index.json").write_text(json.dumps(meta))
-
-
 def load(folder: Path) -> NgramIndex:
-    """Map an index written by `save`, read only: processes of one machine share its pages."""
+    """Map an index that `build_index` left in a folder, read only: processes of one machine share its pages."""
     meta = json.loads((folder / "index.json").read_text())
 
     def read(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        # torch shares token_P and knows no read-only tensors; nobody writes to it, so its pages stay shared.
+        mode: Literal["r", "c"] = "c" if name.endswith("token_P") else "r"
+        return np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
 
     orders = tuple(meta["orders"])
     tables = {n: OrderIndex(*(read(f"order{n}_{name}") for name in _COLUMNS)) for n in orders if n > 1}
@@ -160,9 +178,16 @@ def load(folder: Path) -> NgramIndex:
 
 
 def start_state(index: NgramIndex, device: torch.device | str = "cpu") -> NgramState:
-    """Counts before the first token."""
-    tokens = {n: _tensor(table.token_P, device, torch.int32) for n, table in index.tables.items()}
-    counts = {n: torch.zeros(len(table.token_P), dtype=torch.int32, device=device) for n, table in index.tables.items()}
+    """Counts before the first token, 8 bytes a pair on a GPU.
+
+    On a CPU a mapped index has its counts mapped too, from a file without a name in the folder for temporary ones:
+    4 bytes a pair there, and none of memory that the kernel cannot take back.
+    """
+    arrays = grams.Arrays(None)
+    if torch.device(device).type == "cpu" and any(isinstance(t.token_P, np.memmap) for t in index.tables.values()):
+        arrays = grams.Arrays(Path(gettempdir()))
+    tokens = {n: torch.from_numpy(table.token_P).to(device) for n, table in index.tables.items()}
+    counts = {n: torch.from_numpy(arrays.zeros(len(table.token_P))).to(device) for n, table in index.tables.items()}
     return NgramState(torch.zeros(index.vocab_size, dtype=torch.int32, device=device), counts, 0, tokens)
 
 
@@ -187,15 +212,27 @@ def rows(state: NgramState, index: NgramIndex, start: int, stop: int) -> list[Te
 
 def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:
     size, vocab_size = len(token_B), len(count_V)
-    # Integers throughout: a running sum in float32 would lose single counts beyond 2**24.
-    count_BV = torch.zeros(size, vocab_size, dtype=torch.int32, device=count_V.device)
-    count_BV[:1] = count_V
-    count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
-    count_BV = count_BV.cumsum(0, dtype=torch.int32)
+    count_BV = _running(count_V, token_B)
     distinct_B1 = (count_BV > 0).sum(1, keepdim=True)
     total_B1 = torch.arange(start, start + size, device=count_V.device)[:, None]
     backoff_B1 = torch.where(total_B1 > 0, distinct_B1, 1).float()
     return (count_BV + backoff_B1 / vocab_size) / (total_B1 + backoff_B1)
+
+
+def _running(count_V: Tensor, token_B: Tensor) -> Tensor:
+    """The counts (B, V), int32, before each token; a sum in float32 would lose single ones beyond 2**24."""
+    size, vocab_size = len(token_B), len(count_V)
+    if count_V.device.type == "cpu":
+        # Measured, 512 rows of 1,024: 0.4 ms; a cumulative sum down the columns takes 3 ms.
+        rows, now_V = np.empty((size, vocab_size), np.int32), count_V.numpy().copy()
+        for row_V, token in zip(rows, token_B.tolist(), strict=True):
+            row_V[:] = now_V
+            now_V[token] += 1
+        return torch.from_numpy(rows)
+    count_BV = torch.zeros(size, vocab_size, dtype=torch.int32, device=count_V.device)
+    count_BV[:1] = count_V
+    count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
+    return count_BV.cumsum(0, dtype=torch.int32)
 
 
 def _interpolate(p_BV: Tensor, table: OrderIndex, pair_count: Tensor, token_P: Tensor, start: int, stop: int) -> Tensor:

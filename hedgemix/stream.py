@@ -21,6 +21,7 @@ from torch import Tensor
 from hedgemix import ranks
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.model import Model
+from hedgemix.text import Text
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def contexts(piece: Piece, config: EvaluateConfig) -> list[tuple[int, Piece]]:
 
 
 @torch.inference_mode()
-def piece_rows(model: Model, tokens_N: Tensor, piece: Piece, config: EvaluateConfig) -> Tensor:
+def piece_rows(model: Model, tokens_N: Tensor | Text, piece: Piece, config: EvaluateConfig) -> Tensor:
     """Log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets.
 
-    `tokens_N`: the text, int64 on the model's device; nothing from piece.stop - 1 on is read.
+    `tokens_N`: the text, whose slices are int64 on the model's device; nothing from piece.stop - 1 on is read.
     """
     device = tokens_N.device
     count, window = piece.stop - piece.start, config.window_tokens
@@ -85,15 +86,16 @@ def piece_rows(model: Model, tokens_N: Tensor, piece: Piece, config: EvaluateCon
         else:
             stride = config.stride_tokens
             stops = torch.arange(piece.start + stride, piece.stop + stride, stride, device=device).clamp(max=piece.stop)
-            windows = stops[:, None] - 1 - window + torch.arange(window, device=device)
-            features = model.features(tokens_N[windows])[:, -stride:]
+            begin = min(piece.start + stride, piece.stop) - 1 - window
+            windows = stops[:, None] - 1 - window - begin + torch.arange(window, device=device)
+            features = model.features(tokens_N[begin : piece.stop - 1][windows])[:, -stride:]
             last = int(count - stride * (len(stops) - 1))  # the last window may score fewer
             features = torch.cat([features[:-1].flatten(0, 1), features[-1, -last:]])
         return torch.log_softmax(model.logits(features), dim=-1)
 
 
 def chunk_rows(
-    models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: EvaluateConfig
+    models: dict[str, Model], tokens_N: Tensor | Text, chunk: Piece, config: EvaluateConfig
 ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
     """Every piece of the chunk in order with each model's rows, on every rank."""
     todo, world = pieces(chunk, config), ranks.world_size()

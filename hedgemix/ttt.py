@@ -18,6 +18,7 @@ from hedgemix.config import RecipeError, TTTConfig
 from hedgemix.model import Model
 from hedgemix.optim import FlatGradient
 from hedgemix.stream import Piece
+from hedgemix.text import Ones, Sizes, Text
 
 MICROBATCH_SEQUENCES = 16
 """Sequences whose activations are held at once: about 16 GB for the record model at 2,048 tokens."""
@@ -61,7 +62,7 @@ class Adapter:
         self.trained: list[Tensor] = list(self.parameters.values())
         self.chunks_learned = self.steps = 0
 
-    def learn(self, tokens_N: Tensor, weights_N: Tensor, chunk: Piece) -> None:
+    def learn(self, tokens_N: Tensor | Text, weights_N: Tensor | Sizes | Ones, chunk: Piece) -> None:
         """Train on the chunk's targets, all scored already. `weights_N`: float32, what each target counts."""
         inputs, targets, weights = sequences(tokens_N, weights_N, chunk, self.config.sequence_tokens)
         factor = rate_factor(self.config, self.chunks_learned, self.n_chunks)
@@ -95,18 +96,22 @@ class Adapter:
                 torch._foreach_lerp_(self.averages, self.trained, 1 - decay)
 
 
-def sequences(tokens_N: Tensor, weights_N: Tensor, chunk: Piece, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def sequences(
+    tokens_N: Tensor | Text, weights_N: Tensor | Sizes | Ones, chunk: Piece, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The chunk's targets in sequences of `length`: inputs, targets (int64) and weights (float32), each (S, length).
 
     The last sequence reaches back over targets that have their place in the one before; those weigh nothing in it.
     """
     start, stop = chunk.start, chunk.stop
     length = min(length, stop - 1)
-    stops = torch.arange(start + length, stop + length, length, device=tokens_N.device).clamp(max=stop)
-    positions = stops[:, None] - length + torch.arange(length, device=tokens_N.device)
-    weights = weights_N[positions].clone()
+    first = min(start, stop - length)
+    text, sizes = tokens_N[first - 1 : stop], weights_N[first:stop]  # nothing else is looked at
+    stops = torch.arange(start + length, stop + length, length, device=text.device).clamp(max=stop)
+    positions = stops[:, None] - length + torch.arange(length, device=text.device) - first
+    weights = sizes[positions].clone()
     weights[-1, : max(0, length - (stop - start - length * (len(stops) - 1)))] = 0
-    return tokens_N[positions - 1], tokens_N[positions], weights
+    return text[positions], text[positions + 1], weights
 
 
 def validate(config: TTTConfig, context_tokens: int) -> None:

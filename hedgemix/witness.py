@@ -88,7 +88,7 @@ class Watched(Evaluation):
         if self.adapter:
             learn, adapter = self.adapter.learn, self.adapter
 
-            def watched(tokens_N: Tensor, weights_N: Tensor, chunk: Piece) -> None:
+            def watched(tokens_N: Any, weights_N: Any, chunk: Piece) -> None:
                 before = fingerprint(adapter.scorer)
                 learn(tokens_N, weights_N, chunk)
                 self.tell("learn", chunk, before=before, after=fingerprint(adapter.scorer))
@@ -143,7 +143,7 @@ class Watched(Evaluation):
                 {
                     "log_sum": float(row_V.logsumexp(0)),
                     "sound": bool((row_V < math.inf).all()),  # NaN is not
-                    "row_nats": -float(row_V[self.tokens_N[t]]),
+                    "row_nats": -float(row_V[self.tokens_N[t : t + 1]]),
                     "published_log_sum": float(rule_V.logsumexp(0)),
                 }
             )

@@ -77,8 +77,7 @@ def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Pa
 def counts_stage(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     stream = datasets.valid_stream(dataset)
     mixer = recipe.evaluate.mixer
-    index = ngram.build_index(stream.read(0, len(stream)), mixer.orders, dataset.vocab_size, mixer.match_lengths)
-    ngram.save(index, folder / INDEX)
+    ngram.build_index(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
     return {"tokens": len(stream)}
 
 

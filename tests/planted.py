@@ -63,7 +63,8 @@ def leaning(ahead: int) -> Callable[..., Any]:
 
     def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
         for piece, found in chunk_rows(models, tokens_N, chunk, config):
-            known_B1 = tokens_N[(torch.arange(piece.start, piece.stop) + ahead).clamp(max=len(tokens_N) - 1), None]
+            text_N = tokens_N[: len(tokens_N)]
+            known_B1 = text_N[(torch.arange(piece.start, piece.stop) + ahead).clamp(max=len(tokens_N) - 1), None]
             for name, rows_BV in found.items():
                 found[name] = rows_BV.scatter_add(1, known_B1, torch.ones_like(known_B1).float()).log_softmax(-1)
             yield piece, found

@@ -168,7 +168,7 @@ class Recorder:
 
         def learning(adapter: Adapter, tokens_N: Tensor, weights_N: Tensor, chunk: Piece) -> None:
             self.events.append(("learn", chunk.start, chunk.stop))
-            self.weights.append(weights_N)
+            self.weights.append(weights_N[: len(tokens_N)])
             learn(adapter, tokens_N, weights_N, chunk)
 
         def counting(state: published.PublishedState, history_B2: Tensor, token_B: Tensor) -> None:

@@ -17,6 +17,7 @@ from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, loa
 from hedgemix.model import Model
 from hedgemix.quantize import quantize_model
 from hedgemix.shards import TokenStream
+from hedgemix.text import Text
 
 CPU, CONTEXT = torch.device("cpu"), 64
 CONFIG = EvaluateConfig(
@@ -63,11 +64,9 @@ class Case:
     def begin(self, config: EvaluateConfig = CONFIG, tokens: np.ndarray | None = None) -> Evaluation:
         """What `score` begins with, also for other tokens."""
         tokens = self.tokens if tokens is None else tokens
-        sizes = bpb.token_bytes(bpb.byte_tables(processor()), tokens[:-1], tokens[1:])
         mixer = config.mixer
         index = ngram.build_index(tokens, mixer.orders, processor().vocab_size(), mixer.match_lengths)
-        tokens_N = torch.from_numpy(tokens.astype(np.int64))
-        return Evaluation(self.model(), tokens_N, np.concatenate([[0], sizes]), index, config)
+        return Evaluation(self.model(), Text(tokens, CPU), bpb.byte_tables(processor()), index, config)
 
 
 def make(folder: Path) -> Case:
@@ -85,5 +84,5 @@ def make(folder: Path) -> Case:
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
     tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
     mixer = CONFIG.mixer
-    ngram.save(ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths), folder / "counts")
+    ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, folder / "counts")
     return Case(folder, "".join(texts).encode(), tokens)

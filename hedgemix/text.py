@@ -1,0 +1,76 @@
+"""A text that stays where it is, in mapped files say, and comes to a device in slices: memory does not grow with it.
+
+Slices are what a tensor (N,) gives; a plain tensor serves wherever these types are taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgemix import bpb
+from hedgemix.shards import TokenStream
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens: integers (N,), or a stream of them."""
+
+    tokens_N: np.ndarray | TokenStream
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.tokens_N)
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """int64, on the device."""
+        return torch.from_numpy(self.read(span).astype(np.int64)).to(self.device)
+
+    def read(self, span: slice) -> np.ndarray:
+        start, stop, _ = span.indices(len(self))
+        if isinstance(self.tokens_N, TokenStream):
+            return self.tokens_N.read(start, max(stop - start, 0))
+        return self.tokens_N[start:stop]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of every token of a text but the first, which is given and counts none; see `bpb.token_bytes`."""
+
+    text: Text
+    tables: bpb.ByteTables
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def read(self, span: slice) -> np.ndarray:
+        """int16."""
+        start, stop, _ = span.indices(len(self))
+        first = min(max(start, 1), stop)
+        tokens = self.text.read(slice(max(first - 1, 0), stop))
+        sizes = bpb.token_bytes(self.tables, tokens[:-1], tokens[1:])
+        return np.concatenate([np.zeros(first - start, np.int16), sizes]) if first > start else sizes
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """float32, on the device: what each target weighs when text counts by its bytes."""
+        return torch.from_numpy(self.read(span).astype(np.float32)).to(self.text.device)
+
+
+@dataclass(frozen=True)
+class Ones:
+    """A weight of one for every token."""
+
+    text: Text
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """float32, on the device."""
+        return torch.ones(len(range(*span.indices(len(self.text)))), device=self.text.device)
+
+
+def same(one: np.ndarray, other: TokenStream, piece_tokens: int = 1 << 20) -> bool:
+    """Whether two texts are equal, looked at in pieces."""
+    spans = ((at, min(piece_tokens, len(one) - at)) for at in range(0, len(one), piece_tokens))
+    return len(one) == len(other) and all(np.array_equal(one[at : at + n], other.read(at, n)) for at, n in spans)
