@@ -85,7 +85,7 @@ def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tens
 
 def _lane_starts(w_RK: Tensor, p_CLRK: Tensor, share_KK: Tensor) -> Tensor:
     """The weights that each lane begins with, (C + 1, R, K), from those of the first and what occurred in the lanes."""
-    lanes, steps, sets, experts = p_CLRK.shape
+    lanes, steps = p_CLRK.shape[:2]
     if not lanes:
         return w_RK[None]
     reach = torch.diag_embed(p_CLRK[:, 0]) @ share_KK
