@@ -47,7 +47,7 @@ def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor
     """Each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context occurred
     before (`ngram.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's
     bucket, both or neither."""
-    entropy = -(neural_log_rows.exp() * neural_log_rows).sum(-1) / math.log(neural_log_rows.shape[-1])
+    entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
     bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
     longest = longest_class.expand_as(bucket)
     sets = {
@@ -106,15 +106,24 @@ class Blend:
             sets, config.memory_tokens, size, inputs, config.logistic_ridge, device, vocab_size, config.bias_rate
         )
 
-    def positions(self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor) -> Positions:
-        """From neural log rows or logits, the other experts' probability rows and `ngram.longest_class`."""
-        # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
-        neural_BRV = neural_BRV.float().log_softmax(-1).clamp_min_(hedge.LOG_FLOOR)
+    def positions(
+        self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor, out_BRJV: Tensor | None = None
+    ) -> Positions:
+        """From neural log rows or logits, the other experts' probability rows and `ngram.longest_class`.
+
+        out_BRJV: float32 memory to use for the inputs of the logistic mixers.
+        """
         size, sets, vocab_size = neural_BRV.shape
-        log_BRJV = neural_BRV.new_empty(size, sets, self.linears + len(self.experts), vocab_size)
-        log_BRJV[:, :, self.linears] = neural_BRV
-        for j, k in enumerate(self.experts[1:], start=self.linears + 1):
-            log_BRJV[:, :, j] = p_BKV[:, k - 1].log().clamp_min_(hedge.LOG_FLOOR)[:, None]
+        shape = size, sets, self.linears + len(self.experts), vocab_size
+        log_BRJV = p_BKV.new_empty(shape) if out_BRJV is None else out_BRJV
+        # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
+        neural_BRV = torch.clamp(neural_BRV.float().log_softmax(-1), hedge.LOG_FLOOR, out=log_BRJV[:, :, self.linears])
+        shared = log_BRJV[:, :, self.linears + 1 :]
+        for j, k in enumerate(self.experts[1:]):
+            torch.log(p_BKV[:, k - 1], out=shared[:, 0, j])
+        shared[:, 0].clamp_min_(hedge.LOG_FLOOR)
+        if sets > 1:
+            shared[:, 1:] = shared[:, :1]
         return Positions(p_BKV, log_BRJV, gate_sets(self.config, self.gates, neural_BRV, longest_B[:, None]))
 
     def neural(self, at: Positions | Mixed) -> Tensor:

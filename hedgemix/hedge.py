@@ -6,7 +6,7 @@ what one expert knows beyond another: it learns to take the lift of a trigram ov
 the bigram. Its weights start at (1, 0, ..., 0), which is the first expert exactly, so a strong model loses little.
 
 Shapes: B positions, R row sets (one model each, mixed apart), K experts, V vocabulary, L linear and
-M logistic mixers, S weight sets of a mixer, C lanes, L steps of a lane, Q = K (K + 1) / 2 products of experts.
+M logistic mixers, S weight sets of a mixer, C lanes, L steps of a lane, Q values of any kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CURVATURE_STRIDE = 4
 """Curvature is summed over every fourth token of a block and scaled up; gradients use all."""
 LINEAR_FLOOR = 1e-5
 """Least weight in a linear mixture: an expert that was useless for a million tokens can still come back."""
-_LANE = 32
+_LANE = 16
 _MAX_STEP = 0.5
 _MAX_WEIGHT = 4.0
 _MAX_BIAS = 4.0
@@ -55,8 +55,9 @@ def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tens
     Takes the experts' log probabilities of what occurred and normalised log weights, float64. After each outcome the
     weights become `(1 - share) * posterior + share / K` (Herbster and Warmuth 1998, fixed share with uniform
     redistribution, learning rate 1, log loss); share 0 is the Bayes mixture, within ln K of the best expert.
-    Exact to rounding, however many outcomes a call has, in some 500 + B / 8 array operations: the update is linear in
-    the unnormalised weights, so lanes of 32 outcomes first run side by side from every single expert.
+    Exact to rounding, however many outcomes a call has, in some 85 + 4 log2(B / 16) array operations: the update is
+    linear in the unnormalised weights, so lanes of 16 outcomes run side by side, first from every single expert. What
+    those matrices do one after the other is found by doubling (Hillis and Steele 1986).
     """
     size, sets, experts = log_p_BRK.shape
     if share == 0:
@@ -64,32 +65,39 @@ def fixed_share(log_p_BRK: Tensor, log_w_RK: Tensor, share: float) -> tuple[Tens
         return (log_w_BRK[:-1] + log_p_BRK).logsumexp(-1), log_w_BRK[:-1].exp(), log_w_BRK[-1]
     lanes = -(-size // _LANE)
     top_BR1 = log_p_BRK.amax(-1, keepdim=True)
-    # Padding is the identity: equal probabilities, nothing shared.
+    # What pads the last lane comes after everything that is read.
     p = torch.ones(lanes * _LANE, sets, experts, dtype=log_p_BRK.dtype, device=log_p_BRK.device)
-    p[:size] = (log_p_BRK - top_BR1).exp()
-    shared = torch.full((lanes * _LANE, 1, 1), share, dtype=p.dtype, device=p.device)
-    shared[size:] = 0
-    p_CLRK, share_CL11 = p.view(lanes, _LANE, sets, experts), shared.view(lanes, _LANE, 1, 1)
-    # The best expert of a step has probability 1 here and weight at least share / K: 32 steps cannot underflow.
-    reach = torch.eye(experts, dtype=p.dtype, device=p.device).expand(lanes, sets, experts, experts)
+    torch.sub(log_p_BRK, top_BR1, out=p[:size]).exp_()
+    p_CLRK = p.view(lanes, _LANE, sets, experts)
+    one = torch.eye(experts, dtype=p.dtype, device=p.device)
+    share_KK = (1 - share) * one + share / experts
+    w_CRK = _lane_starts(log_w_RK.exp(), p_CLRK[:-1], share_KK)
+    # The best expert of a step has probability 1 here and weight at least share / K: 16 steps cannot underflow.
+    used_LCRK = torch.empty(_LANE + 1, lanes, sets, experts, dtype=p.dtype, device=p.device)
+    used_LCRK[0] = w_CRK
     for step in range(_LANE):
-        reach = _share(reach * p_CLRK[:, step, :, None], share_CL11[:, step, :, None])
-    w_RK, starts = log_w_RK.exp(), []
-    for lane in range(lanes):
-        starts.append(w_RK)
-        w_RK = (w_RK[:, :, None] * reach[lane]).sum(1)
-        w_RK = w_RK / w_RK.sum(-1, keepdim=True)
-    w_CRK = torch.stack(starts)
-    used, sums = [], []
-    for step in range(_LANE):
-        posterior = w_CRK * p_CLRK[:, step]
-        total = posterior.sum(-1, keepdim=True)
-        used.append(w_CRK)
-        sums.append(total[..., 0])
-        w_CRK = _share(posterior / total, share_CL11[:, step])
-    weights = torch.stack(used, 1).view(-1, sets, experts)[:size]
-    log_mix = torch.stack(sums, 1).view(-1, sets)[:size].log() + top_BR1[..., 0]
-    return log_mix, weights, w_RK.log()
+        torch.matmul(used_LCRK[step] * p_CLRK[:, step], share_KK, out=used_LCRK[step + 1])
+    used_LCRK /= used_LCRK.sum(-1, keepdim=True)
+    weights = used_LCRK[:-1].transpose(0, 1).reshape(-1, sets, experts)[:size]
+    log_mix = (weights * p[:size]).sum(-1).log() + top_BR1[..., 0]
+    return log_mix, weights, used_LCRK[size - (lanes - 1) * _LANE, -1].log()
+
+
+def _lane_starts(w_RK: Tensor, p_CLRK: Tensor, share_KK: Tensor) -> Tensor:
+    """The weights that each lane begins with, (C + 1, R, K), from those of the first and what occurred in the lanes."""
+    lanes, steps = p_CLRK.shape[:2]
+    if not lanes:
+        return w_RK[None]
+    reach = torch.diag_embed(p_CLRK[:, 0]) @ share_KK
+    for step in range(1, steps):
+        reach = (reach * p_CLRK[:, step, :, None]) @ share_KK
+    ahead = 1
+    while ahead < lanes:
+        reach = reach / reach.amax((-2, -1), keepdim=True)
+        reach = torch.cat([reach[:ahead], reach[:-ahead] @ reach[ahead:]])
+        ahead *= 2
+    moved_CRK = (w_RK[:, None] @ reach)[:, :, 0]
+    return torch.cat([w_RK[None], moved_CRK / moved_CRK.sum(-1, keepdim=True)])
 
 
 def share_step(log_p_RK: Tensor, log_w_RK: Tensor, share: float) -> Tensor:
@@ -98,7 +106,7 @@ def share_step(log_p_RK: Tensor, log_w_RK: Tensor, share: float) -> Tensor:
     return _share(log_posterior_RK.exp(), share).log() if share else log_posterior_RK
 
 
-def _share(weights: Tensor, share: Tensor | float) -> Tensor:
+def _share(weights: Tensor, share: float) -> Tensor:
     return (1 - share) * weights + share / weights.shape[-1] * weights.sum(-1, keepdim=True)
 
 
@@ -133,12 +141,11 @@ def learn_linear(state: LinearState, weights_BRLK: Tensor, p_BRK: Tensor, gate_B
     responsibility of an expert is its share of the mixture's probability (one step of expectation maximisation).
     """
     share_BRLK = weights_BRLK * p_BRK[:, :, None]
-    share_BRLK = share_BRLK / share_BRLK.sum(-1, keepdim=True)
-    member_BRLS = torch.nn.functional.one_hot(gate_BRL, state.weights.shape[2]).double()
+    share_BRLK /= share_BRLK.sum(-1, keepdim=True)
+    member_BRLS = _members(gate_BRL, state.weights.shape[2])
     count_RLS1 = member_BRLS.sum(0)[..., None]
-    total_RLSK = torch.einsum("brls,brlk->rlsk", member_BRLS, share_BRLK)
-    kept = (1 - state.rate) ** count_RLS1
-    moved = (kept * state.weights + (1 - kept) / count_RLS1.clamp_min(1) * total_RLSK).clamp_min(LINEAR_FLOOR)
+    mean_RLSK = _sums(member_BRLS, share_BRLK) / count_RLS1.clamp_min(1)
+    moved = torch.lerp(mean_RLSK, state.weights, (1 - state.rate) ** count_RLS1).clamp_min_(LINEAR_FLOOR)
     state.weights = moved / moved.sum(-1, keepdim=True)
 
 
@@ -172,57 +179,65 @@ def learn_logistic(
     A token's bias moves by how much oftener it occurred than was expected, over `1 / bias_rate` plus the expected
     count, which bounds the curvature: however frequent a token, no step goes too far.
     """
-    sets, experts = log_rows_BRKV.shape[1:3]
-    p_BRMV = mixed_BRMV.exp()
+    size, sets, experts = log_rows_BRKV.shape[:3]
+    p_BRMV = mixed_BRMV.softmax(-1)  # exp(mixed), in less time
     observed_BRK = log_rows_BRKV.gather(3, token_B[:, None, None, None].expand(-1, sets, experts, 1))[..., 0]
     mean_BRMK = p_BRMV @ log_rows_BRKV.transpose(2, 3)
     gradient_BRMK = (observed_BRK[:, :, None] - mean_BRMK).double()
     some = slice(None, None, CURVATURE_STRIDE)
-    second_BRMKK = _second_moments(p_BRMV[some], log_rows_BRKV[some])
-    covariance = (second_BRMKK - mean_BRMK[some, ..., None] * mean_BRMK[some, ..., None, :]).double()
-    member_BRMS = torch.nn.functional.one_hot(gate_BRM, state.weights.shape[2]).double()
-    gradient_RMSK = torch.einsum("brms,brmk->rmsk", member_BRMS, gradient_BRMK)
-    kept = torch.exp(-member_BRMS.sum(0) / state.memory_M[:, None])[..., None, None]
-    seen = torch.einsum("brms,brmkj->rmskj", member_BRMS[some], covariance)
-    state.curvature = kept * state.curvature + CURVATURE_STRIDE * seen
-    ridge = state.ridge * torch.eye(experts, dtype=torch.float64, device=p_BRMV.device)
+    covariance = _second_moments(p_BRMV[some], log_rows_BRKV[some])
+    covariance -= mean_BRMK[some, ..., None] * mean_BRMK[some, ..., None, :]
+    member_BRMS = _members(gate_BRM, state.weights.shape[2])
+    gradient_RMSK = _sums(member_BRMS, gradient_BRMK)
+    seen_RMSQ = _sums(member_BRMS[some], covariance.double().flatten(3))
+    kept = torch.exp(member_BRMS.sum(0) / -state.memory_M[:, None])[..., None, None]
+    state.curvature = torch.add(kept * state.curvature, seen_RMSQ.view_as(state.curvature), alpha=CURVATURE_STRIDE)
     # solve_ex does not wait for the device; a system it cannot solve gives no step.
+    ridge = _ridge(experts, state.ridge, p_BRMV.device)
     step, _ = torch.linalg.solve_ex(state.curvature + ridge, gradient_RMSK[..., None])
     step = step[..., 0].nan_to_num(0.0, 0.0, 0.0)
-    length = step.norm(dim=-1, keepdim=True).clamp_min(_MAX_STEP)
-    state.weights = (state.weights + step * (_MAX_STEP / length)).clamp(-_MAX_WEIGHT, _MAX_WEIGHT)
+    length = step.norm(dim=-1, keepdim=True).clamp_min_(_MAX_STEP)
+    state.weights = torch.addcdiv(state.weights, step, length, value=_MAX_STEP).clamp_(-_MAX_WEIGHT, _MAX_WEIGHT)
     if state.bias_rate:
-        occurred_V = torch.zeros_like(state.bias_RMV[0, 0]).index_add_(0, token_B, p_BRMV.new_ones(len(token_B)))
+        occurred_V = torch.zeros_like(state.bias_RMV[0, 0]).index_add_(0, token_B, p_BRMV.new_ones(size))
         expected_RMV = p_BRMV.sum(0)
-        step_RMV = (occurred_V - expected_RMV) / (1 / state.bias_rate + expected_RMV)
-        state.bias_RMV = (state.bias_RMV + step_RMV).clamp_(-_MAX_BIAS, _MAX_BIAS)
+        more_RMV = occurred_V - expected_RMV
+        step_RMV = more_RMV.div_(expected_RMV.add_(1 / state.bias_rate))
+        state.bias_RMV = step_RMV.add_(state.bias_RMV).clamp_(-_MAX_BIAS, _MAX_BIAS)
 
 
 def _second_moments(p_BRMV: Tensor, log_rows_BRKV: Tensor) -> Tensor:
     """E_p[log p_k log p_j], (B, R, M, K, K)."""
-    size, sets, experts, vocab_size = log_rows_BRKV.shape
-    products_BRQV = log_rows_BRKV.new_empty(size, sets, experts * (experts + 1) // 2, vocab_size)
-    at = 0
-    for k in range(experts):
-        rest = slice(at, at + experts - k)
-        torch.mul(log_rows_BRKV[:, :, k:], log_rows_BRKV[:, :, k : k + 1], out=products_BRQV[:, :, rest])
-        at = rest.stop
-    return (p_BRMV @ products_BRQV.transpose(2, 3))[..., _square(experts, p_BRMV.device)]
+    weighted = p_BRMV[:, :, :, None] * log_rows_BRKV[:, :, None]
+    moments = weighted.flatten(2, 3) @ log_rows_BRKV.transpose(2, 3)
+    return moments.view(*weighted.shape[:-1], -1)
+
+
+def _members(gate_BRM: Tensor, sets: int) -> Tensor:
+    """Which set each gate names, one-hot (B, R, M, S) float64."""
+    return (gate_BRM[..., None] == _numbers(sets, gate_BRM.device)).double()
+
+
+def _sums(member_BRMS: Tensor, values_BRMQ: Tensor) -> Tensor:
+    """The values' sum over each set's positions, (R, M, S, Q)."""
+    return member_BRMS.permute(1, 2, 3, 0) @ values_BRMQ.permute(1, 2, 0, 3)
 
 
 @cache
-def _square(experts: int, device: torch.device) -> Tensor:
-    """Which product of the upper triangle each (k, j) is; kept, since copying it to a GPU waits for its queue."""
-    square = torch.empty(experts, experts, dtype=torch.int64)
-    high, low = torch.triu_indices(experts, experts)
-    square[high, low] = square[low, high] = torch.arange(len(high))
-    return square.to(device)
+def _numbers(size: int, device: torch.device) -> Tensor:
+    """0, 1, ...; kept, since every array operation of a block counts."""
+    return torch.arange(size, device=device)
+
+
+@cache
+def _ridge(experts: int, ridge: float, device: torch.device) -> Tensor:
+    return ridge * torch.eye(experts, dtype=torch.float64, device=device)
 
 
 def _chosen(weights: Tensor, gate_BRM: Tensor) -> Tensor:
     """Each position's weights (B, R, M, K) out of (R, M, S, K)."""
-    set_index = torch.arange(weights.shape[0], device=gate_BRM.device)[:, None]
-    mixer = torch.arange(weights.shape[1], device=gate_BRM.device)
+    set_index = _numbers(weights.shape[0], gate_BRM.device)[:, None]
+    mixer = _numbers(weights.shape[1], gate_BRM.device)
     return weights[set_index, mixer, gate_BRM]
 
 

@@ -82,6 +82,10 @@ class Mixer:
         ngram.advance(state, index, 0, min(1, len(index.tokens_N)))
         blend = Blend(config, sets, vocab_size, self.device)
         self._state = _State(state, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
+        # Memory that every span uses again: fresh pages cost a CPU more than what is written to them.
+        inputs = blend.linears + len(blend.experts)
+        self._p_BKV = torch.empty(self.span, len(self.experts) - 1, vocab_size, device=self.device)
+        self._log_BRJV = torch.empty(self.span, sets, inputs, vocab_size, device=self.device)
 
     @property
     def position(self) -> int:
@@ -94,7 +98,8 @@ class Mixer:
         `log_rows[name][i]` is the neural row (V) of position start + i, made from tokens before it: log probabilities
         or logits of any float type (normalised here, in float32), on any device. A text's first scored position is 1.
         """
-        nll, _ = self._run(log_rows, start, stop, keep=False)
+        log_y_BRK, _ = self._run(log_rows, start, stop, keep=False)
+        nll = -log_y_BRK
         state = self._state
         weights = {
             name: {"hedge": state.hedge_RK[r].exp(), "ensemble": state.ensemble_RK[r].exp()}
@@ -107,66 +112,78 @@ class Mixer:
     def rows(self, log_rows: dict[str, Tensor], start: int, stop: int) -> dict[str, dict[str, Tensor]]:
         """The log rows (B, V), float32, that `score` would gather from, by row set and kind; nothing is learned."""
         before = copy.deepcopy(self._state)
-        _, rows = self._run(log_rows, start, stop, keep=True)
+        _, joined = self._run(log_rows, start, stop, keep=True)
+        assert joined is not None
         self._state = before
-        joined = torch.cat(rows)
         return {name: dict(zip(self.kinds, joined[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
 
-    def _run(self, log_rows: dict[str, Tensor], start: int, stop: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, log_rows: dict[str, Tensor], start: int, stop: int, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Log probabilities (B, R, kinds), float64, of what occurred and, if kept, log rows (B, R, kinds, V)."""
         if set(log_rows) != set(self.names):
             raise ValueError(f"rows of {sorted(log_rows)}, mixer of {sorted(self.names)}")
-        nll, rows = [], []
+        state, share = self._state, self.config.hedge_share
+        parts, kept = [], []
         left = start
         while left < stop:
             right = min((left // self.span + 1) * self.span, stop)
             part = [log_rows[name][left - start : right - start].to(self.device) for name in self.names]
-            span_nll, span_rows = self._span(torch.stack(part, 1), left, right, keep)
-            nll.append(span_nll)
-            rows += span_rows
+            log_y_BRK, rows = self._span(torch.stack(part, 1), left, right, keep)
+            parts.append(log_y_BRK)
+            kept += rows
             left = right
-        return torch.cat(nll), rows
+        # Once a call, not once a span: what it costs hardly grows with the number of positions.
+        log_y_BRK = torch.cat(parts)
+        expert_y, linear_y, logistic_y = log_y_BRK.split(self._layers(), 2)
+        hedge_y, hedge_w, state.hedge_RK = hedge.fixed_share(expert_y, state.hedge_RK, share)
+        team_y = torch.cat([expert_y[:, :, :1], logistic_y], 2)
+        team_log, team_w, state.ensemble_RK = hedge.fixed_share(team_y, state.ensemble_RK, share)
+        log_y_BRK = torch.cat([expert_y, hedge_y[..., None], linear_y, logistic_y[:, :, :1], team_log[..., None]], 2)
+        if not keep:
+            return log_y_BRK, None
+        experts, linear, logistic = torch.cat(kept).split(self._layers(), 2)
+        team = torch.cat([experts[:, :, :1], logistic], 2)
+        hedge_rows, team_rows = (
+            hedge.mix(weights.flatten(0, 1), of.flatten(0, 1)).view_as(of[:, :, 0])[:, :, None]
+            for weights, of in ((hedge_w, experts), (team_w, team))
+        )
+        return log_y_BRK, torch.cat([experts, hedge_rows, linear, logistic[:, :, :1], team_rows], 2)
+
+    def _layers(self) -> list[int]:
+        """How many columns of what `_span` gives are experts, linear and logistic mixers."""
+        return [len(self.experts), min(self._state.blend.linears, 1), len(self.config.gates)]
 
     def _span(self, neural_BRV: Tensor, start: int, stop: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
-        """NLL (B, R, kinds) and, if kept, log rows (B, R, kinds, V) of one span."""
-        state, share, block = self._state, self.config.hedge_share, self.config.block_tokens
+        """Log probabilities of what occurred in one span under each expert, the first linear and every logistic mixer,
+        (B, R, K + 1 + M) float64, and, if kept, the log rows that they come from."""
+        state, block = self._state, self.config.block_tokens
         token_B = torch.from_numpy(self.index.tokens_N[start:stop].astype(np.int64)).to(self.device)
         longest_B = torch.from_numpy(ngram.longest_class(self.index, start, stop)).to(self.device)
-        at = state.blend.positions(neural_BRV, self._expert_rows(start, stop), longest_B)
+        p_BKV = torch.stack(self._expert_rows(start, stop), 1, out=self._p_BKV[: stop - start])
+        at = state.blend.positions(neural_BRV, p_BKV, longest_B, self._log_BRJV[: stop - start])
         parts: list[Mixed] = []
-        linear, mixed = [], []
+        logistic = []
         left = start
         while left < stop:
             right = min((left // block + 1) * block, stop)
             here = slice(left - start, right - start)
             said = state.blend.mix(at[here])
-            linear.append(gather(said.log_BRJV[:, :, : state.blend.linears], token_B[here]))
-            mixed.append(gather(said.log_BRMV, token_B[here]))
+            logistic.append(gather(said.log_BRMV, token_B[here]))
             state.blend.learn(said, token_B[here])
             parts += [said] if keep else []
             left = right
         ngram.advance(state.ngrams, self.index, start, stop)
-        expert_y, linear_y, logistic_y = state.blend.expert_log_p(at, token_B), torch.cat(linear), torch.cat(mixed)
-        team_y = torch.cat([expert_y[:, :, :1], logistic_y], 2)
-        hedge_y, hedge_w, state.hedge_RK = hedge.fixed_share(expert_y, state.hedge_RK, share)
-        team_log, team_w, state.ensemble_RK = hedge.fixed_share(team_y, state.ensemble_RK, share)
-        layers = [hedge_y[..., None], linear_y[:, :, :1], logistic_y[:, :, :1], team_log[..., None]]
-        nll = -torch.cat([expert_y, *layers], 2)
+        linear = at.log_BRJV[:, :, : min(state.blend.linears, 1)]  # filled in by the blocks
+        log_y_BRK = torch.cat([state.blend.expert_log_p(at, token_B), gather(linear, token_B), torch.cat(logistic)], 2)
         if not keep:
-            return nll, []
-        said, expert_rows = join(parts), state.blend.expert_rows(at)
-        team = torch.cat([state.blend.neural(said), said.log_BRMV], 2)
-        hedge_rows = hedge.mix(hedge_w.flatten(0, 1), expert_rows.flatten(0, 1)).view_as(neural_BRV)
-        team_rows = hedge.mix(team_w.flatten(0, 1), team.flatten(0, 1)).view_as(neural_BRV)
-        linear_rows = said.log_BRJV[:, :, : min(state.blend.linears, 1)]
-        layer_rows = [hedge_rows[:, :, None], linear_rows, said.log_BRMV[:, :, :1], team_rows[:, :, None]]
-        return nll, [torch.cat([expert_rows, *layer_rows], 2)]
+            return log_y_BRK, []
+        return log_y_BRK, [torch.cat([state.blend.expert_rows(at), linear, join(parts).log_BRMV], 2)]
 
-    def _expert_rows(self, start: int, stop: int) -> Tensor:
-        """Probability rows (B, K - 1, V) of every expert but the neural one."""
+    def _expert_rows(self, start: int, stop: int) -> list[Tensor]:
+        """Probability rows (B, V) of every expert but the neural one."""
         rows = ngram.rows(self._state.ngrams, self.index, start, stop)
         if self.config.match_lengths:
             rows.append(match.rows_at(self.index.match, rows[-1], start, stop))
-        return torch.stack(rows, 1)
+        return rows
 
 
 def check(config: MixerConfig) -> None:

@@ -1,6 +1,6 @@
 """The language model: a small transformer with cheap extra memory, every part switchable by the recipe.
 
-Shapes: B sequences, T positions, D width, H heads, K key/value heads, E head width, V vocabulary, L attention band.
+Shapes: B sequences, T positions, D width, H heads, K key/value heads, E head width, V vocabulary.
 
 Notable: attention either sees everything before it in its sequence (training, sliding windows) or the last `band`
 tokens of a running stream (streaming evaluation), and both give position t the same answer whatever comes after t.
@@ -10,12 +10,12 @@ Late QAT is an argument of `forward`, not an attribute that a compiled graph cou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hedgemix.attention import Cache, attention
 from hedgemix.config import ModelConfig, RecipeError
 
 # Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
@@ -64,63 +64,6 @@ def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat([first * cos_TR - second * sin_TR, first * sin_TR + second * cos_TR, rest], dim=-1)
 
 
-def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
-    """Causal attention in which each position sees itself and the `band - 1` positions before it.
-
-    Queries are cut into blocks of `band`; each block attends to itself and the block before it, so the work is
-    2 * band keys a query, whatever T is.
-    """
-    B, H, T, E = q_BHTE.shape
-    blocks = -(-T // band)
-    padding = blocks * band - T
-    q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q_BHTE, k_BHTE, v_BHTE))
-
-    def with_previous(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, band, 0)).view(B, H, blocks + 1, band, E)
-        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).reshape(B * blocks, H, 2 * band, E)
-
-    query = torch.arange(band, device=q.device)[:, None] + band
-    key = torch.arange(2 * band, device=q.device)
-    inside = (key <= query) & (key > query - band)
-    first = inside & (key >= band)  # the first block has nothing before it
-    mask = torch.stack([first] + [inside] * (blocks - 1)).repeat(B, 1, 1)[:, None]
-    q = q.view(B, H, blocks, band, E).transpose(1, 2).reshape(B * blocks, H, band, E)
-    y = F.scaled_dot_product_attention(q, with_previous(k), with_previous(v), attn_mask=mask)
-    return y.view(B, blocks, H, band, E).transpose(1, 2).reshape(B, H, blocks * band, E)[:, :, :T]
-
-
-@dataclass
-class Cache:
-    """What a growing text leaves behind: with it, `features` runs one more token instead of the whole text again."""
-
-    keys: list[Tensor]
-    """Of each layer, (B, H, positions, E)."""
-    values: list[Tensor]
-    tokens_B1: Tensor
-    """The last token run, for the bigram embedding."""
-    x_B1D: Tensor
-    """The last token's input, for the smear gate."""
-    length: int = 0
-    """Tokens run so far."""
-
-    def attend(self, layer: int, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
-        """Keep the new keys and values; attend from the new positions, one at a time once there are earlier ones."""
-        stop = self.length + k_BHTE.shape[2]
-        self.keys[layer][:, :, self.length : stop], self.values[layer][:, :, self.length : stop] = k_BHTE, v_BHTE
-        if self.length == 0:
-            return attention(q_BHTE, k_BHTE, v_BHTE, band)
-        start = 0 if band is None else max(0, stop - band)
-        k, v = (kept[layer][:, :, start:stop].to(q_BHTE.dtype) for kept in (self.keys, self.values))
-        return F.scaled_dot_product_attention(q_BHTE, k, v)
-
-
-def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
-    """Causal attention over the whole sequence, or over the last `band` positions."""
-    if band is None or band >= q_BHTE.shape[2]:
-        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
-    return banded_attention(q_BHTE, k_BHTE, v_BHTE, band)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -143,26 +86,27 @@ class Attention(nn.Module):
         band: int | None,
         qat: bool,
         cache: Cache | None,
+        last: int,
     ) -> Tensor:
         B, T, D = x_BTD.shape
 
         def heads(x: Tensor, count: int) -> Tensor:
-            return x.view(B, T, count, self.head_width).transpose(1, 2)
+            return x.view(B, -1, count, self.head_width).transpose(1, 2)
 
-        q = heads(self.q(x_BTD, qat), self.heads)
+        q = heads(self.q(x_BTD[:, T - last :], qat), self.heads)
         k = heads(self.k(x_BTD, qat), self.kv_heads)
         v = self.v(x_BTD, qat)
         v = heads(v if value_BTK is None else v + value_BTK.to(v.dtype), self.kv_heads)
         dtype = v.dtype
-        q = (rotate(rms_norm(q.float()), cos, sin) * self.q_gain.view(-1, 1, 1)).to(dtype)
+        q = (rotate(rms_norm(q.float()), cos[T - last :], sin[T - last :]) * self.q_gain.view(-1, 1, 1)).to(dtype)
         k = rotate(rms_norm(k.float()), cos, sin).to(dtype)
         if self.kv_heads != self.heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         y = attention(q, k, v, band) if cache is None else cache.attend(self.layer, q, k, v, band)
         if self.xsa:
-            direction = F.normalize(v, dim=-1)
+            direction = F.normalize(v[:, :, T - last :], dim=-1)
             y = y - (y * direction).sum(-1, keepdim=True) * direction
-        return self.out(y.transpose(1, 2).reshape(B, T, D), qat)
+        return self.out(y.transpose(1, 2).reshape(B, last, D), qat)
 
 
 class MLP(nn.Module):
@@ -196,11 +140,12 @@ class Block(nn.Module):
         band: int | None,
         qat: bool,
         cache: Cache | None,
+        last: int,
     ) -> Tensor:
         if self.input_mix is not None:
             x = self.input_mix[0] * x + self.input_mix[1] * x0
-        y = self.attention(rms_norm(x) * self.depth_scale, value, cos, sin, band, qat, cache)
-        x = x + (y if self.attention_scale is None else self.attention_scale * y)
+        y = self.attention(rms_norm(x) * self.depth_scale, value, cos, sin, band, qat, cache, last)
+        x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale * y)
         y = self.mlp(rms_norm(x) * self.depth_scale, qat)
         return x + (y if self.mlp_scale is None else self.mlp_scale * y)
 
@@ -287,10 +232,16 @@ class Model(nn.Module):
         return Cache(keys, values, like.new_zeros(sequences, 1).long(), like.new_zeros(sequences, 1, config.width))
 
     def features(
-        self, tokens_BT: Tensor, band: int | None = None, qat: bool = False, cache: Cache | None = None
+        self,
+        tokens_BT: Tensor,
+        band: int | None = None,
+        qat: bool = False,
+        cache: Cache | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Normalised final hidden states (B, T, D); position t depends on tokens 0..t only (the last `band`
-        positions of each layer below, when a band is given).
+        positions of each layer below, when a band is given). last: only of so many last positions, (B, last, D); the
+        last layer then makes keys and values for the others, and no more.
 
         With a cache the tokens follow those already run through it: any number into an empty one, then one at a time.
         """
@@ -320,7 +271,8 @@ class Model(nn.Module):
             added = None
             if self.value_embedding is not None and value is not None and layer >= first_valued:
                 added = value * self.value_embedding.layer_scales[layer - first_valued]
-            x = block(x, x0, added, cos, sin, band, qat, cache)
+            wanted = last if last is not None and layer == len(self.blocks) - 1 else x.shape[1]
+            x = block(x, x0, added, cos, sin, band, qat, cache, wanted)
             if self.skip_weights is not None and layer < self.pushes:
                 pushed.append(x)
         if cache is not None:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from hedgemix import bpb, hedge, match, mixer, stream, tokenizer, ttt
 from hedgemix.artifact import Artifact
+from hedgemix.attention import Cache
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
 from hedgemix.counts import Counts
 from hedgemix.evaluate import load_model
-from hedgemix.model import Cache, Model
+from hedgemix.model import Model
 from hedgemix.ttt import Adapter
 
 

@@ -12,6 +12,7 @@ from hedgemix.config import (
     ComputeConfig,
     DataConfig,
     EvaluateConfig,
+    MixerConfig,
     ModelConfig,
     Recipe,
     RecipeError,
@@ -19,6 +20,9 @@ from hedgemix.config import (
     TTTConfig,
 )
 from hedgemix.model import validate as validate_model
+
+LONG_BLOCKS = MixerConfig(block_tokens=512)
+"""For 62 M tokens on GPUs, where launches count: 60 % fewer than with 128, 0.009 bits a token more; docs/mixers.md."""
 
 
 def laptop() -> Recipe:
@@ -72,7 +76,7 @@ def single_gpu() -> Recipe:
         data=fineweb(),
         model=ModelConfig(),
         train=TrainConfig(batch_tokens=393_216),
-        evaluate=EvaluateConfig(chunk_tokens=131_072),
+        evaluate=EvaluateConfig(chunk_tokens=131_072, mixer=LONG_BLOCKS),
         compute=ComputeConfig(workers=1, gpus_per_worker=1, cpus_per_worker=0, evaluate_workers=1),
     )
 
@@ -86,7 +90,7 @@ def record() -> Recipe:
         recipe="record",
         data=fineweb(),
         train=TrainConfig(late_qat=True, checkpoint_seconds=200),  # one takes seconds of the budget
-        evaluate=EvaluateConfig(ttt=reference),
+        evaluate=EvaluateConfig(ttt=reference, mixer=LONG_BLOCKS),
     )
 
 

@@ -79,18 +79,22 @@ def piece_rows(model: Model, tokens_N: Tensor | Text, piece: Piece, config: Eval
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if config.order == "streaming":
             begin = max(0, piece.start - 1 - config.overlap_tokens)
-            features = model.features(tokens_N[begin : piece.stop - 1][None], band=window)[0, -count:]
+            features = model.features(tokens_N[begin : piece.stop - 1][None], band=window, last=count)[0]
         elif piece.start <= window:  # the text's beginning, while the window is not yet full
             begin = max(0, piece.stop - 1 - window)
-            features = model.features(tokens_N[begin : piece.stop - 1][None])[0, -count:]
+            features = model.features(tokens_N[begin : piece.stop - 1][None], last=count)[0]
         else:
             stride = config.stride_tokens
-            stops = torch.arange(piece.start + stride, piece.stop + stride, stride, device=device).clamp(max=piece.stop)
-            begin = min(piece.start + stride, piece.stop) - 1 - window
-            windows = stops[:, None] - 1 - window - begin + torch.arange(window, device=device)
-            features = model.features(tokens_N[begin : piece.stop - 1][windows])[:, -stride:]
-            last = int(count - stride * (len(stops) - 1))  # the last window may score fewer
-            features = torch.cat([features[:-1].flatten(0, 1), features[-1, -last:]])
+            full, rest = divmod(count, stride)
+            parts = []
+            if full:
+                # Overlapping windows of one stretch of the text: a view, no gather.
+                begin = piece.start + stride - 1 - window
+                windows = tokens_N[begin : begin + (full - 1) * stride + window].unfold(0, window, stride)
+                parts.append(model.features(windows, last=stride).flatten(0, 1))
+            if rest:  # the last window scores fewer, and ends with them
+                parts.append(model.features(tokens_N[piece.stop - 1 - window : piece.stop - 1][None], last=rest)[0])
+            features = torch.cat(parts)
         return torch.log_softmax(model.logits(features), dim=-1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hedgemix import hedge
 
@@ -40,14 +42,33 @@ def test_fixed_share_equals_a_slow_loop(size: int, experts: int, share: float, s
 
 @pytest.mark.parametrize("share", [0.0, 1e-6, 0.3])
 def test_one_outcome_at_a_time_moves_the_same_weights(share: float) -> None:
-    log_p = -torch.rand(200, 2, 4, generator=torch.manual_seed(1), dtype=torch.float64) * 20
+    log_p = -torch.rand(700, 2, 4, generator=torch.manual_seed(1), dtype=torch.float64) * 20
     start = torch.full((2, 4), -math.log(4), dtype=torch.float64)
     _, used, after = hedge.fixed_share(log_p, start, share)
     log_w = start
-    for outcome in range(200):
+    for outcome in range(700):
         torch.testing.assert_close(log_w.exp(), used[outcome], rtol=1e-12, atol=1e-12)
         log_w = hedge.share_step(log_p[outcome], log_w, share)
     torch.testing.assert_close(log_w.exp(), after.exp(), rtol=1e-12, atol=1e-12)
+
+
+class Operations(TorchDispatchMode):
+    """Counts array operations that are not views: what a GPU is asked to launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (operation.is_view or operation.name() in ("aten::_unsafe_view", "aten::empty.memory_format"))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_fixed_share_takes_few_array_operations_however_many_outcomes() -> None:
+    start, counts = torch.full((1, 8), -math.log(8), dtype=torch.float64), []
+    for size in (512, 4096, 32_768):
+        with Operations() as operations:
+            hedge.fixed_share(-torch.rand(size, 1, 8, dtype=torch.float64), start, 0.02)
+        counts.append(operations.count)
+    assert counts[0] > 50 and counts[-1] < 150, counts
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-6, 0.01])

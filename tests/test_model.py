@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from hedgemix import recipes
+from hedgemix.attention import banded_attention
 from hedgemix.config import ModelConfig, RecipeError
-from hedgemix.model import Model, banded_attention, fake_quantize, parameter_count, rotary_base, validate
+from hedgemix.model import Model, fake_quantize, parameter_count, rotary_base, validate
 
 VOCAB = 50
 SMALL = ModelConfig(layers=5, width=32, heads=4, kv_heads=4, mlp_hidden=48, rope_dims=4, logit_cap=5.0)
@@ -183,6 +184,18 @@ def test_banded_attention_is_masked_attention(length: int, band: int) -> None:
     mask = (position <= position[:, None]) & (position > position[:, None] - band)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(banded_attention(q, k, v, band), expected, rtol=0, atol=1e-13)
+    for last in range(1, length):
+        alone = banded_attention(q[:, :, -last:], k, v, band)
+        torch.testing.assert_close(alone, expected[:, :, -last:], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("band", [None, 5, 19, 40])
+@pytest.mark.parametrize("overrides", [{}, {"kv_heads": 2, "skips": False, "input_mix": False, "xsa": False}])
+def test_the_last_positions_alone_are_those_of_the_whole(overrides: dict[str, Any], band: int | None) -> None:
+    model, tokens = build(**overrides).double(), tokens_of(2, 33)
+    whole = model.features(tokens, band)
+    for last in (1, 4, 5, 6, 32, 33):
+        torch.testing.assert_close(model.features(tokens, band, last=last), whole[:, -last:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("band", [20, 21, 1000])

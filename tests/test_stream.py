@@ -24,10 +24,10 @@ class Witness(nn.Module):
         super().__init__()
         self.band = band
 
-    def features(self, tokens_BT: Tensor, band: int | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, last: int, band: int | None = None) -> Tensor:
         assert band == self.band
         first_BT = tokens_BT[:, :1].expand_as(tokens_BT)
-        return torch.stack([first_BT, tokens_BT, torch.zeros_like(tokens_BT)], -1).double()
+        return torch.stack([first_BT, tokens_BT, torch.zeros_like(tokens_BT)], -1).double()[:, -last:]
 
     def logits(self, features: Tensor) -> Tensor:
         return features

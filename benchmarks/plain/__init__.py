@@ -1,0 +1,1 @@
+"""Baselines as one would write them first: correct and idiomatic, for fast paths to be measured against."""

@@ -1,0 +1,78 @@
+"""Causal attention: over a whole sequence, over a band of a long one, or one position at a time behind a cache.
+
+Queries may come for the last positions only; keys and values come for all.
+
+Shapes: B sequences, H heads, T query positions (keys and values may have more before them), E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
+    """Causal attention in which each position sees itself and the `band - 1` positions before it.
+
+    Queries, of the last T of the positions that keys and values have, are cut into blocks of `band`; each block attends
+    to itself and the block before it, so the work is 2 * band keys a query, whatever T is.
+    """
+    B, H, T, E = q_BHTE.shape
+    blocks = -(-T // band)
+    padding = blocks * band - T
+    earlier = min(k_BHTE.shape[2] - T, band)  # keys before the first query's own that it can see
+    q = F.pad(q_BHTE, (0, 0, 0, padding))
+
+    def with_previous(x: Tensor) -> Tensor:
+        x = F.pad(x[:, :, -T - earlier :], (0, 0, band - earlier, padding)).view(B, H, blocks + 1, band, E)
+        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).reshape(B * blocks, H, 2 * band, E)
+
+    query = torch.arange(band, device=q.device)[:, None] + band
+    key = torch.arange(2 * band, device=q.device)
+    inside = (key <= query) & (key > query - band)
+    first = inside & (key >= band - earlier)
+    mask = torch.stack([first] + [inside] * (blocks - 1)).repeat(B, 1, 1)[:, None]
+    q = q.view(B, H, blocks, band, E).transpose(1, 2).reshape(B * blocks, H, band, E)
+    y = F.scaled_dot_product_attention(q, with_previous(k_BHTE), with_previous(v_BHTE), attn_mask=mask)
+    return y.view(B, blocks, H, band, E).transpose(1, 2).reshape(B, H, blocks * band, E)[:, :, :T]
+
+
+@dataclass
+class Cache:
+    """What a growing text leaves behind: with it, `features` runs one more token instead of the whole text again."""
+
+    keys: list[Tensor]
+    """Of each layer, (B, H, positions, E)."""
+    values: list[Tensor]
+    tokens_B1: Tensor
+    """The last token run, for the bigram embedding."""
+    x_B1D: Tensor
+    """The last token's input, for the smear gate."""
+    length: int = 0
+    """Tokens run so far."""
+
+    def attend(self, layer: int, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
+        """Keep the new keys and values; attend from the new positions, one at a time once there are earlier ones."""
+        stop = self.length + k_BHTE.shape[2]
+        self.keys[layer][:, :, self.length : stop], self.values[layer][:, :, self.length : stop] = k_BHTE, v_BHTE
+        if self.length == 0:
+            return attention(q_BHTE, k_BHTE, v_BHTE, band)
+        start = 0 if band is None else max(0, stop - band)
+        k, v = (kept[layer][:, :, start:stop].to(q_BHTE.dtype) for kept in (self.keys, self.values))
+        return F.scaled_dot_product_attention(q_BHTE, k, v)
+
+
+def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
+    """Causal attention over the whole sequence, or over the last `band` positions; queries of the last positions may
+    come alone."""
+    queries, keys = q_BHTE.shape[2], k_BHTE.shape[2]
+    if band is None or band >= keys:
+        if queries == keys:
+            return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+        # is_causal would count both from the first position.
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTE.device).tril(keys - queries)
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask)
+    return banded_attention(q_BHTE, k_BHTE, v_BHTE, band)
