@@ -36,11 +36,13 @@ def usable(x: Tensor) -> bool:
     )
 
 
-def embed(table: nn.Embedding, rows: Tensor) -> Tensor:
-    """`table(rows)`. Where a gradient buffer waits, the few rows that were read are added to it, not a dense table."""
-    weight = table.weight
-    few = usable(weight) and weight.grad is not None and len(weight) > UNTOUCHED * rows.numel()
-    return F.embedding(rows, weight, sparse=few)
+class Table(nn.Embedding):
+    """An embedding whose gradient, where a buffer waits for it, is the few rows that were read, not a dense table."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        few = usable(weight) and weight.grad is not None and len(weight) > UNTOUCHED * input.numel()
+        return F.embedding(input, weight, sparse=few)
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:

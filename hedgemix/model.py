@@ -201,7 +201,7 @@ class BigramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.buckets = config.bigram_buckets
-        self.table = nn.Embedding(config.bigram_buckets, config.bigram_width)
+        self.table = kernels.Table(config.bigram_buckets, config.bigram_width)
         self.project = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
@@ -212,7 +212,7 @@ class BigramEmbedding(nn.Module):
         return F.pad(row, (1, 0), value=self.buckets - 1)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.project(kernels.embed(self.table, self.rows(tokens_BT))) * self.scale
+        return self.project(self.table(self.rows(tokens_BT))) * self.scale
 
 
 class ValueEmbedding(nn.Module):
