@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hedgemix import kernels
+
 
 def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
     """Causal attention in which each position sees itself and the `band - 1` positions before it.
@@ -71,6 +73,8 @@ def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) 
     queries, keys = q_BHTE.shape[2], k_BHTE.shape[2]
     if band is None or band >= keys:
         if queries == keys:
+            if kernels.usable(q_BHTE) and keys <= kernels.MOST_POSITIONS:
+                return kernels.CausalAttention.apply(q_BHTE, k_BHTE, v_BHTE)
             return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
         # is_causal would count both from the first position.
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTE.device).tril(keys - queries)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,14 +35,51 @@ class Batches:
 
     def read(self, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 (len(indices), sequence_tokens), of the given sequences."""
-        T = self.sequence_tokens
-        rows = np.stack([self.stream.read(int(i) * T, T + 1) for i in indices]).astype(np.int64)
-        tokens = torch.from_numpy(rows)
-        if device.type == "cuda":
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        tokens = self.rows(indices, device).to(device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
+
+    def rows(self, indices: np.ndarray, device: torch.device) -> Tensor:
+        """Inputs and the last target, int64 (len(indices), sequence_tokens + 1), in memory that `device` copies from
+        without waiting."""
+        T = self.sequence_tokens
+        rows = np.empty((len(indices), T + 1), np.int64)
+        for row, i in zip(rows, indices, strict=True):
+            row[:] = self.stream.read(int(i) * T, T + 1)
+        tokens = torch.from_numpy(rows)
+        return tokens.pin_memory() if device.type == "cuda" else tokens
 
     def microbatches(self, step: int, rank: int, world: int, largest: int) -> list[np.ndarray]:
         """This rank's sequences of the step in pieces of at most `largest`."""
         mine = np.array_split(self.indices(step), world)[rank]
         return [mine[start : start + largest] for start in range(0, len(mine), largest)]
+
+
+class Ahead:
+    """One rank's microbatches of a step, those of the next step read by a thread while this one is computed.
+
+    An error in the thread is raised by the call that wanted its tokens. `close` ends the thread.
+    """
+
+    def __init__(self, batches: Batches, rank: int, world: int, largest: int, device: torch.device) -> None:
+        self.batches, self.rank, self.world, self.largest, self.device = batches, rank, world, largest, device
+        # A thread starts on GPU 0, and pinning memory there would take up memory of that GPU for every rank.
+        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self.pool = ThreadPoolExecutor(1, "batches", begin)
+        self.step = -1
+        self.waiting: Future[list[Tensor]] | None = None
+
+    def __call__(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets of each microbatch, int64 (sequences, sequence_tokens), on the device."""
+        if self.waiting is None or self.step != step:
+            self.waiting = self.pool.submit(self.read, step)
+        pieces = self.waiting.result()
+        self.step, self.waiting = step + 1, self.pool.submit(self.read, step + 1)
+        moved = [tokens.to(self.device, non_blocking=True) for tokens in pieces]
+        return [(tokens[:, :-1], tokens[:, 1:]) for tokens in moved]
+
+    def read(self, step: int) -> list[Tensor]:
+        pieces = self.batches.microbatches(step, self.rank, self.world, self.largest)
+        return [self.batches.rows(indices, self.device) for indices in pieces]
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)

@@ -15,17 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hedgemix import kernels
 from hedgemix.attention import Cache, attention
 from hedgemix.config import ModelConfig, RecipeError
+from hedgemix.kernels import leaky_square, normalised_rotary, rms_norm, without_projection
 
 # Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
 HASH_CURRENT, HASH_PREVIOUS = 36313, 27191
 QAT_LEVELS = 15
 QAT_QUANTILE = 0.9995
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 def fake_quantize(weight: Tensor) -> Tensor:
@@ -57,13 +55,6 @@ def rotary_base(config: ModelConfig, context_tokens: int) -> float:
     return config.rope_base * stretch ** (config.rope_dims / (config.rope_dims - 2))
 
 
-def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) on the first 2R of each head's dimensions."""
-    half = cos_TR.shape[-1]
-    first, second, rest = x_BHTE.split([half, half, x_BHTE.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos_TR - second * sin_TR, first * sin_TR + second * cos_TR, rest], dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -90,22 +81,20 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, D = x_BTD.shape
 
-        def heads(x: Tensor, count: int) -> Tensor:
-            return x.view(B, -1, count, self.head_width).transpose(1, 2)
-
-        q = heads(self.q(x_BTD[:, T - last :], qat), self.heads)
-        k = heads(self.k(x_BTD, qat), self.kv_heads)
+        q = self.q(x_BTD[:, T - last :], qat).view(B, last, self.heads, self.head_width)
+        k = self.k(x_BTD, qat).view(B, T, self.kv_heads, self.head_width)
         v = self.v(x_BTD, qat)
-        v = heads(v if value_BTK is None else v + value_BTK.to(v.dtype), self.kv_heads)
+        v = v if value_BTK is None else v + value_BTK.to(v.dtype)
+        v = v.view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
         dtype = v.dtype
-        q = (rotate(rms_norm(q.float()), cos[T - last :], sin[T - last :]) * self.q_gain.view(-1, 1, 1)).to(dtype)
-        k = rotate(rms_norm(k.float()), cos, sin).to(dtype)
+        q = normalised_rotary(q.float(), cos[T - last :], sin[T - last :])
+        q = (q * self.q_gain.view(-1, 1, 1)).to(dtype)
+        k = normalised_rotary(k.float(), cos, sin).to(dtype)
         if self.kv_heads != self.heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         y = attention(q, k, v, band) if cache is None else cache.attend(self.layer, q, k, v, band)
         if self.xsa:
-            direction = F.normalize(v[:, :, T - last :], dim=-1)
-            y = y - (y * direction).sum(-1, keepdim=True) * direction
+            y = without_projection(y, v[:, :, T - last :])
         return self.out(y.transpose(1, 2).reshape(B, last, D), qat)
 
 
@@ -117,7 +106,7 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_hidden, config.width)
 
     def forward(self, x_BTD: Tensor, qat: bool) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x_BTD, qat), self.slope).square(), qat)
+        return self.down(leaky_square(self.up(x_BTD, qat), self.slope), qat)
 
 
 class Block(nn.Module):
@@ -144,9 +133,9 @@ class Block(nn.Module):
     ) -> Tensor:
         if self.input_mix is not None:
             x = self.input_mix[0] * x + self.input_mix[1] * x0
-        y = self.attention(rms_norm(x) * self.depth_scale, value, cos, sin, band, qat, cache, last)
+        y = self.attention(rms_norm(x, self.depth_scale), value, cos, sin, band, qat, cache, last)
         x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale * y)
-        y = self.mlp(rms_norm(x) * self.depth_scale, qat)
+        y = self.mlp(rms_norm(x, self.depth_scale), qat)
         return x + (y if self.mlp_scale is None else self.mlp_scale * y)
 
 
@@ -156,7 +145,7 @@ class BigramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.buckets = config.bigram_buckets
-        self.table = nn.Embedding(config.bigram_buckets, config.bigram_width)
+        self.table = kernels.Table(config.bigram_buckets, config.bigram_width)
         self.project = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
@@ -287,7 +276,11 @@ class Model(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False) -> Tensor:
         """Summed negative log-likelihood of the targets in nats, float32 scalar."""
-        logits = self.logits(self.features(tokens_BT, qat=qat))
+        features = self.features(tokens_BT, qat=qat)
+        if kernels.usable(features):
+            weight, cap = self.embedding.weight, self.config.logit_cap
+            return kernels.CappedCrossEntropy.apply(features.flatten(0, 1), weight, targets_BT.flatten(), cap)
+        logits = self.logits(features)
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
     def matrices(self) -> dict[str, Linear]:

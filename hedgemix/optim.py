@@ -8,7 +8,7 @@ rank, and is the test's oracle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
-    """Push every singular value of each matrix of the stack to about 1; computed in bfloat16 on a GPU."""
+    """Push every singular value of each matrix of the stack (N, R, C) to about 1; computed in bfloat16 on a GPU."""
     a, b, c = NEWTON_SCHULZ
     x = x_NRC.bfloat16() if x_NRC.is_cuda else x_NRC
     tall = x.shape[-2] > x.shape[-1]
@@ -32,7 +32,7 @@ def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(x_NRC.dtype)
 
 
@@ -50,25 +50,30 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
+        updates = []
         for stack, momentum_NRC in zip(self.stacks, self.momenta, strict=True):
             gradient_NRC = torch.stack([parameter.grad for parameter in stack if parameter.grad is not None])
             momentum_NRC.lerp_(gradient_NRC, 1 - momentum)
-            update_NRC = self.shared_orthogonalise(gradient_NRC.lerp_(momentum_NRC, momentum))
+            updates.append(self.start_orthogonalise(gradient_NRC.lerp_(momentum_NRC, momentum)))
+        for stack, finish in zip(self.stacks, updates, strict=True):
+            update_NRC = finish()
             rows, columns = stack[0].shape
             scale = -rate * math.sqrt(max(1.0, rows / columns))
             torch._foreach_mul_(stack, 1 - rate * self.weight_decay)
             torch._foreach_add_(stack, list(update_NRC.unbind()), alpha=scale)
 
-    def shared_orthogonalise(self, x_NRC: Tensor) -> Tensor:
-        """`orthogonalise`, each rank doing its part of the stack."""
+    def start_orthogonalise(self, x_NRC: Tensor) -> Callable[[], Tensor]:
+        """`orthogonalise`, each rank doing its part of the stack; parts travel while the next stack is worked on."""
         world = ranks.world_size()
         if world == 1:
-            return orthogonalise(x_NRC, self.newton_schulz_steps)
+            done = orthogonalise(x_NRC, self.newton_schulz_steps)
+            return lambda: done
         count = len(x_NRC)
         share = -(-count // world)
         padded = torch.cat([x_NRC, x_NRC.new_zeros(share * world - count, *x_NRC.shape[1:])])
         mine = orthogonalise(padded[ranks.rank() * share :][:share], self.newton_schulz_steps)
-        return torch.cat(ranks.gather(mine))[:count]
+        finish = ranks.start_gather(mine)
+        return lambda: torch.cat(finish())[:count]
 
     def state_dict(self) -> dict[str, Any]:
         return {"momenta": self.momenta}

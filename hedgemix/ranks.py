@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,12 +37,22 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 def gather(tensor: Tensor) -> list[Tensor]:
     """Every rank's `tensor` (same shape everywhere), in rank order, on every rank."""
+    return start_gather(tensor)()
+
+
+def start_gather(tensor: Tensor) -> Callable[[], list[Tensor]]:
+    """`gather` begun: what comes next runs beside it until its result is asked for. Ranks begin in the same order."""
     if not active():
-        return [tensor]
+        return lambda: [tensor]
     tensor = tensor.contiguous()  # before empty_like, which would keep its strides
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor)
-    return parts
+    work = dist.all_gather(parts, tensor, async_op=True)
+
+    def finish() -> list[Tensor]:
+        work.wait()  # on a GPU the stream waits, not the host
+        return parts
+
+    return finish
 
 
 def barrier() -> None:

@@ -15,16 +15,18 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from hedgemix import dataset as datasets
 from hedgemix import ranks
-from hedgemix.batches import Batches
+from hedgemix.batches import Ahead, Batches
 from hedgemix.calibrate import calibrate
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
@@ -32,6 +34,7 @@ from hedgemix.files import Log, load_tensors, read_json, save_tensors, silent, w
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.trace import tracing
 
 BEAT_SECONDS = 1.0
 ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
@@ -98,8 +101,12 @@ def train(
     *,
     log: Log = silent,
     now: Callable[[], float] = time.monotonic,
+    profile: Path | None = None,
 ) -> TrainResult:
     """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.
+
+    profile: folder for trace.json.gz and trace.txt, rank 0's profile of a few steps; it changes no result of a fixed
+    number of steps.
 
     Raises RecipeError for a recipe the data cannot serve and DivergedError when the loss is no longer a number.
     """
@@ -128,21 +135,24 @@ def train(
     agree = ranks.Agreement()
     (last_saved,) = agree(clock.elapsed())  # every rank saves on the same step, since saving adds up the losses
     queue = RunAhead(device)
-    while True:
-        (elapsed,) = agree(clock.elapsed())
-        fraction = elapsed_fraction(config, run.step, elapsed)
-        if fraction >= 1:
-            break
-        loss = run.train_step(fraction)
-        queue.wait()
-        steps.add(run, loss, fraction, elapsed)
-        if run.step % config.log_every_steps == 0:
-            steps.flush(clock.elapsed())
-        clock.beat()
-        if elapsed - last_saved >= config.checkpoint_seconds:
-            steps.flush(clock.elapsed())  # raises before a broken state is kept
-            run.save(checkpoint, clock.elapsed())
-            last_saved = elapsed
+    traces = tracing(profile if ranks.rank() == 0 else None, "trace", device)
+    with closing(run.read), traces as traced:
+        while True:
+            (elapsed,) = agree(clock.elapsed())
+            fraction = elapsed_fraction(config, run.step, elapsed)
+            if fraction >= 1:
+                break
+            loss = run.train_step(fraction)
+            queue.wait()
+            traced()
+            steps.add(run, loss, fraction, elapsed)
+            if run.step % config.log_every_steps == 0:
+                steps.flush(clock.elapsed())
+            clock.beat()
+            if elapsed - last_saved >= config.checkpoint_seconds:
+                steps.flush(clock.elapsed())  # raises before a broken state is kept
+                run.save(checkpoint, clock.elapsed())
+                last_saved = elapsed
     if run.step == 0:
         raise RecipeError("no training step fits train.budget_seconds less train.reserve_seconds; raise the budget")
     steps.flush(clock.elapsed())
@@ -188,14 +198,13 @@ class Run:
         self.loss = torch.compile(model, fullgraph=True) if config.compile else model
         self.step = self.qat_steps = 0
         self.batch_tokens = batches.per_step * config.sequence_tokens
+        self.read = Ahead(batches, ranks.rank(), ranks.world_size(), config.microbatch_sequences, device)
 
     def backward(self, step: int, qat: bool) -> Tensor:
         """Accumulate one step's gradient; returns this rank's part of the mean loss, a 0-d tensor."""
         total = torch.zeros((), device=self.device)
         self.gradient.zero()
-        pieces = self.batches.microbatches(step, ranks.rank(), ranks.world_size(), self.config.microbatch_sequences)
-        for indices in pieces:
-            tokens, targets = self.batches.read(indices, self.device)
+        for tokens, targets in self.read(step):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
                 loss = self.loss(tokens, targets, qat) / self.batch_tokens
             loss.backward()
@@ -204,10 +213,15 @@ class Run:
 
     def train_step(self, fraction: float) -> Tensor:
         qat = late_qat(self.config, fraction)
-        loss = self.backward(self.step, qat)
-        self.gradient.reduce(self.config.gradient_clip)
-        self.optimizers.step(rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction))
-        self.ema.update()
+        rate, momentum = rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction)
+        with record_function("gradient"):
+            loss = self.backward(self.step, qat)
+        with record_function("reduce and clip"):
+            self.gradient.reduce(self.config.gradient_clip)
+        with record_function("optimizers"):
+            self.optimizers.step(rate, momentum)
+        with record_function("average"):
+            self.ema.update()
         self.step += 1
         self.qat_steps += qat
         return loss

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from hedgemix.batches import Batches
+from hedgemix.batches import Ahead, Batches
 from hedgemix.shards import TokenStream
 
 CPU = torch.device("cpu")
@@ -69,3 +71,48 @@ def test_seeds_and_epochs_shuffle_differently() -> None:
     orders = [Batches(counting(401), 4, 100, seed).indices(epoch) for seed in range(3) for epoch in range(3)]
     assert len({order.tobytes() for order in orders}) == 9
     assert not any(np.array_equal(order, np.arange(100)) for order in orders)
+
+
+def test_reading_ahead_gives_what_reading_gives_in_any_order() -> None:
+    batches, plain = (Batches(counting(23 * 4 + 1), 4, 10, seed=5) for _ in range(2))
+    ahead = Ahead(batches, 1, 2, 3, CPU)
+    for step in (0, 1, 2, 7, 8, 0, 1, 1):  # a run's warm-up and restarts go back and forth
+        expected = [plain.read(piece, CPU) for piece in plain.microbatches(step, 1, 2, 3)]
+        for found, wanted in zip(ahead(step), expected, strict=True):
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    ahead.close()
+
+
+def test_the_next_step_is_read_while_this_one_is_computed() -> None:
+    batches, read = Batches(counting(41), 4, 2, seed=0), threading.Event()
+    rows = batches.rows
+
+    def watched(indices: np.ndarray, device: torch.device) -> Tensor:
+        if np.array_equal(indices, wanted):
+            read.set()
+        return rows(indices, device)
+
+    wanted, batches.rows = batches.indices(1), watched  # type: ignore[method-assign]
+    ahead = Ahead(batches, 0, 1, 2, CPU)
+    ahead(0)
+    assert read.wait(10)
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_an_error_of_the_thread_comes_with_the_step_that_needs_its_tokens() -> None:
+    batches = Batches(counting(41), 4, 2, seed=0)
+    fails, rows = batches.indices(2), batches.rows
+
+    def broken(indices: np.ndarray, device: torch.device) -> Tensor:
+        if np.array_equal(indices, fails):
+            raise OSError("the disk is gone")
+        return rows(indices, device)
+
+    batches.rows = broken  # type: ignore[method-assign]
+    ahead = Ahead(batches, 0, 1, 2, CPU)
+    for step in (0, 1):
+        ahead(step)
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead(2)
+    ahead.close()

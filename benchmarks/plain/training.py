@@ -1,0 +1,217 @@
+"""One optimizer step in plain torch: what `hedgemix.train.Run` is measured against and must agree with.
+
+    python benchmarks/plain/training.py FOLDER [--threads N] [--steps N]
+
+times both on recipe `laptop`, a step of each in turn, on the data set in FOLDER (a record's `_steps/data-…`), and
+prints median and least milliseconds. The model's parameters are the library's; its forward pass is written again here,
+operation by operation, with automatic gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hedgemix import dataset, recipes
+from hedgemix.batches import Batches
+from hedgemix.config import TrainConfig
+from hedgemix.model import Attention, Linear, Model, fake_quantize
+from hedgemix.schedule import late_qat, muon_momentum, rate_factor
+from hedgemix.train import Run
+
+
+class PlainRun:
+    """One rank. Every matrix has its own Newton-Schulz, the loss is read from the device after every step."""
+
+    def __init__(self, model: Model, config: TrainConfig, batches: Batches, device: torch.device) -> None:
+        self.model, self.config, self.batches, self.device = model, config, batches, device
+        self.step = 0
+        self.matrices = [module.weight for module in model.modules() if isinstance(module, Linear)]
+        tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        taken = {id(parameter) for parameter in self.matrices + tables}
+        vectors = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+        self.momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
+        self.adamw = torch.optim.AdamW(
+            [{"params": tables, "rate": config.embedding_rate}, {"params": vectors, "rate": config.vector_rate}],
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+        self.averages = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.loss = torch.compile(plain_loss) if config.compile else plain_loss
+
+    def train_step(self, fraction: float) -> float:
+        """One optimizer step at this fraction of the run; returns its mean loss per token in nats."""
+        config, total = self.config, 0.0
+        self.adamw.zero_grad()
+        for matrix in self.matrices:
+            matrix.grad = None
+        sequences = self.batches.indices(self.step)
+        for start in range(0, len(sequences), config.microbatch_sequences):
+            tokens, targets = self.read(sequences[start : start + config.microbatch_sequences])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                loss = self.loss(self.model, tokens, targets, late_qat(config, fraction))
+            loss = loss / (len(sequences) * config.sequence_tokens)
+            loss.backward()
+            total += loss.item()
+        if config.gradient_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        factor = rate_factor(fraction, config.warmdown_fraction)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["rate"] * factor
+        self.adamw.step()
+        self.muon_step(config.matrix_rate * factor, muon_momentum(config, fraction))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.averages[name].mul_(config.ema_decay).add_(value, alpha=1 - config.ema_decay)
+        self.step += 1
+        return total
+
+    def read(self, sequences: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 (len(sequences), sequence_tokens)."""
+        length, stream = self.batches.sequence_tokens, self.batches.stream
+        rows = [torch.from_numpy(stream.read(int(i) * length, length + 1).astype(np.int64)) for i in sequences]
+        tokens = torch.stack([row[:-1] for row in rows])
+        targets = torch.stack([row[1:] for row in rows])
+        return tokens.to(self.device), targets.to(self.device)
+
+    @torch.no_grad()
+    def muon_step(self, rate: float, momentum: float) -> None:
+        for matrix, buffer in zip(self.matrices, self.momenta, strict=True):
+            gradient = matrix.grad
+            assert gradient is not None
+            buffer.lerp_(gradient, 1 - momentum)
+            update = newton_schulz(gradient.lerp(buffer, momentum), self.config.newton_schulz_steps)
+            rows, columns = matrix.shape
+            matrix.mul_(1 - rate * self.config.weight_decay)
+            matrix.add_(update, alpha=-rate * math.sqrt(max(1, rows / columns)))
+
+
+def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
+    """The quintic iteration (Jordan et al. 2024, "Muon") on one matrix; in bfloat16 on a GPU."""
+    x = gradient.bfloat16() if gradient.is_cuda else gradient
+    if gradient.shape[0] > gradient.shape[1]:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    if gradient.shape[0] > gradient.shape[1]:
+        x = x.T
+    return x.to(gradient.dtype)
+
+
+def plain_loss(model: Model, tokens_BT: Tensor, targets_BT: Tensor, qat: bool) -> Tensor:
+    """Summed negative log-likelihood in nats, from float32 logits of all positions."""
+    cap = model.config.logit_cap
+    logits_BTV = cap * torch.tanh(F.linear(plain_features(model, tokens_BT, qat), model.embedding.weight).float() / cap)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+def plain_features(model: Model, tokens_BT: Tensor, qat: bool) -> Tensor:
+    """Final hidden states (B, T, D) of whole sequences."""
+    c, layers = model.config, len(model.blocks)
+    x = model.embedding(tokens_BT)
+    if model.bigram is not None:
+        bigram = model.bigram
+        x = x + F.linear(bigram.table(bigram.rows(tokens_BT)), bigram.project.weight) * bigram.scale
+    x = norm(x)
+    if model.smear is not None:
+        x = x + torch.sigmoid(model.smear) * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
+    x0, pushed = x, []
+    value = model.value_embedding(tokens_BT) if model.value_embedding is not None else None
+    angle = torch.arange(tokens_BT.shape[1], device=x.device)[:, None] * model.frequencies
+    for layer, block in enumerate(model.blocks):
+        if model.skip_weights is not None and layer >= model.pushes and pushed:
+            x = x + model.skip_weights[layer - model.pushes] * pushed.pop()
+        if block.input_mix is not None:
+            x = block.input_mix[0] * x + block.input_mix[1] * x0
+        added, first = None, layers - c.value_embedding_layers
+        if model.value_embedding is not None and value is not None and layer >= first:
+            added = value * model.value_embedding.layer_scales[layer - first]
+        y = plain_attention(block.attention, norm(x) * block.depth_scale, added, angle, qat)
+        x = x + (y if block.attention_scale is None else block.attention_scale * y)
+        hidden = F.leaky_relu(linear(block.mlp.up, norm(x) * block.depth_scale, qat), c.mlp_slope).square()
+        y = linear(block.mlp.down, hidden, qat)
+        x = x + (y if block.mlp_scale is None else block.mlp_scale * y)
+        if model.skip_weights is not None and layer < model.pushes:
+            pushed.append(x)
+    return norm(x)
+
+
+def plain_attention(layer: Attention, x: Tensor, value: Tensor | None, angle: Tensor, qat: bool) -> Tensor:
+    B, T, D = x.shape
+    q, k, v = (linear(matrix, x, qat) for matrix in (layer.q, layer.k, layer.v))
+    v = v if value is None else v + value.to(v.dtype)
+    q, k, v = (y.view(B, T, -1, layer.head_width).transpose(1, 2) for y in (q, k, v))
+    dtype = v.dtype
+    q = (rotary(norm(q.float()), angle) * layer.q_gain.view(-1, 1, 1)).to(dtype)
+    k = rotary(norm(k.float()), angle).to(dtype)
+    k, v = (y.repeat_interleave(layer.heads // layer.kv_heads, dim=1) for y in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if layer.xsa:
+        direction = F.normalize(v, dim=-1)
+        y = y - (y * direction).sum(-1, keepdim=True) * direction
+    return linear(layer.out, y.transpose(1, 2).reshape(B, T, D), qat)
+
+
+def rotary(x: Tensor, angle: Tensor) -> Tensor:
+    half, cos, sin = angle.shape[1], angle.cos(), angle.sin()
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def linear(matrix: Linear, x: Tensor, qat: bool) -> Tensor:
+    return F.linear(x, fake_quantize(matrix.weight) if qat else matrix.weight)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data, recipe, cpu = dataset.load(options.folder), recipes.laptop(), torch.device("cpu")
+    config = recipe.train
+    torch.manual_seed(0)
+    model = Model(recipe.model, data.vocab_size, config.sequence_tokens)
+    batches = Batches(
+        dataset.train_stream(data), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, 0
+    )
+    plain, run = PlainRun(copy.deepcopy(model), config, batches, cpu), Run(model, config, batches, cpu)
+    spent: dict[str, list[float]] = {"plain": [], "run": []}
+    processor: dict[str, list[float]] = {"plain": [], "run": []}
+    apart = 0.0
+    for step in range(options.steps):
+        losses = {}
+        for name, each in (("plain", plain), ("run", run)):
+            began, used = time.perf_counter(), time.process_time()
+            losses[name] = float(each.train_step(step / options.steps))
+            spent[name].append(1000 * (time.perf_counter() - began))
+            processor[name].append(1000 * (time.process_time() - used))
+        apart = max(apart, abs(losses["run"] / losses["plain"] - 1))
+    for what, times in (("wall", spent), ("processor", processor)):
+        for name, taken in times.items():
+            print(f"{what} {name}: median {statistics.median(taken):.1f} ms, least {min(taken):.1f} ms a step")
+        print(
+            f"{what} plain / run: {statistics.median(times['plain']) / statistics.median(times['run']):.2f} of medians"
+        )
+    print(f"losses apart by at most {apart:.1e}, relative, last {losses['run']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

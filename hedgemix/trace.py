@@ -1,0 +1,40 @@
+"""A profile of a few steps, for people: where the time of training or evaluation goes.
+
+`NAME.json.gz` is in the Chrome trace format (chrome://tracing, Perfetto), `NAME.txt` lists the operations that took
+longest. Profiled steps compute what others do; they are slower, so a run on the clock makes fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+SKIPPED, RECORDED, LISTED = 3, 5, 40
+"""Steps passed over first (one more warms the profiler up), steps in the trace, operations in the table."""
+
+
+@contextmanager
+def tracing(folder: Path | None, name: str, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Gives the function to call after every step. Nothing is written without a folder, or for too few steps."""
+    if folder is None:
+        yield lambda: None
+        return
+    cuda = device.type == "cuda"
+
+    def write(found: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        order = "self_device_time_total" if cuda else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=order, row_limit=LISTED, max_name_column_width=60)
+        (folder / f"{name}.txt").write_text(table + "\n")
+
+    with profile(
+        activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else []),
+        schedule=schedule(wait=SKIPPED, warmup=1, active=RECORDED, repeat=1),
+        on_trace_ready=write,
+    ) as profiler:
+        yield profiler.step
