@@ -6,7 +6,8 @@ once: weights and optimizer state, and rows over the vocabulary. So a limit made
 
 from __future__ import annotations
 
-from hedgemix.config import ModelConfig, TrainConfig
+from hedgemix.blend import expert_names, logistic_experts
+from hedgemix.config import MixerConfig, ModelConfig, TrainConfig
 
 
 def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -59,8 +60,10 @@ def gptq_operations(shapes: list[tuple[int, int]], inputs: list[int]) -> float:
     return sum(size**3 / 3 for size in inputs) + sum(rows * columns**2 for rows, columns in shapes)
 
 
-def mixing_costs(vocab_size: int, experts: int, linears: int, inputs: int, logistics: int) -> tuple[float, float]:
+def mixing_costs(vocab_size: int, config: MixerConfig) -> tuple[float, float]:
     """Operations and bytes of mixing one position's rows, one row set: products over the vocabulary, among them the
     logistic mixers' curvature (inputs squared); every row written once, the logistic inputs read again."""
+    experts, linears, logistics = len(expert_names(config)), len(config.linear_gates), len(config.gates)
+    inputs = linears + len(logistic_experts(config))
     products = linears * experts + logistics * inputs + logistics * inputs**2
     return 2.0 * vocab_size * products, 4.0 * vocab_size * (experts + 2 * inputs + logistics)

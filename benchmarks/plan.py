@@ -85,7 +85,8 @@ def plan(recipe: Recipe, rates: Rates, block_launches: float, valid_tokens: int 
     """Predicted seconds of each stage; block_launches: array operations of one block of the mixer."""
     model, train, evaluate, V = recipe.model, recipe.train, recipe.evaluate, recipe.data.vocab_size
     world, scorers = recipe.compute.workers, recipe.compute.evaluate_workers
-    parameters = parameter_count(Model(model, V, train.sequence_tokens, draw=False))
+    shell = built(recipe)
+    parameters = parameter_count(shell)
     shapes = operations.matrix_shapes(model)
     forward = rates.peak * rates.score_share
     step = operations.train_operations(model, train, V)
@@ -95,11 +96,9 @@ def plan(recipe: Recipe, rates: Rates, block_launches: float, valid_tokens: int 
     step_seconds = (step + muon) / (world * rates.peak * rates.train_share)
     step_seconds += exchange / rates.link + state / rates.bandwidth
     steps = (train.budget_seconds - train.reserve_seconds) / step_seconds
-    stages = [
-        Stage("training step", step + muon, state, 0, step_seconds, f"{steps:,.0f} steps in the budget"),
-    ]  # fmt: skip
+    stages = [Stage("training step", step + muon, state, 0, step_seconds, f"{steps:,.0f} steps in the budget")]
     tokens = train.calibration_sequences * train.sequence_tokens
-    inputs = calibrated_inputs(recipe)
+    inputs = [shell.get_parameter(name).shape[1] for name in shell.inputs()]
     calibrate = 3 * tokens * operations.token_operations(model, train.sequence_tokens / 2, V)
     calibrate += 2 * tokens * sum(size**2 for size in inputs)
     stages.append(Stage("calibration", calibrate, 0, 0, calibrate / (world * forward), "inside the reserve"))
@@ -124,9 +123,7 @@ def plan(recipe: Recipe, rates: Rates, block_launches: float, valid_tokens: int 
         stages.append(Stage("test-time training", adapt, 0, 0, adapt / (scorers * rates.peak * rates.train_share),
                             f"{evaluate.ttt.epochs} epochs; backward through all blocks counted"))  # fmt: skip
     mixer = evaluate.mixer
-    experts, linears, logistics = 1 + len(mixer.orders) + bool(mixer.match_lengths), len(mixer.linear_gates), 0
-    logistics, logistic_inputs = len(mixer.gates), linears + min(experts, 5)
-    products, n_bytes = operations.mixing_costs(V, experts, linears, logistic_inputs, logistics)
+    products, n_bytes = operations.mixing_costs(V, mixer)
     launches = block_launches * valid_tokens / mixer.block_tokens
     n_bytes *= row_sets * valid_tokens
     products *= row_sets * valid_tokens
@@ -136,10 +133,10 @@ def plan(recipe: Recipe, rates: Rates, block_launches: float, valid_tokens: int 
     return stages
 
 
-def calibrated_inputs(recipe: Recipe) -> list[int]:
-    """Columns of every distinct input that has a Hessian."""
-    model = Model(recipe.model, recipe.data.vocab_size, recipe.train.sequence_tokens, draw=False)
-    return [model.get_parameter(name).shape[1] for name in model.inputs()]
+def built(recipe: Recipe) -> Model:
+    """The recipe's model without its numbers."""
+    with torch.device("meta"):
+        return Model(recipe.model, recipe.data.vocab_size, recipe.train.sequence_tokens, draw=False)
 
 
 def evaluation_seconds(stages: Sequence[Stage]) -> float:

@@ -17,7 +17,6 @@ from benchmarks.plain.training import PlainRun
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
 from hedgemix import ngram
-from hedgemix.blend import expert_names, logistic_experts
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.mixer import Mixer
 from hedgemix.model import Model, parameter_count
@@ -128,10 +127,7 @@ def mixing(bench: Bench) -> Iterator[Row]:
             one_by_one.update(int(text[at]), ends_block=(at + 1) % mixer.block_tokens == 0)
         return torch.stack(nats)
 
-    inputs = len(mixer.linear_gates) + len(logistic_experts(mixer))
-    costs = operations.mixing_costs(
-        vocab_size, len(expert_names(mixer)), len(mixer.linear_gates), inputs, len(mixer.gates)
-    )
+    costs = operations.mixing_costs(vocab_size, mixer)
 
     def spent(tokens: int) -> Costs:
         return Costs("tokens", tokens, costs[0] * tokens, costs[1] * tokens)
