@@ -59,8 +59,9 @@ def sizes(device: torch.device, quick: bool) -> Sizes:
     short = replace(laptop, data=replace(laptop.data, max_text_bytes=6_000_000))
     train = replace(laptop.train, sequence_tokens=2048, batch_tokens=4096, microbatch_sequences=2)
     evaluate = replace(laptop.evaluate, window_tokens=2048, overlap_tokens=2048, segment_tokens=8192, batch_windows=8)
-    long = replace(short, train=train, evaluate=evaluate)
-    return Sizes(short, long, ModelConfig(), 200, 60, 64, 24, 4096, 256, 10, 5, 2)
+    model = replace(laptop.model, width=64, mlp_hidden=224, bigram_buckets=8192)
+    long = replace(short, model=model, train=train, evaluate=evaluate)
+    return Sizes(short, long, ModelConfig(), 120, 60, 48, 8, 4096, 256, 10, 5, 2)
 
 
 def quick_sizes() -> Sizes:

@@ -64,23 +64,23 @@ def compare(
 ) -> Comparison:
     """`repeats` calls of each in the order a b b a a b ..., after `warmup` calls of each that are not counted.
 
-    The collector of garbage runs before each timed call and not inside it.
+    The collector of garbage runs before, and not in between.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1")
     seconds: dict[str, list[float]] = {"a": [], "b": []}
     results: dict[str, Any] = {}
     work = {"a": a, "b": b}
-    for turn in range(-warmup, repeats):
-        for name in ("ab", "ba")[turn % 2]:
-            gc.collect()
-            gc.disable()
-            try:
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-warmup, repeats):
+            for name in ("ab", "ba")[turn % 2]:
                 elapsed, results[name] = once(work[name], clock)
-            finally:
-                gc.enable()
-            if turn >= 0:
-                seconds[name].append(elapsed)
+                if turn >= 0:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.enable()
     return summary(seconds["a"], seconds["b"], (results["a"], results["b"]))
 
 
