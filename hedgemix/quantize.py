@@ -164,11 +164,17 @@ def rounded(
             steps(columns),
             block_columns,
         )
-        if max(map(abs, (int(edge) for edge in codes.aminmax()))) > LARGEST_CODE:
-            name = next(name for name, each in zip(names, codes, strict=True) if int(each.abs().max()) > LARGEST_CODE)
+        if largest(codes) > LARGEST_CODE:
+            name = next(name for name, each in zip(names, codes, strict=True) if largest(each) > LARGEST_CODE)
             raise ValueError(f"{name}: over {LARGEST_CODE:,} steps to a weight; raise quantize.loss_nats")
         out |= {name: Stepped(codes[b], rows[b], columns[b]) for b, name in enumerate(names)}
     return out
+
+
+def largest(codes: Tensor) -> int:
+    """The largest magnitude; the least int32 has none of its own type."""
+    low, high = torch.stack(codes.aminmax()).tolist()
+    return max(-low, high)
 
 
 def reference_tensors(model: Model, moments: Moments, config: QuantizeConfig) -> tuple[Tensors, float]:
