@@ -1,11 +1,12 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
 # make test     install, then run every test;  make lint: style and types;  make clean: what tools left behind
+# make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
 PYTHON ?= python3
 RECIPE ?= laptop
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: record test lint clean
+.PHONY: record test lint bench clean
 .DEFAULT_GOAL := record
 
 .venv/made:
@@ -33,6 +34,9 @@ record: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/pytest -m cluster $(ARGS) || test $$? -eq 5
 	$(BIN)/pytest -m "not cluster" $(ARGS)
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

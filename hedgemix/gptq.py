@@ -14,6 +14,7 @@ Q clip quantiles.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +101,8 @@ def quantize(
         dampings.append(used)
 
     scale_BR = _search(ordered_BRC, clip_quantiles, levels, scale_floor, name, hessian_BCC)
-    codes_BCR = _round_columns(ordered_BRC / scale_BR.float()[..., None], back_BCC, block_columns, levels)
+    in_steps_BCR = (ordered_BRC / scale_BR.float()[..., None]).mT.contiguous()
+    codes_BCR = _round_columns(in_steps_BCR, back_BCC, block_columns, levels)
     codes_BRC = torch.empty_like(ordered_BRC, dtype=torch.int8)
     for b, order_C in enumerate(orders):
         codes_BRC[b, :, order_C] = codes_BCR[b].mT.to(torch.int8)
@@ -119,7 +121,7 @@ def round_rows(
     levels = _levels(bits)
     check_settings(0.0, 1, clip_quantiles, 0.0)
     weight_RC = weight_RC.float()
-    if not weight_RC.isfinite().all():
+    if not finite(weight_RC):
         raise ValueError(f"{name}: its weights are not all finite")
     scale_R = _search(weight_RC, clip_quantiles, levels, 0.0, name)
     codes_RC = (weight_RC / scale_R.float()[..., None]).round_().clamp_(-levels, levels).to(torch.int8)
@@ -159,10 +161,16 @@ def _check_tensors(weight_BRC: Tensor, sum_BCC: Tensor, count: int, name: str) -
     if count < 1:
         raise ValueError(f"{name}: its Hessian has seen no inputs; calibrate before quantizing")
     for what, tensor in (("weights", weight_BRC), ("Hessian sums", sum_BCC)):
-        finite_B = tensor.isfinite().flatten(1).all(1)
-        if not finite_B.all():
-            where = f" (matrix {int(finite_B.int().argmin())} of {batch})" if batch > 1 else ""
+        if not finite(tensor):
+            bad = next(b for b, each in enumerate(tensor) if not finite(each))
+            where = f" (matrix {bad} of {batch})" if batch > 1 else ""
             raise ValueError(f"{name}: its {what} are not all finite{where}")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all of it is; one pass over the memory, where `isfinite().all()` makes five."""
+    low, high = torch.stack(tensor.aminmax()).tolist()  # NaN where anything is
+    return math.isfinite(high - low)
 
 
 def factor(hessian_CC: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor, float]:
@@ -170,15 +178,17 @@ def factor(hessian_CC: Tensor, damping: float, name: str) -> tuple[Tensor, Tenso
     damping it took. Raises ValueError when none is enough."""
     diagonal_C = hessian_CC.diagonal().clone()
     live_C = diagonal_C > 0
-    mean = float(diagonal_C[live_C].double().mean()) if live_C.any() else 1.0
-    hessian_CC *= live_C[:, None] & live_C  # off the diagonal of a dead input only noise is left
+    live = int(live_C.sum())
+    mean = float(diagonal_C[live_C].double().mean()) if live else 1.0
+    if live < len(live_C):
+        hessian_CC *= live_C[:, None] & live_C  # off the diagonal of a dead input only noise is left
     used = damping
     while used <= LARGEST_DAMPING:
         hessian_CC.diagonal().copy_(torch.where(live_C, diagonal_C + used * mean, mean))
         lower_CC, failed = torch.linalg.cholesky_ex(hessian_CC.flip(0, 1).double())  # condition up to C / damping
-        pivots_C = lower_CC.diagonal()
+        pivots_C = lower_CC.diagonal().clone()
         if not failed and pivots_C.square().min() >= PIVOT_FLOOR * mean:
-            return (lower_CC / pivots_C).float().flip(0, 1).mT, pivots_C.square().float().flip(0), used
+            return lower_CC.div_(pivots_C).float().flip(0, 1).mT, pivots_C.square().float().flip(0), used
         used = max(10 * used, 1e-6)
     raise ValueError(f"{name}: no damping up to {LARGEST_DAMPING:g} makes its Hessian positive definite")
 
@@ -192,9 +202,12 @@ def round_to_steps(
     back: what `factor` returns, one for each weight. With a step for each column the order makes no difference worth
     a permutation.
     """
-    in_steps_BRC = weight_BRC.float() / row_steps_BR[..., None] / column_steps_BC[:, None]
-    scaled_BCC = back_BCC * column_steps_BC[:, None] / column_steps_BC[..., None]  # of errors counted in steps
-    return _round_columns(in_steps_BRC, scaled_BCC, block_columns, None).mT.to(torch.int32)
+    batch, rows, columns = weight_BRC.shape
+    in_steps_BCR = row_steps_BR.new_empty(batch, columns, rows)
+    torch.div(weight_BRC.float().mT, row_steps_BR[:, None], out=in_steps_BCR).div_(column_steps_BC[..., None])
+    # Of errors counted in steps.
+    scaled_BCC = (back_BCC * column_steps_BC[:, None]).div_(column_steps_BC[..., None])
+    return _round_columns(in_steps_BCR, scaled_BCC, block_columns, None).mT.to(torch.int32)
 
 
 def _search(
@@ -232,10 +245,10 @@ def _quantiles(magnitude_BRC: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     return torch.lerp(low_QBR, high_QBR, part_Q.view(-1, *[1] * (low_QBR.ndim - 1)))
 
 
-def _round_columns(weight_BRC: Tensor, back_BCC: Tensor, block: int, levels: int | None) -> Tensor:
-    """Codes (B, C, R), float32 integers, of weights given in steps; back is what `factor` returns: row k weighs earlier
-    errors. levels None: no largest code."""
-    rest_BCR = weight_BRC.mT.contiguous()  # rounded columns hold their errors, the others still their weights
+def _round_columns(rest_BCR: Tensor, back_BCC: Tensor, block: int, levels: int | None) -> Tensor:
+    """Codes (B, C, R), float32 integers, of weights given in steps, which it overwrites: rounded columns hold their
+    errors, the others still their weights. back: what `factor` returns, row k weighs earlier errors. levels None: no
+    largest code."""
     codes_BCR = torch.empty_like(rest_BCR)
     columns = rest_BCR.shape[1]
     for start in range(0, columns, block):

@@ -140,7 +140,7 @@ def sensitivities(
 
 
 def check(name: str, moment: Tensor) -> None:
-    if not moment.isfinite().all():
+    if not gptq.finite(moment):
         raise ValueError(f"{name}: its calibration is not finite; check that training converged")
 
 
@@ -150,7 +150,7 @@ def rounded(
     """GPTQ in the steps that theta gives, tensors of one shape at once."""
     shapes: dict[torch.Size, list[str]] = {}
     for name, weight in weights.items():
-        if not weight.isfinite().all():
+        if not gptq.finite(weight):
             raise ValueError(f"{name}: its weights are not all finite")
         shapes.setdefault(weight.shape, []).append(name)
     out: dict[str, Stepped] = {}
@@ -164,11 +164,17 @@ def rounded(
             steps(columns),
             block_columns,
         )
-        for name, each in zip(names, codes, strict=True):
-            if max(-int(each.min()), int(each.max())) > LARGEST_CODE:
-                raise ValueError(f"{name}: over {LARGEST_CODE:,} steps to a weight; raise quantize.loss_nats")
+        if largest(codes) > LARGEST_CODE:
+            name = next(name for name, each in zip(names, codes, strict=True) if largest(each) > LARGEST_CODE)
+            raise ValueError(f"{name}: over {LARGEST_CODE:,} steps to a weight; raise quantize.loss_nats")
         out |= {name: Stepped(codes[b], rows[b], columns[b]) for b, name in enumerate(names)}
     return out
+
+
+def largest(codes: Tensor) -> int:
+    """The largest magnitude; the least int32 has none of its own type."""
+    low, high = torch.stack(codes.aminmax()).tolist()
+    return max(-low, high)
 
 
 def reference_tensors(model: Model, moments: Moments, config: QuantizeConfig) -> tuple[Tensors, float]:

@@ -317,3 +317,11 @@ def test_steps_of_a_batch_equal_those_alone_and_cost_less_than_rounding() -> Non
         errors = (found[b] * steps[b] - weights[b] for found in (codes, (weights / steps).round()))
         ours, nearest = (float(((error @ hessians[b]) * error).sum()) for error in errors)
         assert ours < 0.5 * nearest
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found(value: float) -> None:
+    x = 3e38 * torch.tensor([[1.0, -1.0], [0.0, 1.0]])  # their distance is beyond float32
+    assert gptq.finite(x)
+    for place in range(4):
+        assert not gptq.finite(x.flatten().index_fill(0, torch.tensor(place), value).view(2, 2))

@@ -1,32 +1,22 @@
 """One optimizer step in plain torch: what `hedgemix.train.Run` is measured against and must agree with.
 
-    python benchmarks/plain/training.py FOLDER [--threads N] [--steps N]
-
-times both on recipe `laptop`, a step of each in turn, on the data set in FOLDER (a record's `_steps/data-…`), and
-prints median and least milliseconds. The model's parameters are the library's; its forward pass is written again here,
+The model's parameters are the library's; its forward pass is written again here,
 operation by operation, with automatic gradients.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import math
-import statistics
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hedgemix import dataset, recipes
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
 from hedgemix.model import Attention, Linear, Model, fake_quantize
 from hedgemix.schedule import late_qat, muon_momentum, rate_factor
-from hedgemix.train import Run
 
 
 class PlainRun:
@@ -176,42 +166,3 @@ def norm(x: Tensor) -> Tensor:
 
 def linear(matrix: Linear, x: Tensor, qat: bool) -> Tensor:
     return F.linear(x, fake_quantize(matrix.weight) if qat else matrix.weight)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=40)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    data, recipe, cpu = dataset.load(options.folder), recipes.laptop(), torch.device("cpu")
-    config = recipe.train
-    torch.manual_seed(0)
-    model = Model(recipe.model, data.vocab_size, config.sequence_tokens)
-    batches = Batches(
-        dataset.train_stream(data), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, 0
-    )
-    plain, run = PlainRun(copy.deepcopy(model), config, batches, cpu), Run(model, config, batches, cpu)
-    spent: dict[str, list[float]] = {"plain": [], "run": []}
-    processor: dict[str, list[float]] = {"plain": [], "run": []}
-    apart = 0.0
-    for step in range(options.steps):
-        losses = {}
-        for name, each in (("plain", plain), ("run", run)):
-            began, used = time.perf_counter(), time.process_time()
-            losses[name] = float(each.train_step(step / options.steps))
-            spent[name].append(1000 * (time.perf_counter() - began))
-            processor[name].append(1000 * (time.process_time() - used))
-        apart = max(apart, abs(losses["run"] / losses["plain"] - 1))
-    for what, times in (("wall", spent), ("processor", processor)):
-        for name, taken in times.items():
-            print(f"{what} {name}: median {statistics.median(taken):.1f} ms, least {min(taken):.1f} ms a step")
-        print(
-            f"{what} plain / run: {statistics.median(times['plain']) / statistics.median(times['run']):.2f} of medians"
-        )
-    print(f"losses apart by at most {apart:.1e}, relative, last {losses['run']:.4f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What hedgemix takes, measured beside plain baselines; run from the repository, not installed."""

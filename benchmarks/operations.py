@@ -1,0 +1,69 @@
+"""Floating-point operations and bytes of the stages, from shapes alone. A multiplication and an addition are two.
+
+Counted are matrix products and attention over the keys that are allowed; bytes are those that must move at least
+once: weights and optimizer state, and rows over the vocabulary. So a limit made from them is below what can be reached.
+"""
+
+from __future__ import annotations
+
+from hedgemix.blend import expert_names, logistic_experts
+from hedgemix.config import MixerConfig, ModelConfig, TrainConfig
+
+
+def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and columns of every matrix of the blocks: what Muon and GPTQ work on."""
+    width, kv = model.width, model.width // model.heads * model.kv_heads
+    block = [(width, width), (kv, width), (kv, width), (width, width)]
+    block += [(model.mlp_hidden, width), (width, model.mlp_hidden)]
+    return model.layers * block
+
+
+def token_operations(model: ModelConfig, keys: float, vocab_size: int = 0) -> float:
+    """Of one position's forward pass that attends to `keys` positions; with a vocabulary also its logits."""
+    kv = model.width // model.heads * model.kv_heads
+    matrices = sum(rows * columns for rows, columns in matrix_shapes(model))
+    matrices += model.bigram_width * model.width if model.bigram_buckets else 0
+    matrices += model.value_embedding_width * kv if model.value_embedding_layers else 0
+    return 2 * matrices + 4 * model.layers * model.width * keys + 2 * vocab_size * model.width
+
+
+def train_operations(model: ModelConfig, train: TrainConfig, vocab_size: int) -> float:
+    """Of one step over all ranks: forward, twice that backward."""
+    return 3 * train.batch_tokens * token_operations(model, train.sequence_tokens / 2, vocab_size)
+
+
+def muon_operations(shapes: list[tuple[int, int]], steps: int) -> float:
+    """Newton-Schulz: two Gram-like products and one square of the short side, `steps` times."""
+    return sum(steps * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
+
+
+def step_bytes(parameters: int) -> float:
+    """Weights read twice, gradients written and read, three states read and written, float32."""
+    return 4 * parameters * (2 + 2 + 2 * 3)
+
+
+def sliding_operations(model: ModelConfig, vocab_size: int, tokens: int, window: int, stride: int) -> float:
+    """Of scoring so many targets in full windows."""
+    return tokens / stride * window * token_operations(model, window / 2) + 2 * tokens * vocab_size * model.width
+
+
+def streaming_operations(
+    model: ModelConfig, vocab_size: int, tokens: int, window: int, segment: int, overlap: int
+) -> float:
+    """The same in one pass of segments, each behind its overlap."""
+    positions = tokens * (1 + overlap / segment)
+    return positions * token_operations(model, window) + 2 * tokens * vocab_size * model.width
+
+
+def gptq_operations(shapes: list[tuple[int, int]], inputs: list[int]) -> float:
+    """A Cholesky factor for each input, and what each column passes on to the later ones."""
+    return sum(size**3 / 3 for size in inputs) + sum(rows * columns**2 for rows, columns in shapes)
+
+
+def mixing_costs(vocab_size: int, config: MixerConfig) -> tuple[float, float]:
+    """Operations and bytes of mixing one position's rows, one row set: products over the vocabulary, among them the
+    logistic mixers' curvature (inputs squared); every row written once, the logistic inputs read again."""
+    experts, linears, logistics = len(expert_names(config)), len(config.linear_gates), len(config.gates)
+    inputs = linears + len(logistic_experts(config))
+    products = linears * experts + logistics * inputs + logistics * inputs**2
+    return 2.0 * vocab_size * products, 4.0 * vocab_size * (experts + 2 * inputs + logistics)
