@@ -88,6 +88,23 @@ def order_curve(tokens: int) -> list[dict[str, Any]]:
     return [_apart("orders", tokens, n) for n in range(1, 1 + len(ORDERS))]
 
 
+def markdown(
+    index: Sequence[int] = (1_000_000, 4_000_000, 16_000_000),
+    evaluation: Sequence[int] = (50_000, 100_000, 200_000),
+    orders_tokens: int = 50_000,
+) -> str:
+    """The three curves as one table, a point a line; memory is anonymous, beyond what the process had."""
+    out = ["| work | tokens | seconds | microseconds a token | anonymous MB |", "|---|---|---|---|---|"]
+    points = [("n-gram index", point) for point in index_curve(index)]
+    points += [("evaluation, tiny model", point) for point in evaluation_curve(evaluation)]
+    points += [(f"mixing, orders 1 to {n}", point) for n, point in enumerate(order_curve(orders_tokens), start=1)]
+    for name, point in points:
+        seconds, tokens = point.get("seconds", point.get("mixing_seconds")), point["tokens"]
+        memory = f"{point['anonymous_bytes'] / 1e6:,.0f}" if "anonymous_bytes" in point else ""
+        out.append(f"| {name} | {tokens:,} | {seconds:.2f} | {1e6 * seconds / tokens:.1f} | {memory} |")
+    return "\n".join(out)
+
+
 def _apart(work: str, tokens: int, *more: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", work, str(tokens), *map(str, more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

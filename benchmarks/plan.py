@@ -19,7 +19,7 @@ from benchmarks.machine import Limits
 from benchmarks.subject import Row
 from hedgemix import ngram
 from hedgemix.config import MixerConfig, Recipe
-from hedgemix.mixer import Mixer
+from hedgemix.mixer import SPAN_TOKENS, Mixer
 from hedgemix.model import Model, parameter_count
 
 VALID_TOKENS = 62_021_846
@@ -164,16 +164,15 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_block_launches(config: MixerConfig, vocab_size: int, blocks: int = 32) -> float:
+def count_block_launches(config: MixerConfig, vocab_size: int) -> float:
     """Array operations of one of the mixer's blocks, its share of a span's included, at two row sets; counted on a CPU
     on random tokens, where they are those of a GPU."""
-    size = blocks * config.block_tokens
+    size = SPAN_TOKENS["cuda"]
     tokens = np.random.default_rng(0).integers(0, vocab_size, size).astype(np.uint16)
     index = ngram.build_index(tokens, config.orders, vocab_size, config.match_lengths)
-    mixer = Mixer(config, vocab_size, index, names=("frozen", "adapted"))
-    mixer.span = size  # a GPU's spans are this long
+    mixer = Mixer(config, vocab_size, index, names=("frozen", "adapted"), span_tokens=size)
     rows = {name: torch.randn(size - 1, vocab_size) for name in mixer.names}
-    return counted(lambda: mixer.score(rows, 1, size)) / blocks
+    return counted(lambda: mixer.score(rows, 1, size)) / (size / config.block_tokens)
 
 
 def counted(work: Callable[[], Any]) -> int:

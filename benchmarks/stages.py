@@ -34,8 +34,10 @@ def training(bench: Bench) -> Iterator[Row]:
     """Steps of the recipe's batch from the same weights; the losses of both are compared step by step."""
     recipe = bench.sizes.short
     config = recipe.train
-    runs = [kind(bench.fresh(recipe), config, bench.batches(recipe), bench.device) for kind in (PlainRun, Run)]
-    losses: list[list[Tensor]] = [[], []]
+    runs: list[PlainRun | Run] = [
+        kind(bench.fresh(recipe), config, bench.batches(recipe), bench.device) for kind in (PlainRun, Run)
+    ]
+    losses: list[list[float | Tensor]] = [[], []]
     steps = 4
 
     def work(side: int) -> None:
@@ -43,12 +45,12 @@ def training(bench: Bench) -> Iterator[Row]:
             losses[side].append(runs[side].train_step(0.1))
 
     compared = compare(partial(work, 0), partial(work, 1), bench.sizes.repeats)
-    pairs = zip(*(torch.stack(side).tolist() for side in losses), strict=True)
+    pairs = zip(*([float(loss) for loss in side] for side in losses), strict=True)
     parameters = parameter_count(runs[1].model)
     muon = operations.muon_operations(operations.matrix_shapes(recipe.model), config.newton_schulz_steps)
     per_step = operations.train_operations(recipe.model, config, recipe.data.vocab_size) + muon
     yield bench.row(
-        ("training", f"{steps} steps", f"{parameters:,} parameters, {config.batch_tokens:,} tokens a step", "PlainRun"),
+        ("training", f"{steps} steps", f"{parameters:,} parameters, {config.batch_tokens:,} tokens", "plain step"),
         compared,
         Costs("tokens", steps * config.batch_tokens, steps * per_step, steps * operations.step_bytes(parameters),
               config.dtype),

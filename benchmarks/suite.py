@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import export, machine, parallel, plan, report, stages
+from benchmarks import curves, export, machine, parallel, plan, report, stages
 from benchmarks.subject import Bench, Row, sizes
 from benchmarks.timing import once
 from hedgemix import ngram, recipes
@@ -69,13 +69,17 @@ def main(options: Options) -> list[Row]:
             say(f"{time.monotonic() - began:5.0f} s  {row.stage}: {row.what}, {row.ratio:.2f}x {row.baseline}")
     head = report.machine_text(about, bench.limits, (time.monotonic() - began) / 60)
     planned = plan_part(rows, bench, options.quick)
-    text = f"{head}\n\n{report.table(rows)}\n\n## Recipe record on 8 GPUs\n\n{planned}\n"
+    say("cost as work grows")
+    grown = curves.markdown((200_000,), (20_000,), 20_000) if options.quick else curves.markdown()
+    text = f"{head}\n\n{report.table(rows)}\n\n## As work grows\n\n{grown}\n\n"
+    text += f"## Recipe record on 8 GPUs\n\n{planned}\n"
     report.save(rows, about, bench.limits, options.out)
     (options.out / "results.md").write_text(text)
     print(text)
     if options.update_docs:
         report.update(ROOT / "README.md", "table", f"{report.table(rows, report.SHORT)}\n\n{head}")
         report.update(ROOT / "docs" / "performance.md", "table", f"{head}\n\n{report.table(rows)}")
+        report.update(ROOT / "docs" / "performance.md", "curves", grown)
         report.update(ROOT / "docs" / "performance.md", "plan", planned)
     return rows
 
@@ -91,7 +95,7 @@ def plan_part(rows: list[Row], bench: Bench, quick: bool) -> str:
         )
     )  # fmt: skip
     rates = plan.rates_from(rows, bench.limits, cuda, count / seconds)
-    launches = plan.count_block_launches(mixer, recipe.data.vocab_size, 2 if quick else 32)
+    launches = plan.count_block_launches(mixer, recipe.data.vocab_size)
     found = plan.plan(recipe, rates, launches)
     return report.plan_text(found, rates, plan.weakest(recipe, rates, launches), cuda)
 

@@ -28,6 +28,7 @@ from hedgemix.model import Model
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
 from hedgemix.text import Ones, Sizes, Text, same
+from hedgemix.trace import tracing
 from hedgemix.ttt import Adapter
 
 
@@ -88,10 +89,12 @@ def evaluate_artifact(
     *,
     trace: Path | None = None,
     log: Log = silent,
+    profile: Path | None = None,
 ) -> EvaluateResult:
     """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
 
     counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0.
+    profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk.
     Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text.
     """
     began = time.monotonic()
@@ -100,19 +103,21 @@ def evaluate_artifact(
     if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
     work = Evaluation.begin(found, stream, config, device, index=index, began=began)
-    for number, chunk in enumerate(work.chunks):
-        line = work.run_chunk(number, chunk)
-        log(
-            {
-                "fraction": (chunk.stop - 1) / (len(stream) - 1),
-                "elapsed_seconds": work.elapsed(),
-                "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
-            }
-        )
-        if trace is not None and ranks.rank() == 0:
-            trace.parent.mkdir(parents=True, exist_ok=True)
-            with open(trace, "a" if number else "w") as file:
-                file.write(json.dumps(line) + "\n")
+    with tracing(profile if ranks.rank() == 0 else None, "profile", device, skipped=1, recorded=1) as traced:
+        for number, chunk in enumerate(work.chunks):
+            line = work.run_chunk(number, chunk)
+            traced()
+            log(
+                {
+                    "fraction": (chunk.stop - 1) / (len(stream) - 1),
+                    "elapsed_seconds": work.elapsed(),
+                    "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
+                }
+            )
+            if trace is not None and ranks.rank() == 0:
+                trace.parent.mkdir(parents=True, exist_ok=True)
+                with open(trace, "a" if number else "w") as file:
+                    file.write(json.dumps(line) + "\n")
     return work.result()
 
 

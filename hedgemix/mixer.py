@@ -21,7 +21,7 @@ from hedgemix import hedge, match, ngram
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
 
-_SPAN = {"cpu": 512, "cuda": 4096}
+SPAN_TOKENS = {"cpu": 512, "cuda": 4096}
 """Positions whose n-gram rows are made at once: cache size on a CPU, launches on a GPU. Changes no score."""
 
 
@@ -56,8 +56,11 @@ class Mixer:
         index: ngram.NgramIndex,
         device: torch.device | str = "cpu",
         names: tuple[str, ...] = ("neural",),
+        span_tokens: int = 0,
     ) -> None:
-        """Raises RecipeError when the configuration contradicts itself or the index."""
+        """span_tokens: positions whose n-gram rows are made at once, which changes no score (0: what suits the device).
+
+        Raises RecipeError when the configuration contradicts itself or the index."""
         check(config)
         known = index.orders, index.match.lengths, index.vocab_size
         if known != (config.orders, config.match_lengths, vocab_size):
@@ -71,7 +74,7 @@ class Mixer:
         linear = ("linear",) if config.linear_gates else ()
         self.kinds = (*self.experts, "hedge", *linear, "logistic", "ensemble")
         self.kind = "neural" if config.kind == "none" else config.kind
-        span = _SPAN["cpu" if self.device.type == "cpu" else "cuda"]
+        span = span_tokens or SPAN_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
         self.span = max(span // config.block_tokens, 1) * config.block_tokens
         sets = len(names)
 

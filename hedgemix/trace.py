@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-SKIPPED, RECORDED, LISTED = 3, 5, 40
-"""Steps passed over first (one more warms the profiler up), steps in the trace, operations in the table."""
+LISTED = 40
+"""Operations in the table."""
 
 
 @contextmanager
-def tracing(folder: Path | None, name: str, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives the function to call after every step. Nothing is written without a folder, or for too few steps."""
+def tracing(
+    folder: Path | None, name: str, device: torch.device, skipped: int = 3, recorded: int = 5
+) -> Iterator[Callable[[], None]]:
+    """Gives the function to call after every step. Nothing is written without a folder, or for too few steps: it takes
+    `skipped`, one that warms the profiler up, and `recorded`."""
     if folder is None:
         yield lambda: None
         return
@@ -34,7 +37,7 @@ def tracing(folder: Path | None, name: str, device: torch.device) -> Iterator[Ca
 
     with profile(
         activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else []),
-        schedule=schedule(wait=SKIPPED, warmup=1, active=RECORDED, repeat=1),
+        schedule=schedule(wait=skipped, warmup=1, active=recorded, repeat=1),
         on_trace_ready=write,
     ) as profiler:
         yield profiler.step

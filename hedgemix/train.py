@@ -105,8 +105,8 @@ def train(
 ) -> TrainResult:
     """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.
 
-    profile: folder for trace.json.gz and trace.txt, rank 0's profile of a few steps; it changes no result of a fixed
-    number of steps.
+    profile: folder for profile.json.gz and profile.txt, rank 0's profile of a few steps; it
+    changes no result of a fixed number of steps.
 
     Raises RecipeError for a recipe the data cannot serve and DivergedError when the loss is no longer a number.
     """
@@ -135,7 +135,7 @@ def train(
     agree = ranks.Agreement()
     (last_saved,) = agree(clock.elapsed())  # every rank saves on the same step, since saving adds up the losses
     queue = RunAhead(device)
-    traces = tracing(profile if ranks.rank() == 0 else None, "trace", device)
+    traces = tracing(profile if ranks.rank() == 0 else None, "profile", device)
     with closing(run.read), traces as traced:
         while True:
             (elapsed,) = agree(clock.elapsed())

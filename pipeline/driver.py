@@ -128,7 +128,13 @@ class Drive:
 
 
 def drive(
-    record: str, recipe: Recipe, dataset: Dataset, out: Path, seeds: tuple[int, ...], console: Console
+    record: str,
+    recipe: Recipe,
+    dataset: Dataset,
+    out: Path,
+    seeds: tuple[int, ...],
+    console: Console,
+    profile: bool = False,
 ) -> list[Row]:
     """Run what is missing of every seed; returns all rows, also written to the record's parquet file as seeds end.
 
@@ -136,7 +142,7 @@ def drive(
     """
     resolved, evaluate_cpus = resolve_cpus(recipe)
     check_capacity(resolved, evaluate_cpus, console)
-    job = Job(resolved, dataset, evaluate_cpus, origin(), BoardActor.remote())
+    job = Job(resolved, dataset, evaluate_cpus, origin(), profile, BoardActor.remote())
     steps = {seed: runs.seed_steps(out, recipe, dataset, seed) for seed in seeds}
     work = Drive(record, recipe, dataset, steps, runs.counts_step(out, recipe, dataset), job)
     results.write(out, work.rows())

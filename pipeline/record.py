@@ -68,6 +68,9 @@ class Options:
     """The runs folder; on a cluster an absolute path on storage that every node shares."""
     record: str = ""
     """Name of the record, and of its parquet file (default: the recipe's name and its configuration's hash)."""
+    profile: bool = False
+    """Write torch profiles (profile.json.gz, profile.txt) of a few training steps, and of a chunk of the evaluation,
+    into the folders of the steps that run now; these few take longer."""
     plan: bool = False
     """Print what the record would ask for, and stop."""
 
@@ -136,7 +139,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = driver.drive(record, recipe, dataset, out, options.seeds, console)
+                rows = driver.drive(record, recipe, dataset, out, options.seeds, console, options.profile)
         report.print_results(rows, results.table_path(out, record), console)
     return 1 if any(row.status != "done" for row in rows) else 0
 

@@ -30,9 +30,11 @@ ARTIFACT = "artifact.hmx"
 INDEX = "index"
 
 
-def train_stage(recipe: Recipe, dataset: Dataset, seed: int, folder: Path, log: Log) -> dict[str, Any]:
+def train_stage(
+    recipe: Recipe, dataset: Dataset, seed: int, folder: Path, log: Log, profile: bool = False
+) -> dict[str, Any]:
     device = pick_device(recipe)
-    result = asdict(train(recipe, dataset, seed, folder, device, log=log))
+    result = asdict(train(recipe, dataset, seed, folder, device, log=log, profile=folder if profile else None))
     return {**result, "hardware": hardware(device)}
 
 
@@ -82,7 +84,13 @@ def counts_stage(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, An
 
 
 def evaluate_stage(
-    recipe: Recipe, dataset: Dataset, artifact_path: Path, counts_folder: Path, folder: Path, log: Log
+    recipe: Recipe,
+    dataset: Dataset,
+    artifact_path: Path,
+    counts_folder: Path,
+    folder: Path,
+    log: Log,
+    profile: bool = False,
 ) -> dict[str, Any]:
     result = evaluate_artifact(
         artifact_path,
@@ -92,6 +100,7 @@ def evaluate_stage(
         pick_device(recipe),
         trace=folder / "trace.jsonl",
         log=log,
+        profile=folder if profile else None,
     )
     if (result.scored_tokens, result.scored_bytes) != (dataset.valid_tokens - 1, dataset.valid_bytes):
         raise RuntimeError(

@@ -45,6 +45,8 @@ class Job:
     """CPUs of one evaluating rank."""
     origin: dict[str, Any]
     """Versions and git state of the driver's tree."""
+    profile: bool
+    """Write profiles of training and evaluation into their steps' folders."""
     board: Any
     """The progress board's actor handle."""
 
@@ -70,7 +72,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     if not folder.is_dir():  # the driver's machine made it
         return {"error": f"--out is not on storage that this node shares: {folder} is not there"}
     try:
-        return stages.train_stage(recipe, job.dataset, seed, folder, job.log(seed, "train"))
+        return stages.train_stage(recipe, job.dataset, seed, folder, job.log(seed, "train"), job.profile)
     except (DivergedError, ValueError) as error:
         if isinstance(error, DivergedError) and ranks.rank() == 0:
             (folder / "checkpoint.pt").unlink(missing_ok=True)  # the same command tries again from the beginning
@@ -140,7 +142,7 @@ def count(job: Job, step: Step) -> dict[str, Any]:
 def evaluate_rank(job: Job, artifact: str, counts: str, folder: str, seed: int) -> dict[str, Any]:
     use_cpus(job.evaluate_cpus)
     log = job.log(seed, "evaluate")
-    return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log)
+    return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log, job.profile)
 
 
 @ray.remote(**ONE_CALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,13 @@ def test_the_trace_adds_up_to_the_result(case: Case, scored: Any) -> None:
     assert result.expert_weights == trace[-1]["weights"]["hedge"] and sum(result.expert_weights) == pytest.approx(1)
     assert result.ensemble_names == ["neural", "logistic-order", "logistic-entropy"]
     assert result.ensemble_weights == trace[-1]["weights"]["ensemble"]
+
+
+def test_a_profile_is_a_trace_of_one_chunk_that_changes_no_score(case: Case, scored: Any, tmp_path: Path) -> None:
+    assert case.score(profile=tmp_path).bpb_final == scored[0].bpb_final
+    events = json.loads(gzip.decompress((tmp_path / "profile.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event.get("name", "").startswith("ProfilerStep") for event in events) == 1
+    assert "aten::mm" in (tmp_path / "profile.txt").read_text()
 
 
 def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> None:
