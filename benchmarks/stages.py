@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -141,6 +141,7 @@ def mixing(bench: Bench) -> Iterator[Row]:
         (f"hedgemix sliding {window}/{stride}", partial(scored, model, slice_N, Piece(1, len(slice_N)), windows),
          count / (n + stride)),
         ("hedgemix streaming", partial(scored, model, tokens_N, all_targets, config), 1.0),
+        *large_evaluations(bench, tokens_N),
     ]  # fmt: skip
     for name, evaluation, factor in evaluations:
         compared = compare(evaluation, partial(mixed, len(tokens_N)), bench.sizes.heavy_repeats).scaled(factor)
@@ -178,6 +179,19 @@ def subjects(bench: Bench) -> Iterator[tuple[Recipe, Model, Tensor, int]]:
         n = min(n, first_piece(config).stop - start)
         assert first_piece(config).stop <= len(tokens_N), "the held-out text is too short for these sizes"
         yield recipe, bench.trained(recipe, steps), tokens_N[start - 1 - config.window_tokens : start + n], n
+
+
+def large_evaluations(bench: Bench, tokens_N: Tensor) -> Iterator[tuple[str, Callable[[], Tensor], float]]:
+    """Scoring with a model of recipe record's size, untrained: by name, with the factor to all of the tokens."""
+    config, vocab_size = bench.sizes.long.evaluate, bench.sizes.long.data.vocab_size
+    model = Model(bench.sizes.export, vocab_size, bench.sizes.long.train.sequence_tokens).to(bench.device)
+    name, count, window = f"{parameter_count(model) / 1e6:.1f} M parameters", len(tokens_N) - 1, config.window_tokens
+    stop = min(window + 1 + 2 * config.stride_tokens, count + 1)
+    windows, two = replace(config, order="sliding"), Piece(window + 1, stop)
+    factor = count / (stop - window - 1)
+    yield f"sliding {window}/{config.stride_tokens}, {name}", partial(scored, model, tokens_N, two, windows), factor
+    one = replace(config, order="streaming", segment_tokens=count + 1)
+    yield f"streaming {window}, {name}", partial(scored, model, tokens_N, Piece(1, count + 1), one), 1.0
 
 
 def first_piece(config: EvaluateConfig) -> Piece:

@@ -42,7 +42,8 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
 @dataclass(frozen=True)
 class Options:
     only: tuple[str, ...] = ()
-    """These stages (default: all): training, sliding, streaming, mixing, quantization, coding, optimizer, ranks."""
+    """These stages, without curves and plan (default: everything): training, sliding, streaming, mixing, quantization,
+    coding, optimizer, ranks."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     quick: bool = False
     """Tiny sizes, for the test; the figures mean nothing."""
@@ -67,12 +68,14 @@ def main(options: Options) -> list[Row]:
         for row in STAGES[name](bench):
             rows.append(row)
             say(f"{time.monotonic() - began:5.0f} s  {row.stage}: {row.what}, {row.ratio:.2f}x {row.baseline}")
+    planned, grown = "", ""
+    if not options.only:
+        planned = plan_part(rows, bench, options.quick)
+        say("cost as work grows")
+        grown = curves.markdown((200_000,), (20_000,), 20_000) if options.quick else curves.markdown()
     head = report.machine_text(about, bench.limits, (time.monotonic() - began) / 60)
-    planned = plan_part(rows, bench, options.quick)
-    say("cost as work grows")
-    grown = curves.markdown((200_000,), (20_000,), 20_000) if options.quick else curves.markdown()
-    text = f"{head}\n\n{report.table(rows)}\n\n## As work grows\n\n{grown}\n\n"
-    text += f"## Recipe record on 8 GPUs\n\n{planned}\n"
+    text = f"{head}\n\n{report.table(rows)}\n"
+    text += f"\n## As work grows\n\n{grown}\n\n## Recipe record on 8 GPUs\n\n{planned}\n" if grown else ""
     report.save(rows, about, bench.limits, options.out)
     (options.out / "results.md").write_text(text)
     print(text)
