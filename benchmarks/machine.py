@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,25 +39,29 @@ def measure(device: torch.device, quick: bool = False) -> Limits:
     """The best of several sizes and repetitions."""
     kind = device.type
     sizes = (64, 128) if quick else MATRIX_SIZES[kind]
-    single = matrix_rate(sizes, torch.float32, device)
-    half = matrix_rate(sizes, torch.bfloat16, device) if kind == "cuda" else single
+    seconds = 0.0 if quick else 1.0
+    single = matrix_rate(sizes, torch.float32, device, seconds)
+    half = matrix_rate(sizes, torch.bfloat16, device, seconds) if kind == "cuda" else single
     floats = 2**16 if quick else COPY_FLOATS[kind]
     x, y = (torch.ones(floats, device=device) for _ in range(2))
-    return Limits(single, half, 3 * x.nbytes / least(lambda: x.add_(y)))
+    return Limits(single, half, 3 * x.nbytes / least(lambda: x.add_(y), seconds))
 
 
-def matrix_rate(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
+def matrix_rate(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, seconds: float) -> float:
     def rate(size: int) -> float:
         x = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty_like(x)
-        return 2 * size**3 / least(lambda: torch.mm(x, x, out=out))
+        return 2 * size**3 / least(lambda: torch.mm(x, x, out=out), seconds)
 
     return max(rate(size) for size in sizes)
 
 
-def least(work: Callable[[], Any], repeats: int = 5) -> float:
-    work()
-    return min(once(work)[0] for _ in range(repeats))
+def least(work: Callable[[], Any], seconds: float, repeats: int = 5) -> float:
+    """Of at least so many repetitions, for at least so long: a shared machine is slow for a while, then fast again."""
+    began, found = time.monotonic(), [once(work)[0]]
+    while len(found) <= repeats or time.monotonic() - began < seconds:
+        found.append(once(work)[0])
+    return min(found[1:])
 
 
 def describe(device: torch.device) -> dict[str, Any]:
