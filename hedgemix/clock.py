@@ -1,0 +1,70 @@
+"""The seconds a piece of work has used, over all its starts."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hedgemix import ranks
+from hedgemix.checkpoint import Kept, nothing
+from hedgemix.files import read_json, write_json
+
+BEAT_SECONDS = 1.0
+FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
+
+
+class Clock:
+    """Rank 0 notes on disk every second what was used, so that a killed run cannot win back the time since its last
+    checkpoint. `clock.json`: elapsed_seconds (used, over restarts), starts, discarded_seconds (used before the work last
+    began anew), lost_seconds (those, and the time from a checkpoint to the kill after it).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        saved_seconds: float | None,
+        now: Callable[[], float] = time.monotonic,
+        kept: Kept = nothing,
+    ) -> None:
+        """saved_seconds: what the checkpoint that is taken up had used; None when the work begins anew, and then with
+        all of its time, since nothing of the time before is in its result."""
+        noted = read(path)
+        self.path, self.now, self.kept = path, now, kept
+        used = noted["elapsed_seconds"]
+        self.used_before = 0.0 if saved_seconds is None else max(used, saved_seconds)
+        if saved_seconds is None:
+            self.lost_seconds = self.discarded_seconds = noted["discarded_seconds"] + used
+        else:
+            self.discarded_seconds = noted["discarded_seconds"]
+            self.lost_seconds = noted["lost_seconds"] + max(0.0, used - saved_seconds)
+        self.starts = int(noted["starts"]) + 1
+        self.began = self.beaten = now()
+        self.note()
+
+    def elapsed(self) -> float:
+        return self.used_before + self.now() - self.began
+
+    def note(self) -> None:
+        self.beaten = self.now()
+        if ranks.rank() == 0:
+            seconds = self.elapsed(), self.starts, self.discarded_seconds, self.lost_seconds
+            write_json(self.path, dict(zip(FIELDS, seconds, strict=True)))
+            self.kept(self.path)
+
+    def beat(self) -> None:
+        """`note`, once a second; storage that fails for a moment does not end the work."""
+        if self.now() - self.beaten >= BEAT_SECONDS:
+            with contextlib.suppress(OSError):
+                self.note()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a clock noted; zeros when there is none, or none that can be read."""
+    try:
+        found = read_json(path)
+        return {name: float(found[name]) for name in FIELDS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return dict.fromkeys(FIELDS, 0.0)
