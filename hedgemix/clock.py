@@ -18,8 +18,8 @@ FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
 
 class Clock:
     """Rank 0 notes on disk every second what was used, so that a killed run cannot win back the time since its last
-    checkpoint. `clock.json`: elapsed_seconds (used, over restarts), starts, discarded_seconds (used before the work last
-    began anew), lost_seconds (those, and the time from a checkpoint to the kill after it).
+    checkpoint. `clock.json`: elapsed_seconds (used, over restarts), starts, discarded_seconds (used before the work
+    last began anew), lost_seconds (those, and the time from a checkpoint to the kill after it).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Clock:
         if saved_seconds is None:
             self.lost_seconds = self.discarded_seconds = noted["discarded_seconds"] + used
         else:
-            self.discarded_seconds = noted["discarded_seconds"]
+            self.discarded_seconds: float = noted["discarded_seconds"]
             self.lost_seconds = noted["lost_seconds"] + max(0.0, used - saved_seconds)
         self.starts = int(noted["starts"]) + 1
         self.began = self.beaten = now()
