@@ -1,6 +1,6 @@
 """Checkpoints: states on disk, of which the newest sound one is taken up.
 
-A state is one file, `<name>-<number>.pt`; `<name>.json` names it with its size and SHA-256 and is replaced last. The
+A state is one file, `<name>-<number>.pt`; `<name>.json` lists it with its size and SHA-256 and is replaced last. The
 one before is kept too, so a file that storage damaged costs the work between two checkpoints, not all of it. The sums
 are our own because torch's format does not notice a flipped bit.
 """
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hedgemix import ranks
 from hedgemix.files import DamagedFileError, load_tensors, read_json, save_tensors, sha256_of, write_json
 
 KEPT = 2
 
 Kept = Callable[[Path], None]
-"""Told of every file a restart needs, each time it is whole on disk; on any thread, oldest first."""
+"""Told of every file a restart needs, each time it is whole on disk; on any thread, in the order they are needed."""
 
 
 def nothing(path: Path) -> None:
@@ -28,75 +29,91 @@ def nothing(path: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one piece of work in `folder`. One process writes them; every rank may load."""
+    """The checkpoints of one piece of work in `folder`, numbered by how far it is. Rank 0 writes, every rank loads."""
 
     def __init__(self, folder: Path, name: str = "checkpoint", kept: Kept = nothing) -> None:
         self.folder, self.name, self.kept = folder, name, kept
         self.damaged: list[str] = []
         """What `load` had to pass over."""
-        self.failure = ""
-        """Why the last write failed; empty when it did not."""
+        self.failures: list[str] = []
+        """Writes that storage refused."""
         self._writing: Thread | None = None
-        self._entries: list[dict[str, Any]] = self._read()
+        self._entries = self._read()
 
     @property
     def pointer(self) -> Path:
         return self.folder / f"{self.name}.json"
 
+    def file(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number}.pt"
+
     def _read(self) -> list[dict[str, Any]]:
-        """The entries on disk, newest first; none when there is no sound list of them."""
+        """number, bytes and sha256 of each, newest first; none when there is no sound list of them."""
         try:
             entries = read_json(self.pointer)["checkpoints"]
             return [
-                {"file": Path(entry["file"]).name, **{key: entry[key] for key in ("bytes", "sha256")}}
-                for entry in entries
+                {"number": int(each["number"]), "bytes": each["bytes"], "sha256": each["sha256"]} for each in entries
             ]
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
-    def load(self, device: torch.device | str = "cpu") -> Any:
-        """The newest sound state, or None; damaged ones are named in `damaged`. Raises OSError when storage fails."""
-        for entry in self._entries:
-            path = self.folder / entry["file"]
+    def load(self, device: torch.device | str = "cpu", agree: Callable[[float], list[float]] | None = None) -> Any:
+        """The newest sound state, or None. Those passed over are named in `damaged` and forgotten.
+
+        agree: gives rank 0's number to every rank, which then loads that very state. Raises OSError when storage fails,
+        DamagedFileError on a rank that cannot read what rank 0 took up.
+        """
+        state, number = None, -1
+        while ranks.rank() == 0 and self._entries and state is None:
             try:
-                if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
-                    raise DamagedFileError(f"{path} is not what was written")
-                return load_tensors(path, device)
+                state, number = self._load(self._entries[0], device), self._entries[0]["number"]
             except (FileNotFoundError, DamagedFileError) as error:
                 self.damaged.append(str(error))
-        return None
+                self._entries.pop(0)
+        if agree is not None:
+            number = int(agree(number)[0])
+        if ranks.rank() == 0 or number < 0:
+            return state
+        for entry in self._entries:
+            if entry["number"] == number:
+                return self._load(entry, device)
+        raise DamagedFileError(f"{self.pointer} lists no {self.name} {number} on this rank, which rank 0 took up")
 
-    def busy(self) -> bool:
-        """Whether a state is still being written."""
-        return self._writing is not None and self._writing.is_alive()
+    def _load(self, entry: dict[str, Any], device: torch.device | str) -> Any:
+        path = self.file(entry["number"])
+        if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+            raise DamagedFileError(f"{path} is not what was written")
+        return load_tensors(path, device)
 
     def save(self, number: int, state: Any) -> None:
         """Copy `state` (nested dicts and lists of tensors and numbers) to the host's memory now and write it beside the
-        work. A failed write is told in `failure` and raises nothing: the work goes on, with more to lose."""
-        self.wait()
-        copied = host_copy(state)
-        self._writing = Thread(target=self._write, args=(number, copied), name="checkpoint")
-        self._writing.start()
+        work, unless the newest has this number. A failed write is told in `failures` and raises nothing: the work goes
+        on, with more to lose."""
+        self.close()
+        if not self._entries or self._entries[0]["number"] != number:
+            self._writing = Thread(target=self._write, args=(number, host_copy(state)), name="checkpoint")
+            self._writing.start()
 
     def _write(self, number: int, state: Any) -> None:
-        path = self.folder / f"{self.name}-{number}.pt"
+        path = self.file(number)
         try:
             save_tensors(path, state)
             self.kept(path)
-            new = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            entries = [new, *(entry for entry in self._entries if entry["file"] != path.name)]
-            write_json(self.pointer, {"checkpoints": entries[:KEPT]})
+            entries = [{"number": number, "bytes": path.stat().st_size, "sha256": sha256_of(path)}, *self._entries][
+                :KEPT
+            ]
+            write_json(self.pointer, {"checkpoints": entries})
             self.kept(self.pointer)
-            self._entries = entries[:KEPT]
-            named = {entry["file"] for entry in self._entries}
-            for old in self.folder.glob(f"{self.name}-*.pt"):
-                if old.name not in named:
-                    old.unlink(missing_ok=True)
-            self.failure = ""
+            self._entries = entries
+            self._remove({self.file(entry["number"]) for entry in entries})
         except OSError as error:
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failures.append(f"{type(error).__name__}: {error}")
 
-    def wait(self) -> None:
+    def _remove(self, kept: set[Path]) -> None:
+        for old in set(self.folder.glob(f"{self.name}-*.pt")) - kept:
+            old.unlink(missing_ok=True)
+
+    def close(self) -> None:
         """Until what is being written is on disk, or has failed."""
         if self._writing is not None:
             self._writing.join()
@@ -104,11 +121,10 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Forget every checkpoint."""
-        self.wait()
+        self.close()
         self._entries = []
         self.pointer.unlink(missing_ok=True)
-        for old in self.folder.glob(f"{self.name}-*.pt"):
-            old.unlink(missing_ok=True)
+        self._remove(set())
 
 
 def host_copy(state: Any) -> Any:

@@ -16,6 +16,11 @@ BEAT_SECONDS = 1.0
 FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
 
 
+def never() -> bool:
+    """No notice comes."""
+    return False
+
+
 class Clock:
     """Rank 0 notes on disk every second what was used, so that a killed run cannot win back the time since its last
     checkpoint. `clock.json`: elapsed_seconds (used, over restarts), starts, discarded_seconds (used before the work
@@ -36,10 +41,10 @@ class Clock:
         used = noted["elapsed_seconds"]
         self.used_before = 0.0 if saved_seconds is None else max(used, saved_seconds)
         if saved_seconds is None:
-            self.lost_seconds = self.discarded_seconds = noted["discarded_seconds"] + used
+            discarded = lost = noted["discarded_seconds"] + used
         else:
-            self.discarded_seconds: float = noted["discarded_seconds"]
-            self.lost_seconds = noted["lost_seconds"] + max(0.0, used - saved_seconds)
+            discarded, lost = noted["discarded_seconds"], noted["lost_seconds"] + max(0.0, used - saved_seconds)
+        self.discarded_seconds, self.lost_seconds = discarded, lost
         self.starts = int(noted["starts"]) + 1
         self.began = self.beaten = now()
         self.note()
@@ -59,6 +64,25 @@ class Clock:
         if self.now() - self.beaten >= BEAT_SECONDS:
             with contextlib.suppress(OSError):
                 self.note()
+
+
+class Due:
+    """Says on rank 0, asked between two pieces of work, whether a checkpoint is due: by the clock, or once on notice
+    that the machine is about to be taken away."""
+
+    def __init__(self, clock: Clock, every_seconds: float, notice: Callable[[], bool] = never) -> None:
+        self.clock, self.every_seconds, self.notice = clock, every_seconds, notice
+        self.saved_at = clock.elapsed()
+        self.noticed = False
+
+    def __call__(self) -> bool:
+        elapsed = self.clock.elapsed()
+        noticed = not self.noticed and self.notice()
+        self.noticed |= noticed
+        due = noticed or elapsed - self.saved_at >= self.every_seconds
+        if due:
+            self.saved_at = elapsed
+        return due
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -127,8 +127,6 @@ class TrainConfig:
     """Autocast type of the forward and backward pass; weights stay float32."""
     compile: bool = True
     """torch.compile the model."""
-    checkpoint_seconds: float = 60.0
-    """Training seconds between checkpoints, the most a lost worker costs."""
     log_every_steps: int = 10
     """Steps between lines of the training log (loss is read from the device only then)."""
 
@@ -245,7 +243,9 @@ class ComputeConfig:
     evaluate_workers: int = 8
     """Ranks of one seed's evaluation."""
     max_restarts: int = 3
-    """Times a seed's training is started again after losing a worker; the elapsed budget is kept."""
+    """Times each step of a seed is started again after losing a process or a machine; a training budget goes on."""
+    checkpoint_seconds: float = 60.0
+    """Seconds of training, or of evaluation, between two checkpoints: the most work that a lost machine costs."""
 
 
 @dataclass(frozen=True)

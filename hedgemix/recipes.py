@@ -54,7 +54,6 @@ def laptop() -> Recipe:
             calibration_sequences=64,
             dtype="float32",
             compile=False,
-            checkpoint_seconds=15,
         ),
         evaluate=EvaluateConfig(
             window_tokens=256,
@@ -65,7 +64,9 @@ def laptop() -> Recipe:
             dtype="float32",
             ttt=TTTConfig(batch_sequences=8, sequence_tokens=256),
         ),
-        compute=ComputeConfig(workers=1, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1),
+        compute=ComputeConfig(
+            workers=1, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1, checkpoint_seconds=10
+        ),
     )
 
 
@@ -89,7 +90,7 @@ def record() -> Recipe:
     return Recipe(
         recipe="record",
         data=fineweb(),
-        train=TrainConfig(late_qat=True, checkpoint_seconds=200),  # one takes seconds of the budget
+        train=TrainConfig(late_qat=True),
         evaluate=EvaluateConfig(ttt=reference, mixer=LONG_BLOCKS),
     )
 

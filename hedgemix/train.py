@@ -4,12 +4,13 @@ Notable: the clock that decides rates and the end is rank 0's, agreed every step
 It counts over restarts: what a lost worker used stays used. The last `reserve_seconds` of the budget are for averaging
 the weights and for the calibration that quantization needs; both are done here, on training tokens only.
 
-A folder holds: checkpoint.pt (resume), clock.json (budget used), log.jsonl (one line a step), then weights.pt (the
+A folder holds: checkpoints (resume), clock.json (budget used), log.jsonl (one line a step), then weights.pt (the
 averaged weights) and moments.pt (calibration).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,15 +29,16 @@ from hedgemix import dataset as datasets
 from hedgemix import ranks
 from hedgemix.batches import Ahead, Batches
 from hedgemix.calibrate import calibrate
+from hedgemix.checkpoint import Checkpoints, Kept, nothing
+from hedgemix.clock import Clock, Due, never
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
-from hedgemix.files import Log, load_tensors, read_json, save_tensors, silent, write_json
+from hedgemix.files import Log, save_tensors, silent
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 from hedgemix.trace import tracing
 
-BEAT_SECONDS = 1.0
 ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
 
 
@@ -60,36 +62,12 @@ class TrainResult:
     """Before the clock: building, compiling, warm-up steps (of the last start)."""
     ms_per_step: float
     restarts: int
+    checkpoint_failures: int
+    """Checkpoints of the last start that storage did not take."""
     qat_steps: int
     """Steps of this result that trained through quantization."""
     peak_memory_bytes: int
     """Of rank 0's device; 0 on a CPU."""
-
-
-class BudgetClock:
-    """Seconds of budget used, over restarts: rank 0 notes them on disk every second, so that a killed run cannot
-    win back the time since its last checkpoint."""
-
-    def __init__(self, path: Path, checkpoint_seconds: float | None, now: Callable[[], float]) -> None:
-        noted: dict[str, Any] = read_json(path) if path.exists() else {"elapsed_seconds": 0.0, "starts": 0}
-        self.path, self.now = path, now
-        # Without a checkpoint nothing of the time before is used: the run begins anew, with the whole budget.
-        self.used_before = 0.0 if checkpoint_seconds is None else max(noted["elapsed_seconds"], checkpoint_seconds)
-        self.starts = int(noted["starts"]) + 1
-        self.began = self.beaten = now()
-        self.note()
-
-    def elapsed(self) -> float:
-        return self.used_before + self.now() - self.began
-
-    def note(self) -> None:
-        self.beaten = self.now()
-        if ranks.rank() == 0:
-            write_json(self.path, {"elapsed_seconds": self.elapsed(), "starts": self.starts})
-
-    def beat(self) -> None:
-        if self.now() - self.beaten >= BEAT_SECONDS:
-            self.note()
 
 
 def train(
@@ -102,9 +80,13 @@ def train(
     log: Log = silent,
     now: Callable[[], float] = time.monotonic,
     profile: Path | None = None,
+    kept: Kept = nothing,
+    notice: Callable[[], bool] = never,
 ) -> TrainResult:
     """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.
 
+    A checkpoint is written every compute.checkpoint_seconds, and once when rank 0's `notice` (asked every step) turns
+    true: this machine is about to be taken away. `kept` is told of every file a restart needs.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of a few steps; it
     changes no result of a fixed number of steps.
 
@@ -127,19 +109,22 @@ def train(
     run.warm_up()
     warmup_seconds = time.monotonic() - built
 
-    checkpoint = folder / "checkpoint.pt"
-    saved_seconds = run.load(checkpoint) if checkpoint.exists() else None
-    ranks.barrier()
-    clock = BudgetClock(folder / "clock.json", saved_seconds, now)
-    steps = StepLog(folder / "log.jsonl", run.step, seed, log)
+    checkpoints = Checkpoints(folder, kept=kept)
     agree = ranks.Agreement()
-    (last_saved,) = agree(clock.elapsed())  # every rank saves on the same step, since saving adds up the losses
+    saved_seconds = run.load(checkpoints, agree)
+    clock = Clock(folder / "clock.json", saved_seconds, now, kept)
+    steps = StepLog(folder / "log.jsonl", run.step, seed, log)
+    due = Due(clock, recipe.compute.checkpoint_seconds, notice)
     queue = RunAhead(device)
     traces = tracing(profile if ranks.rank() == 0 else None, "profile", device)
-    with closing(run.read), traces as traced:
+    with closing(run.read), closing(checkpoints), traces as traced:
         while True:
-            (elapsed,) = agree(clock.elapsed())
+            # Rank 0 decides for all: reading the losses, which comes before a save, is a collective.
+            elapsed, save = agree(clock.elapsed(), float(due()))
             fraction = elapsed_fraction(config, run.step, elapsed)
+            if save:
+                steps.flush(elapsed)  # raises before a broken state is kept
+                run.save(checkpoints, clock.elapsed())
             if fraction >= 1:
                 break
             loss = run.train_step(fraction)
@@ -149,14 +134,10 @@ def train(
             if run.step % config.log_every_steps == 0:
                 steps.flush(clock.elapsed())
             clock.beat()
-            if elapsed - last_saved >= config.checkpoint_seconds:
-                steps.flush(clock.elapsed())  # raises before a broken state is kept
-                run.save(checkpoint, clock.elapsed())
-                last_saved = elapsed
     if run.step == 0:
         raise RecipeError("no training step fits train.budget_seconds less train.reserve_seconds; raise the budget")
     steps.flush(clock.elapsed())
-    run.save(checkpoint, clock.elapsed())
+    run.save(checkpoints, clock.elapsed())
     synchronise(device)
     loop_seconds = clock.elapsed()
 
@@ -166,11 +147,12 @@ def train(
     moments = calibrate(model, batches, config, device)
     if ranks.rank() == 0:
         save_tensors(folder / "weights.pt", {name: value.cpu() for name, value in model.state_dict().items()})
-        kept = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
-        save_tensors(folder / "moments.pt", kept)
+        parts = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
+        save_tensors(folder / "moments.pt", parts)
     synchronise(device)
-    clock.note()
+    checkpoints.close()
     train_seconds = clock.elapsed()
+    clock.note()
     return TrainResult(
         parameters=parameter_count(model),
         steps=run.step,
@@ -182,6 +164,7 @@ def train(
         warmup_seconds=warmup_seconds,
         ms_per_step=1000 * loop_seconds / run.step,
         restarts=clock.starts - 1,
+        checkpoint_failures=len(checkpoints.failures),
         qat_steps=run.qat_steps,
         peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
@@ -243,7 +226,7 @@ class Run:
         torch.set_rng_state(random_state)
         synchronise(self.device)
 
-    def save(self, path: Path, elapsed_seconds: float) -> None:
+    def save(self, checkpoints: Checkpoints, elapsed_seconds: float) -> None:
         if ranks.rank() == 0:
             state = {
                 "model": self.model.state_dict(),
@@ -255,18 +238,22 @@ class Run:
                 "random_state": torch.get_rng_state(),
                 "elapsed_seconds": elapsed_seconds,
             }
-            save_tensors(path, state)
+            checkpoints.save(self.step, state)
 
-    def load(self, path: Path) -> float:
-        """Take up a checkpoint; returns the budget it had used, in seconds."""
-        state = load_tensors(path, self.device)
+    def load(self, checkpoints: Checkpoints, agree: ranks.Agreement) -> float | None:
+        """Take up the newest sound checkpoint; returns the budget it had used, in seconds, or None without one."""
+        state = checkpoints.load(self.device, agree)
+        if state is None:
+            return None
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         for average, saved in zip(self.ema.averages, state["ema"], strict=True):
             average.copy_(saved)
         self.step, self.qat_steps = state["step"], state["qat_steps"]
         if state["next_sequence"] != self.step * self.batches.per_step:
-            raise RecipeError(f"{path} was written with another train.batch_tokens; remove its folder to start anew")
+            raise RecipeError(
+                f"{checkpoints.folder} was written with another train.batch_tokens; remove its folder to start anew"
+            )
         torch.set_rng_state(state["random_state"].cpu())
         return state["elapsed_seconds"]
 
@@ -292,6 +279,7 @@ class StepLog:
     def __init__(self, path: Path, step: int, seed: int, log: Log) -> None:
         self.path, self.seed, self.log = path, seed, log
         self.waiting: list[tuple[dict[str, Any], Tensor]] = []
+        self.unwritten: list[dict[str, Any]] = []
         kept = path.read_text().splitlines() if path.exists() else []
         self.lines = [record for line in kept if (record := parse(line)) and record["step"] <= step]
         self.previous_seconds = self.lines[-1]["elapsed_seconds"] if self.lines else 0.0
@@ -325,14 +313,21 @@ class StepLog:
         self.waiting = []
         self.lines += records
         if ranks.rank() == 0:
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            self.write(records)
             self.log(records[-1])
         for record in records:
             if not math.isfinite(record["loss_nats"]):
                 raise DivergedError(
                     f"seed {self.seed}: the loss is {record['loss_nats']} at step {record['step']}; {ADVICE}"
                 )
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Lines that storage refuses now are kept for the next time: a full disk ends the run only if it stays full."""
+        self.unwritten += records
+        with contextlib.suppress(OSError):
+            with open(self.path, "a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in self.unwritten))
+            self.unwritten = []
 
     def last_tenth(self) -> float:
         losses = [record["loss_nats"] for record in self.lines]

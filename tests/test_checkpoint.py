@@ -19,7 +19,7 @@ def saved(folder: Path, *numbers: int) -> Checkpoints:
     kept = Checkpoints(folder)
     for number in numbers:
         kept.save(number, {"weights": [torch.full((1000,), float(number))], "step": number})
-    kept.wait()
+    kept.close()
     return kept
 
 
@@ -40,7 +40,7 @@ def test_what_is_saved_is_what_the_state_was_then(tmp_path: Path) -> None:
     kept, tensor = Checkpoints(tmp_path), torch.zeros(1_000_000)
     kept.save(1, {"tensor": tensor})
     tensor += 1
-    kept.wait()
+    kept.close()
     assert not Checkpoints(tmp_path).load()["tensor"].any()
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_costs_the_way_from_the_one_before(tmp_path: Path, 
     assert step(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"checkpoints": 3}', '{"checkpoints": [{"file": "x"}]}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"checkpoints": 3}', '{"checkpoints": [{"number": 1}]}'])
 def test_a_damaged_list_of_checkpoints_is_none(tmp_path: Path, content: str) -> None:
     saved(tmp_path, 1)
     (tmp_path / "checkpoint.json").write_text(content)
@@ -74,9 +74,26 @@ def test_names_in_the_list_stay_in_the_folder(tmp_path: Path) -> None:
     saved(outside, 7)
     saved(inside, 1)
     found = json.loads((outside / "checkpoint.json").read_text())
-    found["checkpoints"][0]["file"] = "../outside/checkpoint-7.pt"
+    found["checkpoints"][0]["number"] = "/../../outside/checkpoint-7"
     (inside / "checkpoint.json").write_text(json.dumps(found))
     assert step(inside) is None
+
+
+def test_a_state_is_written_again_only_where_it_was_damaged(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    path = tmp_path / "checkpoint-2.pt"
+    written = path.stat().st_mtime_ns
+    again = Checkpoints(tmp_path)
+    assert again.load()["step"] == 2
+    again.save(2, {"weights": [torch.full((1000,), 2.0)], "step": 2})
+    again.close()
+    assert path.stat().st_mtime_ns == written
+    path.write_bytes(b"damaged")
+    again = Checkpoints(tmp_path)
+    assert again.load()["step"] == 1
+    again.save(2, {"weights": [torch.full((1000,), 2.0)], "step": 2})
+    again.close()
+    assert step(tmp_path) == 2
 
 
 def test_a_failed_write_ends_nothing_and_the_next_one_may_succeed(
@@ -90,12 +107,12 @@ def test_a_failed_write_ends_nothing_and_the_next_one_may_succeed(
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
     kept.save(2, {"weights": [torch.zeros(1)], "step": 2})
-    kept.wait()
-    assert "No space left" in kept.failure and step(tmp_path) == 1
+    kept.close()
+    assert "No space left" in kept.failures[0] and step(tmp_path) == 1
     monkeypatch.setattr(checkpoint, "save_tensors", write)
     kept.save(3, {"weights": [torch.full((1000,), 3.0)], "step": 3})
-    kept.wait()
-    assert not kept.failure and step(tmp_path) == 3
+    kept.close()
+    assert len(kept.failures) == 1 and step(tmp_path) == 3
 
 
 class Seconds:

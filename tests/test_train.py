@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hedgemix import dataset as datasets
-from hedgemix import shards
-from hedgemix.config import ModelConfig, Recipe, RecipeError, TrainConfig
+from hedgemix import files, shards
+from hedgemix.checkpoint import Checkpoints
+from hedgemix.config import ComputeConfig, ModelConfig, Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
 from hedgemix.files import load_tensors, read_json
 from hedgemix.model import Model, rms_norm
@@ -32,12 +34,18 @@ MODEL = replace(MODEL, bigram_buckets=101, bigram_width=32, value_embedding_widt
 PLAIN = replace(MODEL, rope_dims=0, bigram_buckets=0, smear_gate=False, input_mix=False, skips=False)
 PLAIN = replace(PLAIN, xsa=False, residual_scale=False, value_embedding_layers=0)
 BATCH = {"batch_tokens": 256, "sequence_tokens": 32, "microbatch_sequences": 8, "calibration_sequences": 6}
-PACE = {"steps": 12, "warmup_steps": 0, "checkpoint_seconds": 3, "log_every_steps": 1, "ema_decay": 0.8}
+PACE = {"steps": 12, "warmup_steps": 0, "log_every_steps": 1, "ema_decay": 0.8}
 
 
-def recipe(model: ModelConfig = MODEL, **overrides: Any) -> Recipe:
+def recipe(model: ModelConfig = MODEL, checkpoint_seconds: float = 3, **overrides: Any) -> Recipe:
     config = TrainConfig(**BATCH, **PACE, dtype="float32", compile=False)
-    return Recipe("test", model=model, train=replace(config, **overrides))
+    compute = ComputeConfig(checkpoint_seconds=checkpoint_seconds)
+    return Recipe("test", model=model, train=replace(config, **overrides), compute=compute)
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """The state that a restart would take up."""
+    return Checkpoints(folder).load()
 
 
 def write_data(folder: Path) -> Dataset:
@@ -143,12 +151,13 @@ def test_warm_up_steps_leave_no_trace(start: Start, straight: Ended, tmp_path: P
 def test_a_run_that_was_stopped_ends_in_the_same_bits(start: Start, straight: Ended, tmp_path: Path, step: int) -> None:
     with pytest.raises(Killed):
         start(tmp_path, recipe(late_qat=True), Clock(1000, kill_after_step=step))
-    assert (tmp_path / "checkpoint.pt").exists() == (step > 4) and not (tmp_path / "weights.pt").exists()
+    kept = {1: 0, 6: 3, 11: 9, 12: 9}[step]
+    assert (checkpoint(tmp_path) or {"step": 0})["step"] == kept and not (tmp_path / "weights.pt").exists()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 3, "tok')  # a line that the kill cut short
     clock = Clock()
     result = start(tmp_path, recipe(late_qat=True), clock)
-    assert clock.seconds == 12 - {1: 0, 6: 4, 11: 10, 12: 10}[step]  # steps since the last checkpoint are run again
+    assert clock.seconds == 12 - kept  # steps since the last checkpoint are run again
     assert same(straight[0], tmp_path)
     assert result.restarts == 1 and result.qat_steps == straight[1].qat_steps
     timeless = {"elapsed_seconds": 0, "tokens_per_second": 0}
@@ -200,11 +209,11 @@ def test_the_budget_ends_the_run_before_the_reserve(
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_seconds", "used_seconds"),
-    [(2, 4), (100, 7)],  # without a checkpoint nothing of the first try is used: the second begins anew
+    ("checkpoint_seconds", "used_seconds", "steps", "lost_seconds"),
+    [(2, 4, 6, 1), (100, 7, 7, 3)],  # without a checkpoint nothing of the first try is used: the second begins anew
 )
 def test_a_restart_gets_no_extra_time(
-    start: Start, tmp_path: Path, checkpoint_seconds: float, used_seconds: float
+    start: Start, tmp_path: Path, checkpoint_seconds: float, used_seconds: float, steps: int, lost_seconds: float
 ) -> None:
     chosen = recipe(steps=0, budget_seconds=10, reserve_seconds=3, checkpoint_seconds=checkpoint_seconds)
     with pytest.raises(Killed):
@@ -213,15 +222,62 @@ def test_a_restart_gets_no_extra_time(
     clock = Clock()
     result = start(tmp_path, chosen, clock)
     assert clock.seconds == used_seconds and result.loop_seconds == 7
-    assert result.steps == 7 and result.restarts == 1
-    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 8))
+    assert result.steps == steps and result.restarts == 1
+    assert read_json(tmp_path / "clock.json")["lost_seconds"] == lost_seconds
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, steps + 1))
+
+
+def test_a_notice_is_answered_with_one_checkpoint(data: Dataset, tmp_path: Path) -> None:
+    clock, told = Clock(), []
+
+    def kept(path: Path) -> None:
+        told.append(path.name)
+
+    chosen = recipe(checkpoint_seconds=1000)
+    with pytest.raises(Killed):
+        killed = Clock(kill_after_step=8)
+        train(chosen, data, 7, tmp_path, CPU, log=killed.tick, now=killed, kept=kept, notice=lambda: killed() >= 5)
+    assert checkpoint(tmp_path)["step"] == 5
+    assert [name for name in told if name != "clock.json"] == ["checkpoint-5.pt", "checkpoint.json"]
+    train(chosen, data, 7, tmp_path, CPU, log=clock.tick, now=clock)
+    assert clock.seconds == 12 - 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_costs_one_more_and_ends_in_the_same_bits(
+    start: Start, straight: Ended, tmp_path: Path, damage: str
+) -> None:
+    with pytest.raises(Killed):
+        start(tmp_path, recipe(late_qat=True), Clock(1000, kill_after_step=11))
+    path = tmp_path / "checkpoint-9.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[:-100] if damage == "cut" else content)
+    clock = Clock()
+    start(tmp_path, recipe(late_qat=True), clock)
+    assert clock.seconds == 12 - 6 and same(straight[0], tmp_path)
+
+
+def test_a_disk_that_is_full_for_a_while_ends_nothing(
+    start: Start, straight: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, write = Clock(), files.replacing
+
+    def replacing(path: Path) -> Any:
+        if 2 <= clock() < 11:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path)
+
+    monkeypatch.setattr(files, "replacing", replacing)
+    result = start(tmp_path, recipe(late_qat=True), clock)
+    assert result.checkpoint_failures == 3 and same(straight[0], tmp_path)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_kept(data: Dataset, tmp_path: Path) -> None:
     chosen = recipe(matrix_rate=1e30, log_every_steps=1000, checkpoint_seconds=1)
     with pytest.raises(DivergedError, match=r"seed 7: the loss is nan at step 2; lower train.matrix_rate"):
         train(chosen, data, 7, tmp_path, CPU, now=itertools.count().__next__)
-    assert load_tensors(tmp_path / "checkpoint.pt")["step"] == 1 and not (tmp_path / "weights.pt").exists()
+    assert checkpoint(tmp_path)["step"] == 1 and not (tmp_path / "weights.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +317,7 @@ def test_the_averaged_weights_are_the_result(start: Start, tmp_path: Path) -> No
     for decay in (0.8, 0.0):
         folder = tmp_path / str(decay)
         start(folder, recipe(ema_decay=decay))
-        state = load_tensors(folder / "checkpoint.pt")
+        state = checkpoint(folder)
         averaged = dict(zip(state["model"], state["ema"], strict=True))
         assert all(torch.equal(value, averaged[name]) for name, value in weights(folder).items())
         last = [torch.equal(value, state["model"][name]) for name, value in weights(folder).items()]
