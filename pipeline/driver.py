@@ -8,24 +8,26 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from rich.console import Console
 
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from pipeline import results, runs, tasks
+from pipeline import results, runs, stages, tasks
 from pipeline.progress import BoardActor, View
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
-from pipeline.runs import SeedSteps, Step
+from pipeline.runs import SeedSteps
+from pipeline.steps import DamagedStepError, Step, check, set_aside
 from pipeline.tasks import Job
 
 POLL_SECONDS = 0.5
+FIRST_REST_SECONDS = 1.0
 STAGES = ("train", "quantize", "score", "evaluate")
 ERRORS_OF_THE_OTHERS = ("Connection closed", "Connection reset", "NCCL", "gloo", "HealthCheck")
 """What ranks say that only noticed another one fail."""
@@ -41,38 +43,81 @@ class Drive:
     seeds: dict[int, SeedSteps]
     counts: Step
     job: Job
+    console: Console
     errors: dict[int, str] = field(default_factory=dict)
     count_error: str = ""
     running: dict[Any, tuple[int | None, str]] = field(default_factory=dict)
+    tries: Counter[tuple[int | None, str]] = field(default_factory=Counter)
+    """How often each stage was started again."""
+    resting: dict[tuple[int | None, str], float] = field(default_factory=dict)
+    """When a stage that was lost may start again: storage that fails now may not in a moment."""
+    records: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """What stands of each seed, by the kind of step; read when a task ends, not every moment."""
+    counted: dict[str, Any] | None = None
+
+    def look(self) -> None:
+        """Read what stands. What was made from files that since had to be made again does not, and is set aside."""
+        self.counted = self.counts.record()
+        for seed, steps in self.seeds.items():
+            if seed in self.records and self.done(seed):
+                continue
+            self.records[seed] = steps.records()
+            for step in steps.all():
+                if step.kind not in self.records[seed] and not self.busy(seed, step.kind):
+                    set_aside(step)
+
+    def check_artifacts(self) -> None:
+        """The artifact is what a record is about: a finished one that storage damaged is made again."""
+        for seed, steps in self.seeds.items():
+            if quantized := self.records[seed].get("quantize"):
+                try:
+                    check(steps.quantize, stages.ARTIFACT, quantized["files"].get(stages.ARTIFACT))
+                except DamagedStepError as damaged:
+                    self.repair(seed, steps.quantize, damaged)
+
+    def repair(self, seed: int | None, step: Step, damaged: DamagedStepError) -> None:
+        self.console.print(f"damaged, made again: {damaged}", markup=False, soft_wrap=True)
+        set_aside(step)
+        if seed is not None:
+            self.records[seed].pop(step.kind, None)
+
+    def done(self, seed: int) -> bool:
+        return len(self.records[seed]) == len(STAGES)
+
+    def stands(self, seed: int, stage: str) -> bool:
+        return stage in self.records[seed]
 
     def busy(self, seed: int | None, stage: str) -> bool:
+        """Running, or about to."""
         return (seed, stage) in self.running.values()
 
+    def ready(self, seed: int | None, stage: str) -> bool:
+        return not self.busy(seed, stage) and time.monotonic() >= self.resting.get((seed, stage), 0.0)
+
     def unfinished(self) -> bool:
-        return any(not steps.done() for seed, steps in self.seeds.items() if seed not in self.errors)
+        return any(not self.done(seed) for seed in self.seeds if seed not in self.errors)
 
     def launch(self) -> None:
         """Start everything whose inputs are done. On a machine of our own, training only starts where it fits now, in
         the order of seeds; a cluster is told of all seeds, so that it can grow, and places them as nodes come free."""
-        if not self.counts.done() and not self.count_error and not self.busy(None, "count"):
+        if not self.counted and not self.count_error and self.ready(None, "count"):
             self.running[tasks.start_counts(self.job, self.counts)] = (None, "count")
         slots = len(self.seeds) if on_cluster() else training_slots(self.job.recipe)
         slots -= sum(stage == "train" for _, stage in self.running.values())
         for seed, steps in self.seeds.items():
-            if seed in self.errors or steps.done():
+            if seed in self.errors or self.done(seed):
                 continue
-            if not steps.train.done():
-                if slots > 0 and not self.busy(seed, "train"):
+            if not self.stands(seed, "train"):
+                if slots > 0 and self.ready(seed, "train"):
                     self.running[tasks.train_seed.remote(self.job, steps.train, seed)] = (seed, "train")
                     slots -= 1
                 continue
-            for stage, step in (("quantize", steps.quantize), ("score", steps.score)):
-                if not step.done() and not self.busy(seed, stage):
-                    start = tasks.start_quantize if stage == "quantize" else tasks.start_score
+            for stage, start in (("quantize", tasks.start_quantize), ("score", tasks.start_score)):
+                if not self.stands(seed, stage) and self.ready(seed, stage):
                     self.running[start(self.job, steps)] = (seed, stage)
-            if not steps.quantize.done() or steps.evaluate.done() or self.busy(seed, "evaluate"):
+            if not self.stands(seed, "quantize") or self.stands(seed, "evaluate") or not self.ready(seed, "evaluate"):
                 continue
-            if self.counts.done():
+            if self.counted:
                 self.running[tasks.start_evaluation(self.job, steps, self.counts)] = (seed, "evaluate")
             elif self.count_error:
                 self.errors[seed] = self.count_error
@@ -88,13 +133,33 @@ class Drive:
             try:
                 ray.get(reference)
             except Exception as error:
-                message = f"{stage}: {explain(error)}"
-                if seed is None:
-                    self.count_error = message
-                else:
-                    self.errors.setdefault(seed, message)
-                    self.keep_error(seed, stage, error)
+                self.failed(seed, stage, error)
+        if done:
+            self.look()
         return bool(done)
+
+    def failed(self, seed: int | None, stage: str, error: Exception) -> None:
+        """Start the stage again if a process, a machine or storage failed it, and as often as the recipe says."""
+        place, damaged = (seed, stage), cause(error)
+        again = self.tries[place] < self.job.recipe.compute.max_restarts
+        if again and (lost(error) or isinstance(damaged, DamagedStepError)):
+            self.tries[place] += 1
+            self.resting[place] = time.monotonic() + FIRST_REST_SECONDS * 2 ** (self.tries[place] - 1)
+            if isinstance(damaged, DamagedStepError):
+                steps = (*(self.seeds[seed].all() if seed is not None else ()), self.counts)
+                for step in steps:
+                    if step.name == damaged.step:
+                        self.repair(seed, step, damaged)
+            else:
+                who = "counts" if seed is None else f"seed {seed}: {stage}"
+                self.console.print(f"{who} was lost, starts again: {explain(error)}", markup=False, soft_wrap=True)
+            return
+        message = f"{stage}: {explain(error)}"
+        if seed is None:
+            self.count_error = message
+        else:
+            self.errors.setdefault(seed, message)
+            self.keep_error(seed, stage, error)
 
     def keep_error(self, seed: int, stage: str, error: Exception) -> None:
         """The whole error beside the step's files; the row has room for a line of it."""
@@ -103,9 +168,16 @@ class Drive:
 
     def rows(self) -> list[Row]:
         return [
-            build_row(self.record, self.recipe, self.dataset, steps, self.counts, self.errors.get(seed))
+            build_row(
+                self.record, self.recipe, self.dataset, steps, self.records[seed], self.counted, self.errors.get(seed)
+            )
             for seed, steps in self.seeds.items()
         ]
+
+    def write_rows(self) -> None:
+        """The table as it stands; a write that storage refuses now is made up for by the next."""
+        with contextlib.suppress(OSError):
+            results.write(self.counts.storage, self.rows())
 
     def states(self) -> dict[int, dict[str, Any]]:
         """What the view shows: the board's records, overruled by what the driver knows."""
@@ -113,10 +185,11 @@ class Drive:
         with contextlib.suppress(RayError):  # without its board the record still goes on
             board = ray.get(self.job.board.read.remote(), timeout=5)
         shown: dict[int, dict[str, Any]] = {}
-        for seed, steps in self.seeds.items():
+        for seed in self.seeds:
             told = board.get(seed, {})
-            if steps.done():
-                shown[seed] = {"stage": "done", "fraction": 1.0, "bpb": steps.evaluate.result()["bpb_final"]}
+            if self.done(seed):
+                bpb = self.records[seed]["evaluate"]["result"]["bpb_final"]
+                shown[seed] = {"stage": "done", "fraction": 1.0, "bpb": bpb}
             elif seed in self.errors:
                 shown[seed] = {"stage": "failed", "detail": self.errors[seed]}
             elif self.busy(seed, told.get("stage", "")):
@@ -131,8 +204,8 @@ def drive(
     record: str,
     recipe: Recipe,
     dataset: Dataset,
-    out: Path,
-    seeds: tuple[int, ...],
+    data: Step,
+    seeds: dict[int, SeedSteps],
     console: Console,
     profile: bool = False,
 ) -> list[Row]:
@@ -142,26 +215,28 @@ def drive(
     """
     resolved, evaluate_cpus = resolve_cpus(recipe)
     check_capacity(resolved, evaluate_cpus, console)
-    job = Job(resolved, dataset, evaluate_cpus, origin(), profile, BoardActor.remote())
-    steps = {seed: runs.seed_steps(out, recipe, dataset, seed) for seed in seeds}
-    work = Drive(record, recipe, dataset, steps, runs.counts_step(out, recipe, dataset), job)
-    results.write(out, work.rows())
+    job = Job(resolved, dataset, evaluate_cpus, origin(), data, profile, BoardActor.remote())
+    storage = data.storage
+    work = Drive(record, recipe, dataset, seeds, runs.counts_step(storage, recipe, dataset), job, console)
+    work.look()
+    work.check_artifacts()
+    results.write(storage, work.rows())
     try:
-        with View(seeds, console) as view:
+        with View(tuple(seeds), console) as view:
             while True:
                 work.launch()
                 if not work.running and not work.unfinished():
                     break
                 view.update(work.states())
                 if work.collect():
-                    results.write(out, work.rows())
+                    work.write_rows()
             view.update(work.states())
     finally:
-        rows = work.rows()
-        results.write(out, rows)
         for reference in work.running:
             with contextlib.suppress(RayError):
                 ray.cancel(reference)
+        rows = work.rows()
+        results.write(storage, rows)
     return rows
 
 
@@ -223,17 +298,29 @@ def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:
     return replace(recipe, compute=resolved), max(1.0, largest // compute.evaluate_workers)
 
 
+def cause(error: BaseException) -> BaseException:
+    """What a task raised, without Ray's frames."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def lost(error: Exception) -> bool:
+    """Whether a process, a machine or storage failed, not the work: worth another try."""
+    if isinstance(error, RayTaskError):
+        return isinstance(cause(error), OSError)
+    return isinstance(error, RayError) and not isinstance(error, TaskCancelledError)
+
+
 def explain(error: BaseException) -> str:
     """The cause in one line: what a person can act on, without Ray's frames."""
-    cause = error
-    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-        cause = cause.cause
-    failures = getattr(cause, "worker_failures", None)
+    found = cause(error)
+    failures = getattr(found, "worker_failures", None)
     if failures:
         ranks = sorted(failures, key=lambda rank: (blames_another(failures[rank]), rank))
         return f"worker {ranks[0]}: {explain(failures[ranks[0]])}"
-    name = type(cause).__name__
-    text = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+    name = type(found).__name__
+    text = next((line.strip() for line in str(found).splitlines() if line.strip()), "no message")
     return text if text.startswith(name) or name == "RuntimeError" else f"{name}: {text}"
 
 

@@ -46,8 +46,12 @@ from hedgemix.config import (
 )
 from hedgemix.dataset import Dataset
 from hedgemix.files import read_json, write_json
-from pipeline import driver, report, results, runs
+from pipeline import driver, report, results, runs, stages
+from pipeline.results import Row
 from pipeline.rows import build_row, origin
+from pipeline.runs import SeedSteps
+from pipeline.steps import DamagedStepError, Made, Step, check, clocked, fetch, keep, perform, set_aside
+from pipeline.storage import Storage
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""
@@ -125,34 +129,51 @@ def default_recipe() -> str:
 
 
 def run(recipe: Recipe, options: Options, console: Console) -> int:
-    out = runs_folder(options.out)
+    storage = runs_folder(options.out)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
-    folder = runs.record_folder(out, record)
+    folder = runs.record_folder(storage, record)
     with runs.locked(folder):
-        dataset = prepare(recipe, out, console)
         keep_recipe(folder / "recipe.json", recipe, record)
-        counts = runs.counts_step(out, recipe, dataset)
-        steps = [runs.seed_steps(out, recipe, dataset, seed) for seed in options.seeds]
-        if all(each.done() for each in steps):
-            rows = [build_row(record, recipe, dataset, each, counts, None) for each in steps]
-            results.write(out, rows)
+        dataset, data = prepare(recipe, storage, console)
+        steps = {seed: runs.seed_steps(storage, recipe, dataset, seed) for seed in options.seeds}
+        rows = finished(record, recipe, dataset, steps)
+        if rows:
+            results.write(storage, rows)
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = driver.drive(record, recipe, dataset, out, options.seeds, console, options.profile)
-        report.print_results(rows, results.table_path(out, record), console)
+                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile)
+        report.print_results(rows, results.table_path(storage, record), console)
     return 1 if any(row.status != "done" for row in rows) else 0
+
+
+def finished(record: str, recipe: Recipe, dataset: Dataset, seeds: dict[int, SeedSteps]) -> list[Row]:
+    """The rows of a record whose every seed is done and whose artifacts are what was written; else none."""
+    standing = {seed: steps.records() for seed, steps in seeds.items()}
+    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in seeds.items()):
+        return []
+    try:
+        for seed, steps in seeds.items():
+            check(steps.quantize, stages.ARTIFACT, standing[seed]["quantize"]["files"].get(stages.ARTIFACT))
+    except DamagedStepError:
+        return []
+    [storage] = {steps.train.storage for steps in seeds.values()}
+    counted = runs.counts_step(storage, recipe, dataset).record()
+    return [build_row(record, recipe, dataset, steps, standing[seed], counted, None) for seed, steps in seeds.items()]
 
 
 def keep_recipe(path: Path, recipe: Recipe, record: str) -> None:
     """One record is one recipe: its table compares seeds, not settings."""
-    if not path.exists():
+    try:
+        begun = read_json(path)
+    except (OSError, ValueError):  # new, or damaged: nothing else is lost with it
         write_json(path, to_dict(recipe))
-    elif read_json(path) != to_dict(recipe):
+        return
+    if begun != to_dict(recipe):
         raise RecipeError(f"record {record} was begun with other settings ({path}); give this one another --record")
 
 
-def runs_folder(out: Path) -> Path:
+def runs_folder(out: Path) -> Storage:
     """Absolute, and refused where it would vanish with a job's working directory."""
     unpacked = "working_dir_files" in Path.cwd().parts
     if unpacked and not out.is_absolute():
@@ -164,19 +185,26 @@ def runs_folder(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"--out {out} cannot be made: {error.strerror}") from None
-    return out.resolve()
+    return Storage("", out.resolve())
 
 
-def prepare(recipe: Recipe, out: Path, console: Console) -> Dataset:
+def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
     """The dataset the recipe names, made once a runs folder, and checked against what one step and one window take."""
-    step = runs.data_step(out, recipe.data)
+    step = runs.data_step(storage, recipe.data)
 
-    def work() -> dict[str, object]:
-        dataset = datasets.prepare(recipe.data, step.folder, log=lambda line: console.print(f"data: {line}"))
-        datasets.save(dataset, step.folder)
-        return {"valid_tokens": dataset.valid_tokens}
+    def work() -> Made:
+        with clocked(step):
+            dataset = datasets.prepare(recipe.data, step.folder, log=lambda line: console.print(f"data: {line}"))
+            datasets.save(dataset, step.folder)
+            return keep(step, {"valid_tokens": dataset.valid_tokens})
 
-    runs.perform(step, work, origin())
+    perform(step, work, origin())
+    try:
+        fetch(step)
+    except DamagedStepError as damaged:
+        console.print(f"damaged, made again: {damaged}", markup=False, soft_wrap=True)
+        set_aside(step)
+        perform(step, work, origin())
     dataset = datasets.load(step.folder)
     datasets.check(dataset, recipe.train.batch_tokens + 1, recipe.evaluate.window_tokens + 1)
     calibration = recipe.train.calibration_sequences * recipe.train.sequence_tokens
@@ -185,7 +213,7 @@ def prepare(recipe: Recipe, out: Path, console: Console) -> Dataset:
             f"calibration takes {calibration:,} training tokens and there are {dataset.train_tokens:,}; lower "
             "train.calibration_sequences or give more text"
         )
-    return dataset
+    return dataset, step
 
 
 @contextmanager

@@ -14,13 +14,15 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.files import replacing
+from pipeline.storage import Storage
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Row:
     """done, failed, or pending (not finished when the driver stopped)."""
     error: str | None = None
     """What ended a failed seed."""
+    attempts: int | None = None
+    """Starts of the seed's finished steps; one each when nothing was lost."""
+    lost_seconds: float | None = None
+    """Seconds of work in those steps that a fault undid and that were done again."""
     parameters: int | None = None
     """Trained weights of the model."""
     steps: int | None = None
@@ -49,6 +55,8 @@ class Row:
     """Mean training loss a token over the last tenth of the steps."""
     restarts: int | None = None
     """Times the training was started again, after losing a worker or the driver."""
+    checkpoint_failures: int | None = None
+    """Training checkpoints that storage did not take, in the last start."""
     qat_steps: int | None = None
     """Steps trained through quantization (0: late QAT did not act)."""
     peak_memory_bytes: int | None = None
@@ -240,20 +248,34 @@ def markdown() -> str:
     return "\n".join(lines + [f"| `{c.name}` | {c.type} | {docs[c.name]} |" for c in schema()]) + "\n"
 
 
-def table_path(runs: Path, record: str) -> Path:
-    return runs / f"{record}.parquet"
+def table_path(storage: Storage, record: str) -> Path:
+    return storage.root / f"{record}.parquet"
 
 
-def write(runs: Path, rows: list[Row]) -> Path:
+def write(storage: Storage, rows: list[Row]) -> Path:
     """Put these rows into their record's table, in place of its rows of the same seeds; whole or not at all. Records
-    are files of their own, so two drivers can write at once."""
-    path = table_path(runs, rows[0].record)
+    are files of their own, so two drivers can write at once. A table that storage damaged is put beside the record's
+    other files: its rows come back with the command of their seeds, which finds them done."""
+    path = table_path(storage, rows[0].record)
     mine = {row.seed for row in rows}
-    kept = [old for old in pq.read_table(path).to_pylist() if old["seed"] not in mine] if path.exists() else []
+    kept = [old for old in read(storage, path) if old["seed"] not in mine]
     table = pa.Table.from_pylist(kept + [dataclasses.asdict(row) for row in rows], schema=schema())
     with replacing(path) as file:
         pq.write_table(table, file)
+    storage.push(path)
     return path
+
+
+def read(storage: Storage, path: Path) -> list[dict[str, Any]]:
+    """The rows of a record's table, none when there is no sound one."""
+    content = storage.read_bytes(path)
+    try:
+        return [] if content is None else pq.read_table(pa.BufferReader(content)).to_pylist()
+    except (OSError, pa.ArrowInvalid):
+        aside = storage.root / "_records" / path.stem / "damaged.parquet"
+        with replacing(aside) as file:
+            file.write(content or b"")
+        return []
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:

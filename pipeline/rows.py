@@ -18,38 +18,51 @@ from hedgemix.config import Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline import stages
 from pipeline.results import Row
-from pipeline.runs import SeedSteps, Step
+from pipeline.runs import SeedSteps
 
 
-def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, counts: Step, error: str | None) -> Row:
-    """What is known of the seed so far; columns of steps that are not done stay empty."""
-    records = [found for step in steps.all() if (found := step.record())]
-    counted = counts.record()
+def build_row(
+    record: str,
+    recipe: Recipe,
+    dataset: Dataset,
+    steps: SeedSteps,
+    standing: dict[str, dict[str, Any]],
+    counted: dict[str, Any] | None,
+    error: str | None,
+) -> Row:
+    """What is known of the seed so far; columns of steps that are not done stay empty.
+
+    standing: the records of the seed's finished steps by their kind (`SeedSteps.records`); counted: of its counts.
+    """
+    records = list(standing.values())
+    done = len(records) == len(steps.all())
     last = max(records, key=lambda found: found["finished_at"], default={})
     values: dict[str, Any] = {}
     for found in records:
         values.update(found["result"])
         values[f"{found['kind']}_seconds"] = values.get(f"{found['kind']}_seconds", found["seconds"])
-    total = values["artifact_bytes"] + values["code_bytes"] if steps.done() else None
+    total = values["artifact_bytes"] + values["code_bytes"] if done else None
     columns = {field.name for field in dataclasses.fields(Row)}
     known = {name: value for name, value in values.items() if name in columns}
     known |= {
-        "status": "done" if steps.done() else "failed" if error else "pending",
-        "error": None if steps.done() else error,
+        "status": "done" if done else "failed" if error else "pending",
+        "error": None if done else error,
+        "attempts": sum(found["attempts"] for found in records) if records else None,
+        "lost_seconds": sum(found["lost_seconds"] for found in records) if records else None,
         "counts_seconds": counted["seconds"] if counted else None,
         "train_tokens": values.get("tokens"),
         "order": recipe.evaluate.order,
         "total_bytes": total,
         "limit_bytes": recipe.limits.total_bytes,
-        "within_limits": within_limits(recipe, values, total) if steps.done() else None,
+        "within_limits": within_limits(recipe, values, total) if done else None,
         "valid_tokens": dataset.valid_tokens - 1,
         "valid_bytes": dataset.valid_bytes,
         "valid_sha256": dataset.valid_sha256,
         "train_sha256": dataset.train_sha256,
         "tokenizer_sha256": dataset.tokenizer_sha256,
         "vocab_size": dataset.vocab_size,
-        "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if steps.quantize.done() else None,
-        "evaluate_path": str(steps.evaluate.folder) if steps.evaluate.done() else None,
+        "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if "quantize" in standing else None,
+        "evaluate_path": str(steps.evaluate.folder) if "evaluate" in standing else None,
         "dataset_path": dataset.folder or None,
         "workers": recipe.compute.workers,
         "evaluate_workers": recipe.compute.evaluate_workers,
@@ -59,8 +72,8 @@ def build_row(record: str, recipe: Recipe, dataset: Dataset, steps: SeedSteps, c
         "started_at": min((found["started_at"] for found in records), default=None),
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
-    if steps.done():
-        known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], steps.evaluate.result())
+    if done:
+        known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
     return Row(
         record=record,
         recipe=recipe.recipe,

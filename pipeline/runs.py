@@ -1,4 +1,4 @@
-"""Steps on disk: each has a folder named by what it reads, and is done when its result.json is there.
+"""The steps of a record: which there are, what each is named by, and who may work on them.
 
 Layout under the runs folder (names beginning with _ are skipped by `pandas.read_parquet`):
 
@@ -10,14 +10,11 @@ Layout under the runs folder (names beginning with _ are skipped by `pandas.read
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,79 +22,16 @@ from typing import Any
 from hedgemix import bundle, corpus
 from hedgemix.config import DataConfig, Recipe, RecipeError, config_hash, to_dict
 from hedgemix.dataset import Dataset
-from hedgemix.files import write_json
+from pipeline.steps import Step
+from pipeline.storage import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
-VERSIONS = {"data": 1, "counts": 2, "train": 3, "score": 2, "quantize": 2, "evaluate": 5}
+VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 6}
 
 
-@dataclass(frozen=True)
-class Step:
-    kind: str
-    key: str
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.key}"
-
-    def record(self) -> dict[str, Any] | None:
-        """All that result.json holds (kind, key, origin, started_at, finished_at, seconds, result), or None when the
-        step is not done. A damaged result.json counts as not done."""
-        try:
-            found = json.loads((self.folder / "result.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) and found.get("key") == self.key else None
-
-    def done(self) -> bool:
-        return self.record() is not None
-
-    def result(self) -> dict[str, Any]:
-        record = self.record()
-        if record is None:
-            raise FileNotFoundError(f"step {self.name} has no result in {self.folder}")
-        return record["result"]
-
-
-def step(runs: Path, kind: str, *reads: Any) -> Step:
+def step(storage: Storage, kind: str, *reads: Any) -> Step:
     """The step of this kind that reads exactly these configurations, hashes and parents' keys."""
-    key = config_hash(kind, VERSIONS[kind], *reads)
-    return Step(kind, key, runs / "_steps" / f"{kind}-{key}")
-
-
-def perform(step: Step, work: Callable[[], dict[str, Any]], origin: dict[str, Any]) -> dict[str, Any]:
-    """Do the step unless it is done; its result.json is written last, whole or not at all.
-
-    `origin`: the versions and the tree that do it, kept beside the result. Two records that share a step do not do it
-    at the same time: the second waits, and then finds it done.
-    """
-    if (record := step.record()) is not None:
-        return record["result"]
-    step.folder.mkdir(parents=True, exist_ok=True)
-    with open(step.folder / "step.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (record := step.record()) is not None:
-            return record["result"]
-        for rest in step.folder.glob(".*.tmp"):  # of a writer that was killed
-            rest.unlink(missing_ok=True)
-        started, began = now(), time.monotonic()
-        result = work()
-        record = {
-            "kind": step.kind,
-            "key": step.key,
-            "origin": origin,
-            "started_at": started,
-            "finished_at": now(),
-            "seconds": time.monotonic() - began,
-            "result": result,
-        }
-        write_json(step.folder / "result.json", record)
-    return result
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return Step(kind, config_hash(kind, VERSIONS[kind], *reads), storage)
 
 
 @dataclass(frozen=True)
@@ -113,26 +47,42 @@ class SeedSteps:
     def all(self) -> tuple[Step, ...]:
         return self.train, self.score, self.quantize, self.evaluate
 
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The record of every step that stands, by its kind. One that read other files than its parent holds now, since
+        that had to be made again, does not."""
+        found: dict[str, dict[str, Any]] = {}
+        for step in self.all():
+            record = step.record()
+            if record is not None and all(
+                same_files(found[kind], files) for kind, files in record["reads"].items() if kind in found
+            ):
+                found[step.kind] = record
+        return found
+
     def done(self) -> bool:
-        return all(step.done() for step in self.all())
+        return len(self.records()) == len(self.all())
 
 
-def seed_steps(runs: Path, recipe: Recipe, dataset: Dataset, seed: int) -> SeedSteps:
+def same_files(parent: dict[str, Any], sums: dict[str, str]) -> bool:
+    return all(parent["files"].get(name, {}).get("sha256") == sha256 for name, sha256 in sums.items())
+
+
+def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int) -> SeedSteps:
     """The seed's steps. A step's key covers what it reads and its parent's key, so changing the mixer names a new
     evaluation and nothing else. The number of evaluating ranks is left out: it does not change the score."""
     compute, evaluate = recipe.compute, to_dict(recipe.evaluate)
     machine = [compute.workers, compute.gpus_per_worker, compute.cpus_per_worker]
     text = [dataset.train_sha256, dataset.tokenizer_sha256, dataset.vocab_size]
-    train = step(runs, "train", recipe.model, recipe.train, machine, text, seed)
+    train = step(storage, "train", recipe.model, recipe.train, machine, text, seed)
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
-    score = step(runs, "score", train.key, order, dataset.valid_sha256)
+    score = step(storage, "score", train.key, order, dataset.valid_sha256)
     room = bundle.artifact_room(recipe) if recipe.quantize.method == "stepped" else None
-    quantize = step(runs, "quantize", train.key, recipe.quantize, room)
-    evaluation = step(runs, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
+    quantize = step(storage, "quantize", train.key, recipe.quantize, room)
+    evaluation = step(storage, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
     return SeedSteps(seed, train, score, quantize, evaluation)
 
 
-def data_step(runs: Path, config: DataConfig) -> Step:
+def data_step(storage: Storage, config: DataConfig) -> Step:
     """The data's step reads the configuration and what its source looks like now: package versions, or the names,
     sizes and times of files."""
     if config.source == "docs":
@@ -149,7 +99,7 @@ def data_step(runs: Path, config: DataConfig) -> Step:
         source = [
             [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
         ]
-    return step(runs, "data", config, source)
+    return step(storage, "data", config, source)
 
 
 def files_of(path: Path, suffixes: Iterable[str], compressions: Iterable[str] = ()) -> list[Path]:
@@ -162,14 +112,14 @@ def installed_versions(distributions: Iterable[str]) -> list[str]:
     return [f"{name} {metadata.version(name)}" for name in sorted(set(distributions))]
 
 
-def counts_step(runs: Path, recipe: Recipe, dataset: Dataset) -> Step:
+def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
     mixer = recipe.evaluate.mixer
     experts = [list(mixer.orders), list(mixer.match_lengths)]
-    return step(runs, "counts", dataset.valid_sha256, dataset.vocab_size, *experts)
+    return step(storage, "counts", dataset.valid_sha256, dataset.vocab_size, *experts)
 
 
-def record_folder(runs: Path, record: str) -> Path:
-    return runs / "_records" / record
+def record_folder(storage: Storage, record: str) -> Path:
+    return storage.root / "_records" / record
 
 
 @contextmanager

@@ -7,6 +7,7 @@ counts: n-gram index of the validation text;  evaluate: the score, from the arti
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from hedgemix import artifact, bundle, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
 from hedgemix.calibrate import Moments
+from hedgemix.checkpoint import Kept
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import evaluate_artifact, score_model
@@ -31,10 +33,17 @@ INDEX = "index"
 
 
 def train_stage(
-    recipe: Recipe, dataset: Dataset, seed: int, folder: Path, log: Log, profile: bool = False
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    folder: Path,
+    log: Log,
+    profile: Path | None,
+    kept: Kept,
+    notice: Callable[[], bool],
 ) -> dict[str, Any]:
     device = pick_device(recipe)
-    result = asdict(train(recipe, dataset, seed, folder, device, log=log, profile=folder if profile else None))
+    result = asdict(train(recipe, dataset, seed, folder, device, log=log, profile=profile, kept=kept, notice=notice))
     return {**result, "hardware": hardware(device)}
 
 
@@ -90,7 +99,9 @@ def evaluate_stage(
     counts_folder: Path,
     folder: Path,
     log: Log,
-    profile: bool = False,
+    profile: bool,
+    kept: Kept,
+    notice: Callable[[], bool],
 ) -> dict[str, Any]:
     result = evaluate_artifact(
         artifact_path,

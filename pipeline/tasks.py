@@ -6,10 +6,11 @@ Every task is idempotent: it does its step unless the step's result.json is ther
 from __future__ import annotations
 
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,19 +20,23 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from hedgemix import ranks
+from hedgemix.checkpoint import Checkpoints, Kept, nothing
 from hedgemix.config import Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log
 from hedgemix.train import DivergedError
 from pipeline import stages
 from pipeline.gang import Gang, run_gang
-from pipeline.runs import SeedSteps, Step, perform
+from pipeline.notice import Notice
+from pipeline.runs import SeedSteps
+from pipeline.steps import Made, Step, clocked, fetch, keep, perform, resuming
 
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
 
-ONE_CALL: dict[str, Any] = {"max_calls": 1, "max_retries": 2, "retry_exceptions": [OSError]}
-"""A process a task: a worker that Ray used again would keep the memory, and the choice, of its first GPU."""
+ONE_CALL: dict[str, Any] = {"max_calls": 1, "max_retries": 0}
+"""A process a task: a worker that Ray used again would keep the memory, and the choice, of its first GPU. The driver
+starts lost tasks again, so that one place counts."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Job:
     """CPUs of one evaluating rank."""
     origin: dict[str, Any]
     """Versions and git state of the driver's tree."""
+    data: Step
+    """What made the dataset."""
     profile: bool
     """Write profiles of training and evaluation into their steps' folders."""
     board: Any
@@ -64,19 +71,35 @@ def use_cpus(cpus: float) -> None:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train would
     take it for a lost worker and try again."""
-    job, seed, folder = config["job"], config["seed"], Path(config["folder"])
+    job, seed, step = config["job"], config["seed"], config["step"]
     recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
         torch.cuda.set_device(ray.train.torch.get_device())
     use_cpus(recipe.compute.cpus_per_worker)
-    if not folder.is_dir():  # the driver's machine made it
-        return {"error": f"--out is not on storage that this node shares: {folder} is not there"}
+    if not job.data.folder.is_dir() and not step.storage.uri:
+        return {"error": f"--out is not on storage that this node shares: {job.data.folder} is not there"}
     try:
-        return stages.train_stage(recipe, job.dataset, seed, folder, job.log(seed, "train"), job.profile)
+        with one_writer(job, step) as kept, Notice() as notice:
+            profile = step.folder if job.profile else None
+            log = job.log(seed, "train")
+            result = stages.train_stage(recipe, job.dataset, seed, step.folder, log, profile, kept, notice)
+        return {"made": keep(step, result) if ranks.rank() == 0 else Made(result, {}, {})}
     except (DivergedError, ValueError) as error:
         if isinstance(error, DivergedError) and ranks.rank() == 0:
-            (folder / "checkpoint.pt").unlink(missing_ok=True)  # the same command tries again from the beginning
+            Checkpoints(step.folder).clear()  # the same command tries again from the beginning
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+@contextmanager
+def one_writer(job: Job, step: Step) -> Iterator[Kept]:
+    """Every rank goes on once rank 0 alone writes the step's files and what it reads is on this machine."""
+    with ExitStack() as stack:
+        kept: Kept = nothing
+        if ranks.rank() == 0:
+            kept = stack.enter_context(resuming(step))
+            fetch(job.data)
+        ranks.barrier()
+        yield kept
 
 
 @ray.remote(num_cpus=0, max_retries=0, resources=HEAD)
@@ -85,15 +108,14 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     from the checkpoint in the step's folder with the budget that is left."""
     compute = job.recipe.compute
 
-    def fit() -> dict[str, Any]:
-        scratch = step.folder / "ray"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+    def fit() -> Made:
+        scratch = tempfile.mkdtemp(prefix="hedgemix-train-")  # Ray's own notes; all that must last is the step's
         per_worker = {"CPU": compute.cpus_per_worker}
         if compute.gpus_per_worker:
             per_worker["GPU"] = compute.gpus_per_worker
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "seed": seed, "folder": str(step.folder)},
+            train_loop_config={"job": job, "seed": seed, "step": step},
             torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(
                 num_workers=compute.workers,
@@ -103,17 +125,19 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
             ),
             run_config=RunConfig(
                 name=f"seed{seed}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(scratch),
+                storage_path=scratch,
                 failure_config=FailureConfig(
                     max_failures=compute.max_restarts, max_preemption_failures=compute.max_restarts
                 ),
             ),
         )
-        result = trainer.fit().return_value
-        if "error" in result:
-            raise RuntimeError(result["error"])
-        shutil.rmtree(scratch, ignore_errors=True)  # Ray's bookkeeping; our checkpoints are beside it
-        return result
+        try:
+            told = trainer.fit().return_value
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if "error" in told:
+            raise RuntimeError(told["error"])
+        return told["made"]
 
     return perform(step, fit, job.origin)
 
@@ -122,38 +146,62 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     log = job.log(seed, "score")
-    return perform(step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, log), job.origin)
+
+    def work() -> Made:
+        with clocked(step):
+            reads = fetch(train, "weights.pt") | fetch(job.data)
+            return keep(step, stages.score_stage(job.recipe, job.dataset, train.folder, log), reads)
+
+    return perform(step, work, job.origin)
 
 
 @ray.remote(**ONE_CALL)
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     job.log(seed, "quantize")({})
-    work = partial(stages.quantize_stage, job.recipe, job.dataset, seed, train.folder, step.folder)
+
+    def work() -> Made:
+        with clocked(step):
+            reads = fetch(train, "weights.pt", "moments.pt") | fetch(job.data)
+            return keep(step, stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder), reads)
+
     return perform(step, work, job.origin)
 
 
 @ray.remote(**ONE_CALL)
 def count(job: Job, step: Step) -> dict[str, Any]:
     """The n-gram index of the validation text, shared by every seed."""
-    return perform(step, lambda: stages.counts_stage(job.recipe, job.dataset, step.folder), job.origin)
+
+    def work() -> Made:
+        with clocked(step):
+            reads = fetch(job.data)
+            return keep(step, stages.counts_stage(job.recipe, job.dataset, step.folder), reads)
+
+    return perform(step, work, job.origin)
 
 
-def evaluate_rank(job: Job, artifact: str, counts: str, folder: str, seed: int) -> dict[str, Any]:
+def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
+    """One rank of the evaluation; what rank 0 returns tells the files too."""
     use_cpus(job.evaluate_cpus)
-    log = job.log(seed, "evaluate")
-    return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log, job.profile)
+    step, log = steps.evaluate, job.log(steps.seed, "evaluate")
+    with one_writer(job, step) as kept, Notice() as notice:
+        reads = fetch(steps.quantize, stages.ARTIFACT) | fetch(counts) if ranks.rank() == 0 else {}
+        ranks.barrier()
+        artifact, index = steps.quantize.folder / stages.ARTIFACT, counts.folder / stages.INDEX
+        result = stages.evaluate_stage(
+            job.recipe, job.dataset, artifact, index, step.folder, log, job.profile, kept, notice
+        )
+        return keep(step, result, reads) if ranks.rank() == 0 else Made(result, {}, {})
 
 
 @ray.remote(**ONE_CALL)
-def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dict[str, Any]:
+def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
     """The score, by one rank in this process or by a gang this task waits for."""
-    compute = job.recipe.compute
-    arguments = (job, artifact, counts, str(step.folder), seed)
+    compute, step = job.recipe.compute, steps.evaluate
     if compute.evaluate_workers == 1:
-        return perform(step, lambda: evaluate_rank(*arguments), job.origin)
+        return perform(step, lambda: evaluate_rank(job, steps, counts), job.origin)
     gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, compute.gpus_per_worker)
-    return perform(step, lambda: run_gang(gang, evaluate_rank, arguments), job.origin)
+    return perform(step, lambda: run_gang(gang, evaluate_rank, (job, steps, counts)), job.origin)
 
 
 def one_worker(job: Job) -> dict[str, Any]:
@@ -174,8 +222,7 @@ def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
     compute = job.recipe.compute
     alone = {"num_cpus": job.evaluate_cpus, "num_gpus": compute.gpus_per_worker}
     options = alone if compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
-    artifact, index = steps.quantize.folder / stages.ARTIFACT, counts.folder / stages.INDEX
-    return evaluate.options(**options).remote(job, steps.evaluate, str(artifact), str(index), steps.seed)
+    return evaluate.options(**options).remote(job, steps, counts)
 
 
 def start_counts(job: Job, counts: Step) -> Any:

@@ -55,21 +55,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """A record of seeds 1 and 2, the second's checkpoint damaged: runs folder, exit code, output."""
-    from hedgemix import dataset as datasets
+    """A record of seeds 1 and 2, a file in place of the second's training folder: runs folder, exit code, output."""
+    from rich.console import Console
+
     from pipeline import record, runs
+    from pipeline.storage import Storage
 
     out = tmp_path_factory.mktemp("undisturbed")
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
     recipe, _ = record.parse(["laptop", *options])
-    step = runs.data_step(out, recipe.data)
-
-    def prepare() -> dict[str, object]:
-        datasets.save(datasets.prepare(recipe.data, step.folder), step.folder)
-        return {}
-
-    runs.perform(step, prepare, {})
-    broken = runs.seed_steps(out, recipe, datasets.load(step.folder), 2).train.folder
-    broken.mkdir(parents=True)
-    (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    storage = Storage("", out)
+    dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
+    runs.seed_steps(storage, recipe, dataset, 2).train.folder.write_text("in the way")
     return out, *tinyrecord.run(options, out)

@@ -17,6 +17,7 @@ from hedgemix import claim, cli
 from hedgemix.config import RecipeError
 from pipeline import results
 from pipeline.results import Row
+from pipeline.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def older_table(record: Record) -> None:
 
 
 def unfinished(record: Record) -> None:
-    results.write(record.folder, [Row(record="tiny", recipe="tiny", config_hash="0", seed=7, status="failed")])
+    results.write(
+        Storage("", record.folder), [Row(record="tiny", recipe="tiny", config_hash="0", seed=7, status="failed")]
+    )
 
 
 def other_artifact(record: Record) -> None:

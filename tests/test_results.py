@@ -15,6 +15,7 @@ from rich.console import Console
 from hedgemix.recipes import RECIPES
 from pipeline import report, results
 from pipeline.results import Row
+from pipeline.storage import Storage
 
 DONE = Row(
     record="one",
@@ -34,7 +35,7 @@ FAILED = Row(record="one", recipe="laptop", config_hash="h", seed=2, status="fai
 
 
 def test_rows_come_back_from_pandas_as_they_were_written(tmp_path: Path) -> None:
-    path = results.write(tmp_path, [DONE, FAILED])
+    path = results.write(Storage("", tmp_path), [DONE, FAILED])
     table = pd.read_parquet(path)
     assert table.seed.tolist() == [1, 2] and table.status.tolist() == ["done", "failed"]
     assert table.bpb_final[0] == 1.5 and math.isnan(table.bpb_final[1])
@@ -43,14 +44,14 @@ def test_rows_come_back_from_pandas_as_they_were_written(tmp_path: Path) -> None
 
 
 def test_every_column_is_typed_documented_and_versioned(tmp_path: Path) -> None:
-    stored = pq.read_schema(results.write(tmp_path, [FAILED]))
+    stored = pq.read_schema(results.write(Storage("", tmp_path), [FAILED]))
     assert stored.names == [field.name for field in dataclasses.fields(Row)]
     assert stored.metadata[b"hedgemix_schema"] == str(results.SCHEMA_VERSION).encode()
     docs = results.column_docs()
     for name in stored.names:
         assert docs[name] and stored.field(name).metadata[b"doc"] == docs[name].encode()
     # A table with nothing but failures has the same types as one without.
-    assert stored.equals(pq.read_schema(results.write(tmp_path, [DONE])))
+    assert stored.equals(pq.read_schema(results.write(Storage("", tmp_path), [DONE])))
 
 
 def test_the_document_of_the_table_is_the_schema() -> None:
@@ -63,15 +64,15 @@ def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".two.parquet.host.1.tmp").write_bytes(b"half a file")
-    results.write(tmp_path, [DONE])
-    results.write(tmp_path, [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
+    results.write(Storage("", tmp_path), [DONE])
+    results.write(Storage("", tmp_path), [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
     assert sorted(pd.read_parquet(tmp_path).record) == ["one", "two", "two"]
 
 
 def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_path: Path) -> None:
     def write(record: str) -> None:
         for _ in range(20):
-            results.write(tmp_path, [dataclasses.replace(DONE, record=record)])
+            results.write(Storage("", tmp_path), [dataclasses.replace(DONE, record=record)])
 
     write("one")
     threads = [threading.Thread(target=write, args=(record,)) for record in ("one", "two", "three")]
@@ -83,21 +84,23 @@ def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_p
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = results.write(tmp_path, [DONE])
+    path = results.write(Storage("", tmp_path), [DONE])
 
     def broken(table: object, file: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(results.pq, "write_table", broken)
     with pytest.raises(OSError):
-        results.write(tmp_path, [DONE, FAILED])
+        results.write(Storage("", tmp_path), [DONE, FAILED])
     assert [entry.name for entry in tmp_path.iterdir()] == ["one.parquet"]
     assert len(pd.read_parquet(path)) == 1
 
 
 def test_other_seeds_join_the_record_and_the_same_seed_is_replaced(tmp_path: Path) -> None:
-    results.write(tmp_path, [DONE, FAILED])
-    path = results.write(tmp_path, [dataclasses.replace(DONE, seed=3), dataclasses.replace(FAILED, error="again")])
+    results.write(Storage("", tmp_path), [DONE, FAILED])
+    path = results.write(
+        Storage("", tmp_path), [dataclasses.replace(DONE, seed=3), dataclasses.replace(FAILED, error="again")]
+    )
     table = pd.read_parquet(path).set_index("seed")
     assert sorted(table.index) == [1, 2, 3] and table.error[2] == "again" and table.bpb_final[1] == 1.5
 

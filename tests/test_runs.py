@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import threading
-import time
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +13,7 @@ from hedgemix.config import DataConfig, Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.recipes import RECIPES
 from pipeline import runs
+from pipeline.storage import Storage
 
 
 def dataset(**changes: Any) -> Dataset:
@@ -28,7 +24,7 @@ def dataset(**changes: Any) -> Dataset:
 
 
 def keys(recipe: Recipe, data: Dataset, seed: int = 1) -> dict[str, str]:
-    return {step.kind: step.key for step in runs.seed_steps(Path("r"), recipe, data, seed).all()}
+    return {step.kind: step.key for step in runs.seed_steps(Storage("", Path("r")), recipe, data, seed).all()}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -63,80 +59,29 @@ def test_the_data_step_sees_its_files_change(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
     config = DataConfig(source="text", paths=(str(tmp_path),))
-    before = runs.data_step(tmp_path, config).key
-    assert runs.data_step(tmp_path, config).key == before
+    before = runs.data_step(Storage("", tmp_path), config).key
+    assert runs.data_step(Storage("", tmp_path), config).key == before
     file.write_text("longer")
-    assert runs.data_step(tmp_path, config).key != before
+    assert runs.data_step(Storage("", tmp_path), config).key != before
 
 
 def test_the_data_step_looks_at_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
     shards, text = DataConfig(source="shards", shards_dir="shards"), DataConfig(source="text", paths=(".",))
-    before = runs.data_step(tmp_path, shards).key, runs.data_step(tmp_path, text).key
+    before = runs.data_step(Storage("", tmp_path), shards).key, runs.data_step(Storage("", tmp_path), text).key
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "one.parquet.tmp").write_text("x")
-    assert (runs.data_step(tmp_path, shards).key, runs.data_step(tmp_path, text).key) == before
+    assert (
+        runs.data_step(Storage("", tmp_path), shards).key,
+        runs.data_step(Storage("", tmp_path), text).key,
+    ) == before
     (tmp_path / "shards" / "a_train_000000.bin").write_text("x")
     (tmp_path / "a.jsonl.zst").write_text("x")
-    assert runs.data_step(tmp_path, shards).key != before[0] and runs.data_step(tmp_path, text).key != before[1]
-
-
-def test_two_records_that_share_a_step_do_it_once(tmp_path: Path) -> None:
-    step, done = runs.step(tmp_path, "train", "x"), []
-
-    def work() -> dict[str, int]:
-        time.sleep(0.3)
-        done.append(1)
-        return {"answer": len(done)}
-
-    threads = [threading.Thread(target=runs.perform, args=(step, work, {})) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert step.result() == {"answer": 1} and done == [1]
-
-
-def test_a_done_step_is_not_done_again(tmp_path: Path) -> None:
-    step = runs.step(tmp_path, "data", "x")
-    assert not step.done()
-    assert runs.perform(step, lambda: {"answer": 1}, {"by": "me"}) == {"answer": 1}
-    assert runs.perform(step, lambda: pytest.fail("done twice"), {}) == {"answer": 1}
-    record = step.record()
     assert (
-        record is not None
-        and record["origin"] == {"by": "me"}
-        and record["seconds"] >= 0
-        and record["started_at"] <= record["finished_at"]
+        runs.data_step(Storage("", tmp_path), shards).key != before[0]
+        and runs.data_step(Storage("", tmp_path), text).key != before[1]
     )
-
-
-def test_a_step_that_fails_or_is_damaged_is_not_done(tmp_path: Path) -> None:
-    step = runs.step(tmp_path, "data", "x")
-    with pytest.raises(OSError):
-        runs.perform(step, lambda: (_ for _ in ()).throw(OSError("disk")), {})
-    assert not step.done()
-    (step.folder / "result.json").write_text('{"key": "' + step.key)
-    assert not step.done()
-    for damaged in (json.dumps({"key": "another", "result": {}}).encode(), b"[]", b"null", b"\xff\xfe", b""):
-        (step.folder / "result.json").write_bytes(damaged)
-        assert not step.done()
-    assert runs.perform(step, lambda: {"answer": 2}, {}) == {"answer": 2}
-
-
-def test_killed_between_write_and_rename_a_step_is_not_done(tmp_path: Path) -> None:
-    script = f"""
-import os
-from pathlib import Path
-from pipeline import runs
-step = runs.step(Path({str(tmp_path)!r}), "data", "x")
-os.replace = lambda *paths: os._exit(9)
-runs.perform(step, lambda: {{"answer": 1}}, {{}})
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
-    step = runs.step(tmp_path, "data", "x")
-    assert list(step.folder.iterdir()) and not step.done()
 
 
 def test_one_driver_at_a_time_holds_a_record(tmp_path: Path) -> None:

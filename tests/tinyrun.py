@@ -20,6 +20,7 @@ from hedgemix.config import DataConfig, LimitsConfig, Recipe, to_dict
 from hedgemix.files import write_json
 from pipeline import results
 from pipeline.results import Row
+from pipeline.storage import Storage
 
 RECIPE = Recipe("tiny", evaluate=CONFIG, limits=LimitsConfig(total_bytes=300_000))
 
@@ -89,5 +90,5 @@ def make(folder: Path) -> Record:
         dataset_path=str(data),
         config=json.dumps(to_dict(RECIPE)),
     )
-    results.write(folder, [row, replace(row, seed=8, status="failed")])
+    results.write(Storage("", folder), [row, replace(row, seed=8, status="failed")])
     return Record(folder)

@@ -1,0 +1,235 @@
+"""One step of a record: a folder, done when its result.json is there, which is written last and holds the sums of what
+the step made and of what it read. Files that storage changed since are noticed before anything reads them.
+
+Work is done on files of a local folder. Where the runs folder is an object store, `fetch`, `resuming` and `keep` copy
+what has to outlive the machine; where it is a folder that all nodes share they copy nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from hedgemix import clock
+from hedgemix.checkpoint import Kept
+from hedgemix.clock import Clock
+from hedgemix.files import replacing, sha256_of, write_json
+from pipeline.storage import Storage
+
+RESULT = "result.json"
+ASIDE = "result.damaged.json"
+RESUMED = ("checkpoint*", "clock.json", "log.jsonl", "trace.jsonl")
+"""Files of a step that a later attempt goes on from."""
+NOT_MADE = (RESULT, ASIDE, "checkpoint*", "clock.json", "*.lock", "error.txt", "audit*", ".*")
+"""Files in a step's folder that are not what it makes."""
+BEAT_SECONDS = 1.0
+
+
+class DamagedStepError(RuntimeError):
+    """A file of a finished step is not what the step wrote: (step's name, what is wrong)."""
+
+    @property
+    def step(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+@dataclass(frozen=True)
+class Step:
+    kind: str
+    key: str
+    storage: Storage
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.key}"
+
+    @property
+    def folder(self) -> Path:
+        return self.storage.root / "_steps" / self.name
+
+    def record(self) -> dict[str, Any] | None:
+        """All that result.json holds, or None when the step is not done. A damaged result.json counts as not done."""
+        try:
+            found = json.loads(self.storage.read_bytes(self.folder / RESULT) or b"")
+        except ValueError:
+            return None
+        whole = isinstance(found, dict) and found.get("key") == self.key and isinstance(found.get("files"), dict)
+        return found if whole else None
+
+    def done(self) -> bool:
+        return self.record() is not None
+
+    def result(self) -> dict[str, Any]:
+        record = self.record()
+        if record is None:
+            raise FileNotFoundError(f"step {self.name} has no result in {self.folder}")
+        return record["result"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the process that did a step's work tells about it."""
+
+    result: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    """bytes and sha256 of each file, by its name in the step's folder."""
+    clock: dict[str, float]
+    reads: dict[str, dict[str, str]] = field(default_factory=dict)
+    """SHA-256 of the files it read, by the kind of the step that made them and their names."""
+
+
+def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dict[str, Any]:
+    """Do the step unless it is done; its result.json is written last, whole or not at all.
+
+    `origin`: the versions and the tree that do it, kept beside the result. Two records that share a step do not do it
+    at the same time where the runs folder is one: the second waits, and then finds it done. On an object store both may
+    do it; sums tell if files of two attempts ever mix.
+    """
+    if (record := step.record()) is not None:
+        return record["result"]
+    step.folder.mkdir(parents=True, exist_ok=True)
+    with held(step.folder / "step.lock"):
+        if (record := step.record()) is not None:
+            return record["result"]
+        for rest in step.folder.glob(".*.tmp"):  # of a writer that was killed
+            rest.unlink(missing_ok=True)
+        started, began = now(), time.monotonic()
+        made = work()
+        record = {
+            "kind": step.kind,
+            "key": step.key,
+            "origin": origin,
+            "started_at": started,
+            "finished_at": now(),
+            "seconds": time.monotonic() - began,
+            "attempts": int(made.clock["starts"]),
+            "lost_seconds": made.clock["lost_seconds"],
+            "reads": made.reads,
+            "files": made.files,
+            "result": made.result,
+        }
+        write_json(step.folder / RESULT, record)
+        step.storage.push(step.folder / RESULT)
+    return made.result
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def keep(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]] | None = None) -> Made:
+    """The sums of all that the step's folder holds, and copies of it where a runs folder needs them. For the process
+    that did the work, when it is done."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(step.folder.rglob("*")):
+        name = path.relative_to(step.folder).as_posix()
+        if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in NOT_MADE):
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            step.storage.push(path)
+    return Made(result, files, clock.read(step.folder / "clock.json"), dict(reads or {}))
+
+
+def fetch(step: Step, *names: str) -> dict[str, dict[str, str]]:
+    """Bring these files of a finished step to this machine (all without a name) and compare their sums; returns them as
+    `Made.reads`. Raises DamagedStepError when one is not what the step wrote."""
+    record = step.record()
+    if record is None:
+        raise DamagedStepError(step.name, f"its {RESULT} is gone")
+    files = record["files"]
+    for name in names or files:
+        check(step, name, files.get(name))
+    return {step.kind: {name: files[name]["sha256"] for name in names or files}}
+
+
+def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
+    path = step.folder / name
+    if told is None:
+        raise DamagedStepError(step.name, f"it made no {name}")
+    for attempt in ("what is here", "a fresh copy"):
+        if attempt == "a fresh copy" and not (step.storage.uri and step.storage.pull(path)):
+            break
+        if path.is_file() and path.stat().st_size == told["bytes"] and sha256_of(path) == told["sha256"]:
+            return
+    state = f"{path.stat().st_size:,} bytes, not the {told['bytes']:,} written" if path.is_file() else "gone"
+    raise DamagedStepError(step.name, f"{path} is damaged ({state}, or with another sum)")
+
+
+def set_aside(step: Step) -> None:
+    """Make a finished step whose files are damaged one to do: it goes on from its last checkpoint, if it has one.
+
+    The time it took was used for work that was finished; redoing what storage lost is not charged again.
+    """
+    found = step.storage.read_bytes(step.folder / RESULT)
+    if found is None:
+        return
+    with replacing(step.folder / ASIDE) as file:
+        file.write(found)
+    noted = clock.read(step.folder / "clock.json")
+    write_json(step.folder / "clock.json", {**noted, "elapsed_seconds": 0.0})
+    step.storage.push(step.folder / "clock.json")
+    step.storage.remove(step.folder / RESULT)
+
+
+@contextmanager
+def resuming(step: Step) -> Iterator[Kept]:
+    """Be the only process that writes the step's files, with what an earlier attempt left; yields what keeps copies of
+    files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait for it."""
+    step.folder.mkdir(parents=True, exist_ok=True)
+    with held(step.folder / "writer.lock"):
+        if step.storage.uri:
+            bring(step)
+        with step.storage.mirror() as kept:
+            yield kept
+
+
+def bring(step: Step) -> None:
+    """Take up what the store holds of an unfinished step, unless this machine is further."""
+    told, here = step.folder / "clock.json", clock.read(step.folder / "clock.json")
+    before = told.read_bytes() if told.is_file() else None
+    step.storage.pull(told)
+    if before is not None and here["elapsed_seconds"] >= clock.read(told)["elapsed_seconds"]:
+        told.write_bytes(before)
+        return
+    for name in step.storage.names(step.folder):
+        if any(fnmatch(name, pattern) for pattern in RESUMED):
+            step.storage.pull(step.folder / name)
+
+
+@contextmanager
+def clocked(step: Step) -> Iterator[None]:
+    """`resuming` for a step without checkpoints, its seconds noted as they go: a lost attempt loses all of them."""
+    with resuming(step) as kept:
+        clock = Clock(step.folder / "clock.json", None, kept=kept)
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_SECONDS):
+                clock.beat()
+
+        thread = threading.Thread(target=beat, name="clock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Wait for, and hold, a lock that ends with this process."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
