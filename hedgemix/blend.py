@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +154,23 @@ class Blend:
         linear_BRL, gate_BRM = said.gate_BRG.tensor_split([self.linears], -1)
         hedge.learn_linear(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
         hedge.learn_logistic(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `learn` moved."""
+        logistic = self.logistic
+        return {
+            "linear": self.linear.weights,
+            "logistic": logistic.weights,
+            "curvature": logistic.curvature,
+            "bias": logistic.bias_RMV,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Put in place, not copied over: other strides could round otherwise.
+        device, logistic = self.linear.weights.device, self.logistic
+        self.linear.weights = state["linear"].to(device)
+        logistic.weights, logistic.curvature = state["logistic"].to(device), state["curvature"].to(device)
+        logistic.bias_RMV = state["bias"].to(device)
 
 
 def gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:

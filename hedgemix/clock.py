@@ -33,9 +33,11 @@ class Clock:
         saved_seconds: float | None,
         now: Callable[[], float] = time.monotonic,
         kept: Kept = nothing,
+        began: float | None = None,
     ) -> None:
         """saved_seconds: what the checkpoint that is taken up had used; None when the work begins anew, and then with
-        all of its time, since nothing of the time before is in its result."""
+        all of its time, since nothing of the time before is in its result. began: when this start did, by `now`, if
+        that was before this call."""
         noted = read(path)
         self.path, self.now, self.kept = path, now, kept
         used = noted["elapsed_seconds"]
@@ -46,7 +48,7 @@ class Clock:
             discarded, lost = noted["discarded_seconds"], noted["lost_seconds"] + max(0.0, used - saved_seconds)
         self.discarded_seconds, self.lost_seconds = discarded, lost
         self.starts = int(noted["starts"]) + 1
-        self.began = self.beaten = now()
+        self.began = now() if began is None else began
         self.note()
 
     def elapsed(self) -> float:

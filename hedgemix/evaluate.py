@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,35 +91,77 @@ def evaluate_artifact(
     trace: Path | None = None,
     log: Log = silent,
     profile: Path | None = None,
+    start: Start | None = None,
 ) -> EvaluateResult:
     """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
 
     counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0.
-    profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk.
-    Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text.
+    profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
+    start: a `restart.Restart` goes on where an earlier one was stopped.
+    Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text, OSError
+    when the trace could not be written.
     """
-    began = time.monotonic()
+    start = start or Start()
     found = artifact.read(path)
+    state = start.take_up(found, stream, config, trace, device)
     index = ngram.load(counts)
     if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
-    work = Evaluation.begin(found, stream, config, device, index=index, began=began)
-    with tracing(profile if ranks.rank() == 0 else None, "profile", device, skipped=1, recorded=1) as traced:
-        for number, chunk in enumerate(work.chunks):
+    work = Evaluation.begin(found, stream, config, device, index=index, start=start)
+    if state is not None:
+        work.load_state_dict(state)
+    profiled = tracing(profile if ranks.rank() == 0 else None, "profile", device, skipped=1, recorded=1)
+    with closing(start), profiled as traced:
+        for number, chunk in enumerate(work.chunks[work.finished :], work.finished):
             line = work.run_chunk(number, chunk)
             traced()
+            start.after_chunk(work, line)
             log(
                 {
                     "fraction": (chunk.stop - 1) / (len(stream) - 1),
-                    "elapsed_seconds": work.elapsed(),
+                    "elapsed_seconds": start.elapsed(),
                     "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
                 }
             )
-            if trace is not None and ranks.rank() == 0:
-                trace.parent.mkdir(parents=True, exist_ok=True)
-                with open(trace, "a" if number else "w") as file:
-                    file.write(json.dumps(line) + "\n")
-    return work.result()
+        return work.result()
+
+
+class Start:
+    """One start of an evaluation, on every rank; this one is the only one."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.began = now()
+        self.trace: Path | None = None
+
+    def elapsed(self) -> float:
+        """Seconds that the evaluation has used."""
+        return self.now() - self.began
+
+    def take_up(
+        self,
+        found: artifact.Artifact,
+        stream: TokenStream,
+        config: EvaluateConfig,
+        trace: Path | None,
+        device: torch.device,
+    ) -> dict[str, Any] | None:
+        """What `Evaluation.load_state_dict` goes on from, on every rank; the trace then has its chunks' lines."""
+        self.trace = trace
+        return None
+
+    def beat(self) -> None:
+        """Called many times in a chunk."""
+
+    def after_chunk(self, work: Evaluation, line: dict[str, Any]) -> None:
+        """Add the chunk's line to the trace."""
+        if self.trace is not None and ranks.rank() == 0:
+            self.trace.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.trace, "a" if line["chunk"] else "w") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Called at the end, however it came."""
 
 
 class Evaluation:
@@ -131,11 +174,12 @@ class Evaluation:
         tables: bpb.ByteTables,
         index: ngram.NgramIndex,
         config: EvaluateConfig,
-        began: float | None = None,
         schedule_tokens: int = 0,
+        start: Start | None = None,
     ) -> None:
         """schedule_tokens: length of the whole text when tokens_N is only its beginning."""
         self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, Sizes(tokens_N, tables), config
+        self.start = start or Start()
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
         device = tokens_N.device
         scheduled = len(chunks(schedule_tokens or len(tokens_N), config.chunk_tokens))
@@ -150,8 +194,8 @@ class Evaluation:
         )
         self.seconds = {"scoring": 0.0, "mixing": 0.0, "ttt": 0.0}
         self.mass, self.tokens, self.bytes = 0.0, 0, 0
+        self.finished = 0  # chunks
         self.weights: dict[str, dict[str, Tensor]] = {}
-        self.began = time.monotonic() if began is None else began
 
     @classmethod
     def begin(
@@ -163,7 +207,7 @@ class Evaluation:
         *,
         index: ngram.NgramIndex | None = None,
         schedule_tokens: int = 0,
-        began: float | None = None,
+        start: Start | None = None,
     ) -> Self:
         """The evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
 
@@ -175,10 +219,7 @@ class Evaluation:
             mixer = config.mixer
             index = ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
         tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
-        return cls(model, Text(tokens, device), tables, index, config, began, schedule_tokens)
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
+        return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start)
 
     def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:
         """Score the chunk, then learn from it; returns its line of the trace."""
@@ -186,12 +227,13 @@ class Evaluation:
         source = self.rows(chunk)
         while (item := self.timed("scoring", partial(next, source, None))) is not None:
             self.timed("mixing", partial(self.score, *item))
-        published.count(self.published, self.history(chunk), self.tokens_N[chunk.start : chunk.stop])
+        self.count(chunk)
         chunk_bytes = int(self.bytes_N.read(slice(chunk.start, chunk.stop)).sum())
         self.tokens += chunk.stop - chunk.start
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
             self.timed("ttt", partial(self.adapter.learn, self.tokens_N, self.weights_N, chunk))
+        self.finished = number + 1
         return {
             "chunk": number,
             "tokens": chunk.stop - chunk.start,
@@ -230,6 +272,10 @@ class Evaluation:
             self.add(name, nats)
         self.mass += float(mass.sum())
 
+    def count(self, chunk: Piece) -> None:
+        """Count a chunk that was scored, for the published rule."""
+        published.count(self.published, self.history(chunk), self.tokens_N[chunk.start : chunk.stop])
+
     def add(self, name: str, nats_B: Tensor) -> None:
         """Charge the piece's targets under one of the names of `nats`."""
         self.nats[name] += float(nats_B.sum())
@@ -246,7 +292,34 @@ class Evaluation:
         if self.tokens_N.device.type == "cuda":
             torch.cuda.synchronize(self.tokens_N.device)
         self.seconds[phase] += time.monotonic() - began
+        self.start.beat()
         return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the finished chunks left behind, in tensors that work goes on with; the artifact and the text hold the
+        rest."""
+        return {
+            "finished": self.finished,
+            "adapter": self.adapter.state_dict() if self.adapter else {},
+            "mixer": self.mixer.state_dict(),
+            "published": self.published.state_dict(),
+            "nats": self.nats,
+            "seconds": self.seconds,
+            "sums": {"mass": self.mass, "tokens": self.tokens, "bytes": self.bytes},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, in place of scoring these chunks; the state's tensors are then the evaluation's."""
+        self.finished = state["finished"]
+        if self.adapter:
+            self.adapter.load_state_dict(state["adapter"])
+        self.mixer.load_state_dict(state["mixer"])
+        self.weights = self.mixer.weights()
+        self.published.load_state_dict(state["published"])
+        for chunk in self.chunks[: self.finished]:
+            self.count(chunk)
+        self.nats, self.seconds = dict(state["nats"]), dict(state["seconds"])
+        self.mass, self.tokens, self.bytes = (state["sums"][name] for name in ("mass", "tokens", "bytes"))
 
     def result(self) -> EvaluateResult:
         rate = {name: bpb.bits_per_byte(nats, self.bytes) for name, nats in self.nats.items()}
@@ -262,7 +335,7 @@ class Evaluation:
             nats_per_token=self.nats["final"] / self.tokens,
             scored_tokens=self.tokens,
             scored_bytes=self.bytes,
-            evaluate_seconds=self.elapsed(),
+            evaluate_seconds=self.start.elapsed(),
             scoring_seconds=self.seconds["scoring"],
             mixing_seconds=self.seconds["mixing"],
             ttt_seconds=self.seconds["ttt"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from hedgemix import hedge, match, ngram
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
+from hedgemix.shards import PIECE_TOKENS
 
 SPAN_TOKENS = {"cpu": 512, "cuda": 4096}
 """Positions whose n-gram rows are made at once: cache size on a CPU, launches on a GPU. Changes no score."""
@@ -103,14 +105,36 @@ class Mixer:
         """
         log_y_BRK, _ = self._run(log_rows, start, stop, keep=False)
         nll = -log_y_BRK
+        scored = {name: dict(zip(self.kinds, nll[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
+        return Scores(scored, self.weights())
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights as they are now; see `Scores`."""
         state = self._state
-        weights = {
+        return {
             name: {"hedge": state.hedge_RK[r].exp(), "ensemble": state.ensemble_RK[r].exp()}
             | {"linear": state.blend.linear.weights[r].clone(), "logistic": state.blend.logistic.weights[r].clone()}
             for r, name in enumerate(self.names)
         }
-        scored = {name: dict(zip(self.kinds, nll[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
-        return Scores(scored, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned before `position`, without what the text alone tells."""
+        state = self._state
+        return {
+            "position": self.position,
+            "hedge": state.hedge_RK,
+            "ensemble": state.ensemble_RK,
+            "blend": state.blend.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from there; n-grams are counted again, from the index."""
+        state = self._state
+        while self.position < saved["position"]:
+            stop = min(self.position + PIECE_TOKENS, saved["position"])
+            ngram.advance(state.ngrams, self.index, self.position, stop)
+        state.hedge_RK, state.ensemble_RK = saved["hedge"].to(self.device), saved["ensemble"].to(self.device)
+        state.blend.load_state_dict(saved["blend"])
 
     def rows(self, log_rows: dict[str, Tensor], start: int, stop: int) -> dict[str, dict[str, Tensor]]:
         """The log rows (B, V), float32, that `score` would gather from, by row set and kind; nothing is learned."""

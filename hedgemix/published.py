@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ class PublishedState:
     loss_K: Tensor
     scored: int = 0
     counted: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the counts, which `count` can make again: they are most of the bytes."""
+        return {"log_weights": self.log_weights_K, "loss": self.loss_K, "scored": self.scored}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.log_weights_K.device
+        self.log_weights_K, self.loss_K = state["log_weights"].to(device), state["loss"].to(device)
+        self.scored = state["scored"]
 
 
 def start(vocab_size: int, device: torch.device | str = "cpu", buckets: int = 65_536) -> PublishedState:

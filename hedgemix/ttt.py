@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,26 @@ class Adapter:
                 # The average starts at the shipped weights; early on it is a plain mean, so it is not stuck there.
                 decay = min(self.config.polyak, self.steps / (self.steps + 1))
                 torch._foreach_lerp_(self.averages, self.trained, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, between two chunks; the tensors are the adapter's own. The rest is the shipped model's."""
+        return {
+            "trained": [parameter.detach() for parameter in self.trained],
+            "averages": [average.detach() for average in self.averages] if self.config.polyak > 0 else [],
+            "optimizer": self.optimizer.state_dict()["state"],
+            "chunks_learned": self.chunks_learned,
+            "steps": self.steps,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, with the state's tensors for its own."""
+        averages = self.averages if self.config.polyak > 0 else []
+        for mine, saved in zip([*self.trained, *averages], [*state["trained"], *state["averages"]], strict=True):
+            mine.copy_(saved)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.chunks_learned, self.steps = state["chunks_learned"], state["steps"]
 
 
 def sequences(

@@ -26,6 +26,7 @@ from hedgemix.evaluate import evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
+from hedgemix.restart import Restart
 from hedgemix.train import train
 
 ARTIFACT = "artifact.hmx"
@@ -112,6 +113,7 @@ def evaluate_stage(
         trace=folder / "trace.jsonl",
         log=log,
         profile=folder if profile else None,
+        start=Restart(folder, recipe.compute.checkpoint_seconds),
     )
     if (result.scored_tokens, result.scored_bytes) != (dataset.valid_tokens - 1, dataset.valid_bytes):
         raise RuntimeError(
