@@ -113,7 +113,7 @@ def evaluate_stage(
         trace=folder / "trace.jsonl",
         log=log,
         profile=folder if profile else None,
-        start=Restart(folder, recipe.compute.checkpoint_seconds),
+        start=Restart(folder, recipe.compute.checkpoint_seconds, notice=notice, kept=kept),
     )
     if (result.scored_tokens, result.scored_bytes) != (dataset.valid_tokens - 1, dataset.valid_bytes):
         raise RuntimeError(
