@@ -1,0 +1,140 @@
+"""One driver a record, whatever machine it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from hedgemix.config import RecipeError
+from pipeline.storage import Storage
+
+
+@contextmanager
+def hold(
+    storage: Storage,
+    path: Path,
+    waiting: Callable[[], None] = lambda: None,
+    renew_seconds: float = 5.0,
+    stale_seconds: float = 20.0,
+    settle_seconds: float = 2.0,
+) -> Iterator[Callable[[], bool]]:
+    """Hold the lock file `path`; yields `lost`, which says whether another has taken it meanwhile.
+
+    In a folder it is an flock: a second driver is refused at once, and a killed one's lock is free at once. In an
+    object store it is a lease as well, an object that its holder rewrites every `renew_seconds`. One that is not
+    renewed for `stale_seconds` is taken over; of one that may be alive we wait to see a renewal (calling `waiting`
+    once). Raises RecipeError naming the host that holds it.
+
+    A lease is weaker than a lock: the store cannot compare and swap through pyarrow, so who wrote waits
+    `settle_seconds` and reads back. Two at once cannot both go on unless a machine stands still between two requests
+    for longer than that; then one of them sees `lost` at its next renewal, and until it stops both run. A holder that
+    cannot reach the store for `stale_seconds` may be taken for dead while it works; it sees `lost` when it can again.
+    """
+    local = storage.ready() / storage.inside(path)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with open(local, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(refusal(storage, path)) from None
+        if not storage.remote:
+            yield lambda: False
+            return
+        lease = Lease(storage, path, renew_seconds)
+        lease.take(waiting, stale_seconds, settle_seconds)
+        try:
+            yield lease.lost.is_set
+        finally:
+            lease.release()
+
+
+def refusal(storage: Storage, path: Path, host: str = "") -> str:
+    on = f", on {host}" if host else ""
+    return f"another driver is at work on this record ({storage.where(path.parent)}{on}); wait for it or stop it"
+
+
+class Lease:
+    """The object: owner (a token), host, turn (raised with each renewal)."""
+
+    def __init__(self, storage: Storage, path: Path, renew_seconds: float) -> None:
+        self.storage, self.path, self.renew_seconds = storage, path, renew_seconds
+        self.mine = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "turn": 0}
+        self.lost = Event()
+        self._done = Event()
+        self._renewing = Thread(target=self._renew, name="lease", daemon=True)
+
+    def read(self) -> dict[str, Any] | None:
+        data = self.storage.read_bytes(self.path)
+        try:
+            found = None if data is None else json.loads(data)
+        except ValueError:
+            found = {}
+        return found if found is None or isinstance(found, dict) else {}
+
+    def write(self) -> None:
+        self.mine["turn"] += 1
+        self.storage.write_bytes(self.path, json.dumps(self.mine).encode())
+
+    def owned(self) -> bool:
+        found = self.read()
+        return found is not None and found.get("owner") == self.mine["owner"]
+
+    def refuse(self, held: dict[str, Any] | None) -> RecipeError:
+        return RecipeError(refusal(self.storage, self.path, str((held or {}).get("host", ""))))
+
+    def take(self, waiting: Callable[[], None], stale_seconds: float, settle_seconds: float) -> None:
+        seen = self.read()
+        if seen is not None and (left := stale_seconds - self.age()) > 0:
+            waiting()
+            until = time.monotonic() + left
+            while time.monotonic() < until:
+                time.sleep(min(self.renew_seconds / 4, 1.0))
+                now = self.read()
+                if now is None:
+                    break
+                if now != seen:
+                    raise self.refuse(now)
+        began = time.monotonic()
+        if (now := self.read()) not in (None, seen):
+            raise self.refuse(now)
+        self.write()
+        # Slower than the others wait: we may have overwritten one that went on, and it has to notice first.
+        slow = time.monotonic() - began >= settle_seconds
+        time.sleep(stale_seconds if slow else settle_seconds)
+        if not self.owned():
+            raise self.refuse(self.read())
+        self._renewing.start()
+
+    def age(self) -> float:
+        """Seconds since the lease was written, both ends by the store's clock: how old it is beside a new object."""
+        trial = self.path.with_name(f".{self.path.name}.{self.mine['owner']}")
+        self.storage.write_bytes(trial, b"now")
+        now, then = self.storage.modified(trial), self.storage.modified(self.path)
+        self.storage.remove(trial)
+        return 0.0 if now is None or then is None else now - then
+
+    def _renew(self) -> None:
+        while not self._done.wait(self.renew_seconds):
+            with contextlib.suppress(OSError):  # the next renewal may reach the store
+                found = self.read()
+                if found is not None and found.get("owner") != self.mine["owner"]:
+                    self.lost.set()
+                    return
+                self.write()
+
+    def release(self) -> None:
+        """Give it back; one that cannot be goes stale by itself."""
+        self._done.set()
+        self._renewing.join(30)
+        with contextlib.suppress(OSError):
+            if not self._renewing.is_alive() and self.owned():
+                self.storage.remove(self.path)
