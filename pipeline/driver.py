@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,7 +136,8 @@ class Drive:
             except Exception as error:
                 self.failed(seed, stage, error)
         if done:
-            self.look()
+            with contextlib.suppress(OSError):  # storage fails for a moment: a step that is done answers at once
+                self.look()
         return bool(done)
 
     def failed(self, seed: int | None, stage: str, error: Exception) -> None:
@@ -163,8 +165,9 @@ class Drive:
 
     def keep_error(self, seed: int, stage: str, error: Exception) -> None:
         """The whole error beside the step's files; the row has room for a line of it."""
+        step = getattr(self.seeds[seed], stage)
         with contextlib.suppress(OSError):
-            (getattr(self.seeds[seed], stage).folder / "error.txt").write_text(str(error))
+            step.storage.write_bytes(step.folder / "error.txt", str(error).encode())
 
     def rows(self) -> list[Row]:
         return [
@@ -208,10 +211,12 @@ def drive(
     seeds: dict[int, SeedSteps],
     console: Console,
     profile: bool = False,
+    lost_record: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
     """Run what is missing of every seed; returns all rows, also written to the record's parquet file as seeds end.
 
-    Ray must be initialised. Raises RecipeError when no machine of this cluster can hold the training job.
+    Ray must be initialised. Raises RecipeError when no machine of this cluster can hold the training job, or when
+    `lost_record` says that another driver has taken the record over.
     """
     resolved, evaluate_cpus = resolve_cpus(recipe)
     check_capacity(resolved, evaluate_cpus, console)
@@ -228,6 +233,8 @@ def drive(
                 if not work.running and not work.unfinished():
                     break
                 view.update(work.states())
+                if lost_record():
+                    raise RecipeError(f"another driver has taken over record {record}; this one stops")
                 if work.collect():
                     work.write_rows()
             view.update(work.states())

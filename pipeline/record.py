@@ -10,11 +10,12 @@ with the recipe, the data or the machine, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from hedgemix.files import read_json, write_json
 from pipeline import driver, report, results, runs, stages
+from pipeline.lease import hold
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
 from pipeline.runs import SeedSteps
 from pipeline.steps import DamagedStepError, Made, Step, check, clocked, fetch, keep, perform, set_aside
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""
@@ -68,8 +69,9 @@ class Options:
     limits: LimitsConfig
     seeds: tuple[int, ...] = (1337, 42, 7)
     """One training run, and one row of the table, each."""
-    out: Path = field(default_factory=lambda: Path("runs"))
-    """The runs folder; on a cluster an absolute path on storage that every node shares."""
+    out: str = "runs"
+    """The runs folder; on a cluster an absolute path on storage that every node shares, or s3://bucket/prefix or
+    gs://bucket/prefix."""
     record: str = ""
     """Name of the record, and of its parquet file (default: the recipe's name and its configuration's hash)."""
     profile: bool = False
@@ -129,11 +131,12 @@ def default_recipe() -> str:
 
 
 def run(recipe: Recipe, options: Options, console: Console) -> int:
-    storage = runs_folder(options.out)
+    storage = open_storage(options.out)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
     folder = runs.record_folder(storage, record)
-    with runs.locked(folder):
-        keep_recipe(folder / "recipe.json", recipe, record)
+    waiting = "another driver holds this record; waiting to see whether it lives"
+    with hold(storage, folder / "record.lock", lambda: console.print(waiting)) as lost:
+        keep_recipe(storage, folder / "recipe.json", recipe, record)
         dataset, data = prepare(recipe, storage, console)
         steps = {seed: runs.seed_steps(storage, recipe, dataset, seed) for seed in options.seeds}
         rows = finished(record, recipe, dataset, steps)
@@ -142,8 +145,8 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile)
-        report.print_results(rows, results.table_path(storage, record), console)
+                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost)
+        report.print_results(rows, storage.where(results.table_path(storage, record)), console)
     return 1 if any(row.status != "done" for row in rows) else 0
 
 
@@ -162,30 +165,16 @@ def finished(record: str, recipe: Recipe, dataset: Dataset, seeds: dict[int, See
     return [build_row(record, recipe, dataset, steps, standing[seed], counted, None) for seed, steps in seeds.items()]
 
 
-def keep_recipe(path: Path, recipe: Recipe, record: str) -> None:
+def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
     """One record is one recipe: its table compares seeds, not settings."""
     try:
-        begun = read_json(path)
-    except (OSError, ValueError):  # new, or damaged: nothing else is lost with it
-        write_json(path, to_dict(recipe))
+        begun = json.loads(storage.read_bytes(path) or b"")
+    except ValueError:  # new, or damaged: nothing else is lost with it
+        storage.write_bytes(path, (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
         return
     if begun != to_dict(recipe):
-        raise RecipeError(f"record {record} was begun with other settings ({path}); give this one another --record")
-
-
-def runs_folder(out: Path) -> Storage:
-    """Absolute, and refused where it would vanish with a job's working directory."""
-    unpacked = "working_dir_files" in Path.cwd().parts
-    if unpacked and not out.is_absolute():
-        raise RecipeError(
-            f"--out {out} is relative, and a job's working directory is removed after it; give an absolute path on "
-            "storage that all nodes share"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"--out {out} cannot be made: {error.strerror}") from None
-    return Storage("", out.resolve())
+        where = storage.where(path)
+        raise RecipeError(f"record {record} was begun with other settings ({where}); give this one another --record")
 
 
 def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich import box
@@ -29,7 +28,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
 )
 
 
-def print_results(rows: list[Row], parquet: Path, console: Console) -> None:
+def print_results(rows: list[Row], parquet: str, console: Console) -> None:
     """One line a seed, mean and sample standard deviation over the finished ones, and how to load the table."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("seed", justify="right")
@@ -61,7 +60,7 @@ def print_results(rows: list[Row], parquet: Path, console: Console) -> None:
         if row.status != "done":
             line(f"seed {row.seed} {row.status}: {row.error or 'not finished'}")
     line(f"table: {parquet}")
-    line(f"load:  pandas.read_parquet({str(parquet.parent)!r})")
+    line(f"load:  pandas.read_parquet({parquet.rpartition('/')[0]!r})")
 
 
 def cell(value: float | None, form: str) -> str:

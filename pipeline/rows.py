@@ -34,7 +34,7 @@ def build_row(
 
     standing: the records of the seed's finished steps by their kind (`SeedSteps.records`); counted: of its counts.
     """
-    records = list(standing.values())
+    records, where = list(standing.values()), steps.train.storage.where
     done = len(records) == len(steps.all())
     last = max(records, key=lambda found: found["finished_at"], default={})
     values: dict[str, Any] = {}
@@ -61,9 +61,9 @@ def build_row(
         "train_sha256": dataset.train_sha256,
         "tokenizer_sha256": dataset.tokenizer_sha256,
         "vocab_size": dataset.vocab_size,
-        "artifact_path": str(steps.quantize.folder / stages.ARTIFACT) if "quantize" in standing else None,
-        "evaluate_path": str(steps.evaluate.folder) if "evaluate" in standing else None,
-        "dataset_path": dataset.folder or None,
+        "artifact_path": where(steps.quantize.folder / stages.ARTIFACT) if "quantize" in standing else None,
+        "evaluate_path": where(steps.evaluate.folder) if "evaluate" in standing else None,
+        "dataset_path": where(Path(dataset.folder)) if dataset.folder else None,
         "workers": recipe.compute.workers,
         "evaluate_workers": recipe.compute.evaluate_workers,
         "text_sha256": dataset.text_sha256,

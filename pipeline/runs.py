@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hedgemix import bundle, corpus
-from hedgemix.config import DataConfig, Recipe, RecipeError, config_hash, to_dict
+from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline.steps import Step
 from pipeline.storage import Storage
@@ -120,18 +120,6 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
 
 def record_folder(storage: Storage, record: str) -> Path:
     return storage.root / "_records" / record
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the record: a second driver of the same record is told so."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "record.lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(f"another driver is at work on this record ({folder}); wait for it or stop it") from None
-        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -22,7 +22,8 @@ from typing import Any
 from hedgemix import clock
 from hedgemix.checkpoint import Kept
 from hedgemix.clock import Clock
-from hedgemix.files import replacing, sha256_of, write_json
+from hedgemix.files import sha256_of, write_json
+from pipeline.mirror import Mirror
 from pipeline.storage import Storage
 
 RESULT = "result.json"
@@ -99,6 +100,7 @@ def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dic
     """
     if (record := step.record()) is not None:
         return record["result"]
+    step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
     with held(step.folder / "step.lock"):
         if (record := step.record()) is not None:
@@ -158,7 +160,7 @@ def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
     if told is None:
         raise DamagedStepError(step.name, f"it made no {name}")
     for attempt in ("what is here", "a fresh copy"):
-        if attempt == "a fresh copy" and not (step.storage.uri and step.storage.pull(path)):
+        if attempt == "a fresh copy" and not (step.storage.remote and step.storage.pull(path)):
             break
         if path.is_file() and path.stat().st_size == told["bytes"] and sha256_of(path) == told["sha256"]:
             return
@@ -171,33 +173,34 @@ def set_aside(step: Step) -> None:
 
     The time it took was used for work that was finished; redoing what storage lost is not charged again.
     """
-    found = step.storage.read_bytes(step.folder / RESULT)
+    storage, told = step.storage, step.folder / "clock.json"
+    found = storage.read_bytes(step.folder / RESULT)
     if found is None:
         return
-    with replacing(step.folder / ASIDE) as file:
-        file.write(found)
-    noted = clock.read(step.folder / "clock.json")
-    write_json(step.folder / "clock.json", {**noted, "elapsed_seconds": 0.0})
-    step.storage.push(step.folder / "clock.json")
-    step.storage.remove(step.folder / RESULT)
+    storage.write_bytes(step.folder / ASIDE, found)
+    storage.pull(told)
+    write_json(told, {**clock.read(told), "elapsed_seconds": 0.0})
+    storage.push(told)
+    storage.remove(step.folder / RESULT)
 
 
 @contextmanager
 def resuming(step: Step) -> Iterator[Kept]:
     """Be the only process that writes the step's files, with what an earlier attempt left; yields what keeps copies of
     files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait for it."""
+    step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
     with held(step.folder / "writer.lock"):
-        if step.storage.uri:
+        if step.storage.remote:
             bring(step)
-        with step.storage.mirror() as kept:
+        with closing(Mirror(step.storage)) as kept:
             yield kept
 
 
 def bring(step: Step) -> None:
     """Take up what the store holds of an unfinished step, unless this machine is further."""
-    told, here = step.folder / "clock.json", clock.read(step.folder / "clock.json")
-    before = told.read_bytes() if told.is_file() else None
+    told = step.folder / "clock.json"
+    here, before = clock.read(told), told.read_bytes() if told.is_file() else None
     step.storage.pull(told)
     if before is not None and here["elapsed_seconds"] >= clock.read(told)["elapsed_seconds"]:
         told.write_bytes(before)

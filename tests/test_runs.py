@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hedgemix.config import DataConfig, Recipe, RecipeError
+from hedgemix.config import DataConfig, Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.recipes import RECIPES
 from pipeline import runs
@@ -82,14 +82,3 @@ def test_the_data_step_looks_at_its_own_files_alone(tmp_path: Path, monkeypatch:
         runs.data_step(Storage("", tmp_path), shards).key != before[0]
         and runs.data_step(Storage("", tmp_path), text).key != before[1]
     )
-
-
-def test_one_driver_at_a_time_holds_a_record(tmp_path: Path) -> None:
-    with (
-        runs.locked(tmp_path / "record"),
-        pytest.raises(RecipeError, match="another driver"),
-        runs.locked(tmp_path / "record"),
-    ):
-        pass
-    with runs.locked(tmp_path / "record"):
-        pass
