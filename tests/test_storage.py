@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pandas as pd
 import pytest
-from pyarrow import fs
 
 from hedgemix.config import RecipeError
 from pipeline import objects, storage
 from pipeline.storage import Storage, open_storage
-from tests.objectstore import BUCKET, KEYS, StoreServer, store_process, store_server
+from tests.objectstore import BUCKET, KEYS, StoreServer, free_port, store_process, store_server
 
 __all__ = ["store_process", "store_server"]
 
@@ -116,6 +120,30 @@ def test_an_upload_that_breaks_off_leaves_what_was_there(store_server: StoreServ
             objects.put(objects.connect(held.uri), held.key(held.root / name), Broken(bytes(20 * 2**20)))
     assert held.read_bytes(held.root / "kept") == b"before"
     assert held.names(held.root) == {"kept": 6}
+
+
+BREAKS_OFF = """
+import io, sys
+from pathlib import Path
+from pipeline import objects
+class Broken(io.BytesIO):
+    def read(self, size=-1):
+        if self.tell() > 12 * 2**20:
+            raise OSError("disk")
+        return super().read(size)
+try:
+    objects.put(objects.connect(sys.argv[1]), sys.argv[2], Broken(bytes(20 * 2**20)))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_process_whose_upload_broke_off_still_ends(store_server: StoreServer, tmp_path: Path) -> None:
+    held = opened(store_server, tmp_path)
+    command = [sys.executable, "-c", BREAKS_OFF, held.uri, held.key(held.root / "x")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "PYTHONPATH": "."})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "disk\n", "")
+    assert held.names(held.root) == {}
 
 
 def test_a_pull_that_breaks_off_leaves_what_was_there(
@@ -252,12 +280,11 @@ def test_paths_stay_inside(store_server: StoreServer, tmp_path: Path) -> None:
     held.write_bytes(held.root / "link/x", b"evil")
     with pytest.raises(ValueError, match="by a link"):
         held.pull(held.root / "link/x")
-    filesystem = store_server.filesystem()
-    for name in ("../x", "a/../../x", "a//b", "a/./b", "/etc/x", "a\\..\\x", "good/x"):
-        with filesystem.open_output_stream(f"{BUCKET}/runs/{name}") as stream:
-            stream.write(b"evil")
-    listed = filesystem.get_file_info(fs.FileSelector(f"{BUCKET}/runs", recursive=True))
-    assert any(".." in info.path for info in listed)  # the server does hold them
+    client = boto3.client("s3", endpoint_url=f"http://{store_server.endpoint}", region_name="us-east-1")
+    keys = [f"runs/{name}" for name in ("../x", "a/../../x", "a//b", "a/./b", "/etc/x", "a\\..\\x", "good/x")]
+    for key in keys:
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"evil")
+    assert {found["Key"] for found in client.list_objects_v2(Bucket=BUCKET)["Contents"]} >= set(keys)
     assert held.names(held.root) == {"good/x": 4, "link/x": 4}
 
 
@@ -276,3 +303,40 @@ def test_scratch_is_this_users_alone(
     monkeypatch.setattr(storage.os, "getuid", lambda: 12345678)
     with pytest.raises(RecipeError, match="belongs to another user"):
         held.ready()
+
+
+@pytest.fixture
+def google_emulator(tmp_path: Path) -> Iterator[str]:
+    """The options of a URI that lead to an emulator of Google's store with a bucket `records`."""
+    program, port = Path(sys.executable).with_name("gcp-storage-emulator"), free_port()
+    arguments = ["start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=records"]
+    with open(tmp_path / "emulator.log", "wb") as log:
+        process = subprocess.Popen([program, *arguments], stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield f"?scheme=http&endpoint_override=127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_google_storage(google_emulator: str, tmp_path: Path) -> None:
+    here, there = (open_storage(f"gs://records/runs{google_emulator}", tmp_path / name) for name in ("here", "there"))
+    big = os.urandom(20 * 2**20)
+    here.push(written(here, "_steps/a/big", big))
+    here.write_bytes(here.root / "x.gz", gzip.compress(b"a"))
+    assert here.names(here.root) == {"_steps/a/big": len(big), "x.gz": len(gzip.compress(b"a"))}
+    assert there.pull(there.root / "_steps/a/big") and (there.root / "_steps/a/big").read_bytes() == big
+    assert there.read_bytes(there.root / "x.gz") == gzip.compress(b"a")
+    assert (there.modified(there.root / "x.gz") or 0) > time.time() - 60
+    with pytest.raises(KeyboardInterrupt):
+        objects.put(objects.connect(here.uri), here.key(here.root / "x.gz"), Broken(big))
+    assert there.read_bytes(there.root / "x.gz") == gzip.compress(b"a")
+    here.remove(here.root / "x.gz")
+    assert not there.pull(there.root / "x.gz") and there.read_bytes(there.root / "x.gz") is None
+    with pytest.raises(RecipeError, match="there is no bucket missing"):
+        open_storage(f"gs://missing/runs{google_emulator}", tmp_path)
