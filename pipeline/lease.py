@@ -67,7 +67,7 @@ class Lease:
 
     def __init__(self, storage: Storage, path: Path, renew_seconds: float) -> None:
         self.storage, self.path, self.renew_seconds = storage, path, renew_seconds
-        self.mine = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "turn": 0}
+        self.mine: dict[str, Any] = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "turn": 0}
         self.lost = Event()
         self._done = Event()
         self._renewing = Thread(target=self._renew, name="lease", daemon=True)

@@ -6,7 +6,7 @@ machine's scratch, and what must outlive the machine is pushed to the store and 
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import hashlib
 import io
 import os
@@ -14,26 +14,18 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import timedelta
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 from typing import Any, BinaryIO
-from urllib.parse import parse_qsl, urlsplit
 
-from pyarrow import fs
+from pyarrow import ArrowException, fs
 
 from hedgemix.config import RecipeError
 from hedgemix.files import replacing
+from pipeline.objects import CHUNK_BYTES, apart, cause, connect, place, plain, put, put_file
 
-OPTIONS = ("region", "scheme", "endpoint_override")
-"""What may follow the ? of a URI, named as pyarrow and pandas name it; everything else could carry a secret."""
-ACCEPTED = "give a folder, s3://bucket/prefix or gs://bucket/prefix"
-CHUNK_BYTES = 8 * 2**20
-CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 4, 4, 3
 TRIES = 3
 """Of reading an object that is replaced meanwhile."""
 
@@ -163,10 +155,8 @@ class Storage:
         if not self.remote:
             (self.root / self.inside(path)).unlink(missing_ok=True)
             return
-        try:
+        with contextlib.suppress(FileNotFoundError):
             connect(self.uri).delete_file(self.key(path))
-        except FileNotFoundError:
-            pass
 
     def prune(self, folder: Path, pattern: str, keep: Collection[str]) -> None:
         """Remove the files directly in the folder whose names match and are not among `keep`."""
@@ -183,21 +173,32 @@ def open_storage(out: str, scratch: Path | None = None) -> Storage:
     """
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", out):
         return Storage("", local_folder(out))
-    uri = out.rstrip("/") if "?" not in out else out
-    _, base, _ = place(uri)
+    address, mark, query = out.partition("?")
+    uri = address.rstrip("/") + mark + query
+    bucket = place(uri)[1].partition("/")[0]
     above = scratch or Path(os.environ.get("HEDGEMIX_SCRATCH") or tempfile.gettempdir())
     root = above.resolve() / f"hedgemix-{os.getuid()}" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     storage = Storage(uri, root)
     storage.ready()
-    trial, held = Path(f".hedgemix-{secrets.token_hex(8)}"), secrets.token_bytes(16)
     try:
-        storage.write_bytes(trial, held)
-        if storage.read_bytes(trial) != held:
-            raise OSError("a small object did not come back as it was written")
-        storage.remove(trial)
-    except OSError as error:
-        raise RecipeError(f"--out {storage.where(root)}: {cause(error, base.partition('/')[0])}") from None
+        attempt(storage)
+    except (OSError, ArrowException) as error:
+        raise RecipeError(f"--out {storage.where(root)}: {cause(error, bucket)}") from None
     return storage
+
+
+def attempt(storage: Storage) -> None:
+    """Look, write, read and remove a small object."""
+    path, data = storage.root / f".hedgemix-{secrets.token_hex(8)}", secrets.token_bytes(16)
+    try:
+        storage.modified(path)
+    except OSError as error:
+        if "NETWORK_CONNECTION" in str(error):  # which a write would notice much later
+            raise
+    storage.write_bytes(path, data)
+    if storage.read_bytes(path) != data:
+        raise OSError("a small object did not come back as it was written")
+    storage.remove(path)
 
 
 def local_folder(out: str) -> Path:
@@ -217,100 +218,6 @@ def local_folder(out: str) -> Path:
     return folder.resolve()
 
 
-@lru_cache
-def place(uri: str) -> tuple[str, str, dict[str, str]]:
-    """Scheme, bucket/prefix and options of a URI. Raises RecipeError, which never repeats what may be a secret."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("s3", "gs") or not uri.startswith(f"{parts.scheme}://"):
-        raise RecipeError(f"--out: this kind of address is not supported; {ACCEPTED}")
-    if "@" in uri:
-        raise RecipeError(
-            "--out has a user or a key before an @; give credentials by environment variables, a profile or an "
-            "instance role: an address ends in logs and tables"
-        )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,221}", parts.netloc):
-        raise RecipeError(f"--out: what follows {parts.scheme}:// is not the name of a bucket; {ACCEPTED}")
-    if (
-        parts.fragment
-        or not re.fullmatch(r"(/[A-Za-z0-9_=+.-]+)*/?", parts.path)
-        or not plain(parts.path.strip("/"), True)
-    ):
-        raise RecipeError("--out: a prefix has names of letters, digits and ._=+- between single slashes")
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if unknown := sorted(set(options) - set(OPTIONS)):
-        named = ", ".join(name for name in unknown if name.isidentifier())
-        raise RecipeError(
-            f"--out: the option {named or 'after the ?'} is not taken (only {', '.join(OPTIONS)}); credentials come "
-            "from environment variables, a profile or an instance role"
-        )
-    return parts.scheme, (parts.netloc + parts.path).rstrip("/"), options
-
-
-def plain(name: str, empty: bool = False) -> bool:
-    """Whether it is a relative path that stays where it is put."""
-    if not name:
-        return empty
-    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
-
-
-@lru_cache
-def connect(uri: str) -> Any:
-    """pyarrow's file system, one a process, with limits under which a dead store is told in half a minute."""
-    scheme, base, options = place(uri)
-    if scheme == "gs":
-        # An open wire is an emulator's: no token goes over it.
-        limit = timedelta(seconds=15)
-        return fs.GcsFileSystem(anonymous=options.get("scheme") == "http", retry_time_limit=limit, **options)
-    if "region" not in options and "endpoint_override" not in options:
-        options = {**options, "region": fs.resolve_s3_region(base.partition("/")[0])}
-    return fs.S3FileSystem(
-        connect_timeout=CONNECT_SECONDS,
-        request_timeout=ANSWER_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        allow_delayed_open=True,  # a small object is one request
-        **options,
-    )
-
-
-def put_file(filesystem: Any, key: str, path: Path) -> None:
-    with open(path, "rb") as file:
-        put(filesystem, key, file)
-
-
-def put(filesystem: Any, key: str, file: BinaryIO) -> None:
-    """Write the object whole or not at all.
-
-    Closing a stream of pyarrow, or only dropping it, completes the upload with what was written so far, and it has no
-    abort: after a failure the stream must never be closed. It is leaked on purpose; one kept in a list hangs the
-    interpreter's exit.
-    """
-    stream = filesystem.open_output_stream(key, compression=None)  # the default compresses what is named .gz
-    try:
-        while chunk := file.read(CHUNK_BYTES):
-            stream.write(chunk)
-        stream.close()
-    except BaseException:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
-        raise
-
-
-def apart(work: Callable[[], None]) -> None:
-    """Do it on a thread of its own, where Ctrl-C cannot fall between the opening of a stream and its care."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = Thread(target=run, name="put", daemon=True)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-
-
 def private_folder(folder: Path) -> None:
     """Made for this user alone, and refused when another made it: temporary folders are everybody's."""
     try:
@@ -322,19 +229,3 @@ def private_folder(folder: Path) -> None:
         raise RecipeError(f"scratch {folder} belongs to another user; set HEDGEMIX_SCRATCH to a folder of yours")
     if found.st_mode & 0o077:
         folder.chmod(0o700)
-
-
-def cause(error: OSError, bucket: str) -> str:
-    """One line about why a store failed, without secrets."""
-    text = str(error)
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
-        if os.environ.get(name):
-            text = text.replace(os.environ[name], "...")
-    text = re.sub(r"\s*\(Request ID:.*", "", " ".join(text.split()))[:300]
-    if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return f"there is no bucket {bucket}"
-    if re.search("ACCESS_KEY|ACCESS_DENIED|SIGNATURE|TOKEN|InvalidAccessKeyId|HTTP (response code )?403", text):
-        return f"the store refused the credentials, or they may not read, write and remove there ({text})"
-    if "NETWORK_CONNECTION" in text:
-        return f"the store does not answer ({text})"
-    return text
