@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hedgemix.config import Recipe as RecipeType
 from hedgemix.config import from_dict, to_dict
 from hedgemix.recipes import RECIPES, validate
 from pipeline import record
+from pipeline.storage import Storage
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -106,18 +108,13 @@ def test_official_shards_are_used_where_they_lie(
     assert "a_val_000000.bin" in printed
 
 
-def test_a_job_must_not_write_where_its_folder_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = tmp_path / "working_dir_files" / "_ray_pkg_1"
-    inside.mkdir(parents=True)
-    monkeypatch.chdir(inside)
-    with pytest.raises(ValueError, match="absolute"):
-        record.runs_folder(Path("runs"))
-    assert record.runs_folder(tmp_path / "shared").root == tmp_path / "shared"
-
-
 def test_a_record_keeps_to_the_recipe_it_was_begun_with(tmp_path: Path) -> None:
     recipe = RECIPES["laptop"]()
-    record.keep_recipe(tmp_path / "recipe.json", recipe, "mine")
-    record.keep_recipe(tmp_path / "recipe.json", recipe, "mine")
+    storage, path = Storage("", tmp_path), tmp_path / "recipe.json"
+    record.keep_recipe(storage, path, recipe, "mine")
+    record.keep_recipe(storage, path, recipe, "mine")
     with pytest.raises(ValueError, match="record mine was begun with other settings"):
-        record.keep_recipe(tmp_path / "recipe.json", RECIPES["record"](), "mine")
+        record.keep_recipe(storage, path, RECIPES["record"](), "mine")
+    path.write_text("{")  # damaged: nothing else is lost with it
+    record.keep_recipe(storage, path, recipe, "mine")
+    assert json.loads(path.read_text())["recipe"] == "laptop"
