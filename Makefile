@@ -1,5 +1,6 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
-# make test     install, then run every test but the long ones, which are make soak's;  make lint: style and types;  make clean: what tools left behind
+# make test     install, then run every test but the long ones, which make soak runs
+# make lint     style and types;  make clean: what tools left behind
 # make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
 PYTHON ?= python3
 RECIPE ?= laptop

@@ -33,13 +33,22 @@ class Fault:
     rank: int | None = None
     """Only matches in the process of this rank of a process group."""
     kill_rank: int | None = None
-    """Kill this rank's process; None: the process of the match."""
+    """Kill this rank's process, of a command with one group at a time; None: the process of the match."""
+    machine: bool = False
+    """Kill every process of the session: the node of a `testcluster`, or the command with the Ray of its own."""
     name: str = ""
 
 
-def kill(path: str, at: int = 1, event: str = "rename", rank: int | None = None, kill_rank: int | None = None) -> Fault:
+def kill(
+    path: str,
+    at: int = 1,
+    event: str = "rename",
+    rank: int | None = None,
+    kill_rank: int | None = None,
+    machine: bool = False,
+) -> Fault:
     """SIGKILL just before the file is put in its place (or, `event`, opened)."""
-    return Fault(path, event, at, rank=rank, kill_rank=kill_rank)
+    return Fault(path, event, at, rank=rank, kill_rank=kill_rank, machine=machine)
 
 
 def fail(path: str, error: str, at: int = 1, times: int = 1, event: str = "write") -> Fault:

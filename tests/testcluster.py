@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
@@ -29,8 +30,8 @@ CPUS, GPUS = 16, 8
 QUICK = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A killed node refuses its health checks at once and is declared dead after five, 2.5 s instead of 15 s; one that is
-    # only slow has 5 s to answer each.
+    # A killed node refuses its health checks at once and is declared dead after five: 2.5 s, not 15 s. One that is only
+    # slow has 5 s to answer each.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "5000",
@@ -69,6 +70,7 @@ class TestCluster:
     head: Node
     nodes: list[Node] = field(default_factory=list)
     count: int = 0
+    state: Any = None
 
     @property
     def address(self) -> str:
@@ -79,7 +81,7 @@ class TestCluster:
         return {**self.environment, "RAY_ADDRESS": self.address}
 
     def add(self, cpus: int = CPUS, gpus: int = GPUS) -> Node:
-        """Start one more node; returns when the cluster has it. Two that start at once on one host can block each other."""
+        """Start one more node; returns when the cluster has it: two that start at once can block each other."""
         self.count += 1
         options = [f"--address={self.address}", "--dashboard-agent-listen-port=0", "--min-worker-port=0"]
         name = f"node{self.count}"
@@ -103,6 +105,19 @@ class TestCluster:
         except Exception:  # Ray's own errors for a head that is not there yet, or no more
             return {}
         return {node.node_name: key.hex() for key, node in nodes if node.state == 0}
+
+    def trainings(self) -> list[str]:
+        """The state of every placement group there was: PENDING, CREATED (a job has its machine) or REMOVED."""
+        from ray._private.state import GlobalState
+        from ray._raylet import GcsClientOptions
+
+        if self.state is None:
+            self.state = GlobalState()
+            options = GcsClientOptions.create(
+                self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
+            )
+            self.state._initialize_global_state(options)
+        return [group["state"] for group in self.state.placement_group_table().values()]
 
     def logs(self) -> str:
         """What every `ray start` has said."""

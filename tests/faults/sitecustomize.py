@@ -30,7 +30,7 @@ class Plan:
     def hook(self, event, arguments):
         """Python calls this before it opens or renames a file; what it raises, the caller of `open` gets."""
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             kind = "write" if flags and flags & (os.O_WRONLY | os.O_RDWR) else "read"
         elif event == "os.rename":  # os.replace too
             path, kind = arguments[1], "rename"
@@ -40,19 +40,24 @@ class Plan:
             return
         self.note_rank()
         path = target(os.fsdecode(path))
+        met = []
         for fault in self.faults:
             if fault["event"] == kind and fnmatch.fnmatch(path, fault["path"]) and fault["rank"] in (None, self.rank):
-                number = self.count(fault["name"])
-                if fault["at"] <= number < fault["at"] + fault["times"]:
-                    self.fire(fault, path)
+                met.append((fault, self.count(fault["name"])))
+        for fault, number in met:  # after all have counted: firing ends this
+            if fault["at"] <= number < fault["at"] + fault["times"]:
+                self.fire(fault, path)
 
     def fire(self, fault, path):
         if fault["error"]:
             number = getattr(errno, fault["error"])
             raise OSError(number, os.strerror(number), path)
+        if fault["machine"]:
+            kill_session()
         process = os.getpid()
         if fault["kill_rank"] is not None:
-            process = int(open(os.path.join(self.folder, f"rank-{fault['kill_rank']}")).read())
+            with open(os.path.join(self.folder, f"rank-{fault['kill_rank']}")) as file:
+                process = int(file.read())
         os.kill(process, signal.SIGKILL)
 
     def count(self, name):
@@ -74,6 +79,18 @@ class Plan:
             self.rank = group.get_rank()
             with open(os.path.join(self.folder, f"rank-{self.rank}"), "w") as file:
                 file.write(str(os.getpid()))
+
+
+def kill_session():
+    """SIGKILL to every process of this one's session: a node of testcluster.py, or a command with its own Ray."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                if os.getsid(int(entry)) == os.getsid(0):
+                    os.kill(int(entry), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def target(path):
