@@ -1,12 +1,13 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
-# make test     install, then run every test;  make lint: style and types;  make clean: what tools left behind
+# make test     install, then run every test but the long ones, which make soak runs
+# make lint     style and types;  make clean: what tools left behind
 # make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
 PYTHON ?= python3
 RECIPE ?= laptop
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: record test lint bench clean
+.PHONY: record test soak lint bench clean
 .DEFAULT_GOAL := record
 
 .venv/made:
@@ -32,8 +33,11 @@ record: .venv/installed
 
 # Tests that start a cluster of their own must not share a process with the session's ray.init. Last line: pytest's own.
 test: .venv/installed-dev
-	$(BIN)/pytest -m cluster $(ARGS) || test $$? -eq 5
-	$(BIN)/pytest -m "not cluster" $(ARGS)
+	$(BIN)/pytest -m "cluster and not soak" $(ARGS) || test $$? -eq 5
+	$(BIN)/pytest -m "not cluster and not soak" $(ARGS)
+
+soak: .venv/installed-dev
+	$(BIN)/pytest -m soak $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.suite $(ARGS)

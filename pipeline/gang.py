@@ -27,10 +27,13 @@ class Rank:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def run(self, rank: int, world: int, address: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        backend = "nccl" if ray.get_gpu_ids() else "gloo"
+    def run(self, rank: int, gang: Gang, address: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         dist.init_process_group(
-            backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+            gang.backend,
+            init_method=f"tcp://{address}",
+            rank=rank,
+            world_size=gang.ranks,
+            timeout=COLLECTIVE_TIMEOUT,
         )
         value = work(*arguments)
         # Only after success: leaving the group would wait for ranks that wait for this one. The process ends anyway.
@@ -43,13 +46,14 @@ RankActor = ray.remote(max_restarts=0)(Rank)
 
 @dataclass(frozen=True)
 class Gang:
-    """`ranks` members with `cpus` and `gpus` each. The name is one step's: a gang of that name that is still there
-    belongs to an attempt that died, and is removed."""
+    """`ranks` members with `cpus` and `gpus` each, which speak over `backend`. The name is one step's: a gang of that name
+    that is still there belongs to an attempt that died, and is removed."""
 
     name: str
     ranks: int
     cpus: float
     gpus: float
+    backend: str
 
 
 def run_gang(gang: Gang, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -70,7 +74,7 @@ def run_gang(gang: Gang, work: Callable[..., Any], arguments: tuple[Any, ...]) -
                 RankActor.options(num_cpus=gang.cpus, num_gpus=gang.gpus, scheduling_strategy=place).remote()
             )
         address = ray.get(members[0].address.remote())
-        running = [member.run.remote(i, gang.ranks, address, work, arguments) for i, member in enumerate(members)]
+        running = [member.run.remote(i, gang, address, work, arguments) for i, member in enumerate(members)]
         return finish(running)
     finally:
         for member in members:

@@ -68,6 +68,11 @@ def use_cpus(cpus: float) -> None:
     torch.set_num_threads(max(1, int(cpus)))
 
 
+def backend(gpus_per_worker: float) -> str:
+    """What ranks speak over: their GPUs, or their host."""
+    return "nccl" if gpus_per_worker else "gloo"
+
+
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train would
     take it for a lost worker and try again."""
@@ -116,7 +121,7 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job, "seed": seed, "step": step},
-            torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo", timeout_s=600),
+            torch_config=TorchConfig(backend=backend(compute.gpus_per_worker), timeout_s=600),
             scaling_config=ScalingConfig(
                 num_workers=compute.workers,
                 use_gpu=bool(compute.gpus_per_worker),
@@ -200,7 +205,8 @@ def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
     compute, step = job.recipe.compute, steps.evaluate
     if compute.evaluate_workers == 1:
         return perform(step, lambda: evaluate_rank(job, steps, counts), job.origin)
-    gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, compute.gpus_per_worker)
+    gpus = compute.gpus_per_worker
+    gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, gpus, backend(gpus))
     return perform(step, lambda: run_gang(gang, evaluate_rank, (job, steps, counts)), job.origin)
 
 

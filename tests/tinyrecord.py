@@ -35,8 +35,8 @@ def arguments(text: Path, out: Path, *options: str) -> list[str]:
     return [*TINY, "--data.paths", str(text), "--out", str(out), *options]
 
 
-def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """The command in a process group of its own, its output as one text."""
+def start(options: list[str], cwd: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """The command in a process group of its own, its output as one text; `environment` is added to this process's."""
     return subprocess.Popen(
         [*COMMAND, *options],
         cwd=cwd,
@@ -44,12 +44,12 @@ def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
 
 
-def run(options: list[str], cwd: Path) -> tuple[int, str]:
+def run(options: list[str], cwd: Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Exit code and output."""
-    process = start(options, cwd)
+    process = start(options, cwd, environment)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output

@@ -1,0 +1,178 @@
+"""Seeds over the machines of a cluster: the command, real training and evaluation, on pretended GPUs.
+
+The time is the start of processes, a few seconds of two cores for each of five a seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from pathlib import Path
+
+import fault
+import pandas as pd
+import pytest
+import testcluster
+import tinyrecord
+from testcluster import TestCluster
+
+BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final"]
+WHOLE = ["--compute.gpus-per-worker", "8"]
+"""One worker takes all of a machine."""
+EIGHT = ["--compute.workers", "8", "--compute.gpus-per-worker", "1", "--compute.evaluate-workers", "8"]
+
+Undisturbed = tuple[Path, int, str]
+
+
+class Followed:
+    """A record on a cluster, watched from outside while it runs."""
+
+    def __init__(self, cluster: TestCluster, text: Path, out: Path, seeds: int, *options: str) -> None:
+        self.cluster, self.out, self.seeds = cluster, out, seeds
+        names = [str(1 + seed) for seed in range(seeds)]
+        arguments = tinyrecord.arguments(text, out, "--seeds", *names, "--record", "tiny", *options)
+        self.process: subprocess.Popen[str] = tinyrecord.start(arguments, out, cluster.command_environment())
+        self.most = self.most_machines = 0
+        """Trainings that had a machine, and machines, at once."""
+
+    def waiting(self) -> int:
+        return self.look().count("PENDING")
+
+    def placed(self) -> int:
+        return self.look().count("CREATED")
+
+    def look(self) -> list[str]:
+        states = self.cluster.trainings()
+        machines = len(self.cluster.alive()) - 1
+        self.most, self.most_machines = max(self.most, states.count("CREATED")), max(self.most_machines, machines)
+        return states
+
+    def until(self, *, waiting: int | None = None, placed: int | None = None) -> None:
+        """Follow it until so many trainings wait for a machine, or have one."""
+
+        def reached() -> bool:
+            states = self.look()
+            return (waiting, placed) == (
+                None if waiting is None else states.count("PENDING"),
+                None if placed is None else states.count("CREATED"),
+            )
+
+        testcluster.until(reached, 200, lambda: f"{self.cluster.trainings()} {self.process.poll()}")
+
+    def end(self) -> pd.DataFrame:
+        """Follow it to its end; its rows, by seed. Every seed must be done."""
+        deadline = time.monotonic() + 500
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.look()
+            time.sleep(0.1)
+        self.process.kill()
+        output, _ = self.process.communicate()
+        assert self.process.returncode == 0, output
+        rows = pd.read_parquet(self.out / "tiny.parquet").set_index("seed")
+        assert len(rows) == self.seeds and list(rows.status) == ["done"] * self.seeds
+        assert all(rows[column].between(0, 20).all() for column in BITS)
+        return rows
+
+    def idle_cost(self, seconds: float) -> tuple[float, int]:
+        """CPU seconds of the command and of all on the head, and lines logged, while this much time goes by."""
+        pids = [self.process.pid, *self.cluster.head.pids()]
+        used, lines = testcluster.cpu_seconds(pids), self.log_lines()
+        time.sleep(seconds)
+        return testcluster.cpu_seconds(pids) - used, self.log_lines() - lines
+
+    def log_lines(self) -> int:
+        """Lines that workers, Train's controllers among them, and the driver have logged."""
+        lines = 0
+        for path in (self.cluster.folder / "ray").rglob("logs/**/*"):
+            if path.name.startswith(("worker-", "ray-train-")):
+                with contextlib.suppress(OSError):
+                    lines += path.read_bytes().count(b"\n")
+        return lines
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def expected(undisturbed: Undisturbed) -> dict[str, float]:
+    table = pd.read_parquet(undisturbed[0] / "tiny.parquet").set_index("seed")
+    return {column: table.loc[1, column] for column in BITS}
+
+
+@pytest.mark.slow
+def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path: Path) -> None:
+    with testcluster.cluster(0, fault.pretend_gpus()) as cluster:
+        record = Followed(cluster, text, tmp_path, 2, *WHOLE)
+        record.until(waiting=2)
+        time.sleep(2)  # their controllers have just started
+        cpu, lines = record.idle_cost(5)
+        print(f"two seeds waiting 5 s: {cpu:.2f} CPU seconds, {lines} lines logged")
+        assert cpu < 2.5 and lines < 20
+        assert record.placed() == 0
+        cluster.add()
+        record.until(placed=1)
+        cluster.add()
+        record.end()
+        assert record.most <= record.most_machines == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("machines", [1, 2, 3])
+def test_no_more_seeds_train_at_once_than_there_are_machines(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, machines: int
+) -> None:
+    with testcluster.cluster(machines, fault.pretend_gpus()) as cluster:
+        record = Followed(cluster, text, tmp_path, 3, *WHOLE)
+        rows = record.end()
+        assert 1 <= record.most <= machines
+        assert {column: rows.loc[1, column] for column in BITS} == expected(undisturbed)
+
+
+@pytest.mark.soak
+def test_eight_workers_of_a_seed_share_one_of_two_machines(text: Path, tmp_path: Path) -> None:
+    with testcluster.cluster(2, fault.pretend_gpus()) as cluster:
+        record = Followed(cluster, text, tmp_path, 3, *EIGHT)
+        rows = record.end()
+        assert set(rows.workers) == {8}
+
+
+@pytest.mark.soak
+def test_a_cluster_grows_to_its_limit_for_seeds_and_shrinks_after_them(text: Path, tmp_path: Path) -> None:
+    with testcluster.cluster(0, fault.pretend_gpus(), autoscale=2, idle_minutes=0.1) as cluster:
+        assert len(cluster.alive()) == 1
+        record = Followed(cluster, text, tmp_path, 3, *WHOLE)
+        record.end()
+        assert record.most_machines == 2 and record.most <= 2
+        cluster.wait(1, 60)
+
+
+@pytest.mark.soak
+def test_a_machine_lost_in_training_is_replaced_by_another(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path
+) -> None:
+    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3, machine=True))
+    out = tmp_path / "runs"
+    out.mkdir()
+    with testcluster.cluster(2, {**fault.pretend_gpus(), **plan.environment()}) as cluster:
+        often = ["--compute.checkpoint-seconds", "0", "--compute.max-restarts", "1"]
+        rows = Followed(cluster, text, out, 1, *WHOLE, *often).end()
+        plan.check()
+        assert len(cluster.alive()) == 2  # the head and the one that is left
+        assert rows.loc[1, "restarts"] == 1
+        assert {column: rows.loc[1, column] for column in BITS} == expected(undisturbed)
+
+
+@pytest.mark.soak
+def test_a_cluster_that_was_lost_whole_costs_the_work_since_the_last_checkpoint(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path
+) -> None:
+    with testcluster.cluster(1, fault.pretend_gpus()) as cluster:
+        record = Followed(cluster, text, tmp_path, 1, *WHOLE)
+        testcluster.until(lambda: bool(list(tmp_path.glob("_steps/quantize-*"))), 200, cluster.logs)
+        cluster.kill()
+        record.process.communicate(timeout=120)
+        assert record.process.returncode == 1
+        cluster.restart(1)
+        rows = Followed(cluster, text, tmp_path, 1, *WHOLE).end()
+        assert {column: rows.loc[1, column] for column in BITS} == expected(undisturbed)
