@@ -131,11 +131,14 @@ def cause(error: Exception, bucket: str) -> str:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
         if os.environ.get(name):
             text = text.replace(os.environ[name], "...")
-    text = re.sub(r"\s*\(Request ID:.*", "", " ".join(text.split()))[:300]
-    if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
+    text = re.sub(r"\s*\(Request ID:.*", "", " ".join(text.split()))
+    said = text if len(text) <= 300 else text[:300] + "..."
+    if "NO_SUCH_BUCKET" in text or isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket}"
-    if re.search("ACCESS_KEY|ACCESS_DENIED|SIGNATURE|TOKEN|InvalidAccessKeyId|HTTP (response code )?403", text):
-        return f"the store refused the credentials, or they may not read, write and remove there ({text})"
-    if "NETWORK_CONNECTION" in text:
-        return f"the store does not answer ({text})"
-    return text
+    if re.search("NETWORK_CONNECTION|UNAVAILABLE|CURL error", text):
+        return f"the store does not answer ({said})"
+    if re.search(
+        "ACCESS_KEY|ACCESS_DENIED|SIGNATURE|TOKEN|InvalidAccessKeyId|PERMISSION_DENIED|UNAUTHENTICATED|403", text
+    ):
+        return f"the store refused the credentials, or they may not read, write, remove and list there ({said})"
+    return said

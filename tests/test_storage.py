@@ -23,6 +23,8 @@ from pipeline import objects, storage
 from pipeline.storage import Storage, open_storage
 from tests.objectstore import BUCKET, KEYS, StoreServer, free_port, store_process, store_server
 
+PACKED = gzip.compress(b"a" * 1000)
+
 __all__ = ["store_process", "store_server"]
 
 
@@ -70,7 +72,7 @@ def test_round_trip(store_server: StoreServer, tmp_path: Path) -> None:
     files = {
         "_steps/train-1/checkpoint-5.pt": os.urandom(20 * 2**20 + 7),
         "_steps/train-1/empty": b"",
-        "_steps/train-1/trace.jsonl.gz": gzip.compress(b"a" * 1000),  # pyarrow would unpack it on the way
+        "_steps/train-1/trace.jsonl.gz": PACKED,  # pyarrow would unpack it on the way
         "tiny.zst": b"not zstd",
     }
     for name, data in files.items():
@@ -328,14 +330,14 @@ def test_google_storage(google_emulator: str, tmp_path: Path) -> None:
     here, there = (open_storage(f"gs://records/runs{google_emulator}", tmp_path / name) for name in ("here", "there"))
     big = os.urandom(20 * 2**20)
     here.push(written(here, "_steps/a/big", big))
-    here.write_bytes(here.root / "x.gz", gzip.compress(b"a"))
-    assert here.names(here.root) == {"_steps/a/big": len(big), "x.gz": len(gzip.compress(b"a"))}
+    here.write_bytes(here.root / "x.gz", PACKED)
+    assert here.names(here.root) == {"_steps/a/big": len(big), "x.gz": len(PACKED)}
     assert there.pull(there.root / "_steps/a/big") and (there.root / "_steps/a/big").read_bytes() == big
-    assert there.read_bytes(there.root / "x.gz") == gzip.compress(b"a")
+    assert there.read_bytes(there.root / "x.gz") == PACKED
     assert (there.modified(there.root / "x.gz") or 0) > time.time() - 60
     with pytest.raises(KeyboardInterrupt):
         objects.put(objects.connect(here.uri), here.key(here.root / "x.gz"), Broken(big))
-    assert there.read_bytes(there.root / "x.gz") == gzip.compress(b"a")
+    assert there.read_bytes(there.root / "x.gz") == PACKED
     here.remove(here.root / "x.gz")
     assert not there.pull(there.root / "x.gz") and there.read_bytes(there.root / "x.gz") is None
     with pytest.raises(RecipeError, match="there is no bucket missing"):
