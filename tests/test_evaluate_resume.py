@@ -31,12 +31,13 @@ from hedgemix.restart import Restart
 
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
+SLIDING = replace(NO_TTT, order="sliding")
 CONFIGS: dict[str, EvaluateConfig] = {
     "polyak": CONFIG,
     "no_polyak": NO_POLYAK,
     "no_ttt": NO_TTT,
     "sliding": replace(CONFIG, order="sliding"),
-    "sliding_no_ttt": replace(NO_TTT, order="sliding"),
+    "sliding_no_ttt": SLIDING,
 }
 CHUNKS = 5
 
@@ -75,7 +76,7 @@ def killing(after: int, heard: list[dict[str, Any]] | None = None) -> Callable[[
     return log
 
 
-def score(case: Case, folder: Path, config: EvaluateConfig = CONFIG, log: Any = None, **options: Any) -> Any:
+def score(case: Case, folder: Path, config: EvaluateConfig = NO_TTT, log: Any = None, **options: Any) -> Any:
     """One start, with a checkpoint after every chunk unless options say otherwise."""
     start = Restart(folder, **{"checkpoint_seconds": 0.0} | options)
     return case.score(config, trace=folder / "trace.jsonl", log=log or (lambda record: None), start=start)
@@ -95,7 +96,7 @@ def chunks_scored(case: Case, folder: Path, **options: Any) -> int:
     """How many chunks another start scores; its numbers must be those of an undisturbed one."""
     heard: list[dict[str, Any]] = []
     result = score(case, folder, log=heard.append, **options)
-    assert (numbers(result), trace(folder)) == UNDISTURBED["polyak"]
+    assert (numbers(result), trace(folder)) == UNDISTURBED["no_ttt"]
     return len(heard)
 
 
@@ -210,18 +211,18 @@ def test_lines_go_on_behind_those_taken_up(tmp_path: Path, more: bytes) -> None:
 def test_a_checkpoint_of_something_else_is_not_taken_up(case: Case, killed: Path, tmp_path_factory: Any) -> None:
     """Another configuration, then another artifact, then another text; each leaves the next a checkpoint too many."""
     heard: list[dict[str, Any]] = []
-    result = score(case, killed, NO_POLYAK, heard.append)
-    assert (numbers(result), trace(killed)) == UNDISTURBED["no_polyak"] and len(heard) == CHUNKS
+    result = score(case, killed, SLIDING, heard.append)
+    assert (numbers(result), trace(killed)) == UNDISTURBED["sliding_no_ttt"] and len(heard) == CHUNKS
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(case.folder / "counts", other / "counts")
     found = artifact.read(case.artifact)
     artifact.write(other / "model.hmx", found.header | {"seed": 1}, found.tokenizer, found.tensors, 3)
     heard = []
-    again = score(replace(case, folder=other), killed, NO_POLYAK, heard.append)
+    again = score(replace(case, folder=other), killed, SLIDING, heard.append)
     assert numbers(again) == numbers(result) and len(heard) == CHUNKS
     text = replace(case, tokens=case.tokens[::-1].copy())
     with pytest.raises(ValueError, match="counts another text"):
-        score(text, killed, NO_POLYAK)
+        score(text, killed, SLIDING)
     assert not list(killed.glob("*.pt"))
 
 
@@ -245,9 +246,9 @@ def test_seconds_count_over_starts_and_what_was_lost_stays_used(case: Case, tmp_
     """A checkpoint at 20 s, killed at 30 s, the other two chunks in 20 s; then anew, with no checkpoint left."""
     seconds = Seconds(kill_after=3)
     with pytest.raises(Killed):
-        score(case, tmp_path, log=seconds.log, now=seconds, checkpoint_seconds=15)
+        score(case, tmp_path, CONFIG, seconds.log, now=seconds, checkpoint_seconds=15)
     seconds = Seconds(kill_after=-1)
-    result = score(case, tmp_path, log=seconds.log, now=seconds, checkpoint_seconds=15)
+    result = score(case, tmp_path, CONFIG, seconds.log, now=seconds, checkpoint_seconds=15)
     noted = {"elapsed_seconds": 50.0, "starts": 2, "discarded_seconds": 0.0, "lost_seconds": 10.0}
     assert result.evaluate_seconds == 50 and read_json(tmp_path / "clock.json") == noted
     phases = [json.loads(line)["seconds"] for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
@@ -256,7 +257,7 @@ def test_seconds_count_over_starts_and_what_was_lost_stays_used(case: Case, tmp_
     for path in tmp_path.glob("*.pt"):
         path.unlink()
     seconds = Seconds(kill_after=-1)
-    assert score(case, tmp_path, log=seconds.log, now=seconds).evaluate_seconds == 50
+    assert score(case, tmp_path, CONFIG, seconds.log, now=seconds).evaluate_seconds == 50
     assert read_json(tmp_path / "clock.json") == noted | {
         "starts": 3,
         "discarded_seconds": 50.0,
