@@ -29,7 +29,7 @@ from pipeline import stages
 from pipeline.gang import Gang, run_gang
 from pipeline.notice import Notice
 from pipeline.runs import SeedSteps
-from pipeline.steps import Made, Step, clocked, fetch, keep, perform, resuming
+from pipeline.steps import Made, Step, clocked, fetch, forget, keep, perform, resuming
 
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
@@ -203,11 +203,17 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
 def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
     """The score, by one rank in this process or by a gang this task waits for."""
     compute, step = job.recipe.compute, steps.evaluate
-    if compute.evaluate_workers == 1:
-        return perform(step, lambda: evaluate_rank(job, steps, counts), job.origin)
-    gpus = compute.gpus_per_worker
-    gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, gpus, backend(gpus))
-    return perform(step, lambda: run_gang(gang, evaluate_rank, (job, steps, counts)), job.origin)
+
+    def work() -> Made:
+        if compute.evaluate_workers == 1:
+            return evaluate_rank(job, steps, counts)
+        gpus = compute.gpus_per_worker
+        gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, gpus, backend(gpus))
+        return run_gang(gang, evaluate_rank, (job, steps, counts))
+
+    result = perform(step, work, job.origin)
+    forget(step)
+    return result
 
 
 def one_worker(job: Job) -> dict[str, Any]:
