@@ -46,8 +46,8 @@ RankActor = ray.remote(max_restarts=0)(Rank)
 
 @dataclass(frozen=True)
 class Gang:
-    """`ranks` members with `cpus` and `gpus` each, which speak over `backend`. The name is one step's: a gang of that name
-    that is still there belongs to an attempt that died, and is removed."""
+    """`ranks` members with `cpus` and `gpus` each, which speak over `backend`. The name is one step's: a gang of that
+    name that is still there belongs to an attempt that died, and is removed."""
 
     name: str
     ranks: int

@@ -53,12 +53,13 @@ class Followed:
 
         def reached() -> bool:
             states = self.look()
+            assert self.process.poll() is None, self.process.communicate()[0]
             return (waiting, placed) == (
                 None if waiting is None else states.count("PENDING"),
                 None if placed is None else states.count("CREATED"),
             )
 
-        testcluster.until(reached, 200, lambda: f"{self.cluster.trainings()} {self.process.poll()}")
+        testcluster.until(reached, 200, lambda: str(self.cluster.trainings()))
 
     def end(self) -> pd.DataFrame:
         """Follow it to its end; its rows, by seed. Every seed must be done."""
