@@ -26,7 +26,7 @@ class Marks:
     """Finds the modules above in front of Python's own finder, and changes them once they are loaded."""
 
     def __init__(self, folder: str) -> None:
-        self.file = open(os.path.join(folder, f"{os.getpid()}.jsonl"), "a", buffering=1)
+        self.file = open(os.path.join(folder, f"{os.getpid()}.jsonl"), "a", buffering=1)  # noqa: SIM115
         self.note("process", time.monotonic(), 0.0, argv=" ".join(sys.orig_argv)[:400])
 
     def note(self, name: str, began: float, began_cpu: float, **more: object) -> None:
