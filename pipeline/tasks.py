@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from hedgemix import ranks
 from hedgemix.config import Recipe
@@ -30,8 +28,7 @@ from pipeline.runs import SeedSteps, Step, perform
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
 
-ONE_CALL: dict[str, Any] = {"max_calls": 1, "max_retries": 2, "retry_exceptions": [OSError]}
-"""A process a task: a worker that Ray used again would keep the memory, and the choice, of its first GPU."""
+RETRIED: dict[str, Any] = {"max_retries": 2, "retry_exceptions": [OSError]}
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job, seed, folder = config["job"], config["seed"], Path(config["folder"])
     recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
-        torch.cuda.set_device(ray.train.torch.get_device())
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
     use_cpus(recipe.compute.cpus_per_worker)
     if not folder.is_dir():  # the driver's machine made it
         return {"error": f"--out is not on storage that this node shares: {folder} is not there"}
@@ -83,6 +82,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     """Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes on
     from the checkpoint in the step's folder with the budget that is left."""
+    # Half a second to import, which the other tasks' processes do not have to spend.
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     compute = job.recipe.compute
 
     def fit() -> dict[str, Any]:
@@ -118,14 +121,12 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     return perform(step, fit, job.origin)
 
 
-@ray.remote(**ONE_CALL)
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     log = job.log(seed, "score")
     return perform(step, lambda: stages.score_stage(job.recipe, job.dataset, train.folder, log), job.origin)
 
 
-@ray.remote(**ONE_CALL)
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     job.log(seed, "quantize")({})
@@ -133,7 +134,6 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     return perform(step, work, job.origin)
 
 
-@ray.remote(**ONE_CALL)
 def count(job: Job, step: Step) -> dict[str, Any]:
     """The n-gram index of the validation text, shared by every seed."""
     return perform(step, lambda: stages.counts_stage(job.recipe, job.dataset, step.folder), job.origin)
@@ -145,7 +145,6 @@ def evaluate_rank(job: Job, artifact: str, counts: str, folder: str, seed: int) 
     return stages.evaluate_stage(job.recipe, job.dataset, Path(artifact), Path(counts), Path(folder), log, job.profile)
 
 
-@ray.remote(**ONE_CALL)
 def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dict[str, Any]:
     """The score, by one rank in this process or by a gang this task waits for."""
     compute = job.recipe.compute
@@ -156,6 +155,12 @@ def evaluate(job: Job, step: Step, artifact: str, counts: str, seed: int) -> dic
     return perform(step, lambda: run_gang(gang, evaluate_rank, arguments), job.origin)
 
 
+def task(job: Job, function: Callable[..., Any]) -> Any:
+    """As a Ray task. On a GPU in a process of its own: a worker that Ray used again would keep the memory, and the
+    choice, of its first GPU. On a CPU in one that is there already, with its imports, a few seconds sooner."""
+    return ray.remote(max_calls=1 if job.recipe.compute.gpus_per_worker else 0, **RETRIED)(function)
+
+
 def one_worker(job: Job) -> dict[str, Any]:
     """The resources of a task that uses one worker's share of a node."""
     compute = job.recipe.compute
@@ -163,11 +168,11 @@ def one_worker(job: Job) -> dict[str, Any]:
 
 
 def start_quantize(job: Job, steps: SeedSteps) -> Any:
-    return quantize.options(**one_worker(job)).remote(job, steps.quantize, steps.train, steps.seed)
+    return task(job, quantize).options(**one_worker(job)).remote(job, steps.quantize, steps.train, steps.seed)
 
 
 def start_score(job: Job, steps: SeedSteps) -> Any:
-    return score_full.options(**one_worker(job)).remote(job, steps.score, steps.train, steps.seed)
+    return task(job, score_full).options(**one_worker(job)).remote(job, steps.score, steps.train, steps.seed)
 
 
 def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
@@ -175,8 +180,8 @@ def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
     alone = {"num_cpus": job.evaluate_cpus, "num_gpus": compute.gpus_per_worker}
     options = alone if compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
     artifact, index = steps.quantize.folder / stages.ARTIFACT, counts.folder / stages.INDEX
-    return evaluate.options(**options).remote(job, steps.evaluate, str(artifact), str(index), steps.seed)
+    return task(job, evaluate).options(**options).remote(job, steps.evaluate, str(artifact), str(index), steps.seed)
 
 
 def start_counts(job: Job, counts: Step) -> Any:
-    return count.options(num_cpus=1, resources=HEAD).remote(job, counts)
+    return task(job, count).options(num_cpus=1, resources=HEAD).remote(job, counts)
