@@ -35,6 +35,7 @@ from hedgemix.ngram import NgramIndex
 from hedgemix.stream import chunk_rows, chunks
 from hedgemix.ttt import Adapter
 from pipeline import results, runs
+from pipeline.storage import Storage
 
 MIXER = MixerConfig()
 """The default under test; a record's own mixer settings are not used."""
@@ -101,7 +102,7 @@ def main(options: Options) -> None:
     if not len(table):
         sys.exit(f"error: {options.table} has no finished row of these seeds")
     recipe = from_dict(Recipe, json.loads(table.iloc[0].config))
-    folder = options.data or runs.data_step(options.table.resolve().parent, recipe.data).folder
+    folder = options.data or runs.data_step(Storage("", options.table.resolve().parent), recipe.data).folder
     text = dataset.load(folder)
     stream = dataset.valid_stream(text)
     tokens = stream.read(0, min(len(stream), options.tokens or len(stream)))

@@ -31,6 +31,7 @@ from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
 from hedgemix.files import write_json
 from pipeline import record, runs
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "HEDGEMIX_MARKS"
@@ -66,7 +67,7 @@ def main(options: Options) -> str:
     scratch = Path(tempfile.mkdtemp(prefix="overhead-", dir=options.out.resolve()))
     try:
         with runs.machine_to_itself(lambda: say("a record is at work on this machine; waiting for it")):
-            record.prepare(recipe_of(options, 1, scratch)[0], scratch / "text", Console(stderr=True))
+            record.prepare(recipe_of(options, 1, scratch)[0], Storage("", scratch / "text"), Console(stderr=True))
             for turn in range(turns):
                 for workers in options.workers:
                     sides = found.setdefault(workers, {"plain": [], "ray": []})

@@ -32,6 +32,7 @@ from hedgemix.files import load_tensors
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from pipeline import results, runs
+from pipeline.storage import Storage
 
 NO_LIMIT = 2**62
 PUBLISHED = QuantizeConfig(method="reference", scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22)
@@ -148,7 +149,7 @@ def main(options: Options) -> None:
     text = dataset.load(Path(table.iloc[0].dataset_path))
     found = []
     for number in table.seed.tolist():
-        folder = runs.seed_steps(options.table.resolve().parent, recipe, text, number).train.folder
+        folder = runs.seed_steps(Storage("", options.table.resolve().parent), recipe, text, number).train.folder
         if not (folder / "moments.pt").exists():
             sys.exit(f"error: {folder} has no moments.pt; run the record again with this version")
         with tempfile.TemporaryDirectory() as scratch:

@@ -15,6 +15,7 @@ from hedgemix import dataset as datasets
 from hedgemix.config import to_dict
 from hedgemix.files import write_json
 from pipeline import record, runs
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +59,7 @@ def test_the_phases_are_all_of_the_time_without_work() -> None:
 @pytest.mark.slow
 def test_the_plain_side_does_a_whole_seed_and_is_marked(text: Path, tmp_path: Path) -> None:
     recipe, _ = record.parse(["laptop", *tinyrecord.arguments(text, tmp_path)])
-    record.prepare(recipe, tmp_path, Console(quiet=True))
+    record.prepare(recipe, Storage("", tmp_path), Console(quiet=True))
     write_json(tmp_path / "recipe.json", to_dict(recipe))
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -73,8 +74,8 @@ def test_the_plain_side_does_a_whole_seed_and_is_marked(text: Path, tmp_path: Pa
     command = [*launch, *stages, "--recipe", str(tmp_path / "recipe.json")]
     with timeline.Sampler(f"{overhead.MARKS}={marks}", seconds=0.05) as sampler:
         subprocess.run(command, env=environment, check=True, timeout=300)
-    dataset = datasets.load(runs.data_step(tmp_path, recipe.data).folder)
-    assert runs.seed_steps(tmp_path, recipe, dataset, 1).done()
+    dataset = datasets.load(runs.data_step(Storage("", tmp_path), recipe.data).folder)
+    assert runs.seed_steps(Storage("", tmp_path), recipe, dataset, 1).done()
     found = Command(0, 1, 1, timeline.read(marks), sampler.found)
     assert len(found.named("train_step")) == recipe.train.steps
     assert {mark.name for mark in found.named(*timeline.WORK)} == set(timeline.WORK)

@@ -14,7 +14,7 @@ import time
 
 WRAPPED = {
     "ray": ("init", "shutdown"),
-    "pipeline.runs": ("perform",),
+    "pipeline.steps": ("perform",),
     "pipeline.stages": ("train_stage", "score_stage", "quantize_stage", "counts_stage", "evaluate_stage"),
     "hedgemix.train": ("Run.train_step",),
     "torch.distributed.distributed_c10d": ("init_process_group",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ import tyro
 
 from hedgemix import dataset as datasets
 from hedgemix import ranks
+from hedgemix.checkpoint import nothing
+from hedgemix.clock import never
 from hedgemix.config import Recipe, from_dict
 from hedgemix.files import read_json, silent
 from pipeline import runs, stages
+from pipeline.steps import Made, Step, keep, perform
+from pipeline.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -39,30 +44,39 @@ def main(options: Options) -> None:
     torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    dataset = datasets.load(runs.data_step(options.runs, recipe.data).folder)
-    steps = runs.seed_steps(options.runs, recipe, dataset, options.seed)
-    counts = runs.counts_step(options.runs, recipe, dataset)
+    storage = Storage("", options.runs)
+    dataset = datasets.load(runs.data_step(storage, recipe.data).folder)
+    steps = runs.seed_steps(storage, recipe, dataset, options.seed)
+    counts = runs.counts_step(storage, recipe, dataset)
     trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
     artifact, index = exported / stages.ARTIFACT, counts.folder / stages.INDEX
-    work: dict[str, tuple[runs.Step, Callable[[], dict[str, Any]]]] = {
-        "train": (steps.train, lambda: stages.train_stage(recipe, dataset, options.seed, trained, silent)),
+    alone = silent, False, nothing, never
+    work: dict[str, tuple[Step, Callable[[], dict[str, Any]]]] = {
+        "train": (
+            steps.train,
+            lambda: stages.train_stage(recipe, dataset, options.seed, trained, silent, None, nothing, never),
+        ),
         "quantize": (steps.quantize, lambda: stages.quantize_stage(recipe, dataset, options.seed, trained, exported)),
         "score": (steps.score, lambda: stages.score_stage(recipe, dataset, trained, silent)),
         "counts": (counts, lambda: stages.counts_stage(recipe, dataset, counts.folder)),
         "evaluate": (
             steps.evaluate,
-            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, silent),
+            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, *alone),
         ),
     }
     for name in options.stages:
         step, stage = work[name]
         step.folder.mkdir(parents=True, exist_ok=True)
         if ranks.rank() == 0:
-            runs.perform(step, stage, {})
+            perform(step, partial(made, step, stage), {})
         else:
             stage()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def made(step: Step, stage: Callable[[], dict[str, Any]]) -> Made:
+    return keep(step, stage())
 
 
 if __name__ == "__main__":
