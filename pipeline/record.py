@@ -3,6 +3,7 @@
     python pipeline/record.py                      the recipe for this machine: laptop, or single_gpu with a GPU
     python pipeline/record.py RECIPE --help        every field of a recipe, with its default
     python pipeline/record.py RECIPE --plan        what it would ask for and do, without doing it
+    python pipeline/record.py --status DIR         how far each record of a runs folder is, from any machine
 
 The same command again does only what is missing. Exit code: 0 every seed is done, 1 one is not, 2 something is wrong
 with the recipe, the data or the machine, 130 stopped by Ctrl-C.
@@ -18,6 +19,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before the imports below, which take seconds and start threads
+    if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
+        from pipeline import status
+
+        sys.exit(status.main(sys.argv[1:]))
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray's processes and ours learn from this that nothing outside may reach a Ray of this machine alone: they
+        # then listen on loopback instead of on every address.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 # Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
 # notice anything), and how long it waits for a node before it asks anew.
@@ -139,6 +150,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
         keep_recipe(storage, folder / "recipe.json", recipe, record)
         dataset, data = prepare(recipe, storage, console)
         steps = {seed: runs.seed_steps(storage, recipe, dataset, seed) for seed in options.seeds}
+        runs.keep_steps(storage, record, recipe, dataset, steps.values())
         rows = finished(record, recipe, dataset, steps)
         if rows:
             results.write(storage, rows)
