@@ -75,6 +75,8 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
     if not re.fullmatch(r"[a-z]+-[0-9a-f]+", name):
         return State(kind, "damaged", "steps.json names no step")
     folder = storage.root / "_steps" / name
+    if not storage.remote and folder.is_file():
+        return State(kind, "damaged", f"a file is in the place of the folder {name}")
     try:
         if (result := read(storage, folder / "result.json")) is not None:
             score = number(inner(result, "result").get("bpb_final"))
@@ -93,8 +95,6 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
         done = fraction(storage, folder, kind, recipe, chunks, used)
         notes = [f"{100 * done:.0f} %" if done is not None else "", f"sign of life {duration(age)} ago", *notes]
         return State(kind, "at work" if age < QUIET_SECONDS else "stopped", joined(*notes), used, starts)
-    except NotADirectoryError:
-        return State(kind, "damaged", f"a file is in the place of the folder {name}")
     except DamagedError as error:
         return State(kind, "damaged", str(error))
 
@@ -171,8 +171,6 @@ def read(storage: Storage, path: Path) -> dict[str, Any] | None:
     try:
         content = storage.read_bytes(path)
         found = None if content is None else json.loads(content)
-    except NotADirectoryError:
-        raise
     except (ValueError, RecursionError, IsADirectoryError, PermissionError) as error:
         why = f" ({error.strerror})" if isinstance(error, OSError) else ""
         raise DamagedError(f"{path.name} is damaged{why}") from None

@@ -89,7 +89,7 @@ class Storage:
             return held.getvalue() if self._fetch(path, held) else None
         try:
             return (self.root / self.inside(path)).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def pull(self, path: Path) -> bool:
