@@ -101,6 +101,19 @@ def load(folder: str | Path) -> Dataset:
     return dataclasses.replace(_with_paths(dataset, lambda path: str(root / path)), folder=str(root))
 
 
+def check_places(dataset: Dataset, config: DataConfig) -> None:
+    """Raise RecipeError when a loaded dataset names files that its source did not give: a dataset.json that others can
+    write must not choose what is read, since the tokenizer goes into the artifact as it is."""
+    folder = Path(dataset.folder if config.source != "shards" else config.shards_dir)
+    mine = {path.resolve() for path in folder.iterdir()}
+    if config.source == "shards" and config.tokenizer:
+        mine.add(Path(config.tokenizer).resolve())
+    for path in (*dataset.train_shards, *dataset.valid_shards, dataset.tokenizer):
+        place = Path(path).resolve()
+        if place not in mine or (config.source != "shards" and place.parent != folder.resolve()):
+            raise RecipeError(f"{dataset.folder}/{FILE_NAME} names {path}, which is not of data.source; remove it")
+
+
 def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) -> None:
     """Raise RecipeError when there are fewer tokens than one training batch or one scored window takes."""
     source = {"docs": "data.packages", "text": "data.paths", "shards": "data.shards_dir"}[dataset.source]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +33,8 @@ FIRST_REST_SECONDS = 1.0
 STAGES = ("train", "quantize", "score", "evaluate")
 ERRORS_OF_THE_OTHERS = ("Connection closed", "Connection reset", "NCCL", "gloo", "HealthCheck")
 """What ranks say that only noticed another one fail."""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Ray's frames have them, also in a file."""
 
 
 @dataclass
@@ -164,10 +167,11 @@ class Drive:
             self.keep_error(seed, stage, error)
 
     def keep_error(self, seed: int, stage: str, error: Exception) -> None:
-        """The whole error beside the step's files; the row has room for a line of it."""
+        """The row's line and the whole error, beside the step's files."""
         step = getattr(self.seeds[seed], stage)
         with contextlib.suppress(OSError):
-            step.storage.write_bytes(step.folder / "error.txt", str(error).encode())
+            text = f"{explain(error)}\n\n{COLOURS.sub('', str(error))}\n"
+            step.storage.write_bytes(step.folder / "error.txt", text.encode())
 
     def rows(self) -> list[Row]:
         return [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import IO, Any
 
 from hedgemix.config import RecipeError
 from pipeline.storage import Storage
@@ -42,10 +42,8 @@ def hold(
     local = storage.ready() / storage.inside(path)
     local.parent.mkdir(parents=True, exist_ok=True)
     with open(local, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(refusal(storage, path)) from None
+        if not locked(file):
+            raise RecipeError(refusal(storage, path))
         if not storage.remote:
             yield lambda: False
             return
@@ -55,6 +53,19 @@ def hold(
             yield lease.lost.is_set
         finally:
             lease.release()
+
+
+def locked(file: IO[str], patience_seconds: float = 0.5) -> bool:
+    """Take the lock; a status that tries it holds it for an instant, a driver until its end."""
+    until = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.05)
 
 
 def refusal(storage: Storage, path: Path, host: str = "") -> str:

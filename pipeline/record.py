@@ -3,15 +3,17 @@
     python pipeline/record.py                      the recipe for this machine: laptop, or single_gpu with a GPU
     python pipeline/record.py RECIPE --help        every field of a recipe, with its default
     python pipeline/record.py RECIPE --plan        what it would ask for and do, without doing it
+    python pipeline/record.py --status DIR         how far each record of a runs folder is, from any machine
 
 The same command again does only what is missing. Exit code: 0 every seed is done, 1 one is not, 2 something is wrong
-with the recipe, the data or the machine, 130 stopped by Ctrl-C.
+with the recipe, the data or the machine, 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the imports below, which take seconds and start threads
+    if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
+        from pipeline import status
+
+        sys.exit(status.main(sys.argv[1:]))
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray's processes and ours learn from this that nothing outside may reach a Ray of this machine alone: they
+        # then listen on loopback instead of on every address.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 # Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
 # notice anything), and how long it waits for a node before it asks anew.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloured in a job's log too
 
 import ray
 import tyro
@@ -124,8 +137,9 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     )
     if len(set(options.seeds)) != len(options.seeds) or not options.seeds:
         raise RecipeError(f"--seeds {options.seeds}: name at least one seed, and each once")
-    if any(character in options.record for character in "/\\") or options.record.startswith((".", "_")):
-        raise RecipeError(f"--record {options.record!r} names a file; leave out slashes and a leading . or _")
+    record = options.record
+    if any(character in record for character in "/\\") or record.startswith((".", "_")) or not record.isprintable():
+        raise RecipeError(f"--record {record!r} names a file; leave out slashes, controls and a leading . or _")
     return Recipe(recipe=name, **{part: getattr(options, part) for part in parts}), options
 
 
@@ -144,6 +158,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
         keep_recipe(storage, folder / "recipe.json", recipe, record)
         dataset, data = prepare(recipe, storage, console)
         steps = {seed: runs.seed_steps(storage, recipe, dataset, seed) for seed in options.seeds}
+        runs.keep_steps(storage, record, recipe, dataset, steps.values())
         rows = finished(record, recipe, dataset, steps)
         if rows:
             results.write(storage, rows)
@@ -200,6 +215,7 @@ def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset
         set_aside(step)
         perform(step, work, origin())
     dataset = datasets.load(step.folder)
+    datasets.check_places(dataset, recipe.data)
     datasets.check(dataset, recipe.train.batch_tokens + 1, recipe.evaluate.window_tokens + 1)
     calibration = recipe.train.calibration_sequences * recipe.train.sequence_tokens
     if dataset.train_tokens <= calibration:
@@ -216,9 +232,7 @@ def ray_started(console: Console) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with ExitStack() as held:
         if driver.on_cluster():
-            # Our processes there are not this one's children.
-            settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-            ray.init(**quiet, runtime_env={"env_vars": settings})
+            ray.init(**quiet, runtime_env={"env_vars": train_settings()})
         else:
             busy = "another record is at work on this machine; waiting for it"
             held.enter_context(runs.machine_to_itself(lambda: console.print(busy)))
@@ -226,10 +240,20 @@ def ray_started(console: Console) -> Iterator[None]:
             for name, value in ALONE.items():
                 os.environ.setdefault(name, value)
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        # Ray's own handler would end this process without a word; `ray job stop` then waits three seconds.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def train_settings() -> dict[str, str]:
+    """What our processes on a cluster, which are not this one's children, are told of this one's environment: how Ray
+    Train works, and nothing else. What the job was submitted with reaches them by itself, and Ray refuses it twice."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    there = (told.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") and name not in there}
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ Layout under the runs folder (names beginning with _ are skipped by `pandas.read
 
     <record>.parquet              one row a seed
     _steps/<kind>-<key>/          result.json, written last, and what the step made
-    _records/<record>/            recipe.json, record.lock
+    _records/<record>/            recipe.json, steps.json (the names of its steps), record.lock
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import bundle, corpus
+from hedgemix import bundle, corpus, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline.steps import Step
@@ -120,6 +121,23 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
 
 def record_folder(storage: Storage, record: str) -> Path:
     return storage.root / "_records" / record
+
+
+def keep_steps(storage: Storage, record: str, recipe: Recipe, dataset: Dataset, seeds: Iterable[SeedSteps]) -> None:
+    """Leave in steps.json what names the record's steps, for who watches it without its data: {"seeds": {seed: {kind:
+    name}}, "counts": name, "chunks": of an evaluation}. Seeds of earlier commands stay."""
+    path = record_folder(storage, record) / "steps.json"
+    try:
+        begun = dict(json.loads(storage.read_bytes(path) or b"")["seeds"])
+    except (ValueError, KeyError, TypeError):  # new, or damaged
+        begun = {}
+    names = {str(each.seed): {step.kind: step.name for step in each.all()} for each in seeds}
+    told = {
+        "seeds": begun | names,
+        "counts": counts_step(storage, recipe, dataset).name,
+        "chunks": len(stream.chunks(dataset.valid_tokens, recipe.evaluate.chunk_tokens)),
+    }
+    storage.write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hedgemix.checkpoint import Kept
 from hedgemix.clock import Clock
 from hedgemix.files import sha256_of, write_json
 from pipeline.mirror import Mirror
+from pipeline.objects import plain
 from pipeline.storage import Storage
 
 RESULT = "result.json"
@@ -66,8 +67,7 @@ class Step:
             found = json.loads(self.storage.read_bytes(self.folder / RESULT) or b"")
         except ValueError:
             return None
-        whole = isinstance(found, dict) and found.get("key") == self.key and isinstance(found.get("files"), dict)
-        return found if whole else None
+        return found if whole(found) and found["key"] == self.key else None
 
     def done(self) -> bool:
         return self.record() is not None
@@ -77,6 +77,26 @@ class Step:
         if record is None:
             raise FileNotFoundError(f"step {self.name} has no result in {self.folder}")
         return record["result"]
+
+
+def whole(found: Any) -> bool:
+    """Whether it has the shape of a result.json, and every file it names lies in the step's folder: others may write
+    there too."""
+    kinds: dict[str, Any] = {
+        "key": str,
+        "result": dict,
+        "seconds": (int, float),
+        "attempts": int,
+        "lost_seconds": (int, float),
+    }
+    kinds |= {"started_at": str, "finished_at": str, "origin": dict, "reads": dict, "files": dict, "kind": str}
+    return (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(sums, dict) for sums in found["reads"].values())
+        and all(plain(name) and isinstance(told, dict) for name, told in found["files"].items())
+        and all({"bytes", "sha256"} <= told.keys() for told in found["files"].values())
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,7 @@ def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dic
         return record["result"]
     step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(step.folder)
     with held(step.folder / "step.lock"):
         if (record := step.record()) is not None:
             return record["result"]
@@ -125,6 +146,14 @@ def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dic
         write_json(step.folder / RESULT, record)
         step.storage.push(step.folder / RESULT)
     return made.result
+
+
+def refuse_links(folder: Path) -> None:
+    """Logs are written on at their place, and a link there would lead the writing to a file outside. Raises
+    ValueError. The runs folder itself may be a link, or lie behind one."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, and a step's files must lie in its folder; remove it")
 
 
 def now() -> str:
@@ -159,6 +188,8 @@ def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
     path = step.folder / name
     if told is None:
         raise DamagedStepError(step.name, f"it made no {name}")
+    if not plain(name) or not path.resolve().is_relative_to(step.folder.resolve()):
+        raise DamagedStepError(step.name, f"{name!r} leads out of {step.folder}")
     for attempt in ("what is here", "a fresh copy"):
         if attempt == "a fresh copy" and not (step.storage.remote and step.storage.pull(path)):
             break
@@ -198,6 +229,7 @@ def resuming(step: Step) -> Iterator[Kept]:
     files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait for it."""
     step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(step.folder)
     with held(step.folder / "writer.lock"):
         if step.storage.remote:
             bring(step)

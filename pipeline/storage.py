@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +26,7 @@ from hedgemix.config import RecipeError
 from hedgemix.files import replacing
 from pipeline.objects import CHUNK_BYTES, apart, cause, connect, place, plain, put, put_file
 
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 TRIES = 3
 """Of reading an object that is replaced meanwhile."""
 
@@ -88,7 +89,7 @@ class Storage:
             return held.getvalue() if self._fetch(path, held) else None
         try:
             return (self.root / self.inside(path)).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def pull(self, path: Path) -> bool:
@@ -171,20 +172,45 @@ def open_storage(out: str, scratch: Path | None = None) -> Storage:
     `scratch` (else $HEDGEMIX_SCRATCH, else the temporary folder) holds the working copy of an object store, at the same
     path on every node. Raises RecipeError with the cause; no message repeats a URI that may hold a secret.
     """
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", out):
+    if not REMOTE.match(out):
         return Storage("", local_folder(out))
+    storage = store(out, scratch)
+    storage.ready()
+    with told(storage, "--out"):
+        attempt(storage)
+    return storage
+
+
+def look_at(out: str) -> Storage:
+    """The storage that is there already, to read small files of; makes and writes nothing. Raises RecipeError."""
+    if not REMOTE.match(out):
+        folder = Path(out)
+        if not folder.is_dir():
+            raise RecipeError(f"--status {out} is no folder; name the runs folder that --out named")
+        return Storage("", folder.resolve())
+    storage = store(out)
+    with told(storage, "--status"):
+        storage.modified(storage.root / "any")
+    return storage
+
+
+def store(out: str, scratch: Path | None = None) -> Storage:
+    """The storage of an address, not tried."""
     address, mark, query = out.partition("?")
     uri = address.rstrip("/") + mark + query
-    bucket = place(uri)[1].partition("/")[0]
+    place(uri)
     above = scratch or Path(os.environ.get("HEDGEMIX_SCRATCH") or tempfile.gettempdir())
-    root = above.resolve() / f"hedgemix-{os.getuid()}" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    storage = Storage(uri, root)
-    storage.ready()
+    return Storage(uri, above.resolve() / f"hedgemix-{os.getuid()}" / hashlib.sha256(uri.encode()).hexdigest()[:16])
+
+
+@contextlib.contextmanager
+def told(storage: Storage, option: str) -> Iterator[None]:
+    """A store that fails is a RecipeError with the cause."""
     try:
-        attempt(storage)
+        yield
     except (OSError, ArrowException) as error:
-        raise RecipeError(f"--out {storage.where(root)}: {cause(error, bucket)}") from None
-    return storage
+        bucket = place(storage.uri)[1].partition("/")[0]
+        raise RecipeError(f"{option} {storage.where(storage.root)}: {cause(error, bucket)}") from None
 
 
 def attempt(storage: Storage) -> None:

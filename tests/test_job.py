@@ -1,8 +1,9 @@
-"""`ray job submit` against a head node on this machine: the same table as without it."""
+"""`ray job submit` against a head node on this machine: the same table as without it, and what a job adds to that."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,21 +13,41 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import fault
 import pandas as pd
 import pytest
 import tinyrecord
 from ray.job_submission import JobSubmissionClient
+
+from hedgemix import clock
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 COLUMNS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "artifact_sha256", "total_bytes"]
 
 
+HOME = ("data/train.bin", "runs/tiny.parquet", ".venv/bin/python", ".ray-token/auth_token", "bench/numbers.json")
+"""What a package must not hold: large, or secret."""
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    temporary: Path
+
+    def packages(self, job: Any) -> list[Path]:
+        """The unpacked working directory of the job on the node."""
+        name = Path(job.runtime_env["working_dir"]).stem
+        return list(self.temporary.glob(f"session_2*/runtime_resources/working_dir_files/{name}"))
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """A head node with a dashboard on loopback; its address. Only its own processes are killed after."""
+def head() -> Iterator[Head]:
+    """A head node with a dashboard on loopback. Only its own processes are killed after."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,7 +67,7 @@ def head() -> Iterator[str]:
             except Exception:
                 assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
                 time.sleep(0.5)
-        yield address
+        yield Head(address, Path(temporary))
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(2)
@@ -57,22 +78,131 @@ def head() -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_submitted_job_writes_the_same_table(
-    head: str, undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path
+def submit(head: str, folder: Path, *options: str, **variables: str) -> list[str]:
+    """The command line that runs the record as a job, with `folder` as its working directory."""
+    command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", str(folder)]
+    if variables:
+        command += ["--runtime-env-json", json.dumps({"env_vars": variables})]
+    return [*command, "--", "python", "pipeline/record.py", "laptop", *options]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def last_job(head: str) -> Any:
+    """What Ray knows about the job that was submitted last."""
+    return max(JobSubmissionClient(head).list_jobs(), key=lambda job: job.start_time)
+
+
+def processes(out: Path) -> list[int]:
+    """Processes whose command line or open files name the runs folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            opened = [os.readlink(file) for file in (process / "fd").iterdir()]
+            if int(process.name) != os.getpid() and any(name.startswith(str(out)) for name in opened):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project outside git, with what stays at home beside it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("hedgemix", "pipeline"):
+        shutil.copytree(tinyrecord.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", ".gitignore"):
+        shutil.copy(tinyrecord.ROOT / name, folder)
+    for name in HOME:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("stays at home")
+    return folder
+
+
+def test_a_job_s_table_log_package_and_exit_code(
+    head: Head, undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path, project: Path
 ) -> None:
-    options = tinyrecord.arguments(text, tmp_path, "--seeds", "1", "--record", "tiny")
-    command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", str(tinyrecord.ROOT)]
-    done = subprocess.run(
-        [*command, "--", "python", "pipeline/record.py", "laptop", *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    """One job of two seeds: the environment it was given reaches driver and workers, where it kills the quantization
+    once; a file in the place of the second seed's training folder fails that seed."""
+    out = tmp_path / "runs"
+    in_the_way = next(path for path in undisturbed[0].glob("_steps/train-*") if path.is_file())
+    (out / "_steps").mkdir(parents=True)
+    (out / "_steps" / in_the_way.name).write_text("in the way")
+    plan = fault.Plan(tmp_path / "faults", fault.kill("*/artifact.hmx"))
+    options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny", "--compute.max-restarts", "1")
+    given = {**plan.environment(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}
+    done = run(submit(head.address, project, *options, **given))
+    plan.check()
+    job = last_job(head.address)
+    assert done.returncode == 1 and (job.status, job.driver_exit_code) == ("FAILED", 1), done.stdout + done.stderr
+
+    table = pd.read_parquet(out / "tiny.parquet").set_index("seed")
+    theirs = pd.read_parquet(undisturbed[0] / "tiny.parquet").set_index("seed")
+    assert list(table.status) == ["done", "failed"] and table.error[2] == theirs.error[2].replace(
+        str(undisturbed[0]), str(out)
     )
+    assert {column: table[column][1] for column in COLUMNS} == {column: theirs[column][1] for column in COLUMNS}
+
+    log = run([str(BIN / "ray"), "job", "logs", "--address", head.address, job.submission_id]).stdout
+    assert "bits per byte of" in log and "seed 1: quantize was lost, starts again: WorkerCrashedError" in log
+    assert not [character for character in log if not character.isprintable() and character != "\n"]
+    lines = [line for line in log.splitlines() if line.strip()]
+    assert len(set(lines)) == len(lines) and not [line for line in lines if "Traceback" in line or "INFO" in line]
+
+    [package] = head.packages(job)
+    sent = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert {"pipeline/record.py", "hedgemix/train.py", "pyproject.toml"} <= sent
+    assert not [name for name in HOME if name in sent] and "stays at home" not in log
+
+    # Done seeds alone: the command finds nothing to do, and the job has succeeded.
+    done = run(submit(head.address, project, *options[: options.index("--seeds") + 2], *options[-4:], **given))
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_recipe_that_cannot_run_is_a_failed_job(head: Head, text: Path, tmp_path: Path, project: Path) -> None:
+    """The client tells 0 or 1 alone; the command's own code stands in the job's information."""
+    options = tinyrecord.arguments(text, Path("runs"))
+    done = run(submit(head.address, project, *options))
+    assert done.returncode == 1 and "give an absolute path" in done.stdout, done.stdout + done.stderr
+    assert last_job(head.address).driver_exit_code == 2
+
+
+@pytest.mark.soak
+def test_a_stopped_job_goes_on_as_the_same_job(head: Head, text: Path, tmp_path: Path, project: Path) -> None:
+    """`ray job stop` in the middle of training: pending rows, no process of ours; then the numbers of an undisturbed
+    record, its time charged once."""
+    steps = ["--seeds", "1", "--record", "tiny", "--train.steps", "600", "--compute.checkpoint-seconds", "1"]
+    (tmp_path / "calm").mkdir()
+    code, output = tinyrecord.run(tinyrecord.arguments(text, tmp_path / "calm", *steps), tmp_path)
+    assert code == 0, output
+    calm = pd.read_parquet(tmp_path / "calm").iloc[0]
+
+    out = tmp_path / "runs"
+    command = submit(head.address, project, *tinyrecord.arguments(text, out, *steps))
+    assert run([*command[: command.index("--")], "--no-wait", *command[command.index("--") :]]).returncode == 0
+    job, client = last_job(head.address), JobSubmissionClient(head.address)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("_steps/train-*/checkpoint.json")):
+        assert time.monotonic() < deadline, client.get_job_logs(job.submission_id)
+        time.sleep(0.1)
+    assert run([str(BIN / "ray"), "job", "stop", "--address", head.address, job.submission_id]).returncode == 0
+    log = client.get_job_logs(job.submission_id)
+    assert "stopped; the same command goes on from here" in log, log
+    stopped = pd.read_parquet(out).iloc[0]
+    assert stopped.status == "pending" and pd.isna(stopped.error)
+    deadline = time.monotonic() + 20
+    while processes(out):
+        assert time.monotonic() < deadline, processes(out)
+        time.sleep(0.2)
+    [noted] = out.glob("_steps/train-*/clock.json")
+    used = clock.read(noted)
+    assert used["starts"] == 1 and not list(out.glob("_steps/train-*/result.json"))
+
+    done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout and "bits per byte of" in done.stdout
-    mine = pd.read_parquet(tmp_path).iloc[0]
-    theirs = pd.read_parquet(undisturbed[0] / "tiny.parquet")
-    theirs = theirs[theirs.seed == 1].iloc[0]
-    assert mine.status == "done"
-    assert {column: mine[column] for column in COLUMNS} == {column: theirs[column] for column in COLUMNS}
+    row = pd.read_parquet(out).iloc[0]
+    assert row.status == "done" and row.restarts == 1
+    assert {column: row[column] for column in COLUMNS} == {column: calm[column] for column in COLUMNS}
+    assert row.train_seconds > used["elapsed_seconds"] and row.lost_seconds < used["elapsed_seconds"]

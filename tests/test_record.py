@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import tinyrecord
 
-from pipeline import record, runs
+from pipeline import record, runs, standing
+from pipeline.storage import Storage
 
 pytestmark = pytest.mark.slow
 
@@ -81,17 +82,33 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     assert changed.bpb_quantized == before.bpb_quantized
 
 
+def stands(storage: Storage) -> tuple[list[standing.State], str]:
+    """The states of the steps, none before they are named, and whether a driver is at work."""
+    folder = storage.root / "_records" / "tiny"
+    told = standing.read(storage, folder / "steps.json")
+    found = [state for _, state in standing.states(storage, told, {})] if told else []
+    return found, standing.driver(storage, folder / "record.lock")
+
+
 def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
     undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path
 ) -> None:
     options = tinyrecord.arguments(text, tmp_path, "--seeds", "1", "--record", "tiny")
     process = tinyrecord.start(options, tmp_path)
     deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("_steps/train-*/result.json")):
+    at_work: set[str] = set()
+    storage = Storage("", tmp_path)
+    while "evaluate" not in at_work:
         assert process.poll() is None and time.monotonic() < deadline
+        told, drivers = stands(storage)
+        at_work |= {state.step for state in told if state.state == "at work"}
         time.sleep(0.05)
+    assert "train" in at_work and drivers == "a driver is at work"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    told, drivers = stands(storage)
+    assert drivers == "no driver"
+    assert [state.state for state in told if state.step in ("train", "evaluate")] == ["done", "at work"]
     trained = next(tmp_path.glob("_steps/train-*/result.json"))
     at = trained.stat().st_mtime_ns
     assert not list(tmp_path.glob("_steps/evaluate-*/result.json"))

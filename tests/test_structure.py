@@ -38,19 +38,37 @@ def under(names: set[str], *roots: str) -> set[str]:
     return {name for name in names for root in roots if name == root or name.startswith(root + ".")}
 
 
+PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve")
+RUN_CODE = ("eval", "exec", "compile", "os.system", "os.popen", "torch.jit.load", "torch.hub.load", "torch.package")
+UNSAFE_CALLS = (*RUN_CODE, "yaml.load", "yaml.full_load", "yaml.unsafe_load", "pd.read_pickle", "pandas.read_pickle")
+
+
 def unsafe_loads(source: str) -> Iterator[int]:
-    """Lines that could run code from a file: pickle, and torch.load unless it says weights_only=True."""
+    """Lines that could run code from a file: pickle in any dress, torch.load unless it says weights_only=True, and what
+    runs text or a shell."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             names = {alias.name for alias in node.names} | {module}
-            if under(names, "pickle", "cloudpickle", "dill", "joblib") or (module == "torch" and "load" in names):
+            loads = module in ("torch", "numpy", "yaml") and "load" in names
+            if under(names, *PICKLES) or loads or (module == "os" and "system" in names):
                 yield node.lineno
-        elif isinstance(node, ast.Call) and called(node) == "torch.load":
+        elif isinstance(node, ast.Call):
             keywords = {k.arg: k.value for k in node.keywords}
-            value = keywords.get("weights_only")
-            if not (isinstance(value, ast.Constant) and value.value is True):
+            must_say = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+            name, value = must_say.get(called(node).replace("numpy.", "np."), ("", None))
+            risks = (
+                name and not constant(keywords.get(name), value),
+                under({called(node)}, *UNSAFE_CALLS),
+                "allow_pickle" in keywords and not constant(keywords["allow_pickle"], False),
+                "shell" in keywords and not constant(keywords["shell"], False),
+            )
+            if any(risks):
                 yield node.lineno
+
+
+def constant(node: ast.expr | None, value: bool | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
 
 
 def name_of(path: Path) -> str:
@@ -107,6 +125,22 @@ def test_the_import_check_sees_each_form(source: str, names: set[str]) -> None:
         ("torch.load(f)", [1]),
         ("torch.load(f, weights_only=False)", [1]),
         ("torch.load(f, weights_only=True)", []),
+        ("from numpy import load", [1]),
+        ("np.load(f)", [1]),
+        ("np.load(f, allow_pickle=True)", [1]),
+        ("np.load(f, allow_pickle=False)", []),
+        ("np.lib.format.read_array(f, allow_pickle=how)", [1]),
+        ("import marshal", [1]),
+        ("pd.read_pickle(f)", [1]),
+        ("yaml.load(f)", [1]),
+        ("yaml.safe_load(f)", []),
+        ("eval(text)", [1]),
+        ("model.eval()", []),
+        ("exec(text)", [1]),
+        ("re.compile(text)", []),
+        ("torch.jit.load(f)", [1]),
+        ("os.system(text)", [1]),
+        ("subprocess.run(text, shell=True)", [1]),
     ],
 )
 def test_the_load_check_sees_each_form(source: str, lines: list[int]) -> None:
