@@ -89,15 +89,16 @@ class Cluster:
         name = f"node{self.count}"
         options += ["--max-worker-port=0", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--node-name={name}"]
         self.nodes.append(Node(name, start(options, self.environment, self.folder / f"{name}.log")))
-        until(lambda: name in self.alive(), START_SECONDS, self.logs)
+        until(lambda: name in self.alive().values(), START_SECONDS, self.logs)
         return self.nodes[-1]
 
     def wait(self, alive: int, seconds: float = 30) -> None:
         """Until so many nodes, the head among them, are alive."""
-        until(lambda: len(self.alive()) == alive, seconds, lambda: f"{sorted(self.alive())} {self.logs()}")
+        until(lambda: len(self.alive()) == alive, seconds, lambda: f"{sorted(self.alive().values())} {self.logs()}")
 
     def alive(self) -> dict[str, str]:
-        """Name and hex id of every node that Ray takes to be alive; none while there is no head."""
+        """Hex id and name of every node that Ray takes to be alive; none while there is no head. Machines that the
+        autoscaler made have one name."""
         from ray._raylet import GcsClient
 
         assert self.head.process.poll() is None, self.logs()
@@ -106,7 +107,7 @@ class Cluster:
             nodes = GcsClient(address=self.address).get_all_node_info(timeout=5).items()
         except Exception:  # Ray's own errors for a head that is not there yet, or no more
             return {}
-        return {node.node_name: key.hex() for key, node in nodes if node.state == 0}
+        return {key.hex(): node.node_name for key, node in nodes if node.state == 0}
 
     def trainings(self) -> list[str]:
         """The state of every placement group there was: PENDING, CREATED (a job has its machine) or REMOVED."""
@@ -131,7 +132,7 @@ class Cluster:
         from ray.core.generated import autoscaler_pb2
 
         accepted, reason = GcsClient(address=self.address).drain_node(
-            self.alive()[node.name],
+            next(key for key, name in self.alive().items() if name == node.name),
             autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
             "the machine is to be taken away",
             int((time.time() + seconds) * 1000),

@@ -57,6 +57,11 @@ from pipeline.storage import Storage, open_storage
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""
 
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_worker_niceness": "0"}
+"""For a Ray on this machine alone: nobody takes the machine away with a warning, so no process has to listen for one
+during training; and training, which runs in Ray's workers, gives way to other programs no more than it would outside
+(Ray starts workers with niceness 15)."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -218,6 +223,8 @@ def ray_started(console: Console) -> Iterator[None]:
             busy = "another record is at work on this machine; waiting for it"
             held.enter_context(runs.machine_to_itself(lambda: console.print(busy)))
             console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
+            for name, value in ALONE.items():
+                os.environ.setdefault(name, value)
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         try:
             yield

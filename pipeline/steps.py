@@ -168,6 +168,14 @@ def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
     raise DamagedStepError(step.name, f"{path} is damaged ({state}, or with another sum)")
 
 
+def forget(step: Step) -> None:
+    """Remove the checkpoints of a finished step."""
+    for path in step.folder.glob("checkpoint*"):
+        path.unlink(missing_ok=True)
+    if step.storage.remote:
+        step.storage.prune(step.folder, "checkpoint*", ())
+
+
 def set_aside(step: Step) -> None:
     """Make a finished step whose files are damaged one to do: it goes on from its last checkpoint, if it has one.
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from hedgemix import ranks
 from hedgemix.checkpoint import Checkpoints, Kept, nothing
@@ -29,14 +26,10 @@ from pipeline import stages
 from pipeline.gang import Gang, run_gang
 from pipeline.notice import Notice
 from pipeline.runs import SeedSteps
-from pipeline.steps import Made, Step, clocked, fetch, keep, perform, resuming
+from pipeline.steps import Made, Step, clocked, fetch, forget, keep, perform, resuming
 
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
-
-ONE_CALL: dict[str, Any] = {"max_calls": 1, "max_retries": 0}
-"""A process a task: a worker that Ray used again would keep the memory, and the choice, of its first GPU. The driver
-starts lost tasks again, so that one place counts."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job, seed, step = config["job"], config["seed"], config["step"]
     recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
-        torch.cuda.set_device(ray.train.torch.get_device())
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
     use_cpus(recipe.compute.cpus_per_worker)
     if not job.data.folder.is_dir() and not step.storage.uri:
         return {"error": f"--out is not on storage that this node shares: {job.data.folder} is not there"}
@@ -111,6 +106,10 @@ def one_writer(job: Job, step: Step) -> Iterator[Kept]:
 def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     """Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes on
     from the checkpoint in the step's folder with the budget that is left."""
+    # Half a second to import, which the other tasks' processes do not have to spend.
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     compute = job.recipe.compute
 
     def fit() -> Made:
@@ -147,7 +146,6 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     return perform(step, fit, job.origin)
 
 
-@ray.remote(**ONE_CALL)
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     log = job.log(seed, "score")
@@ -160,7 +158,6 @@ def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     return perform(step, work, job.origin)
 
 
-@ray.remote(**ONE_CALL)
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
     job.log(seed, "quantize")({})
@@ -173,7 +170,6 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     return perform(step, work, job.origin)
 
 
-@ray.remote(**ONE_CALL)
 def count(job: Job, step: Step) -> dict[str, Any]:
     """The n-gram index of the validation text, shared by every seed."""
 
@@ -199,15 +195,27 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
         return keep(step, result, reads) if ranks.rank() == 0 else Made(result, {}, {})
 
 
-@ray.remote(**ONE_CALL)
 def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
     """The score, by one rank in this process or by a gang this task waits for."""
     compute, step = job.recipe.compute, steps.evaluate
-    if compute.evaluate_workers == 1:
-        return perform(step, lambda: evaluate_rank(job, steps, counts), job.origin)
-    gpus = compute.gpus_per_worker
-    gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, gpus, backend(gpus))
-    return perform(step, lambda: run_gang(gang, evaluate_rank, (job, steps, counts)), job.origin)
+
+    def work() -> Made:
+        if compute.evaluate_workers == 1:
+            return evaluate_rank(job, steps, counts)
+        gpus = compute.gpus_per_worker
+        gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, gpus, backend(gpus))
+        return run_gang(gang, evaluate_rank, (job, steps, counts))
+
+    result = perform(step, work, job.origin)
+    forget(step)
+    return result
+
+
+def task(job: Job, function: Callable[..., Any]) -> Any:
+    """As a Ray task. On a GPU in a process of its own: a worker that Ray used again would keep the memory, and the
+    choice, of its first GPU. On a CPU in one that is there already, with its imports, a few seconds sooner. The driver
+    starts lost tasks again, so that one place counts."""
+    return ray.remote(max_calls=1 if job.recipe.compute.gpus_per_worker else 0, max_retries=0)(function)
 
 
 def one_worker(job: Job) -> dict[str, Any]:
@@ -217,19 +225,19 @@ def one_worker(job: Job) -> dict[str, Any]:
 
 
 def start_quantize(job: Job, steps: SeedSteps) -> Any:
-    return quantize.options(**one_worker(job)).remote(job, steps.quantize, steps.train, steps.seed)
+    return task(job, quantize).options(**one_worker(job)).remote(job, steps.quantize, steps.train, steps.seed)
 
 
 def start_score(job: Job, steps: SeedSteps) -> Any:
-    return score_full.options(**one_worker(job)).remote(job, steps.score, steps.train, steps.seed)
+    return task(job, score_full).options(**one_worker(job)).remote(job, steps.score, steps.train, steps.seed)
 
 
 def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
     compute = job.recipe.compute
     alone = {"num_cpus": job.evaluate_cpus, "num_gpus": compute.gpus_per_worker}
     options = alone if compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
-    return evaluate.options(**options).remote(job, steps, counts)
+    return task(job, evaluate).options(**options).remote(job, steps, counts)
 
 
 def start_counts(job: Job, counts: Step) -> Any:
-    return count.options(num_cpus=1, resources=HEAD).remote(job, counts)
+    return task(job, count).options(num_cpus=1, resources=HEAD).remote(job, counts)

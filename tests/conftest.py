@@ -55,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """A record of seeds 1 and 2, a file in place of the second's training folder: runs folder, exit code, output."""
+    """A record of seeds 1 and 2, a folder in the way of the second's lock: runs folder, exit code, output."""
     from rich.console import Console
 
     from pipeline import record, runs
@@ -66,5 +66,5 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     recipe, _ = record.parse(["laptop", *options])
     storage = Storage("", out)
     dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
-    runs.seed_steps(storage, recipe, dataset, 2).train.folder.write_text("in the way")
+    (runs.seed_steps(storage, recipe, dataset, 2).train.folder / "step.lock").mkdir(parents=True)
     return out, *tinyrecord.run(options, out)

@@ -48,7 +48,9 @@ def test_a_failed_seed_is_a_row_with_its_error_and_leaves_the_others_alone(undis
     out, code, output = undisturbed
     failed = row(out, seed=2)
     assert code == 1
-    assert failed.status == "failed" and failed.error.startswith("train: FileExistsError") and "/train-" in failed.error
+    assert (
+        failed.status == "failed" and failed.error.startswith("train: IsADirectoryError") and "/train-" in failed.error
+    )
     assert "seed 2 failed: train: " in output
     assert pd.isna(failed.bpb_final) and row(out).status == "done"
 

@@ -1,0 +1,69 @@
+"""A seed without Ray: its stages, from and into the pipeline's own folders, by processes as torchrun starts them.
+
+torchrun --nproc-per-node 2 -m benchmarks.plain.launch --stages train ...
+python -m benchmarks.plain.launch --stages quantize score counts ...
+torchrun --nproc-per-node 2 -m benchmarks.plain.launch --stages evaluate ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from hedgemix import dataset as datasets
+from hedgemix import ranks
+from hedgemix.config import Recipe, from_dict
+from hedgemix.files import read_json, silent
+from pipeline import runs, stages
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: Path
+    """The runs folder; its data step is done."""
+    recipe: Path
+    """A recipe.json whose compute.cpus_per_worker is not 0."""
+    seed: int
+    stages: tuple[str, ...]
+
+
+def main(options: Options) -> None:
+    recipe = from_dict(Recipe, read_json(options.recipe))
+    torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    dataset = datasets.load(runs.data_step(options.runs, recipe.data).folder)
+    steps = runs.seed_steps(options.runs, recipe, dataset, options.seed)
+    counts = runs.counts_step(options.runs, recipe, dataset)
+    trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
+    artifact, index = exported / stages.ARTIFACT, counts.folder / stages.INDEX
+    work: dict[str, tuple[runs.Step, Callable[[], dict[str, Any]]]] = {
+        "train": (steps.train, lambda: stages.train_stage(recipe, dataset, options.seed, trained, silent)),
+        "quantize": (steps.quantize, lambda: stages.quantize_stage(recipe, dataset, options.seed, trained, exported)),
+        "score": (steps.score, lambda: stages.score_stage(recipe, dataset, trained, silent)),
+        "counts": (counts, lambda: stages.counts_stage(recipe, dataset, counts.folder)),
+        "evaluate": (
+            steps.evaluate,
+            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, silent),
+        ),
+    }
+    for name in options.stages:
+        step, stage = work[name]
+        step.folder.mkdir(parents=True, exist_ok=True)
+        if ranks.rank() == 0:
+            runs.perform(step, stage, {})
+        else:
+            stage()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
