@@ -48,6 +48,10 @@ class Kill:
     """Wall clock of the end of the last of `holders`."""
     recovered_seconds: float | None = None
 
+    def lost(self) -> bool:
+        """Whether the work never went on. A flipped byte that nobody reads again stops nothing."""
+        return self.recovered_seconds is None and self.kind != "byte"
+
 
 @dataclass
 class Bounds:

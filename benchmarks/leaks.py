@@ -17,6 +17,8 @@ from pipeline.steps import ASIDE, RESULT
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SETTLED_SECONDS = 30.0
 """A process takes its memory when it starts: its samples count from this age on."""
+MOST_MIB, MOST_DESCRIPTORS = 10.0, 10.0
+"""A minute."""
 OWN = (RESULT, ASIDE, "clock.json", "*.lock", "error.txt", "checkpoint.json", "log.jsonl", "trace.jsonl", "audit*")
 """Files in a step's folder that are neither made by it nor checkpoints."""
 
@@ -172,6 +174,10 @@ class Trend:
     mib_a_minute: float
     descriptors: int
     descriptors_a_minute: float
+
+    def grows(self) -> bool:
+        """More than can be kept up for a day's record. Of less than three minutes a line tells nothing."""
+        return self.minutes >= 3 and (self.mib_a_minute > MOST_MIB or self.descriptors_a_minute > MOST_DESCRIPTORS)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

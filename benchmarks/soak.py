@@ -13,49 +13,110 @@ be left behind. Writes bench/soak.md and bench/soak.json; exit code 1 when anyth
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 import tyro
 
 from benchmarks import cluster as clusters
-from benchmarks import disturbance, fault, leaks, soakreport
+from benchmarks import disturbance, fault, leaks, machine, verdict
 from benchmarks.cluster import Cluster
 from benchmarks.disturbance import Bounds, Kill
 from benchmarks.leaks import Samples
+from hedgemix import __version__
+from pipeline import results
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "pipeline" / "record.py"), "laptop"]
-RECIPE = """
---record soak --data.source docs --data.packages numpy --data.max-text-bytes 300000 --data.vocab-size 512
---data.valid-fraction 0.1 --data.max-valid-tokens 6000
---model.layers 2 --model.width 64 --model.heads 2 --model.kv-heads 2 --model.mlp-hidden 128
---model.bigram-buckets 256 --model.bigram-width 32 --model.value-embedding-width 32
---train.steps 60 --train.batch-tokens 512 --train.sequence-tokens 64 --train.microbatch-sequences 8
---train.calibration-sequences 8 --train.warmup-steps 1 --train.log-every-steps 5
---evaluate.window-tokens 64 --evaluate.overlap-tokens 64 --evaluate.segment-tokens 512 --evaluate.chunk-tokens 1024
---evaluate.ttt.sequence-tokens 64 --compute.workers 1 --compute.cpus-per-worker 1 --compute.evaluate-workers 2
---compute.checkpoint-seconds 0.5 --compute.max-restarts 30
-""".split()
+RECIPE = [
+    "--record",
+    "soak",
+    "--data.source",
+    "docs",
+    "--data.packages",
+    "numpy",
+    "--data.max-text-bytes",
+    "300000",
+    "--data.vocab-size",
+    "512",
+    "--data.valid-fraction",
+    "0.1",
+    "--data.max-valid-tokens",
+    "6000",
+    "--model.layers",
+    "2",
+    "--model.width",
+    "64",
+    "--model.heads",
+    "2",
+    "--model.kv-heads",
+    "2",
+    "--model.mlp-hidden",
+    "128",
+    "--model.bigram-buckets",
+    "256",
+    "--model.bigram-width",
+    "32",
+    "--model.value-embedding-width",
+    "32",
+    "--train.steps",
+    "60",
+    "--train.batch-tokens",
+    "512",
+    "--train.sequence-tokens",
+    "64",
+    "--train.microbatch-sequences",
+    "8",
+    "--train.calibration-sequences",
+    "8",
+    "--train.warmup-steps",
+    "1",
+    "--train.log-every-steps",
+    "5",
+    "--evaluate.window-tokens",
+    "64",
+    "--evaluate.overlap-tokens",
+    "64",
+    "--evaluate.segment-tokens",
+    "512",
+    "--evaluate.chunk-tokens",
+    "1024",
+    "--evaluate.ttt.sequence-tokens",
+    "64",
+    "--compute.workers",
+    "1",
+    "--compute.cpus-per-worker",
+    "1",
+    "--compute.evaluate-workers",
+    "2",
+    "--compute.checkpoint-seconds",
+    "0.5",
+    "--compute.max-restarts",
+    "30",
+]
 NODE_CPUS = 3
 TICK_SECONDS = 0.2
 SAMPLE_SECONDS = 5.0
 SETTLE_SECONDS = 60.0
 """So long a process may take to end after what it worked for has."""
+RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
+"""Processes that Ray keeps for all jobs."""
 STALLED_MINUTES = 6.0
 """No seed ends for so long: it hangs."""
 
@@ -283,7 +344,7 @@ def settle(soak: Soak) -> list[str]:
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline:
         titles = [leaks.title(pid) for pid in soak.pids()]
-        busy = [name for name in titles if name.startswith("ray::") and not name.startswith("ray::IDLE")]
+        busy = [name for name in titles if name.startswith("ray::") and not name.startswith(RAYS_OWN)]
         groups = [state for state in soak.cluster.trainings() if state != "REMOVED"] if soak.cluster else []
         if not busy and not groups:
             return []
@@ -291,52 +352,32 @@ def settle(soak: Soak) -> list[str]:
     return [f"after the last command: {', '.join(busy + groups)}"]
 
 
-def reference(rank: int, folder: str, seeds: list[int], arguments: list[str]) -> None:
-    """The steps of these seeds as plain functions, without Ray, in two ranks as the recipe says; rank 0 writes
-    reference.json: the results of each seed."""
-    from hedgemix import ranks
-    from hedgemix.checkpoint import nothing
-    from hedgemix.clock import never
-    from hedgemix.files import silent, write_json
-    from pipeline import record, runs, stages
-    from pipeline.storage import Storage
-
-    torch.set_num_threads(1)
-    root = Path(folder)
-    recipe, _ = record.parse(arguments)
-    if rank == 0:
-        dataset, _ = record.prepare(recipe, Storage("", root), record.Console(quiet=True))
-        stages.counts_stage(recipe, dataset, root)
-        found: dict[str, dict[str, Any]] = {}
-        for seed in seeds:
-            here = root / str(seed)
-            stages.train_stage(recipe, dataset, seed, here, silent, None, nothing, never)
-            found[str(seed)] = stages.score_stage(recipe, dataset, here, silent)
-            found[str(seed)] |= stages.quantize_stage(recipe, dataset, seed, here, here)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2, timeout=timedelta(hours=1)
-    )
-    if rank == 1:
-        ranks.barrier()
-        dataset, _ = record.prepare(recipe, Storage("", root), record.Console(quiet=True))
-    else:
-        ranks.barrier()
-    for seed in seeds:
-        here = root / str(seed)
-        result = stages.evaluate_stage(
-            recipe, dataset, here / stages.ARTIFACT, root / stages.INDEX, here, silent, False, nothing, never
-        )
-        if rank == 0:
-            found[str(seed)] |= result
-    if rank == 0:
-        write_json(root / "reference.json", found)
+def leftover(soak: Soak, marker: str, shared: set[str]) -> list[str]:
+    """What is left when everything has been ended: processes, shared memory, temporary files, files of the runs."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (alive := leaks.processes(marker, soak.sessions)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = [f"process {pid} is left: {name[:100]}" for pid, name in alive.items()]
+    found += [f"port {port} is left" for port in sorted(leaks.listening(alive))]
+    memory = {path: size for path, size in leaks.files(Path("/dev/shm")).items() if path not in shared}
+    mapped = leaks.used(memory)
+    temporary = {path: size for path, size in leaks.files(soak.folder / "tmp").items() if not path.endswith(".lock")}
+    for what, left in (
+        ("shared memory", {path: size for path, size in memory.items() if path not in mapped}),
+        ("temporary file", temporary),
+        ("file that no step claims", leaks.unclaimed(soak.runs)),
+    ):
+        found += [f"{what} is left: {path} ({size:,} bytes)" for path, size in sorted(left.items())]
+    return found
 
 
 def main(options: Options) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     marker = f"HEDGEMIX_SOAK={os.getpid()}"
     shared = set(leaks.files(Path("/dev/shm")))
+    about = machine.describe(torch.device("cpu")) | {"ray": ray.__version__, "hedgemix": __version__}
     folder = Path(tempfile.mkdtemp(prefix="hxs", dir="/tmp"))
+    wrong: list[str] = []
     with ExitStack() as stack:
         if not options.keep:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -348,9 +389,8 @@ def main(options: Options) -> int:
             "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "HEDGEMIX_SOAK": str(os.getpid()),
         }  # fmt: skip
         environment.pop("RAY_ADDRESS", None)
-        environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}{os.pathsep}{ROOT}"
+        environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
         soak = Soak(options, folder, environment, None, random.Random(options.seed), random.Random(~options.seed))
-        wrong: list[str] = []
         stack.callback(lambda: disturbance.kill(leaks.processes(marker, soak.sessions)))
         with ExitStack() as machines:
             if options.nodes:
@@ -358,14 +398,85 @@ def main(options: Options) -> int:
                 for _ in range(options.nodes):
                     soak.cluster.add(NODE_CPUS, 0)
             soak.began = soak.progressed = time.monotonic()
-            soak.run()
-            ran = soak.seconds()
-            code = soak.last()
-            wrong += [] if code == 0 else [f"the last command ended with {code}: {soak.tail()}"]
-            wrong += settle(soak)
-            ports = leaks.listening(soak.pids())
-            print(f"{len(ports)} ports, {len(soak.pids())} processes at the end", flush=True)
-    return 0
+            before = len(leaks.listening(soak.pids()))
+            try:
+                soak.run()
+                ran = soak.seconds()
+                code = soak.last()
+                wrong += [] if code == 0 else [f"the last command ended with {code}: {soak.tail()}"]
+                wrong += settle(soak) if soak.cluster else []
+            except (RuntimeError, AssertionError) as error:
+                ran, wrong = soak.seconds(), [*wrong, str(error)]
+            after = len(leaks.listening(soak.pids()))
+        wrong += leftover(soak, marker, shared)
+        seeds = soak.done[:: max(1, len(soak.done) // max(1, options.references))][: options.references]
+        arguments = [*COMMAND[2:], *RECIPE, "--out", str(folder / "calm")]
+        expected = verdict.undisturbed(folder / "calm", seeds, arguments) if seeds else {}
+        rows = results.read(Storage("", soak.runs), soak.runs / "soak.parquet")
+        wrong += verdict.wrong_rows(rows, soak.done, expected)
+        wrong += verdict.wrong_steps(soak.runs, soak.bounds)
+        wrong += [f"{each.kind} at {each.at_seconds:.0f} s: nothing went on" for each in soak.kills if each.lost()]
+        trends = {role: soak.samples.trend(role, ran) for role in sorted({role for role, _ in soak.samples.taken})}
+        wrong += [f"{role} grows: {trend}" for role, trend in trends.items() if trend and trend.grows()]
+        told = {
+            "minutes": ran / 60, "seed": options.seed, "seeds": len(soak.done), "references": seeds, "rows": rows,
+            "kills": [asdict(each) | {"holders": len(each.holders)} for each in soak.kills], "missed": soak.missed,
+            "commands": len(soak.commands), "codes": soak.codes, "bounds": soak.bounds, "trends": trends,
+            "processes": max(count for _, count in soak.processes), "ports": [before, after], "machine": about,
+            "wrong": wrong,
+        }  # fmt: skip
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = markdown(told)
+        (options.out / "soak.json").write_text(json.dumps(told, indent=1, default=vars) + "\n")
+        (options.out / "soak.md").write_text(text)
+        print(text)
+    return 1 if wrong else 0
+
+
+def markdown(told: dict[str, Any]) -> str:
+    """soak.md, from what soak.json holds."""
+    rows, kills, about = told["rows"], told["kills"], told["machine"]
+    attempts, lost = (sum(row[name] or 0 for row in rows) for name in ("attempts", "lost_seconds"))
+    lines = [
+        "# Soak",
+        "",
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, load {about['load']} at the start; torch "
+        f"{about['torch']}, Ray {about['ray']}, Python {about['python']}. {told['minutes']:.1f} minutes of kills, drawn "
+        f"with seed {told['seed']}; {told['seeds']} seeds done, {len(told['references'])} of them compared with an "
+        f"undisturbed run, bit by bit.",
+        "",
+        "| what | |",
+        "|---|---:|",
+        f"| commands started | {told['commands']} |",
+        f"| of them ended by themselves with seeds not done | {sum(code != 0 for code in told['codes'])} |",
+        f"| attempts of steps (four a seed undisturbed) | {attempts} |",
+        f"| seconds of work that were lost | {lost:.1f} |",
+        f"| most processes at once | {told['processes']} |",
+        f"| listening ports at the start, at the end | {told['ports'][0]}, {told['ports'][1]} |",
+        f"| what was wrong | {len(told['wrong'])} |",
+        "",
+        "| hit | times | on a step's work | went on | seconds until it did: median | most |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for kind in disturbance.WEIGHTS:
+        mine = [each for each in kills if each["kind"] == kind]
+        back = sorted(each["recovered_seconds"] for each in mine if each["recovered_seconds"] is not None)
+        times = f"{statistics.median(back):.1f} | {back[-1]:.1f}" if back else "|"
+        lines.append(f"| {kind} | {len(mine)} | {sum(bool(e['steps']) for e in mine)} | {len(back)} | {times} |")
+    lines += [
+        "",
+        "| process | minutes | MiB | MiB a minute | descriptors | a minute |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for role, trend in told["trends"].items():
+        if trend:
+            lines.append(
+                f"| {role} | {trend.minutes:.1f} | {trend.mib:.0f} | {trend.mib_a_minute:+.2f} | {trend.descriptors} | "
+                f"{trend.descriptors_a_minute:+.2f} |"
+            )
+        else:
+            lines.append(f"| {role} | less than one | | | | |")
+    return "\n".join([*lines, "", *(f"- WRONG: {each}" for each in told["wrong"]), ""])
 
 
 if __name__ == "__main__":
