@@ -1,5 +1,6 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
-# make test     install, then run every test but the long ones, which make soak runs
+# make test     install, then run every test but the long ones
+# make soak     the long tests, then ten minutes of seeds on a cluster whose processes are killed; bench/soak.md
 # make lint     style and types;  make clean: what tools left behind
 # make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
 PYTHON ?= python3
@@ -37,7 +38,8 @@ test: .venv/installed-dev
 	$(BIN)/pytest -m "not cluster and not soak" $(ARGS)
 
 soak: .venv/installed-dev
-	$(BIN)/pytest -m soak $(ARGS)
+	$(BIN)/pytest -m soak
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.suite $(ARGS)

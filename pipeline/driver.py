@@ -317,10 +317,10 @@ def cause(error: BaseException) -> BaseException:
 
 
 def lost(error: Exception) -> bool:
-    """Whether a process, a machine or storage failed, not the work: worth another try."""
-    if isinstance(error, RayTaskError):
-        return isinstance(cause(error), OSError)
-    return isinstance(error, RayError) and not isinstance(error, TaskCancelledError)
+    """Whether a process, a machine or storage failed, not the work: worth another try. The process may be one that a
+    task waited for: a rank, or Ray Train's controller."""
+    found = cause(error)
+    return isinstance(found, (OSError, RayError)) and not isinstance(found, (RayTaskError, TaskCancelledError))
 
 
 def explain(error: BaseException) -> str:

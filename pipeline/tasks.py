@@ -5,12 +5,14 @@ Every task is idempotent: it does its step unless the step's result.json is ther
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +20,7 @@ import torch
 
 from hedgemix import ranks
 from hedgemix.checkpoint import Checkpoints, Kept, nothing
-from hedgemix.config import Recipe
+from hedgemix.config import Recipe, config_hash
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log
 from hedgemix.train import DivergedError
@@ -102,6 +104,19 @@ def one_writer(job: Job, step: Step) -> Iterator[Kept]:
         yield kept
 
 
+@contextmanager
+def scratch(step: Step) -> Iterator[Path]:
+    """A folder of this machine for Ray Train's own notes; all that must last is the step's. It is named by the step,
+    which one process at a time does: what a killed one left goes with the next."""
+    path = Path(tempfile.gettempdir()) / f"hedgemix-train-{os.getuid()}-{config_hash(str(step.folder))}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @ray.remote(num_cpus=0, max_retries=0, resources=HEAD)
 def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     """Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes on
@@ -113,32 +128,29 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     compute = job.recipe.compute
 
     def fit() -> Made:
-        scratch = tempfile.mkdtemp(prefix="hedgemix-train-")  # Ray's own notes; all that must last is the step's
         per_worker = {"CPU": compute.cpus_per_worker}
         if compute.gpus_per_worker:
             per_worker["GPU"] = compute.gpus_per_worker
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"job": job, "seed": seed, "step": step},
-            torch_config=TorchConfig(backend=backend(compute.gpus_per_worker), timeout_s=600),
-            scaling_config=ScalingConfig(
-                num_workers=compute.workers,
-                use_gpu=bool(compute.gpus_per_worker),
-                resources_per_worker=per_worker,
-                placement_strategy="STRICT_PACK",
-            ),
-            run_config=RunConfig(
-                name=f"seed{seed}-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
-                failure_config=FailureConfig(
-                    max_failures=compute.max_restarts, max_preemption_failures=compute.max_restarts
+        with scratch(step) as notes:
+            trainer = TorchTrainer(
+                train_worker,
+                train_loop_config={"job": job, "seed": seed, "step": step},
+                torch_config=TorchConfig(backend=backend(compute.gpus_per_worker), timeout_s=600),
+                scaling_config=ScalingConfig(
+                    num_workers=compute.workers,
+                    use_gpu=bool(compute.gpus_per_worker),
+                    resources_per_worker=per_worker,
+                    placement_strategy="STRICT_PACK",
                 ),
-            ),
-        )
-        try:
+                run_config=RunConfig(
+                    name=f"seed{seed}-{uuid.uuid4().hex[:8]}",
+                    storage_path=str(notes),
+                    failure_config=FailureConfig(
+                        max_failures=compute.max_restarts, max_preemption_failures=compute.max_restarts
+                    ),
+                ),
+            )
             told = trainer.fit().return_value
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         if "error" in told:
             raise RuntimeError(told["error"])
         return told["made"]

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fault
 import pandas as pd
 import pytest
+import ray
 import tinyrecord
+from ray.exceptions import RayActorError
 
-from pipeline import tasks
+from benchmarks import fault
+from pipeline import driver, tasks
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_published"]
 OFTEN = ["--compute.checkpoint-seconds", "0", "--compute.max-restarts", "1", "--seeds", "1", "--record", "tiny"]
@@ -82,6 +84,12 @@ def test_a_fault_comes_at_its_event_and_once_over_all_processes(tmp_path: Path) 
     full.check()
     assert full.fired(0) == 2
 
+    gate = tmp_path / "gate"
+    moment = fault.Plan(tmp_path / "moment", fault.fail("*/a.json", "ENOSPC", times=9, during=str(gate)))
+    assert write_twice(path, moment).stdout == ""
+    gate.touch()
+    assert write_twice(path, moment).stdout.split() == [str(errno.ENOSPC)] * 2
+
 
 def test_pretended_gpus_are_a_test_s_alone() -> None:
     assert tasks.backend(1) == "nccl" and tasks.backend(0) == "gloo"
@@ -89,6 +97,25 @@ def test_pretended_gpus_are_a_test_s_alone() -> None:
     environment = {**os.environ, **fault.pretend_gpus()}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["gloo", "cpu"]
+
+
+def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> None:
+    class Dying:
+        def die(self) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait(fails: bool) -> None:
+        if fails:
+            raise ValueError("the work itself")
+        ray.get(ray.remote(num_cpus=0)(Dying).remote().die.remote())
+
+    task = ray.remote(num_cpus=0, max_retries=0)(wait)
+    with pytest.raises(RayActorError) as caught:
+        ray.get(task.remote(False))
+    assert driver.lost(caught.value)
+    with pytest.raises(ValueError, match="itself") as failed:
+        ray.get(task.remote(True))
+    assert not driver.lost(failed.value)
 
 
 @pytest.mark.slow

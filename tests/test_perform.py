@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from hedgemix import clock
-from pipeline import steps
+from pipeline import steps, tasks
 from pipeline.steps import DamagedStepError, Made, Step, clocked, fetch, keep, perform, set_aside
 from pipeline.storage import Storage
 
@@ -173,3 +174,17 @@ def test_a_writer_that_is_thought_dead_is_waited_for(tmp_path: Path) -> None:
     write("second", 0)
     first.join()
     assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+def test_a_killed_training_s_scratch_goes_with_the_next_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine, other = step(tmp_path / "runs", "train", "a"), step(tmp_path / "runs", "train", "b")
+    killed = tasks.scratch(mine)
+    left = killed.__enter__()  # and nothing after it, as by a kill
+    (left / "notes").write_text("x")
+    with tasks.scratch(other) as beside, tasks.scratch(mine) as again:
+        assert again == left and list(again.iterdir()) == [] and beside != again
+        (again / "notes").write_text("y")
+    assert list(tmp_path.glob("hedgemix-train-*")) == []

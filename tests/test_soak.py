@@ -1,0 +1,192 @@
+"""The soak notices what it is for: whatever is left behind, a changed row, a lost attempt, a damaged file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import disturbance, leaks, verdict
+from benchmarks.disturbance import Bounds, Kill
+from benchmarks.leaks import Samples
+from hedgemix.files import write_json
+
+MARKER = "SOAK_TEST=planted"
+LISTENER = """
+import socket, time
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def left() -> Iterator[subprocess.Popen[str]]:
+    """A process with the marker, in a session of its own, that listens on a port, which it prints."""
+    name, _, value = MARKER.partition("=")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENER],
+        env={**os.environ, name: value},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_left_process_is_found_by_its_marker_or_its_session_with_its_port(left: subprocess.Popen[str]) -> None:
+    assert left.stdout is not None
+    port = int(left.stdout.readline())
+    assert list(leaks.processes(MARKER)) == [left.pid]
+    assert list(leaks.processes("SOAK_TEST=other", [left.pid])) == [left.pid]
+    assert leaks.processes("SOAK_TEST=other") == {}
+    assert leaks.listening([left.pid]) == {port} and leaks.listening([]) == set()
+    disturbance.kill([left.pid])
+    assert not disturbance.lives(left.pid) and leaks.processes(MARKER, [left.pid]) == {}
+
+
+def test_shared_memory_is_left_when_no_process_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "segment"
+    path.write_bytes(b"x" * 5000)
+    assert leaks.used([str(path)]) == set()
+    with path.open("rb"):
+        assert leaks.used([str(path)]) == {str(path)}
+
+
+def made(runs: Path, name: str, attempts: int = 1, lost_seconds: float = 0.0) -> Path:
+    """A finished step with one file."""
+    folder = runs / "_steps" / name
+    folder.mkdir(parents=True)
+    (folder / "weights.pt").write_bytes(b"weights")
+    told = {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    write_json(
+        folder / "result.json",
+        {"attempts": attempts, "lost_seconds": lost_seconds, "files": {"weights.pt": told}},
+    )
+    return folder
+
+
+def test_files_that_no_step_claims_are_found(tmp_path: Path) -> None:
+    step = made(tmp_path, "train-a")
+    claimed = ("clock.json", "step.lock", "checkpoint-7.pt", "checkpoint.json")
+    for name in claimed:
+        (step / name).write_bytes(b"1")
+    write_json(step / "checkpoint.json", {"checkpoints": [{"number": 7}]})
+    (tmp_path / "soak.parquet").touch()
+    assert leaks.unclaimed(tmp_path) == {}
+    unfinished = tmp_path / "_steps" / "score-b" / "clock.json"
+    planted = [step / ".weights.pt.host.1.tmp", step / "checkpoint-5.pt", tmp_path / ".soak.parquet.tmp", unfinished]
+    for path in planted:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"123")
+    assert leaks.unclaimed(tmp_path) == {str(path): 3 for path in planted}
+
+
+def row(seed: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "status": "done",
+        "error": None,
+        "attempts": 4,
+        "lost_seconds": 0.0,
+        "artifact_sha256": "a",
+        **dict.fromkeys(verdict.BITS, 1.1),
+        **changed,
+    }
+
+
+def test_a_row_that_is_another_is_told() -> None:
+    expected = {1: row(1)}
+    assert verdict.wrong_rows([row(1), row(2)], [1, 2], expected) == []
+    for changed, said in (
+        ({"bpb_final": 1.1 + 2**-52}, "bpb_final is 1.1000000000000003"),
+        ({"bpb_full": None}, "bpb_full is None"),
+        ({"status": "failed", "error": "lost"}, "seed 1 is failed: lost"),
+        ({"artifact_sha256": "b"}, "another artifact"),
+        ({"attempts": 3}, "3 attempts"),
+        ({"lost_seconds": -1.0}, "-1.0 seconds lost"),
+    ):
+        [told] = verdict.wrong_rows([row(1, **changed)], [1], expected)
+        assert said in told
+    assert "rows of seeds [1, 1]" in verdict.wrong_rows([row(1), row(1)], [1], {})[0]
+    assert "rows of seeds [1]" in verdict.wrong_rows([row(1)], [1, 2], {})[0]
+
+
+def test_a_step_that_forgot_a_kill_or_was_damaged_is_told(tmp_path: Path) -> None:
+    step = made(tmp_path, "score-a", attempts=2, lost_seconds=1.5)
+    assert verdict.wrong_steps(tmp_path, {"score-a": Bounds(2, 1.5)}) == []
+    assert "tells 2 attempts" in verdict.wrong_steps(tmp_path, {"score-a": Bounds(3)})[0]
+    assert "tells 1.50 seconds" in verdict.wrong_steps(tmp_path, {"score-a": Bounds(2, 1.6)})[0]
+    assert "train-b was worked on and is gone" in verdict.wrong_steps(tmp_path, {"train-b": Bounds()})
+    times = (step / "weights.pt").stat().st_mtime_ns
+    disturbance.flip(step / "weights.pt", random.Random(0))
+    assert (step / "weights.pt").stat().st_mtime_ns == times
+    assert "weights.pt is not what was written" in verdict.wrong_steps(tmp_path, {})[0]
+    (step / "result.json").unlink()
+    assert "score-a is not done" in verdict.wrong_steps(tmp_path, {})[0]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.steps import Step, clocked
+from pipeline.storage import Storage
+with clocked(Step("score", "a", Storage("", Path(sys.argv[1])))):
+    print("at work", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_kill_is_noted_with_its_step_and_ends_when_the_step_goes_on(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "at work\n"
+    assert disturbance.holders(tmp_path) == {process.pid: "score-a"}
+    began = time.time()
+    hit = Kill("task", 0.0, began, "score", ["score-a"], {process.pid})
+    disturbance.look([hit], tmp_path)
+    assert hit.since >= began and hit.recovered_seconds is None  # still alive: what it writes is no sign
+    disturbance.kill([process.pid])
+    process.wait()
+    bounds: dict[str, Bounds] = {}
+    disturbance.note(bounds, tmp_path, ["score-a"])
+    assert bounds["score-a"].attempts == 2 and bounds["score-a"].lost_seconds > 0
+    disturbance.look([hit], tmp_path)
+    assert hit.recovered_seconds is None and hit.lost()
+    time.sleep(0.05)
+    os.utime(tmp_path / "_steps" / "score-a" / "clock.json")
+    disturbance.look([hit], tmp_path)
+    assert hit.recovered_seconds is not None and hit.recovered_seconds > 0 and not hit.lost()
+    assert disturbance.holders(tmp_path) == {}
+
+
+def test_draws_repeat_with_their_seed() -> None:
+    def drawn(seed: int) -> list[str]:
+        draw = random.Random(seed)
+        return [disturbance.draw_kind(draw, disturbance.WEIGHTS) for _ in range(200)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert set(drawn(1)) == set(disturbance.WEIGHTS)
+
+
+def test_memory_that_grows_is_told_after_three_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 0
+    monkeypatch.setattr(leaks, "resident_bytes", lambda pid: size)
+    for a_minute, grows in ((0, False), (20, True)):
+        samples = Samples()
+        for second in range(0, 600, 5):
+            size = int((100 + a_minute * second / 60) * 2**20)
+            samples.add(second, "raylet", os.getpid())
+        trend = samples.trend("raylet", 600)
+        assert trend is not None and abs(trend.mib_a_minute - a_minute) < 0.01 and trend.minutes > 4.5
+        assert trend.grows() == grows
+    assert samples.trend("gcs_server", 600) is None
