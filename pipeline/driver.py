@@ -101,12 +101,17 @@ class Drive:
     def unfinished(self) -> bool:
         return any(not self.done(seed) for seed in self.seeds if seed not in self.errors)
 
+    def evaluating(self) -> bool:
+        """Whether a trained seed still has steps to do."""
+        return any(self.stands(seed, "train") and not self.done(seed) for seed in self.seeds if seed not in self.errors)
+
     def launch(self) -> None:
         """Start everything whose inputs are done. On a machine of our own, training only starts where it fits now, in
-        the order of seeds; a cluster is told of all seeds, so that it can grow, and places them as nodes come free."""
+        the order of seeds, and once those trained before are evaluated: its processes would share the cores of a timed
+        evaluation. A cluster is told of all seeds, so that it can grow, and places them as nodes come free."""
         if not self.counted and not self.count_error and self.ready(None, "count"):
             self.running[tasks.start_counts(self.job, self.counts)] = (None, "count")
-        slots = len(self.seeds) if on_cluster() else training_slots(self.job.recipe)
+        slots = len(self.seeds) if on_cluster() else 0 if self.evaluating() else training_slots(self.job.recipe)
         slots -= sum(stage == "train" for _, stage in self.running.values())
         for seed, steps in self.seeds.items():
             if seed in self.errors or self.done(seed):
