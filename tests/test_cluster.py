@@ -62,8 +62,10 @@ def open_doors(config: dict[str, Any]) -> list[str]:
         options = config["docker"]["run_options"]
         if "--env RAY_AUTH_MODE=token" not in options:
             found.append("the container does not set RAY_AUTH_MODE=token")
-        if any(re.match(r"(-p|--publish)\b", option) for option in options):
+        if any(re.match(r"-[pP]|--publish", option) for option in options):
             found.append("the container publishes a port")
+    if "RAY_AUTH_MODE=disabled" in json.dumps(config):
+        found.append("something turns token authentication off")
     if not any(local.endswith(".ray-token") for local in config["file_mounts"].values()):
         found.append("the token is not brought to the nodes")
     if "security_group" in config["provider"]:
@@ -184,6 +186,22 @@ def test_an_open_door_is_seen(name: str, old: str, new: str, complaint: str) -> 
     text = (ROOT / name).read_text()
     assert old in text
     assert complaint in "\n".join(open_doors(prepared(yaml.safe_load(text.replace(old, new)))))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("-p8265:8265", "publishes a port"),
+        ("-P", "publishes a port"),
+        ("--publish=6379", "publishes a port"),
+        ("--env RAY_AUTH_MODE=disabled", "turns token authentication off"),
+    ],
+)
+def test_an_open_container_is_seen(name: str, option: str, complaint: str) -> None:
+    config = load(name)
+    config["docker"]["run_options"].append(option)
+    assert complaint in "\n".join(open_doors(prepared(config)))
 
 
 def test_ray_s_own_start_commands_would_be_seen() -> None:

@@ -22,6 +22,12 @@ OPTIONS = """
 --evaluate.ttt.sequence-tokens 64 --compute.cpus-per-worker 1 --compute.max-restarts 0
 """
 TINY = OPTIONS.split()
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "secret/of+the+environment",
+    "HF_TOKEN": "hf_secretofthehub",
+    "WANDB_API_KEY": "0123456789secretofthetracker",
+}
+"""In the environment of the undisturbed record, and nowhere else after it."""
 
 
 def text_file(folder: Path) -> Path:

@@ -1,0 +1,391 @@
+"""What others who can write the runs folder, or reach this machine, can make the command do (docs/security.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tinyrecord
+import torch
+from rich.console import Console
+
+from hedgemix import artifact, claim, match, ngram, shards
+from hedgemix import clock as clocks
+from hedgemix import dataset as datasets
+from hedgemix.checkpoint import Checkpoints, nothing
+from hedgemix.clock import never
+from hedgemix.config import Recipe, RecipeError
+from hedgemix.dataset import Dataset
+from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, silent, write_json
+from hedgemix.lines import Lines
+from hedgemix.tokenizer import load as load_tokenizer
+from pipeline import record, results, stages, standing
+from pipeline.steps import DamagedStepError, Made, Step, check, fetch, keep, perform, resuming
+from pipeline.storage import Storage
+
+ESCAPES = ["../x", "../../x", "a/../../x", "/etc/hostname", ".", "..", "", "a//b", "a\\b", "a\nb"]
+
+
+@dataclass(frozen=True)
+class Bomb:
+    """Unpickling it makes the file."""
+
+    marker: str
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (self.marker, "w")
+
+
+@pytest.fixture
+def bomb(tmp_path: Path) -> Iterator[Bomb]:
+    """Must not have gone off at the end of the test."""
+    trial, marker = tmp_path / "trial", tmp_path / "went-off"
+    pickle.loads(pickle.dumps(Bomb(str(trial)))).close()
+    assert trial.exists()
+    yield Bomb(str(marker))
+    assert not marker.exists()
+
+
+def plant(path: Path, bomb: Bomb, dress: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if dress == "pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save({"step": bomb, "model": {"x": bomb}}, path, _use_new_zipfile_serialization=dress == "zip")
+
+
+def list_checkpoint(folder: Path, number: int) -> None:
+    """checkpoint.json as if we had written that checkpoint."""
+    path = folder / f"checkpoint-{number}.pt"
+    entry = {"number": number, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(folder / "checkpoint.json", {"checkpoints": [entry]})
+
+
+@pytest.mark.parametrize("dress", ["pickle", "zip", "legacy"])
+def test_a_checkpoint_or_tensors_that_are_a_bomb_are_damaged(bomb: Bomb, tmp_path: Path, dress: str) -> None:
+    plant(tmp_path / "checkpoint-9.pt", bomb, dress)
+    list_checkpoint(tmp_path, 9)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load() is None and "damaged" in checkpoints.damaged[0]
+    with pytest.raises(DamagedFileError, match="run again"):
+        load_tensors(tmp_path / "checkpoint-9.pt")
+
+
+def test_arrays_indexes_and_artifacts_that_are_bombs_are_refused(bomb: Bomb, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    stream = shards.TokenStream([np.arange(50, dtype=np.uint16) % 7])
+    ngram.build_index(stream, (1, 2), 7, (2,), index)
+    for path in sorted(index.glob("*.npy")):
+        sound = path.read_bytes()
+        np.save(path, np.array([bomb], dtype=object), allow_pickle=True)
+        with pytest.raises(ValueError, match="Python objects"):
+            match.load(index, (2,)) if path.name.startswith("match_") else ngram.load(index)
+        path.write_bytes(sound)
+    for dress in ("pickle", "zip", "legacy"):
+        plant(tmp_path / "artifact.hmx", bomb, dress)
+        with pytest.raises(artifact.ArtifactError):
+            artifact.read(tmp_path / "artifact.hmx")
+        with pytest.raises(RecipeError):
+            shards.map_shard(tmp_path / "artifact.hmx")
+        with pytest.raises(RecipeError):
+            load_tokenizer(tmp_path / "artifact.hmx")
+
+
+def test_texts_that_are_bombs_count_as_damaged(bomb: Bomb, tmp_path: Path) -> None:
+    step = Step("train", "0", Storage("", tmp_path))
+    for name in ("result.json", "clock.json", "checkpoint.json", "trace.jsonl", "dataset.json"):
+        plant(step.folder / name, bomb, "pickle")
+    assert step.record() is None and Checkpoints(step.folder).load() is None
+    assert clocks.read(step.folder / "clock.json")["starts"] == 0
+    assert not Lines(step.folder / "trace.jsonl").take_up(1)
+    with pytest.raises(RecipeError, match="prepare the data again"):
+        datasets.load(step.folder)
+
+
+def test_a_table_that_is_a_bomb_is_only_data(bomb: Bomb, tmp_path: Path) -> None:
+    """Arrow once unpickled the types that a file names; pandas reads notes from a file's metadata."""
+    fuse = pickle.dumps(bomb)
+    notes = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": fuse}
+    columns = [pa.field("seed", pa.int64()), pa.field("status", pa.binary(), metadata=notes)]
+    schema = pa.schema(columns, metadata={b"pandas": fuse})
+    path = results.table_path(Storage("", tmp_path), "tiny")
+    pq.write_table(pa.table([[1], [fuse]], schema=schema), path)
+    assert results.read(Storage("", tmp_path), path)[0]["seed"] == 1
+    assert standing.rows(Storage("", tmp_path), path)[0]["status"] == fuse
+    with pytest.raises(RecipeError, match="no column"):
+        claim.read_rows(path)
+    with contextlib.suppress(ValueError):  # pandas may refuse the notes; it must not run them
+        pd.read_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def prepared(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Dataset, Storage]:
+    out = tmp_path_factory.mktemp("runs")
+    recipe, _ = record.parse(["laptop", *tinyrecord.arguments(text, out)])
+    return recipe, record.prepare(recipe, Storage("", out), Console(quiet=True))[0], Storage("", out)
+
+
+def test_a_training_begins_anew_instead_of_taking_up_a_bomb_and_weights_are_refused(
+    bomb: Bomb, prepared: tuple[Recipe, Dataset, Storage], tmp_path: Path
+) -> None:
+    recipe, dataset, _ = prepared
+    folder = tmp_path / "train"
+    plant(folder / "checkpoint-9.pt", bomb, "zip")
+    list_checkpoint(folder, 9)
+    recipe = replace(recipe, train=replace(recipe.train, steps=2))
+    result = stages.train_stage(recipe, dataset, 1, folder, silent, None, nothing, never)
+    assert result["steps"] == 2
+    for name in ("weights.pt", "moments.pt"):
+        sound = (folder / name).read_bytes()
+        plant(folder / name, bomb, "zip")
+        with pytest.raises(DamagedFileError, match="run again"):
+            stages.quantize_stage(recipe, dataset, 1, folder, tmp_path / "quantize")
+        (folder / name).write_bytes(sound)
+    plant(folder / "weights.pt", bomb, "legacy")
+    with pytest.raises(DamagedFileError, match="run again"):
+        stages.score_stage(recipe, dataset, folder, silent)
+
+
+def made(step: Step, content: bytes = b"ours") -> Callable[[], Made]:
+    def work() -> Made:
+        (step.folder / "a.bin").write_bytes(content)
+        return keep(step, {"x": 1})
+
+    return work
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_result_that_names_files_elsewhere_is_done_again(tmp_path: Path, name: str) -> None:
+    step = Step("train", "0", Storage("", tmp_path / "runs"))
+    perform(step, made(step), {})
+    assert step.done()
+    told = json.loads((step.folder / "result.json").read_text())
+    outside = tmp_path / "x"
+    outside.write_bytes(b"theirs")
+    told["files"][name] = {"bytes": 6, "sha256": hashlib.sha256(b"theirs").hexdigest()}
+    write_json(step.folder / "result.json", told)
+    assert not step.done()
+    with pytest.raises(DamagedStepError):
+        fetch(step)
+    with pytest.raises(DamagedStepError, match="leads out"):
+        check(step, name, told["files"][name])
+    perform(step, made(step), {})
+    assert list(step.record()["files"]) == ["a.bin"] and outside.read_bytes() == b"theirs"
+
+
+def test_links_lead_no_reading_and_no_writing_out_of_a_step(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"ours")
+    step = Step("train", "0", Storage("", tmp_path / "runs"))
+    perform(step, made(step), {})
+    (step.folder / "a.bin").unlink()
+    (step.folder / "a.bin").symlink_to(outside)  # with the very same bytes
+    with pytest.raises(DamagedStepError, match="leads out"):
+        fetch(step)
+    (step.folder / "result.json").unlink()
+    for name in ("a.bin", "log.jsonl", "writer.lock", "step.lock"):
+        for rest in step.folder.iterdir():
+            rest.unlink()
+        (step.folder / name).symlink_to(outside)
+        with pytest.raises(ValueError, match="is a link"):
+            perform(step, made(step), {})
+        with pytest.raises(ValueError, match="is a link"), resuming(step):
+            pass
+    assert outside.read_bytes() == b"ours"
+
+    beside = tmp_path / f".t.json.{os.uname().nodename}.{os.getpid()}.tmp"
+    beside.symlink_to(outside)
+    with replacing(tmp_path / "t.json") as file:
+        file.write(b"new")
+    assert (tmp_path / "t.json").read_bytes() == b"new" and outside.read_bytes() == b"ours"
+
+    (tmp_path / "linked").symlink_to(tmp_path / "runs")  # the runs folder itself may be one
+    step = Step("train", "1", Storage("", tmp_path / "linked"))
+    perform(step, made(step), {})
+    assert fetch(step)["train"].keys() == {"a.bin"}
+
+
+def test_a_dataset_names_only_files_of_its_source(prepared: tuple[Recipe, Dataset, Storage], tmp_path: Path) -> None:
+    recipe, dataset, _ = prepared
+    datasets.check_places(dataset, recipe.data)
+    secret = tmp_path / "id_ed25519"
+    secret.write_text("secret")
+    for change in ({"tokenizer": str(secret)}, {"valid_shards": (str(secret),)}, {"train_shards": ("/etc/hostname",)}):
+        with pytest.raises(RecipeError, match=r"not of data\.source"):
+            datasets.check_places(replace(dataset, **change), recipe.data)
+    folder = Path(dataset.folder)
+    of_shards = replace(recipe.data, source="shards", shards_dir=str(folder), tokenizer=str(secret))
+    datasets.check_places(replace(dataset, tokenizer=str(secret)), of_shards)
+    with pytest.raises(RecipeError, match=r"not of data\.source"):
+        datasets.check_places(replace(dataset, tokenizer=str(secret)), replace(of_shards, tokenizer=""))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", ".", "..", "_steps", "a\\b", "a\nb", "a\x1b[2J"])
+def test_a_record_s_name_stays_in_the_runs_folder(name: str) -> None:
+    with pytest.raises(RecipeError, match="--record"):
+        record.parse(["laptop", "--record", name])
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/hostname"])
+def test_a_folder_s_storage_refuses_paths_outside(tmp_path: Path, path: str) -> None:
+    storage = Storage("", tmp_path / "runs")
+    uses: list[Callable[[], Any]] = [
+        lambda: storage.read_bytes(Path(path)),
+        lambda: storage.write_bytes(Path(path), b""),
+        lambda: storage.pull(Path(path)),
+        lambda: storage.remove(Path(path)),
+        lambda: storage.modified(Path(path)),
+        lambda: storage.names(Path(path)),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="is not under"):
+            use()
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_cluster_is_told_how_ray_train_works_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN", "MY_RAY_TRAIN_KEY"):
+        monkeypatch.setenv(name, "a-secret")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.7")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "9")
+    job = {"runtime_env": {"env_vars": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "9"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(record.ray, "init", lambda **options: told.update(options))
+    monkeypatch.setattr(record.ray, "shutdown", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with record.ray_started(Console(quiet=True)):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "a-secret" not in json.dumps(told)
+    given = told["runtime_env"]["env_vars"]
+    assert given["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.7" and all(name.startswith("RAY_TRAIN_") for name in given)
+    assert "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S" not in given  # Ray refuses what the job was given already
+
+
+@pytest.mark.slow
+def test_secrets_of_the_environment_end_in_no_file_and_no_output(undisturbed: tuple[Path, int, str]) -> None:
+    out, _, output = undisturbed
+    secrets = [value.encode() for value in tinyrecord.SECRETS.values()]
+    found = [path for path in out.rglob("*") if path.is_file()]
+    assert len(found) > 20
+    for path in found:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret in content], path
+    assert not [secret for secret in tinyrecord.SECRETS.values() if secret in output]
+
+
+def family(pid: int) -> set[int]:
+    """The process and all below it."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def listening(pids: set[int]) -> dict[str, int]:
+    """Address and port (in hex, as in /proc/net) of every TCP socket on which one of the processes listens."""
+    sockets: dict[str, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    sockets[os.readlink(file)] = pid
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found[fields[1]] = sockets[f"socket:[{fields[9]}]"]
+    return found
+
+
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+"""127.0.0.1, the same in IPv6, and ::1."""
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+try:
+    print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_our_own_ray_listens_on_loopback_alone_and_refuses_strangers(text: Path, tmp_path: Path) -> None:
+    """While a record trains; SIGTERM then ends it like Ctrl-C."""
+    out, home = tmp_path / "runs", tmp_path / "home"
+    home.mkdir()
+    steps = ["--train.steps", "100000", "--seeds", "1", "--record", "tiny"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}  # as a user has it
+    process = subprocess.Popen(
+        [*tinyrecord.COMMAND, *tinyrecord.arguments(text, out, *steps)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(home)},
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not list(out.glob("_steps/train-*/log.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        pids = family(process.pid)
+        found = listening(pids)
+        names = {address: Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:2] for address, pid in found.items()}
+        assert len(found) > 5
+        open_doors = [names[address][0] for address in found if not address.startswith(LOOPBACK)]
+        assert open_doors == ["ray::RayTrainWorker"]  # where the ranks meet: torch's store knows no address to bind to
+        [gcs] = [a for a, command in names.items() if command[0].endswith("gcs_server")]
+        address = f"127.0.0.1:{int(gcs.partition(':')[2], 16)}"
+        told = {}
+        for mode in ("disabled", "token"):
+            client = [sys.executable, "-c", STRANGER, address]
+            own = {**environment, "RAY_AUTH_MODE": mode, "HOME": str(home)}
+            told[mode] = subprocess.run(client, env=own, capture_output=True, text=True, check=True).stdout
+        assert "Authenticat" in told["disabled"] or "UNAUTHENTICATED" in told["disabled"], told
+        assert told["token"] == "1\n"  # the same question, by one who can read the user's files
+        assert (home / ".ray" / "auth_token").exists()
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130 and "stopped; the same command goes on from here" in output, output
+        assert pd.read_parquet(out / "tiny.parquet").status.tolist() == ["pending"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists() and runs_on(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def runs_on(pid: int) -> bool:
+    """Whether it is more than an entry that nobody has collected."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
