@@ -7,9 +7,11 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 
 from benchmarks import cluster as clusters
 from benchmarks import disturbance, leaks
@@ -33,6 +35,7 @@ OPTIONS = """
 RECIPE = OPTIONS.split()
 NODE_CPUS = 3
 TICK_SECONDS = 0.2
+WATCH_SECONDS = 1.0
 SAMPLE_SECONDS = 5.0
 STALLED_MINUTES = 6.0
 """No seed ends for so long: it hangs."""
@@ -83,7 +86,6 @@ class Disturbed:
     """Exit codes of the commands that ended by themselves."""
     sessions: set[int] = field(default_factory=set)
     samples: Samples = field(default_factory=Samples)
-    sampled: float = 0.0
     processes: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -111,10 +113,10 @@ class Disturbed:
         """Processes of the cluster, and of the command."""
         machines = [self.cluster.head, *self.cluster.nodes] if self.cluster else []
         self.sessions.update(node.process.pid for node in machines)
-        return [pid for leader in self.sessions for pid in clusters.session(leader)]
+        return leaks.members(set(self.sessions))
 
     def step(self, more: bool) -> None:
-        """Look once at everything: the command, the kills, the memory. With `more`, new seeds follow those done."""
+        """Start the command again if it has ended; with `more`, new seeds follow those done."""
         code = self.process.poll() if self.process else 0
         if code is not None:
             if self.process:
@@ -128,17 +130,34 @@ class Disturbed:
                 self.start(self.batch or list(range(first, first + self.plan.at_once)))
         if time.monotonic() - self.progressed > 60 * STALLED_MINUTES:
             raise RuntimeError(f"no seed ended for {STALLED_MINUTES:g} minutes: {self.tail()}")
-        disturbance.look([each for each in self.kills if each.recovered_seconds is None], self.runs)
-        if time.monotonic() - self.sampled >= SAMPLE_SECONDS:
-            self.sampled = time.monotonic()
-            self.sample()
         time.sleep(TICK_SECONDS)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Samples are taken, and signs of recovery looked for, meanwhile; the rest may wait for a machine to start."""
+        ended = Event()
+
+        def watch() -> None:
+            sampled = -SAMPLE_SECONDS
+            while not ended.wait(WATCH_SECONDS):
+                disturbance.look([each for each in self.kills if each.recovered_seconds is None], self.runs)
+                if self.seconds() - sampled >= SAMPLE_SECONDS:
+                    sampled = self.seconds()
+                    self.sample()
+
+        thread = Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def sample(self) -> None:
         pids = self.pids()
         self.processes.append((self.seconds(), len(pids)))
-        if self.process:
-            self.samples.add(self.seconds(), "driver", self.process.pid)
+        if process := self.process:
+            self.samples.add(self.seconds(), "driver", process.pid)
         heads = set(clusters.session(self.cluster.head.process.pid)) if self.cluster else set(pids)
         for pid in pids:
             name = Path(leaks.title(pid).split(" ")[0]).name

@@ -114,6 +114,7 @@ def main(options: Options) -> int:
             soak.began = soak.progressed = time.monotonic()
             before = len(leaks.listening(soak.pids()))
             try:
+                machines.enter_context(soak.watched())
                 soak.run()
                 ran = soak.seconds()
                 code = soak.last()
