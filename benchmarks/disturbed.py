@@ -123,15 +123,19 @@ class Disturbed:
         self.sessions.update(node.process.pid for node in machines)
         return leaks.members(set(self.sessions))
 
-    def step(self, more: bool) -> None:
-        """Start the command again if it has ended; with `more`, new seeds follow those done."""
+    def over(self) -> bool:
+        """Whether the seeds and the minutes are."""
+        return self.seconds() >= 60 * self.plan.minutes and len(self.done) >= self.plan.seeds
+
+    def step(self) -> None:
+        """Start the command again if it has ended, for the next seeds if its own are done."""
         if self.process and (code := self.process.poll()) is not None:
             self.codes.append(code)
             self.process = None
             if code == 0:
                 self.done += self.batch
                 self.batch = []
-        if self.process is None and (self.batch or more):
+        if self.process is None and (self.batch or not self.over()):
             first = len(self.done)
             self.start(self.batch or list(range(first, first + self.plan.at_once)))
         self.check_progress()
@@ -256,10 +260,9 @@ class Disturbed:
         kinds = [kind for kind in self.plan.kinds if self.cluster or kind not in ("node", "cluster")]
         due, kind = 0.0, ""
         while True:
-            over = self.seconds() >= 60 * self.plan.minutes and len(self.done) >= self.plan.seeds
-            if over and not self.batch:
+            self.step()
+            if self.over() and not self.batch:
                 return
-            self.step(more=not over)
             if not kind:
                 due = max(due, self.seconds()) + self.draw.expovariate(1 / self.plan.mean_seconds)
                 kind = disturbance.draw_kind(self.draw, kinds)

@@ -206,14 +206,14 @@ def test_a_command_is_started_again_until_its_seeds_are_done_and_then_the_next(
 ) -> None:
     monkeypatch.setattr(disturbed, "COMMAND", ["bash", "-c", COMMAND, "bash"])
     (tmp_path / "runs").mkdir()
-    soak = Disturbed(Plan(at_once=2), tmp_path, dict(os.environ), None, random.Random(0), random.Random(0))
+    soak = Disturbed(Plan(0, seeds=3, at_once=2), tmp_path, dict(os.environ), None, random.Random(0), random.Random(0))
     while not (tmp_path / "waiting").exists():
-        soak.step(more=True)
+        soak.step()
     assert soak.done == [0, 1] and soak.batch == [2, 3] and soak.codes == [1, 0, 1]
     (tmp_path / "killed").touch()
     assert soak.strike("driver") and soak.kills[-1].kind == "driver"
     while soak.batch:
-        soak.step(more=False)
+        soak.step()
     assert soak.done == [0, 1, 2, 3] and soak.codes == [1, 0, 1, 0]
     assert (tmp_path / "calls").read_text().split("\n")[:-1] == ["0 1"] * 2 + ["2 3"] * 3
     assert soak.pids() == [] and not soak.strike("worker") and not soak.strike("node") and not soak.strike("byte")
