@@ -7,15 +7,18 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 
 from benchmarks import cluster as clusters
 from benchmarks import disturbance, leaks
 from benchmarks.cluster import Cluster
 from benchmarks.disturbance import Bounds, Kill
 from benchmarks.leaks import Samples
+from pipeline.steps import RESULT
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "pipeline" / "record.py"), "laptop"]
@@ -33,9 +36,12 @@ OPTIONS = """
 RECIPE = OPTIONS.split()
 NODE_CPUS = 3
 TICK_SECONDS = 0.2
+WATCH_SECONDS = 1.0
 SAMPLE_SECONDS = 5.0
+END_SECONDS = 180.0
+"""So long a command may take to notice that its cluster is gone."""
 STALLED_MINUTES = 6.0
-"""No seed ends for so long: it hangs."""
+"""No step ends for so long: it hangs."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,13 @@ class Disturbed:
     process: subprocess.Popen[bytes] | None = None
     batch: list[int] = field(default_factory=list)
     done: list[int] = field(default_factory=list)
+    ended: int = 0
+    """Steps that are done."""
     progressed: float = field(default_factory=time.monotonic)
+    """When the last of them was."""
     kills: list[Kill] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
+    """Commands that had to be ended."""
     missed: list[str] = field(default_factory=list)
     """Kinds that found nobody to kill."""
     bounds: dict[str, Bounds] = field(default_factory=dict)
@@ -83,7 +94,6 @@ class Disturbed:
     """Exit codes of the commands that ended by themselves."""
     sessions: set[int] = field(default_factory=set)
     samples: Samples = field(default_factory=Samples)
-    sampled: float = 0.0
     processes: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -111,34 +121,60 @@ class Disturbed:
         """Processes of the cluster, and of the command."""
         machines = [self.cluster.head, *self.cluster.nodes] if self.cluster else []
         self.sessions.update(node.process.pid for node in machines)
-        return [pid for leader in self.sessions for pid in clusters.session(leader)]
+        return leaks.members(set(self.sessions))
 
-    def step(self, more: bool) -> None:
-        """Look once at everything: the command, the kills, the memory. With `more`, new seeds follow those done."""
-        code = self.process.poll() if self.process else 0
-        if code is not None:
-            if self.process:
-                self.codes.append(code)
-                self.process = None
+    def over(self) -> bool:
+        """Whether the seeds and the minutes are."""
+        return self.seconds() >= 60 * self.plan.minutes and len(self.done) >= self.plan.seeds
+
+    def step(self) -> None:
+        """Start the command again if it has ended, for the next seeds if its own are done."""
+        if self.process and (code := self.process.poll()) is not None:
+            self.codes.append(code)
+            self.process = None
             if code == 0:
                 self.done += self.batch
-                self.batch, self.progressed = [], time.monotonic()
+                self.batch = []
+        if self.process is None and (self.batch or not self.over()):
             first = len(self.done)
-            if self.batch or more:
-                self.start(self.batch or list(range(first, first + self.plan.at_once)))
-        if time.monotonic() - self.progressed > 60 * STALLED_MINUTES:
-            raise RuntimeError(f"no seed ended for {STALLED_MINUTES:g} minutes: {self.tail()}")
-        disturbance.look([each for each in self.kills if each.recovered_seconds is None], self.runs)
-        if time.monotonic() - self.sampled >= SAMPLE_SECONDS:
-            self.sampled = time.monotonic()
-            self.sample()
+            self.start(self.batch or list(range(first, first + self.plan.at_once)))
+        self.check_progress()
         time.sleep(TICK_SECONDS)
+
+    def check_progress(self) -> None:
+        """Raises RuntimeError when no step has ended for long."""
+        ended = len(list(self.runs.glob(f"_steps/*/{RESULT}")))
+        if ended != self.ended:
+            self.ended, self.progressed = ended, time.monotonic()
+        if time.monotonic() - self.progressed > 60 * STALLED_MINUTES:
+            raise RuntimeError(f"no step ended for {STALLED_MINUTES:g} minutes: {self.tail()}")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Samples are taken, and signs of recovery looked for, meanwhile; the rest may wait for a machine to start."""
+        ended = Event()
+
+        def watch() -> None:
+            sampled = -SAMPLE_SECONDS
+            while not ended.wait(WATCH_SECONDS):
+                disturbance.look([each for each in self.kills if each.recovered_seconds is None], self.runs)
+                if self.seconds() - sampled >= SAMPLE_SECONDS:
+                    sampled = self.seconds()
+                    self.sample()
+
+        thread = Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def sample(self) -> None:
         pids = self.pids()
         self.processes.append((self.seconds(), len(pids)))
-        if self.process:
-            self.samples.add(self.seconds(), "driver", self.process.pid)
+        if process := self.process:
+            self.samples.add(self.seconds(), "driver", process.pid)
         heads = set(clusters.session(self.cluster.head.process.pid)) if self.cluster else set(pids)
         for pid in pids:
             name = Path(leaks.title(pid).split(" ")[0]).name
@@ -171,9 +207,9 @@ class Disturbed:
             self.cluster.nodes.remove(node)
             self.cluster.add(NODE_CPUS, 0)
         elif kind == "cluster" and self.cluster:
-            self.hit(kind, "head and nodes", [], held, every=True)
+            machines = [self.cluster.head, *self.cluster.nodes]
+            self.hit(kind, "head and nodes", [pid for node in machines for pid in node.pids()], held)
             self.cluster.kill()
-            self.note(held)
             self.end_command()
             self.cluster.restart(0)
             for _ in range(self.plan.nodes):
@@ -193,33 +229,28 @@ class Disturbed:
                 disturbance.flip(path, self.victim)
             except OSError:  # it went just now
                 return False
-            self.hit(kind, path.name, [], {0: path.parent.name})
-            self.kills[-1].steps = [path.parent.name]
+            self.hit(kind, path.name, [], {}, [path.parent.name])
         else:
             return False
         return True
 
-    def hit(self, kind: str, what: str, pids: list[int], held: dict[int, str], every: bool = False) -> None:
-        """Kill these and note it."""
+    def hit(self, kind: str, what: str, pids: list[int], held: dict[int, str], steps: list[str] | None = None) -> None:
+        """Kill these and note it. `held`: who works on which step."""
         began, seconds = time.time(), self.seconds()
         disturbance.kill(pids)
-        gone = held if every else {pid: name for pid, name in held.items() if pid in pids}
-        self.note(gone)
-        steps = sorted(set(gone.values()))
+        steps = steps or sorted({name for pid, name in held.items() if pid in pids})
+        disturbance.note(self.bounds, self.runs, steps if pids else [])
         writing = {pid for pid, name in held.items() if kind in ("driver", "cluster") or name in steps}
-        self.kills.append(Kill(kind, seconds, began, what, steps, writing - {0}))
+        self.kills.append(Kill(kind, seconds, began, what, steps, writing))
         print(f"[{seconds:6.1f} s] {kind}: {what} {' '.join(steps)}", flush=True)
-
-    def note(self, held: dict[int, str]) -> None:
-        disturbance.note(self.bounds, self.runs, held.values())
 
     def end_command(self) -> None:
         """The command whose cluster was lost must end by itself, and say so."""
         if self.process:
             try:
-                self.codes.append(self.process.wait(timeout=120))
+                self.codes.append(self.process.wait(timeout=END_SECONDS))
             except subprocess.TimeoutExpired:
-                self.missed.append("the command did not end with its cluster")
+                self.stuck.append(f"the command did not end within {END_SECONDS:g} s of its cluster: {self.tail()}")
                 self.process.kill()
                 self.process.wait()
             self.process = None
@@ -229,10 +260,9 @@ class Disturbed:
         kinds = [kind for kind in self.plan.kinds if self.cluster or kind not in ("node", "cluster")]
         due, kind = 0.0, ""
         while True:
-            over = self.seconds() >= 60 * self.plan.minutes and len(self.done) >= self.plan.seeds
-            if over and not self.batch:
+            self.step()
+            if self.over() and not self.batch:
                 return
-            self.step(more=not over)
             if not kind:
                 due = max(due, self.seconds()) + self.draw.expovariate(1 / self.plan.mean_seconds)
                 kind = disturbance.draw_kind(self.draw, kinds)
@@ -244,11 +274,11 @@ class Disturbed:
                     kind = ""
 
     def last(self) -> int:
-        """The same command for all seeds, undisturbed: what was damaged after it was done is made again."""
+        """The same command for all seeds, undisturbed: what was damaged after it was done is made again. Its code."""
         self.start(self.done)
-        process = self.process
-        assert process is not None
-        while process.poll() is None:
-            self.step(more=False)
-        self.process = None
-        return process.returncode
+        assert self.process is not None
+        self.progressed = time.monotonic()
+        while self.process.poll() is None:
+            self.check_progress()
+            time.sleep(TICK_SECONDS)
+        return self.process.returncode

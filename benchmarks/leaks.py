@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,20 +23,34 @@ OWN = (RESULT, ASIDE, "clock.json", "*.lock", "error.txt", "checkpoint.json", "l
 """Files in a step's folder that are neither made by it nor checkpoints."""
 
 
-def processes(marker: str, sessions: Iterable[int] = ()) -> dict[int, str]:
-    """Id and command line of every living process with `marker` (NAME=value) in its environment, or of one of these
-    sessions: Ray's workers write their titles over their environment."""
-    wanted, found = set(sessions), {}
+def members(sessions: Collection[int]) -> list[int]:
+    """Ids of the living processes of these sessions, named by their leaders."""
+    return [pid for pid, session in living() if session in sessions]
+
+
+def living() -> Iterator[tuple[int, int]]:
+    """Id and session of every process that has not ended."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if state not in "ZX":
+                    yield int(entry.name), int(session)
+
+
+def processes(marker: str, sessions: Collection[int] = ()) -> dict[int, str]:
+    """Id and command line of every living process but this one with `marker` (NAME=value) in its environment, or of one
+    of these sessions: Ray's workers write their titles over their environment."""
+    found = {}
+    for pid, session in living():
         with contextlib.suppress(OSError):
-            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if state == "Z" or int(entry.name) == os.getpid():
-                continue
-            if int(session) in wanted or marker.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found[int(entry.name)] = title(int(entry.name))
+            if pid != os.getpid() and (session in sessions or marker.encode() in environment(pid)):
+                found[pid] = title(pid)
     return found
+
+
+def environment(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def title(pid: int) -> str:

@@ -114,6 +114,7 @@ def main(options: Options) -> int:
             soak.began = soak.progressed = time.monotonic()
             before = len(leaks.listening(soak.pids()))
             try:
+                machines.enter_context(soak.watched())
                 soak.run()
                 ran = soak.seconds()
                 code = soak.last()
@@ -122,7 +123,7 @@ def main(options: Options) -> int:
             except (RuntimeError, AssertionError) as error:
                 ran, wrong = soak.seconds(), [*wrong, str(error)]
             after = len(leaks.listening(soak.pids()))
-        wrong += leftover(soak, marker, shared)
+        wrong += soak.stuck + leftover(soak, marker, shared)
         seeds = soak.done[:: max(1, len(soak.done) // max(1, options.references))][: options.references]
         arguments = [*COMMAND[2:], *RECIPE, "--out", str(folder / "calm")]
         expected = verdict.undisturbed(folder / "calm", seeds, arguments) if seeds else {}

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import disturbance, leaks, verdict
+from benchmarks import disturbance, disturbed, leaks, verdict
 from benchmarks.disturbance import Bounds, Kill
+from benchmarks.disturbed import Disturbed, Plan
 from benchmarks.leaks import Samples
 from hedgemix.files import write_json
 
@@ -190,3 +191,32 @@ def test_memory_that_grows_is_told_after_three_minutes(monkeypatch: pytest.Monke
         assert trend is not None and abs(trend.mib_a_minute - a_minute) < 0.01 and trend.minutes > 4.5
         assert trend.grows() == grows
     assert samples.trend("gcs_server", 600) is None
+
+
+COMMAND = """
+seeds=${@: -2}
+echo "$seeds" >> calls
+mkdir "${seeds/ /-}" 2> /dev/null && exit 1
+[ "$seeds" != "2 3" ] || [ -e killed ] || { touch waiting; exec sleep 60; }
+"""
+
+
+def test_a_command_is_started_again_until_its_seeds_are_done_and_then_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disturbed, "COMMAND", ["bash", "-c", COMMAND, "bash"])
+    (tmp_path / "runs").mkdir()
+    soak = Disturbed(Plan(0, seeds=3, at_once=2), tmp_path, dict(os.environ), None, random.Random(0), random.Random(0))
+    while not (tmp_path / "waiting").exists():
+        soak.step()
+    assert soak.done == [0, 1] and soak.batch == [2, 3] and soak.codes == [1, 0, 1]
+    (tmp_path / "killed").touch()
+    assert soak.strike("driver") and soak.kills[-1].kind == "driver"
+    while soak.batch:
+        soak.step()
+    assert soak.done == [0, 1, 2, 3] and soak.codes == [1, 0, 1, 0]
+    assert (tmp_path / "calls").read_text().split("\n")[:-1] == ["0 1"] * 2 + ["2 3"] * 3
+    assert soak.pids() == [] and not soak.strike("worker") and not soak.strike("node") and not soak.strike("byte")
+    monkeypatch.setattr(disturbed, "STALLED_MINUTES", 0)
+    with pytest.raises(RuntimeError, match="no step ended"):
+        soak.check_progress()
