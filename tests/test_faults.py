@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fault
 import pandas as pd
 import pytest
 import tinyrecord
 
+from benchmarks import fault
 from pipeline import tasks
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_published"]
@@ -81,6 +81,12 @@ def test_a_fault_comes_at_its_event_and_once_over_all_processes(tmp_path: Path) 
     assert write_twice(path, full).stdout == f"{errno.EIO}\n"
     full.check()
     assert full.fired(0) == 2
+
+    gate = tmp_path / "gate"
+    moment = fault.Plan(tmp_path / "moment", fault.fail("*/a.json", "ENOSPC", times=9, during=str(gate)))
+    assert write_twice(path, moment).stdout == ""
+    gate.touch()
+    assert write_twice(path, moment).stdout.split() == [str(errno.ENOSPC)] * 2
 
 
 def test_pretended_gpus_are_a_test_s_alone() -> None:

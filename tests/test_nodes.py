@@ -10,12 +10,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import fault
 import pandas as pd
 import pytest
-import testcluster
 import tinyrecord
-from testcluster import TestCluster
+
+from benchmarks import cluster as clusters
+from benchmarks import fault
+from benchmarks.cluster import Cluster
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final"]
 WHOLE = ["--compute.gpus-per-worker", "8"]
@@ -28,7 +29,7 @@ Undisturbed = tuple[Path, int, str]
 class Followed:
     """A record on a cluster, watched from outside while it runs."""
 
-    def __init__(self, cluster: TestCluster, text: Path, out: Path, seeds: int, *options: str) -> None:
+    def __init__(self, cluster: Cluster, text: Path, out: Path, seeds: int, *options: str) -> None:
         self.cluster, self.out, self.seeds = cluster, out, seeds
         names = [str(1 + seed) for seed in range(seeds)]
         arguments = tinyrecord.arguments(text, out, "--seeds", *names, "--record", "tiny", *options)
@@ -59,7 +60,7 @@ class Followed:
                 None if placed is None else states.count("CREATED"),
             )
 
-        testcluster.until(reached, 200, lambda: str(self.cluster.trainings()))
+        clusters.until(reached, 200, lambda: str(self.cluster.trainings()))
 
     def end(self) -> pd.DataFrame:
         """Follow it to its end; its rows, by seed. Every seed must be done."""
@@ -78,9 +79,9 @@ class Followed:
     def idle_cost(self, seconds: float) -> tuple[float, list[str]]:
         """CPU seconds of the command and of all on the head, and lines logged, while this much time goes by."""
         pids = [self.process.pid, *self.cluster.head.pids()]
-        used, before = testcluster.cpu_seconds(pids), self.logged()
+        used, before = clusters.cpu_seconds(pids), self.logged()
         time.sleep(seconds)
-        used = testcluster.cpu_seconds(pids) - used
+        used = clusters.cpu_seconds(pids) - used
         return used, [line for path, lines in self.logged().items() for line in lines[len(before.get(path, [])) :]]
 
     def logged(self) -> dict[Path, list[str]]:
@@ -106,7 +107,7 @@ def expected(undisturbed: Undisturbed) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path: Path) -> None:
-    with testcluster.cluster(0, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(0, fault.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 2, *WHOLE)
         record.until(waiting=2)
         costs: list[tuple[float, list[str]]] = []
@@ -116,7 +117,7 @@ def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path:
             costs.append(record.idle_cost(4))
             return costs[-1][0] < 1.6 and len(costs[-1][1]) < 10
 
-        testcluster.until(at_rest, 60, lambda: costs)
+        clusters.until(at_rest, 60, lambda: costs)
         assert record.placed() == 0
         cluster.add()
         record.until(placed=1)
@@ -130,7 +131,7 @@ def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path:
 def test_no_more_seeds_train_at_once_than_there_are_machines(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, machines: int
 ) -> None:
-    with testcluster.cluster(machines, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(machines, fault.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 3, *WHOLE)
         rows = record.end()
         assert 1 <= record.most <= machines
@@ -139,7 +140,7 @@ def test_no_more_seeds_train_at_once_than_there_are_machines(
 
 @pytest.mark.soak
 def test_eight_workers_of_a_seed_share_one_of_two_machines(text: Path, tmp_path: Path) -> None:
-    with testcluster.cluster(2, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(2, fault.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 3, *EIGHT)
         rows = record.end()
         assert set(rows.workers) == {8}
@@ -147,7 +148,7 @@ def test_eight_workers_of_a_seed_share_one_of_two_machines(text: Path, tmp_path:
 
 @pytest.mark.soak
 def test_a_cluster_grows_to_its_limit_for_seeds_and_shrinks_after_them(text: Path, tmp_path: Path) -> None:
-    with testcluster.cluster(0, fault.pretend_gpus(), autoscale=2, idle_minutes=0.1) as cluster:
+    with clusters.cluster(0, fault.pretend_gpus(), autoscale=2, idle_minutes=0.1) as cluster:
         assert len(cluster.alive()) == 1
         record = Followed(cluster, text, tmp_path, 3, *WHOLE)
         record.end()
@@ -162,7 +163,7 @@ def test_a_machine_lost_in_training_is_replaced_by_another(
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3, machine=True))
     out = tmp_path / "runs"
     out.mkdir()
-    with testcluster.cluster(2, {**fault.pretend_gpus(), **plan.environment()}) as cluster:
+    with clusters.cluster(2, {**fault.pretend_gpus(), **plan.environment()}) as cluster:
         often = ["--compute.checkpoint-seconds", "0", "--compute.max-restarts", "1"]
         rows = Followed(cluster, text, out, 1, *WHOLE, *often).end()
         plan.check()
@@ -175,9 +176,9 @@ def test_a_machine_lost_in_training_is_replaced_by_another(
 def test_a_cluster_that_was_lost_whole_costs_the_work_since_the_last_checkpoint(
     undisturbed: Undisturbed, text: Path, tmp_path: Path
 ) -> None:
-    with testcluster.cluster(1, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(1, fault.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 1, *WHOLE)
-        testcluster.until(lambda: bool(list(tmp_path.glob("_steps/quantize-*"))), 200, cluster.logs)
+        clusters.until(lambda: bool(list(tmp_path.glob("_steps/quantize-*"))), 200, cluster.logs)
         cluster.kill()
         record.process.communicate(timeout=120)
         assert record.process.returncode == 1

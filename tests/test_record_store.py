@@ -6,7 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import fault
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +13,8 @@ import tinyrecord
 from objectstore import BUCKET, KEYS, StoreServer, store_process, store_server  # noqa: F401
 from pyarrow import fs
 from test_faults import bits, undisturbed_bits
+
+from benchmarks import fault
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["--compute.checkpoint-seconds", "0", "--seeds", "1", "--record", "tiny"]

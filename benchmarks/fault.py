@@ -1,4 +1,4 @@
-"""Faults for a command under test: real processes killed, and real writes failed, at a chosen file event.
+"""Faults for a command, a test's or the soak's: real processes killed, and real writes failed, at a chosen file event.
 
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=2), fault.fail("*/weights.pt", "ENOSPC"))
     tinyrecord.run(options, tmp_path, plan.environment())
@@ -35,7 +35,9 @@ class Fault:
     kill_rank: int | None = None
     """Kill this rank's process, of a command with one group at a time; None: the process of the match."""
     machine: bool = False
-    """Kill every process of the session: the node of a `testcluster`, or the command with the Ray of its own."""
+    """Kill every process of the session: a node of `cluster`, or the command with the Ray of its own."""
+    during: str = ""
+    """Only while this file is there."""
     name: str = ""
 
 
@@ -51,9 +53,9 @@ def kill(
     return Fault(path, event, at, rank=rank, kill_rank=kill_rank, machine=machine)
 
 
-def fail(path: str, error: str, at: int = 1, times: int = 1, event: str = "write") -> Fault:
+def fail(path: str, error: str, at: int = 1, times: int = 1, event: str = "write", during: str = "") -> Fault:
     """The event raises OSError."""
-    return Fault(path, event, at, times, error)
+    return Fault(path, event, at, times, error, during=during)
 
 
 class Plan:

@@ -42,7 +42,8 @@ class Plan:
         path = target(os.fsdecode(path))
         met = []
         for fault in self.faults:
-            if fault["event"] == kind and fnmatch.fnmatch(path, fault["path"]) and fault["rank"] in (None, self.rank):
+            here = fault["event"] == kind and fault["rank"] in (None, self.rank) and now(fault["during"])
+            if here and fnmatch.fnmatch(path, fault["path"]):
                 met.append((fault, self.count(fault["name"])))
         for fault, number in met:  # after all have counted: firing ends this
             if fault["at"] <= number < fault["at"] + fault["times"]:
@@ -82,7 +83,7 @@ class Plan:
 
 
 def kill_session():
-    """SIGKILL to every process of this one's session: a node of testcluster.py, or a command with its own Ray."""
+    """SIGKILL to every process of this one's session: a node of cluster.py, or a command with its own Ray."""
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             try:
@@ -91,6 +92,11 @@ def kill_session():
             except ProcessLookupError:
                 pass
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def now(during):
+    """Whether the fault's time is now."""
+    return not during or os.path.exists(during)
 
 
 def target(path):

@@ -1,4 +1,5 @@
-"""A Ray cluster of several nodes on this machine, for tests that run the command beside it and take nodes away.
+"""A Ray cluster of several nodes on this machine, to run the command beside it and take nodes away: for tests and the
+soak.
 
 Each node is a `ray start --block` in a session of its own. To kill a node is to SIGKILL every process of that session,
 workers too: what a spot machine that vanishes looks like to the others.
@@ -26,6 +27,8 @@ RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
 STORE_BYTES = 80 * 2**20
 CPUS, GPUS = 16, 8
+START_SECONDS = 180
+"""The most that a node may take to come up, on a machine that does much else."""
 
 QUICK = {
     "RAY_AUTH_MODE": "disabled",
@@ -60,10 +63,9 @@ class Node:
 
 
 @dataclass
-class TestCluster:
+class Cluster:
     """Made by `cluster`; `nodes` are those besides the head."""
 
-    __test__ = False
     folder: Path
     environment: dict[str, str]
     port: int
@@ -87,7 +89,7 @@ class TestCluster:
         name = f"node{self.count}"
         options += ["--max-worker-port=0", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--node-name={name}"]
         self.nodes.append(Node(name, start(options, self.environment, self.folder / f"{name}.log")))
-        until(lambda: name in self.alive().values(), 60, self.logs)
+        until(lambda: name in self.alive().values(), START_SECONDS, self.logs)
         return self.nodes[-1]
 
     def wait(self, alive: int, seconds: float = 30) -> None:
@@ -146,7 +148,7 @@ class TestCluster:
     def restart(self, nodes: int) -> None:
         """After `kill`: the same address, so many new nodes, and none of the old cluster's memory."""
         self.head = start_head(self.folder, self.environment, self.port)
-        until(lambda: bool(self.alive()), 60, self.logs)
+        until(lambda: bool(self.alive()), START_SECONDS, self.logs)
         for _ in range(nodes):
             self.add()
 
@@ -154,7 +156,7 @@ class TestCluster:
 @contextmanager
 def cluster(
     nodes: int, environment: dict[str, str] | None = None, autoscale: int = 0, idle_minutes: float = 0.1
-) -> Iterator[TestCluster]:
+) -> Iterator[Cluster]:
     """A head without GPUs and `nodes` machines with 8 pretended GPUs each.
 
     environment: added to that of every process of the cluster. autoscale: so many more machines at most come when
@@ -164,9 +166,9 @@ def cluster(
     everything = {**os.environ, **QUICK, **(environment or {})}
     everything.pop("RAY_ADDRESS", None)
     port = free_port()
-    made = TestCluster(folder, everything, port, start_head(folder, everything, port, autoscale, idle_minutes))
+    made = Cluster(folder, everything, port, start_head(folder, everything, port, autoscale, idle_minutes))
     try:
-        until(lambda: bool(made.alive()), 60, made.logs)
+        until(lambda: bool(made.alive()), START_SECONDS, made.logs)
         for _ in range(nodes):
             made.add()
         yield made
