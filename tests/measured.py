@@ -106,19 +106,25 @@ class Watch:
                 before = seen
                 continue
             came = self.moment()
-            if (seen.kept > before.kept) if self.checkpoint else (seen.starts > before.starts):
+            if seen.kept > before.kept if self.checkpoint else seen.starts > before.starts:
                 self.seconds = time.time() - (came or 0)
                 continue
-            before = State(before.starts, max(before.done, seen.done), seen.kept)
+            before = State(before.starts, max(before.done, seen.done), max(before.kept, seen.kept))
             self.again = max(0, before.done - before.kept)
 
-    def __enter__(self) -> Watch:
+    def start(self) -> None:
         self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def __enter__(self) -> Watch:
+        self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._ended.set()
-        self._thread.join()
+        self.stop()
 
 
 def done(folder: Path) -> int:
