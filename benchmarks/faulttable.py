@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
-BEGIN, END = "<!-- faults:table -->", "<!-- faults:end -->"
+BEGIN, END = "<!-- faults:table -->", "<!-- /faults:table -->"
 HEAD = ["fault", "where it comes", "work goes on after", "work repeated", "same numbers", "test", "in"]
 
 
