@@ -1,5 +1,6 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
 # make test     install, then run every test but the long ones, which make soak runs
+# make soak     install, then run the long ones, and write what they measured into docs/faults.md
 # make lint     style and types;  make clean: what tools left behind
 # make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
 PYTHON ?= python3
@@ -37,7 +38,9 @@ test: .venv/installed-dev
 	$(BIN)/pytest -m "not cluster and not soak" $(ARGS)
 
 soak: .venv/installed-dev
-	$(BIN)/pytest -m soak $(ARGS)
+	mkdir -p bench && rm -f bench/faults.jsonl
+	FAULTS_TABLE=$(CURDIR)/bench/faults.jsonl $(BIN)/pytest -m "soak or faults" $(ARGS)
+	$(BIN)/python -m benchmarks.faulttable bench/faults.jsonl
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.suite $(ARGS)
