@@ -19,7 +19,7 @@ from measured import Faults, Watch, work
 
 from benchmarks import cluster as clusters
 from benchmarks import fault
-from benchmarks.cluster import Cluster
+from benchmarks.cluster import Cluster, Node
 from hedgemix import clock
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final"]
@@ -63,6 +63,14 @@ class Followed:
             )
 
         clusters.until(reached, 200, lambda: str(self.cluster.trainings()))
+
+    def node(self) -> Node:
+        """The machine of the only training."""
+        self.look()
+        groups = self.cluster.state.placement_group_table().values()
+        [group] = [group for group in groups if group["state"] == "CREATED"]
+        [place] = set(group["bundles_to_node_id"].values())
+        return next(node for node in self.cluster.nodes if node.name == self.cluster.alive()[place])
 
     def trained(self, seconds: float) -> None:
         """Follow it until it has noted so many seconds of training."""
@@ -209,21 +217,20 @@ def test_a_spot_machine_s_notice_saves_the_training(
     out, gone = tmp_path / "runs", measured.Now()
     out.mkdir()
     options = [*WHOLE, "--compute.checkpoint-seconds", "1000", "--compute.max-restarts", "1", *LONG]
-    with clusters.cluster(1, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+    with clusters.cluster(2, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
         record = Followed(cluster, text, out, 1, *options)
-        record.until(placed=1)
-        cluster.add()
         record.trained(3)
+        node = record.node()
         assert not list(out.glob("_steps/train-*/checkpoint*"))
         noticed, leave_seconds = time.time(), 60 if killed else 8
-        cluster.drain(cluster.nodes[0], leave_seconds)
+        cluster.drain(node, leave_seconds)
         clusters.until(lambda: bool(list(out.glob("_steps/train-*/checkpoint.json"))), 30, cluster.logs)
         saved = time.time() - noticed
         time.sleep(2 if killed else max(0.0, noticed + leave_seconds - time.time()))
         gone.say()
         assert gone.time is not None
         if killed:
-            cluster.nodes[0].kill()
+            node.kill()
         record.end()
     row = ended(out, undisturbed_long, attempts=5)
     assert saved < 5 and row.restarts == 1
