@@ -1,6 +1,6 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
 # make test     install, then run every test but the long ones
-# make soak     the long tests, then ten minutes of seeds on a cluster whose processes are killed; bench/soak.md
+# make soak     the long tests, what they measure into docs/faults.md; then ten minutes of random kills; bench/soak.md
 # make lint     style and types;  make clean: what tools left behind
 # make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
 PYTHON ?= python3
@@ -38,7 +38,9 @@ test: .venv/installed-dev
 	$(BIN)/pytest -m "not cluster and not soak" $(ARGS)
 
 soak: .venv/installed-dev
-	$(BIN)/pytest -m soak
+	mkdir -p bench && rm -f bench/faults.jsonl
+	FAULTS_TABLE=$(CURDIR)/bench/faults.jsonl $(BIN)/pytest -m "soak or faults"
+	$(BIN)/python -m benchmarks.faulttable bench/faults.jsonl
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench: .venv/installed

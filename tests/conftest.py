@@ -12,6 +12,8 @@ os.environ.pop("RAY_ADDRESS", None)
 from collections.abc import Iterator
 from pathlib import Path
 
+import disturbed
+import measured
 import pytest
 import tinyrecord
 from hypothesis import settings
@@ -48,6 +50,12 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> measured.Faults:
+    """Where a test of a fault notes what it measured."""
+    return measured.Faults(request)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tinyrecord.text_file(tmp_path_factory.mktemp("text"))
@@ -68,3 +76,12 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
     (runs.seed_steps(storage, recipe, dataset, 2).train.folder / "step.lock").mkdir(parents=True)
     return out, *tinyrecord.run(options, out, tinyrecord.SECRETS)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_long(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """The same of seed 1 with training that takes long enough to be disturbed from outside."""
+    out = tmp_path_factory.mktemp("long")
+    told = tinyrecord.run(tinyrecord.arguments(text, out, *disturbed.LONG), out)
+    assert told[0] == 0, told[1]
+    return out, *told

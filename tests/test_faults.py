@@ -1,4 +1,7 @@
-"""Processes killed and writes failed in the middle of a record: the row is the one of an undisturbed record."""
+"""Processes killed and writes failed in the middle of a record: the row is the one of an undisturbed record.
+
+What each costs is measured on the way, for the table of docs/faults.md (see measured.py).
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,36 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
-import pandas as pd
+import measured
 import pytest
 import ray
 import tinyrecord
+from disturbed import (
+    ALWAYS,
+    LONG,
+    OFTEN,
+    Undisturbed,
+    again,
+    begun,
+    bits,
+    command,
+    ended,
+    run,
+    the_row,
+    the_step,
+    training_for,
+)
+from measured import Faults, Watch, work
 from ray.exceptions import RayActorError
 
 from benchmarks import fault
+from benchmarks.cluster import until
+from hedgemix import clock
 from pipeline import driver, tasks
-
-BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_published"]
-OFTEN = ["--compute.checkpoint-seconds", "0", "--compute.max-restarts", "1", "--seeds", "1", "--record", "tiny"]
-
-Undisturbed = tuple[Path, int, str]
-
-
-def the_row(out: Path) -> pd.Series:
-    """The only row of the record's table."""
-    table = pd.read_parquet(out / "tiny.parquet")
-    assert len(table) == 1
-    return table.iloc[0]
-
-
-def bits(row: pd.Series) -> dict[str, float]:
-    return {column: row[column] for column in BITS}
-
-
-def undisturbed_bits(undisturbed: Undisturbed) -> dict[str, float]:
-    table = pd.read_parquet(undisturbed[0] / "tiny.parquet")
-    return bits(table[table.seed == 1].iloc[0])
-
-
-def run(text: Path, folder: Path, *faults: fault.Fault, options: list[str] = OFTEN) -> tuple[int, str]:
-    """A record of seed 1 under these faults, each of which must fire; exit code and output."""
-    plan = fault.Plan(folder / "faults", *faults)
-    out = folder / "runs"
-    out.mkdir()
-    code, output = tinyrecord.run(tinyrecord.arguments(text, out, *options), out, plan.environment())
-    plan.check()
-    return code, output
-
-
-def again(text: Path, folder: Path) -> tuple[int, str]:
-    """The same command, undisturbed."""
-    out = folder / "runs"
-    return tinyrecord.run(tinyrecord.arguments(text, out, *OFTEN), out)
 
 
 def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str]:
@@ -119,71 +105,200 @@ def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> 
 
 
 @pytest.mark.slow
-def test_every_stage_killed_once_changes_no_number(undisturbed: Undisturbed, text: Path, tmp_path: Path) -> None:
-    code, output = run(
-        text,
-        tmp_path,
-        fault.kill("*/checkpoint*.pt", at=2),
+@pytest.mark.faults
+def test_every_stage_killed_once_changes_no_number(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
+) -> None:
+    plan = fault.Plan(
+        tmp_path / "faults",
+        fault.kill("*/checkpoint*.pt", at=3),
         fault.kill("*/artifact.hmx"),
         fault.kill("*/score-*/result.json"),
-        fault.kill("*/trace.jsonl", at=3, event="write"),
+        fault.kill("*/trace.jsonl", at=5, event="write"),
     )
+    out = tmp_path / "runs"
+    kinds = ("train", "quantize", "score", "evaluate")
+    with ExitStack() as stack:
+        watches = [
+            stack.enter_context(Watch(out, kind, measured.fired(plan, number))) for number, kind in enumerate(kinds)
+        ]
+        code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
     assert code == 0, output
-    row = the_row(tmp_path / "runs")
-    assert row.restarts == 1 and bits(row) == undisturbed_bits(undisturbed)
+    plan.check()
+    row = ended(out, undisturbed, attempts=8)
+    assert row.restarts == 1
+    where = ("at its third checkpoint", "at the artifact", "at its result", "in the third chunk")
+    names = ("training worker killed", "quantization killed", "scoring killed", "evaluation killed")
+    for watch, name, at in zip(watches, names, where, strict=True):
+        lost = clock.read(watch.folder() / "clock.json")["lost_seconds"]
+        assert lost <= 2.5 or watch.kind in ("quantize", "score")
+        faults.note(1, name, at, watch, work(watch, lost))
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("path", ["*/runs/tiny.parquet", "*/evaluate-*/result.json"])
-def test_the_machine_or_the_driver_lost_the_same_command_goes_on(
-    undisturbed: Undisturbed, text: Path, tmp_path: Path, path: str
+def test_a_driver_killed_in_training_the_same_command_goes_on(
+    undisturbed_long: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    whole = path.endswith("result.json")  # the driver alone writes the table
-    code, _ = run(text, tmp_path, fault.kill(path, at=1 if whole else 2, machine=whole))
-    assert code == -signal.SIGKILL
-    code, output = again(text, tmp_path)
+    out, options = tmp_path / "runs", ["--compute.checkpoint-seconds", "2", *LONG]
+    out.mkdir()
+    killed = measured.Now()
+    with Watch(out, "train", killed) as watch:
+        driver = tinyrecord.start(tinyrecord.arguments(text, out, *options), out)
+        until(lambda: training_for(out, 5), 200, lambda: f"{driver.poll()}")
+        killed.say()
+        driver.kill()
+        code, output = again(text, tmp_path, *options)
+        driver.communicate()
     assert code == 0, output
-    assert bits(the_row(tmp_path / "runs")) == undisturbed_bits(undisturbed)
+    row = ended(out, undisturbed_long, attempts=5)
+    assert row.restarts == 1 and row.lost_seconds <= 2 + clock.BEAT_SECONDS + 1
+    faults.note(7, "driver killed", "in training, checkpoints every 2 s", watch, work(watch, row.lost_seconds))
 
 
 @pytest.mark.soak
-def test_a_full_disk_costs_a_checkpoint_not_the_training(undisturbed: Undisturbed, text: Path, tmp_path: Path) -> None:
-    code, output = run(text, tmp_path, fault.fail("*/checkpoint*.pt", "ENOSPC", at=2, times=3))
+def test_a_machine_lost_whole_the_same_command_goes_on(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
+) -> None:
+    plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", 5, "write", machine=True))
+    with Watch(tmp_path / "runs", "evaluate", measured.fired(plan)) as watch:
+        code, _ = command(text, tmp_path, *OFTEN, environment=plan.environment())
+        assert code == -signal.SIGKILL
+        plan.check()
+        code, output = again(text, tmp_path)
     assert code == 0, output
-    row = the_row(tmp_path / "runs")
-    assert row.restarts == 0 and bits(row) == undisturbed_bits(undisturbed)
+    row = ended(tmp_path / "runs", undisturbed, attempts=5)
+    assert row.restarts == 0
+    faults.note(8, "driver and all of its Ray killed", "in the third chunk", watch, work(watch, row.lost_seconds))
+
+
+@pytest.mark.soak
+def test_a_full_disk_costs_a_checkpoint_not_the_training(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
+) -> None:
+    plan = fault.Plan(tmp_path / "faults", fault.fail("*/checkpoint*.pt", "ENOSPC", at=2, times=3))
+    with Watch(tmp_path / "runs", "train", measured.fired(plan), checkpoint=True) as watch:
+        code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
+    assert code == 0, output
+    plan.check()
+    row = ended(tmp_path / "runs", undisturbed)
+    assert row.restarts == 0 and row.checkpoint_failures == 3 and row.lost_seconds == 0
+    faults.note(10, "disk full for three checkpoints", "training", watch, "none")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
-def test_weights_that_could_not_be_written_are_trained_again(
-    undisturbed: Undisturbed, text: Path, tmp_path: Path, error: str
+def test_weights_that_could_not_be_written_are_made_again(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults, error: str
 ) -> None:
-    code, output = run(text, tmp_path, fault.fail("*/weights.pt", error))
+    plan = fault.Plan(tmp_path / "faults", fault.fail("*/weights.pt", error))
+    with Watch(tmp_path / "runs", "train", measured.fired(plan)) as watch:
+        code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
     assert code == 0, output
-    row = the_row(tmp_path / "runs")
-    assert row.restarts == 1 and bits(row) == undisturbed_bits(undisturbed)
+    plan.check()
+    row = ended(tmp_path / "runs", undisturbed, attempts=5)
+    assert row.restarts == 1
+    name = "disk full" if error == "ENOSPC" else "disk reports an error (EIO)"
+    faults.note(11, name, "writing weights.pt", watch, work(watch, row.lost_seconds))
 
 
 @pytest.mark.soak
 def test_a_disk_that_stays_full_is_told_and_the_same_command_goes_on(
-    undisturbed: Undisturbed, text: Path, tmp_path: Path
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
     code, _ = run(text, tmp_path, fault.fail("*/weights.pt", "ENOSPC", times=1000))
     row = the_row(tmp_path / "runs")
     assert code == 1 and row.status == "failed" and "No space left on device" in row.error
-    code, output = again(text, tmp_path)
+    room = measured.Now()
+    with Watch(tmp_path / "runs", "train", room) as watch:
+        room.say()
+        code, output = again(text, tmp_path)
     assert code == 0, output
-    assert bits(the_row(tmp_path / "runs")) == undisturbed_bits(undisturbed)
+    row = ended(tmp_path / "runs", undisturbed, attempts=6)
+    faults.note(12, "disk stays full", "writing weights.pt", watch, work(watch, row.lost_seconds))
 
 
 @pytest.mark.soak
-def test_one_of_two_ranks_killed_restarts_both(text: Path, tmp_path: Path) -> None:
+def test_one_of_two_ranks_killed_restarts_both(text: Path, tmp_path: Path, faults: Faults) -> None:
     """Beside an undisturbed record of two workers: its numbers are not those of one."""
     two = [*OFTEN, "--compute.workers", "2"]
     (tmp_path / "calm").mkdir()
     assert tinyrecord.run(tinyrecord.arguments(text, tmp_path / "calm", *two), tmp_path)[0] == 0
-    code, output = run(text, tmp_path, fault.kill("*/checkpoint*.pt", at=2, kill_rank=1), options=two)
+    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3, kill_rank=1))
+    with Watch(tmp_path / "runs", "train", measured.fired(plan)) as watch:
+        code, output = command(text, tmp_path, *two, environment=plan.environment())
     assert code == 0, output
+    plan.check()
     row = the_row(tmp_path / "runs")
-    assert row.restarts == 1 and bits(row) == bits(the_row(tmp_path / "calm"))
+    assert row.restarts == 1 and row.attempts == 5 and bits(row) == bits(the_row(tmp_path / "calm"))
+    faults.note(2, "one of two training ranks killed", "at a checkpoint", watch, work(watch, row.lost_seconds))
+
+
+@pytest.mark.soak
+def test_one_of_two_evaluating_ranks_killed_goes_on_from_its_chunk(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
+) -> None:
+    two = [*OFTEN, "--compute.evaluate-workers", "2"]
+    calm = begun(undisturbed, tmp_path / "calm", "evaluate")
+    assert command(text, tmp_path / "calm", *two)[0] == 0
+    out = begun(undisturbed, tmp_path, "evaluate")
+    plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", at=5, event="write", kill_rank=1))
+    with Watch(out, "evaluate", measured.fired(plan)) as watch:
+        code, output = command(text, tmp_path, *two, environment=plan.environment())
+    assert code == 0, output
+    plan.check()
+    row = the_row(out)
+    assert row.attempts == 5 and row.evaluate_workers == 2 and bits(row) == bits(the_row(calm))
+    assert "was lost, starts again" in output
+    assert watch.again is not None and watch.again < measured.done(the_step(out, "evaluate"))
+    faults.note(6, "one of two evaluating ranks killed", "in the third chunk", watch, work(watch, row.lost_seconds))
+
+
+@pytest.mark.soak
+def test_a_second_driver_is_refused_at_once(
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
+) -> None:
+    out = tmp_path / "runs"
+    out.mkdir()
+    options = tinyrecord.arguments(text, out, *OFTEN)
+    first = tinyrecord.start(options, out)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("_steps/train-*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        began = time.monotonic()
+        code, told = tinyrecord.run(options, out)
+        seconds = time.monotonic() - began
+        assert code == 2 and "another driver is at work on this record" in told and "starting Ray" not in told
+        assert first.poll() is None, "the first had ended before"
+        output, _ = first.communicate(timeout=300)
+    finally:
+        first.kill()
+    assert first.returncode == 0, output
+    row = ended(out, undisturbed)
+    assert row.lost_seconds == 0
+    faults.note(16, "second driver on one record", "during training", seconds, "none: the second is refused")
+
+
+BUDGET_SECONDS = 6.0
+
+
+@pytest.mark.soak
+def test_a_budget_is_not_granted_twice(text: Path, tmp_path: Path, faults: Faults) -> None:
+    """Killed after about half of it, by this test's own clock: both starts together use the budget once."""
+    timed = ["--train.steps", "0", "--train.budget-seconds", f"{BUDGET_SECONDS:g}", "--train.reserve-seconds", "1"]
+    timed += ["--compute.checkpoint-seconds", "1", "--compute.max-restarts", "1", *ALWAYS]
+    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3))
+    with Watch(tmp_path / "runs", "train", measured.fired(plan)) as watch:
+        code, output = command(text, tmp_path, *timed, environment=plan.environment())
+    assert code == 0, output
+    plan.check()
+    row, step = the_row(tmp_path / "runs"), the_step(tmp_path / "runs", "train")
+    assert row.status == "done" and row.restarts == 1 and row.attempts == 5
+    came, starts = measured.fired(plan)(), watch.starts
+    assert came is not None and len(starts) == 2
+    used = came - starts[0] + (step / "moments.pt").stat().st_mtime - starts[1]
+    assert used - clock.BEAT_SECONDS - 0.5 <= row.train_seconds <= BUDGET_SECONDS + 1
+    assert used <= BUDGET_SECONDS + clock.BEAT_SECONDS + 1
+    assert 0 <= row.lost_seconds <= 1 + clock.BEAT_SECONDS
+    told = f"{row.lost_seconds:.1f} s, charged: {row.train_seconds:.1f} s of a budget of {BUDGET_SECONDS:g} s used"
+    faults.note(1, "training worker killed, timed", "after half the budget", watch, told, equal=False)

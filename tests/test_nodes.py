@@ -10,20 +10,22 @@ import subprocess
 import time
 from pathlib import Path
 
+import measured
 import pandas as pd
 import pytest
 import tinyrecord
+from disturbed import LONG, OFTEN, Undisturbed, ended, training_for
+from measured import Faults, Watch, work
 
 from benchmarks import cluster as clusters
 from benchmarks import fault
-from benchmarks.cluster import Cluster
+from benchmarks.cluster import Cluster, Node
+from hedgemix import clock
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final"]
 WHOLE = ["--compute.gpus-per-worker", "8"]
 """One worker takes all of a machine."""
 EIGHT = ["--compute.workers", "8", "--compute.gpus-per-worker", "1", "--compute.evaluate-workers", "8"]
-
-Undisturbed = tuple[Path, int, str]
 
 
 class Followed:
@@ -61,6 +63,18 @@ class Followed:
             )
 
         clusters.until(reached, 200, lambda: str(self.cluster.trainings()))
+
+    def node(self) -> Node:
+        """The machine of the only training."""
+        self.look()
+        groups = self.cluster.state.placement_group_table().values()
+        [group] = [group for group in groups if group["state"] == "CREATED"]
+        [place] = set(group["bundles_to_node_id"].values())
+        return next(node for node in self.cluster.nodes if node.name == self.cluster.alive()[place])
+
+    def trained(self, seconds: float) -> None:
+        """Follow it until it has noted so many seconds of training."""
+        clusters.until(lambda: training_for(self.out, seconds), 300, lambda: f"{self.process.poll()} {self.look()}")
 
     def end(self) -> pd.DataFrame:
         """Follow it to its end; its rows, by seed. Every seed must be done."""
@@ -158,30 +172,92 @@ def test_a_cluster_grows_to_its_limit_for_seeds_and_shrinks_after_them(text: Pat
 
 @pytest.mark.soak
 def test_a_machine_lost_in_training_is_replaced_by_another(
-    undisturbed: Undisturbed, text: Path, tmp_path: Path
+    undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3, machine=True))
     out = tmp_path / "runs"
     out.mkdir()
-    with clusters.cluster(2, {**fault.pretend_gpus(), **plan.environment()}) as cluster:
-        often = ["--compute.checkpoint-seconds", "0", "--compute.max-restarts", "1"]
-        rows = Followed(cluster, text, out, 1, *WHOLE, *often).end()
+    environment = {**fault.pretend_gpus(), **plan.environment()}
+    with clusters.cluster(2, environment) as cluster, Watch(out, "train", measured.fired(plan)) as watch:
+        Followed(cluster, text, out, 1, *WHOLE, *OFTEN).end()
         plan.check()
         assert len(cluster.alive()) == 2  # the head and the one that is left
-        assert rows.loc[1, "restarts"] == 1
-        assert {column: rows.loc[1, column] for column in BITS} == expected(undisturbed)
+    row = ended(out, undisturbed, attempts=5)
+    assert row.restarts == 1
+    faults.note(3, "machine killed, another idle", "at a checkpoint", watch, work(watch, row.lost_seconds))
+
+
+@pytest.mark.soak
+def test_a_machine_removed_in_training_is_replaced_by_a_new_one(
+    undisturbed_long: Undisturbed, text: Path, tmp_path: Path, faults: Faults
+) -> None:
+    out, gone = tmp_path / "runs", measured.Now()
+    out.mkdir()
+    options = [*WHOLE, "--compute.checkpoint-seconds", "2", "--compute.max-restarts", "1", *LONG]
+    with clusters.cluster(1, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+        record = Followed(cluster, text, out, 1, *options)
+        record.trained(5)
+        gone.say()
+        cluster.nodes.pop().kill()
+        cluster.wait(1, 120)
+        cluster.add()
+        record.end()
+    row = ended(out, undisturbed_long, attempts=5)
+    assert row.restarts == 1 and 0 < row.lost_seconds <= 2 + clock.BEAT_SECONDS + 1
+    told = work(watch, row.lost_seconds)
+    faults.note(3, "machine removed, a new one added", "in training, checkpoints every 2 s", watch, told)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_spot_machine_s_notice_saves_the_training(
+    undisturbed_long: Undisturbed, text: Path, tmp_path: Path, faults: Faults, killed: bool
+) -> None:
+    """No checkpoint but the one of the notice; then the machine is killed, or its deadline passes."""
+    out, gone = tmp_path / "runs", measured.Now()
+    out.mkdir()
+    options = [*WHOLE, "--compute.checkpoint-seconds", "1000", "--compute.max-restarts", "1", *LONG]
+    with clusters.cluster(2, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+        record = Followed(cluster, text, out, 1, *options)
+        record.trained(3)
+        node = record.node()
+        assert not list(out.glob("_steps/train-*/checkpoint*"))
+        noticed, leave_seconds = time.time(), 60 if killed else 8
+        cluster.drain(node, leave_seconds)
+        clusters.until(lambda: bool(list(out.glob("_steps/train-*/checkpoint.json"))), 30, cluster.logs)
+        saved = time.time() - noticed
+        time.sleep(2 if killed else max(0.0, noticed + leave_seconds - time.time()))
+        gone.say()
+        assert gone.time is not None
+        if killed:
+            node.kill()
+        record.end()
+    row = ended(out, undisturbed_long, attempts=5)
+    assert saved < 5 and row.restarts == 1
+    assert 0 < row.lost_seconds <= gone.time - noticed + 2
+    told = f"{work(watch, row.lost_seconds)}; checkpoint {saved:.1f} s after the notice"
+    end = "killed 2 s after its checkpoint" if killed else f"deadline of {leave_seconds} s passes"
+    faults.note(4, f"spot notice, machine {end}", "in training, no other checkpoint", watch, told)
 
 
 @pytest.mark.soak
 def test_a_cluster_that_was_lost_whole_costs_the_work_since_the_last_checkpoint(
-    undisturbed: Undisturbed, text: Path, tmp_path: Path
+    undisturbed_long: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    with clusters.cluster(1, fault.pretend_gpus()) as cluster:
-        record = Followed(cluster, text, tmp_path, 1, *WHOLE)
-        clusters.until(lambda: bool(list(tmp_path.glob("_steps/quantize-*"))), 200, cluster.logs)
+    out, gone = tmp_path / "runs", measured.Now()
+    out.mkdir()
+    options = [*WHOLE, "--compute.checkpoint-seconds", "2", *LONG]
+    with clusters.cluster(1, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+        record = Followed(cluster, text, out, 1, *options)
+        record.trained(5)
+        gone.say()
         cluster.kill()
-        record.process.communicate(timeout=120)
-        assert record.process.returncode == 1
+        told, _ = record.process.communicate(timeout=200)
+        assert record.process.returncode == 1, told
+        ended_after = time.time() - (gone.time or 0)
         cluster.restart(1)
-        rows = Followed(cluster, text, tmp_path, 1, *WHOLE).end()
-        assert {column: rows.loc[1, column] for column in BITS} == expected(undisturbed)
+        Followed(cluster, text, out, 1, *options).end()
+    row = ended(out, undisturbed_long, attempts=5)
+    assert row.restarts == 1 and 0 < row.lost_seconds <= 2 + clock.BEAT_SECONDS + 1
+    told = f"{work(watch, row.lost_seconds)}; the first command ended after {ended_after:.0f} s"
+    faults.note(9, "whole cluster killed, started anew", "in training, checkpoints every 2 s", watch, told)

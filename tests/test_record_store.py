@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
+import measured
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import tinyrecord
+from disturbed import LONG, Undisturbed, bits, training_for, undisturbed_bits
+from measured import Faults, Watch, work
 from objectstore import BUCKET, KEYS, StoreServer, store_process, store_server  # noqa: F401
 from pyarrow import fs
-from test_faults import bits, undisturbed_bits
 
 from benchmarks import fault
+from benchmarks.cluster import until
+from hedgemix import clock
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["--compute.checkpoint-seconds", "0", "--seeds", "1", "--record", "tiny"]
@@ -25,18 +30,33 @@ def objects(server: StoreServer) -> dict[str, fs.FileInfo]:
     return {info.path: info for info in found if info.type == fs.FileType.File}
 
 
+def arguments(server: StoreServer, text: Path, *options: str) -> list[str]:
+    """The command's, with the store for its runs folder."""
+    made = tinyrecord.arguments(text, Path("unused"), *options)
+    made[made.index("unused")] = server.uri()
+    return made
+
+
+def training(scratch: Path, seconds: float) -> Path:
+    """Wait until training has noted so many seconds; the working copy of the runs folder."""
+    until(lambda: any(training_for(out, seconds) for out in scratch.glob("hedgemix-*/*")), 300, lambda: "no training")
+    [out] = scratch.glob("hedgemix-*/*")
+    return out
+
+
 def test_killed_on_one_machine_a_record_ends_on_another(
     store_server: StoreServer,  # noqa: F811
     undisturbed: tuple[Path, int, str],
     text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    faults: Faults,
 ) -> None:
     store_server.make()
-    options = tinyrecord.arguments(text, Path("unused"), *OPTIONS)
-    options[options.index("unused")] = store_server.uri()
+    options = arguments(store_server, text, *OPTIONS)
     # The second machine has nothing of the first but the text, whose time and place the data step reads.
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", at=3, event="write", machine=True))
+    watch = Watch(tmp_path, "evaluate", measured.fired(plan))
+    watch.start()
     code, output = tinyrecord.run(options, tmp_path, {**plan.environment(), "HEDGEMIX_SCRATCH": str(tmp_path)})
     assert code == -signal.SIGKILL, output
     plan.check()
@@ -47,6 +67,7 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     scratch.rename(tmp_path / "gone with the machine")
 
     code, output = tinyrecord.run(options, tmp_path, {"HEDGEMIX_SCRATCH": str(tmp_path)})
+    watch.stop()
     assert code == 0, output
     after = objects(store_server)
     assert after[trained].mtime == before[trained].mtime
@@ -68,6 +89,59 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     assert code == 0 and "nothing to do" in output
     folder = pd.read_parquet(f"{BUCKET}/runs", filesystem=store_server.filesystem())
     assert list(folder.seed) == [1]
+    told = work(watch, table.lost_seconds[0])
+    faults.note(17, "machine lost, another finishes from an object store", "in the second chunk", watch, told)
+
+
+@pytest.mark.soak
+def test_a_store_that_stands_still_for_a_while_is_waited_for(
+    store_server: StoreServer,  # noqa: F811
+    undisturbed_long: Undisturbed,
+    text: Path,
+    tmp_path: Path,
+    faults: Faults,
+) -> None:
+    options = arguments(store_server, text, "--compute.checkpoint-seconds", "1", *LONG)
+    driver = tinyrecord.start(options, tmp_path, {"HEDGEMIX_SCRATCH": str(tmp_path)})
+    try:
+        out = training(tmp_path, 3)
+        [told] = out.glob("_steps/train-*/clock.json")
+        before = clock.read(told)["elapsed_seconds"]
+        store_server.pause()
+        time.sleep(10)
+        assert clock.read(told)["elapsed_seconds"] > before, "training waited for the store"
+        store_server.resume()
+        output, _ = driver.communicate(timeout=300)
+    finally:
+        store_server.resume()
+        driver.kill()
+    assert driver.returncode == 0, output
+    row = pq.read_table(f"{BUCKET}/runs/tiny.parquet", filesystem=store_server.filesystem()).to_pandas().iloc[0]
+    assert row.status == "done" and bits(row) == undisturbed_bits(undisturbed_long)
+    assert row.attempts == 4 and row.lost_seconds == 0 and row.checkpoint_failures == 0
+    faults.note(18, "object store silent for 10 s", "in training", 0.0, "none: training did not wait")
+
+
+@pytest.mark.soak
+def test_a_bucket_that_vanishes_in_training_is_told(
+    store_server: StoreServer,  # noqa: F811
+    text: Path,
+    tmp_path: Path,
+    faults: Faults,
+) -> None:
+    options = arguments(store_server, text, "--compute.checkpoint-seconds", "1", *LONG)
+    driver = tinyrecord.start(options, tmp_path, {"HEDGEMIX_SCRATCH": str(tmp_path)})
+    try:
+        training(tmp_path, 3)
+        store_server.wipe()
+        gone = time.time()
+        output, _ = driver.communicate(timeout=400)
+    finally:
+        driver.kill()
+    assert driver.returncode == 1 and BUCKET in output and "Traceback" not in output, output
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in output
+    told = f"the command ends with exit code 1 after {time.time() - gone:.0f} s, and what is wrong"
+    faults.note(18, "bucket removed", "in training", None, told, equal=False)
 
 
 def test_a_bucket_that_vanished_or_wrong_keys_are_told_before_any_work(
