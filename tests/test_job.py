@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fault
 import pandas as pd
 import pytest
 import tinyrecord
 from ray.job_submission import JobSubmissionClient
 
+from benchmarks import fault
 from hedgemix import clock
 
 pytestmark = pytest.mark.slow
