@@ -263,6 +263,8 @@ class Disturbed:
             self.step()
             if self.over() and not self.batch:
                 return
+            if self.seconds() >= 60 * self.plan.minutes and len(self.done) + len(self.batch) >= self.plan.seeds:
+                continue  # the last seeds end in peace
             if not kind:
                 due = max(due, self.seconds()) + self.draw.expovariate(1 / self.plan.mean_seconds)
                 kind = disturbance.draw_kind(self.draw, kinds)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import disturbance, disturbed, leaks, verdict
+from benchmarks import disturbance, disturbed, leaks, soak, verdict
 from benchmarks.disturbance import Bounds, Kill
 from benchmarks.disturbed import Disturbed, Plan
-from benchmarks.leaks import Samples
+from benchmarks.leaks import Samples, Trend
 from hedgemix.files import write_json
 
 MARKER = "SOAK_TEST=planted"
@@ -138,18 +138,20 @@ def test_a_step_that_forgot_a_kill_or_was_damaged_is_told(tmp_path: Path) -> Non
 
 
 HOLDER = """
-import sys, time
-from pathlib import Path
-from pipeline.steps import Step, clocked
-from pipeline.storage import Storage
-with clocked(Step("score", "a", Storage("", Path(sys.argv[1])))):
+import fcntl, json, sys, time
+with open(sys.argv[1] + "/writer.lock", "a") as lock, open(sys.argv[1] + "/clock.json", "w") as clock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    json.dump({"elapsed_seconds": 0.5, "starts": 1, "discarded_seconds": 0.25, "lost_seconds": 0.25}, clock)
+    clock.flush()
     print("at work", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_kill_is_noted_with_its_step_and_ends_when_the_step_goes_on(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    step = tmp_path / "_steps" / "score-a"
+    step.mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, step], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "at work\n"
     assert disturbance.holders(tmp_path) == {process.pid: "score-a"}
     began = time.time()
@@ -160,11 +162,11 @@ def test_a_kill_is_noted_with_its_step_and_ends_when_the_step_goes_on(tmp_path: 
     process.wait()
     bounds: dict[str, Bounds] = {}
     disturbance.note(bounds, tmp_path, ["score-a"])
-    assert bounds["score-a"].attempts == 2 and bounds["score-a"].lost_seconds > 0
+    assert bounds == {"score-a": Bounds(2, 0.75)}
     disturbance.look([hit], tmp_path)
     assert hit.recovered_seconds is None and hit.lost()
     time.sleep(0.05)
-    os.utime(tmp_path / "_steps" / "score-a" / "clock.json")
+    os.utime(step / "clock.json")
     disturbance.look([hit], tmp_path)
     assert hit.recovered_seconds is not None and hit.recovered_seconds > 0 and not hit.lost()
     assert disturbance.holders(tmp_path) == {}
@@ -206,17 +208,40 @@ def test_a_command_is_started_again_until_its_seeds_are_done_and_then_the_next(
 ) -> None:
     monkeypatch.setattr(disturbed, "COMMAND", ["bash", "-c", COMMAND, "bash"])
     (tmp_path / "runs").mkdir()
-    soak = Disturbed(Plan(0, seeds=3, at_once=2), tmp_path, dict(os.environ), None, random.Random(0), random.Random(0))
+    record = Disturbed(
+        Plan(0, seeds=3, at_once=2), tmp_path, dict(os.environ), None, random.Random(0), random.Random(0)
+    )
     while not (tmp_path / "waiting").exists():
-        soak.step()
-    assert soak.done == [0, 1] and soak.batch == [2, 3] and soak.codes == [1, 0, 1]
+        record.step()
+    assert record.done == [0, 1] and record.batch == [2, 3] and record.codes == [1, 0, 1]
     (tmp_path / "killed").touch()
-    assert soak.strike("driver") and soak.kills[-1].kind == "driver"
-    while soak.batch:
-        soak.step()
-    assert soak.done == [0, 1, 2, 3] and soak.codes == [1, 0, 1, 0]
+    assert record.strike("driver") and record.kills[-1].kind == "driver"
+    while record.batch:
+        record.step()
+    assert record.done == [0, 1, 2, 3] and record.codes == [1, 0, 1, 0]
     assert (tmp_path / "calls").read_text().split("\n")[:-1] == ["0 1"] * 2 + ["2 3"] * 3
-    assert soak.pids() == [] and not soak.strike("worker") and not soak.strike("node") and not soak.strike("byte")
+    assert (
+        record.pids() == [] and not record.strike("worker") and not record.strike("node") and not record.strike("byte")
+    )
     monkeypatch.setattr(disturbed, "STALLED_MINUTES", 0)
     with pytest.raises(RuntimeError, match="no step ended"):
-        soak.check_progress()
+        record.check_progress()
+
+
+def test_the_report_counts_what_was_hit_and_says_what_is_wrong() -> None:
+    kills = [
+        {"kind": "task", "steps": ["score-a"], "recovered_seconds": seconds, "at_seconds": 1.0}
+        for seconds in (1.0, 3.0, None)
+    ]
+    about = {"cpu": "c", "cores": 2, "memory_gib": 8, "load": 1, "torch": "2", "ray": "3", "python": "4"}
+    text = soak.markdown(
+        {
+            "minutes": 10.0, "seed": 0, "seeds": 2, "references": [0], "rows": [row(0), row(1, attempts=7)],
+            "kills": kills, "missed": [], "commands": 3, "codes": [1, 0], "processes": 9, "ports": [1, 2],
+            "trends": {"raylet": Trend(4.0, 100.0, 0.5, 40, 0.0), "driver": None}, "machine": about,
+            "wrong": ["seed 1 is another"],
+        }
+    )  # fmt: skip
+    assert "| attempts of steps (four a seed undisturbed) | 11 |" in text
+    assert "| task | 3 | 3 | 2 | 2.0 | 3.0 |" in text and "| node | 0 | 0 | 0 | | |" in text
+    assert "| raylet | 4.0 | 100 | +0.50 | 40 | +0.00 |" in text and "- WRONG: seed 1 is another" in text
