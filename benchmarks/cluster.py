@@ -88,9 +88,18 @@ class Cluster:
         options = [f"--address={self.address}", "--dashboard-agent-listen-port=0", "--min-worker-port=0"]
         name = f"node{self.count}"
         options += ["--max-worker-port=0", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--node-name={name}"]
-        self.nodes.append(Node(name, start(options, self.environment, self.folder / f"{name}.log")))
-        until(lambda: name in self.alive().values(), START_SECONDS, self.logs)
-        return self.nodes[-1]
+        log = self.folder / f"{name}.log"
+        node = Node(name, start(options, self.environment, log))
+        self.nodes.append(node)
+
+        def up() -> bool:
+            if node.process.poll() is not None:  # Ray gives up after 30 s, which a machine that does much else may need
+                node.kill()
+                node.process = start(options, self.environment, log)
+            return name in self.alive().values()
+
+        until(up, START_SECONDS, self.logs)
+        return node
 
     def wait(self, alive: int, seconds: float = 30) -> None:
         """Until so many nodes, the head among them, are alive."""

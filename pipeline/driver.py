@@ -25,7 +25,7 @@ from pipeline.progress import BoardActor, View
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
 from pipeline.runs import SeedSteps
-from pipeline.steps import DamagedStepError, Step, check, set_aside
+from pipeline.steps import ERROR, DamagedStepError, Step, check, set_aside
 from pipeline.tasks import Job
 
 POLL_SECONDS = 0.5
@@ -176,7 +176,7 @@ class Drive:
         step = getattr(self.seeds[seed], stage)
         with contextlib.suppress(OSError):
             text = f"{explain(error)}\n\n{COLOURS.sub('', str(error))}\n"
-            step.storage.write_bytes(step.folder / "error.txt", text.encode())
+            step.storage.write_bytes(step.folder / ERROR, text.encode())
 
     def rows(self) -> list[Row]:
         return [

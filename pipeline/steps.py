@@ -28,10 +28,12 @@ from pipeline.objects import plain
 from pipeline.storage import Storage
 
 RESULT = "result.json"
+ERROR = "error.txt"
+"""What ended the last command's attempts at it."""
 ASIDE = "result.damaged.json"
 RESUMED = ("checkpoint*", "clock.json", "log.jsonl", "trace.jsonl")
 """Files of a step that a later attempt goes on from."""
-NOT_MADE = (RESULT, ASIDE, "checkpoint*", "clock.json", "*.lock", "error.txt", "audit*", ".*")
+NOT_MADE = (RESULT, ASIDE, "checkpoint*", "clock.json", "*.lock", ERROR, "audit*", ".*")
 """Files in a step's folder that are not what it makes."""
 BEAT_SECONDS = 1.0
 
@@ -145,6 +147,7 @@ def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dic
         }
         write_json(step.folder / RESULT, record)
         step.storage.push(step.folder / RESULT)
+        step.storage.remove(step.folder / ERROR)
     return made.result
 
 

@@ -116,7 +116,7 @@ def test_damaged_weights_are_made_again_from_the_last_checkpoint(
         code, output = again(text, tmp_path)
     assert code == 0 and "damaged, made again" in output, output
     assert sha256_of(weights) == sha256
-    row = ended(out, undisturbed, attempts=5)
+    row = ended(out, undisturbed, attempts=range(6, 8))  # who reads the weights first, or both at once, starts in vain
     assert row.restarts == 1
     told = "averaging and calibration: training goes on from its last checkpoint"
     faults.note(15, f"weights.pt {SAID[harm.__name__]}", "between training and quantization", watch, told)
