@@ -150,9 +150,10 @@ def test_a_job_s_table_log_package_and_exit_code(
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny", "--compute.max-restarts", "1")
     given = {**plan.environment(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}
     done = run(submit(head.address, project, *options, **given))
-    plan.check()
     job = last_job(head.address)
-    assert done.returncode == 1 and (job.status, job.driver_exit_code) == ("FAILED", 1), done.stdout + done.stderr
+    told = done.stdout + done.stderr + str(job.message)
+    assert done.returncode == 1 and (job.status, job.driver_exit_code) == ("FAILED", 1), told
+    plan.check()
 
     table = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     theirs = pd.read_parquet(undisturbed[0] / "tiny.parquet").set_index("seed")
