@@ -125,7 +125,7 @@ def checkpoint(storage: Storage, folder: Path, kind: str) -> str:
         return ""
     try:
         found = (read(storage, folder / "checkpoint.json") or {"checkpoints": []})["checkpoints"]
-        return f"goes on from {UNITS[kind]} {int(found[0]['number'])}" if found else ""
+        return f"checkpoint at {UNITS[kind]} {int(found[0]['number'])}" if found else ""
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return "checkpoint.json is damaged"
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import tinyrecord
+from objectstore import free_port
 from ray.job_submission import JobSubmissionClient
 
 from benchmarks import fault
@@ -51,12 +51,11 @@ class Head:
 @contextlib.contextmanager
 def started(**environment: str) -> Iterator[Head]:
     """A head node with a dashboard on loopback. Only its own processes are killed after."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, agent = free_port(), free_port()
     temporary = tempfile.mkdtemp(prefix="ray-job-", dir="/tmp")  # socket paths must stay short
     command = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2", "--disable-usage-stats"]
     command += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--temp-dir={temporary}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]  # another head's agent may have the usual one
     own = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
     log = open(Path(temporary) / "head.log", "w")  # noqa: SIM115
     process = subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True)
@@ -150,9 +149,10 @@ def test_a_job_s_table_log_package_and_exit_code(
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny", "--compute.max-restarts", "1")
     given = {**plan.environment(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}
     done = run(submit(head.address, project, *options, **given))
-    plan.check()
     job = last_job(head.address)
-    assert done.returncode == 1 and (job.status, job.driver_exit_code) == ("FAILED", 1), done.stdout + done.stderr
+    told = done.stdout + done.stderr + str(job.message)
+    assert done.returncode == 1 and (job.status, job.driver_exit_code) == ("FAILED", 1), told
+    plan.check()
 
     table = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     theirs = pd.read_parquet(undisturbed[0] / "tiny.parquet").set_index("seed")
@@ -200,7 +200,7 @@ def test_a_stopped_job_goes_on_as_the_same_job(head: Head, text: Path, tmp_path:
     command = submit(head.address, project, *tinyrecord.arguments(text, out, *steps))
     assert run([*command[: command.index("--")], "--no-wait", *command[command.index("--") :]]).returncode == 0
     job, client = last_job(head.address), JobSubmissionClient(head.address)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list(out.glob("_steps/train-*/checkpoint.json")):
         assert time.monotonic() < deadline, client.get_job_logs(job.submission_id)
         time.sleep(0.1)

@@ -101,7 +101,7 @@ def test_every_state_of_a_step(storage: Storage) -> None:
     checkpoints.close()
     found = look(steps.train)
     assert (found.state, found.starts) == ("at work", 1)
-    assert found.note == "33 %, sign of life 5 s ago, goes on from step 7"
+    assert found.note == "33 %, sign of life 5 s ago, checkpoint at step 7"
     work(steps.train, seconds=1, age_seconds=7200)
     assert look(steps.train).state == "stopped" and "2 h ago" in look(steps.train).note
 
