@@ -72,7 +72,9 @@ def test_a_step_that_fails_or_is_damaged_is_not_done(tmp_path: Path) -> None:
     for damaged in (json.dumps({"key": "another", "result": {}}).encode(), b"[]", b"null", b"\xff\xfe", b""):
         (mine.folder / "result.json").write_bytes(damaged)
         assert not mine.done()
+    (mine.folder / "error.txt").write_text("what ended an earlier command's attempts")
     assert perform(mine, making(mine, 2), {}) == {"answer": 2}
+    assert not (mine.folder / "error.txt").exists()
 
 
 SCRIPT = """
