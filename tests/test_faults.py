@@ -279,5 +279,5 @@ def test_a_budget_is_not_granted_twice(text: Path, tmp_path: Path, faults: Fault
     assert used - clock.BEAT_SECONDS - 0.5 <= row.train_seconds <= BUDGET_SECONDS + 1
     assert used <= BUDGET_SECONDS + clock.BEAT_SECONDS + 1
     assert 0 <= row.lost_seconds <= 1 + clock.BEAT_SECONDS
-    told = f"{row.lost_seconds:.1f} s, charged: {row.train_seconds:.1f} s of a budget of {BUDGET_SECONDS:g} s used"
+    told = f"{row.lost_seconds:.1f} s; charged {row.train_seconds:.1f} s of a budget of {BUDGET_SECONDS:g} s"
     faults.note(1, "training worker killed, timed", "after half the budget", watch, told, equal=False)
