@@ -160,9 +160,10 @@ class Faults:
 
 
 def work(watch: Watch, lost_seconds: float) -> str:
-    """What was done again, as the table says it."""
+    """What was done again, as the table says it: whole steps or chunks, the one that the fault fell into, and the
+    seconds that the row tells."""
     unit = {"train": "step", "evaluate": "chunk"}.get(watch.kind)
     if unit is None:
         return "all of it"
-    count = watch.again or 0
-    return f"{count} {unit}{'' if count == 1 else 's'}, {lost_seconds:.1f} s"
+    more = f" and {watch.again} before it" if watch.again else ""
+    return f"the {unit} it fell into{more}, {lost_seconds:.1f} s"

@@ -99,7 +99,9 @@ def test_an_artifact_damaged_before_it_is_scored_is_made_again(
     assert code == 0 and "damaged, made again" in output, output
     plan.check()
     ended(out, undisturbed, attempts=6)
-    faults.note(14, "artifact a bit flipped, too", "between quantization and score", watch, "quantization")
+    faults.note(
+        14, "artifact a bit flipped, the evaluation killed", "between quantization and score", watch, "quantization"
+    )
 
 
 @pytest.mark.parametrize("harm", HARM)

@@ -236,8 +236,8 @@ def test_a_spot_machine_s_notice_saves_the_training(
     assert saved < 5 and row.restarts == 1
     assert 0 < row.lost_seconds <= gone.time - noticed + 2
     told = f"{work(watch, row.lost_seconds)}; checkpoint {saved:.1f} s after the notice"
-    end = "killed 2 s after its checkpoint" if killed else f"deadline of {leave_seconds} s passes"
-    faults.note(4, f"spot notice, machine {end}", "in training, no other checkpoint", watch, told)
+    end = "the machine is killed 2 s after the checkpoint" if killed else f"its deadline of {leave_seconds} s passes"
+    faults.note(4, f"spot notice; {end}", "in training, no other checkpoint", watch, told)
 
 
 @pytest.mark.soak

@@ -44,6 +44,7 @@ def training(scratch: Path, seconds: float) -> Path:
     return out
 
 
+@pytest.mark.faults
 def test_killed_on_one_machine_a_record_ends_on_another(
     store_server: StoreServer,  # noqa: F811
     undisturbed: tuple[Path, int, str],
