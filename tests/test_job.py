@@ -89,7 +89,7 @@ def answer(url: str) -> int:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with started() as found:
+    with started(RAY_JOB_STOP_WAIT_TIME_S="20") as found:  # a busy machine writes no table in Ray's three seconds
         yield found
 
 
@@ -163,9 +163,8 @@ def test_a_job_s_table_log_package_and_exit_code(
 
     log = JobSubmissionClient(head.address).get_job_logs(job.submission_id)
     assert "bits per byte of" in log and "seed 1: quantize was lost, starts again: WorkerCrashedError" in log
-    lines = [line for line in log.splitlines() if line.strip()]
-    assert not [line for line in lines if not line.isprintable()]
-    assert not [line for line in lines if "Traceback" in line or ("INFO" in line and "job_manager.py" not in line)]
+    lines = [line for line in log.splitlines() if line.strip() and "job_manager.py" not in line]  # Ray's first line
+    assert not [line for line in lines if not line.isprintable() or "Traceback" in line or "INFO" in line]
     assert len(set(lines)) == len(lines), [line for line in lines if lines.count(line) > 1]
 
     [package] = head.packages(job)
