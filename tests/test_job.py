@@ -56,9 +56,9 @@ def started(**environment: str) -> Iterator[Head]:
     command = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2", "--disable-usage-stats"]
     command += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--temp-dir={temporary}"]
     command += [f"--dashboard-agent-listen-port={agent}"]  # another head's agent may have the usual one
-    own = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
+    own = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     log = open(Path(temporary) / "head.log", "w")  # noqa: SIM115
-    process = subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(command, env={**own, **environment}, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 90
@@ -234,7 +234,13 @@ def test_a_head_with_a_token_takes_no_job_and_no_driver_without_it(tmp_path: Pat
         command = [str(BIN / "ray"), "job", "submit", "--address", head.address, "--", "touch", str(tmp_path / "ran")]
         refused = run(command)  # the tests' own environment has no token
         assert refused.returncode == 1 and "Authentication" in refused.stdout + refused.stderr
-        gcs = re.search(r"--address='([^']+)'", (head.temporary / "head.log").read_text())[1]
+        found = None
+        deadline = time.monotonic() + 30
+        while found is None:
+            assert time.monotonic() < deadline
+            found = re.search(r"--address='([^']+)'", (head.temporary / "head.log").read_text())
+            time.sleep(0.2)
+        gcs = found[1]
         join = [sys.executable, "-c", f"import ray; ray.init(address={gcs!r}, logging_level='ERROR')"]
         told = run(join)
         assert told.returncode != 0 and "Authentication" in told.stderr
