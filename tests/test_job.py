@@ -140,11 +140,10 @@ def test_a_job_s_table_log_package_and_exit_code(
     head: Head, undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path, project: Path
 ) -> None:
     """One job of two seeds: the environment it was given reaches driver and workers, where it kills the quantization
-    once; a file in the place of the second seed's training folder fails that seed."""
+    once; a folder in the place of the second seed's lock fails that seed."""
     out = tmp_path / "runs"
-    in_the_way = next(path for path in undisturbed[0].glob("_steps/train-*") if path.is_file())
-    (out / "_steps").mkdir(parents=True)
-    (out / "_steps" / in_the_way.name).write_text("in the way")
+    in_the_way = next(path for path in undisturbed[0].glob("_steps/train-*/step.lock") if path.is_dir())
+    (out / in_the_way.relative_to(undisturbed[0])).mkdir(parents=True)
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/artifact.hmx"))
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny", "--compute.max-restarts", "1")
     given = {**plan.environment(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}

@@ -275,5 +275,5 @@ def test_a_real_record_asked_by_a_machine_without_ray(undisturbed: tuple[Path, i
     assert told.returncode == 0 and not told.stderr and files(out) == before
     lines = [line.split() for line in told.stdout.splitlines() if line]
     assert [line[-1] for line in lines if line[0] == "evaluate"] == ["bits/byte", "waiting"]
-    assert ["2", "train", "damaged", "a", "file"] in [line[:5] for line in lines]
-    assert "seed 2 failed: train: FileExistsError" in told.stdout
+    assert ["2", "train", "failed", "IsADirectoryError:"] in [line[:4] for line in lines]
+    assert "seed 2 failed: train: IsADirectoryError" in told.stdout
