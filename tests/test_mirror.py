@@ -136,7 +136,7 @@ def test_checkpoints_outlive_the_machine(store_server: StoreServer, tmp_path: Pa
     states = Checkpoints(folder, kept=copy)
     for number in range(5):
         states.save(number, {"weights": torch.full((400_000,), float(number))})
-    states.wait()
+    states.close()
     assert copy.close() and copy.failure == ""
     there = open_storage(store_server.uri(), tmp_path / "there")
     found = there.names(there.root / "_steps/train-1")
