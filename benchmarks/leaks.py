@@ -135,7 +135,7 @@ def unclaimed(runs: Path) -> dict[str, int]:
         ):
             found[name] = size
     for path in (*runs.glob("_records/*/*"), *runs.glob("*"), *runs.glob(".*")):
-        known = path.suffix == ".parquet" or path.name in ("recipe.json", "record.lock")
+        known = path.suffix == ".parquet" or path.name in ("recipe.json", "steps.json", "record.lock")
         if path.is_file() and not known:
             found[str(path)] = path.stat().st_size
     return found

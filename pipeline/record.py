@@ -25,7 +25,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
         from pipeline import status
 
-        sys.exit(status.main(sys.argv[1:]))
+        code = status.main(sys.argv[1:])
+        sys.stdout.flush()
+        # Once Arrow has read a table, a few interpreters in a hundred abort on their way out, with another exit code.
+        os._exit(code)
     if not os.environ.get("RAY_ADDRESS"):
         # Ray's processes and ours learn from this that nothing outside may reach a Ray of this machine alone: they
         # then listen on loopback instead of on every address.
@@ -257,4 +260,7 @@ def train_settings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as for --status above; Ray is shut down by now
