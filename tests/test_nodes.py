@@ -119,7 +119,7 @@ def expected(undisturbed: Undisturbed) -> dict[str, float]:
     return {column: table.loc[1, column] for column in BITS}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path: Path) -> None:
     with clusters.cluster(0, fault.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 2, *WHOLE)

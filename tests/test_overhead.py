@@ -56,7 +56,7 @@ def test_the_phases_are_all_of_the_time_without_work() -> None:
     assert sum(found.values()) == command.without_work()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_plain_side_does_a_whole_seed_and_is_marked(text: Path, tmp_path: Path) -> None:
     recipe, _ = record.parse(["laptop", *tinyrecord.arguments(text, tmp_path)])
     record.prepare(recipe, Storage("", tmp_path), Console(quiet=True))
