@@ -187,23 +187,26 @@ def fetch(step: Step, *names: str) -> dict[str, dict[str, str]]:
     return {step.kind: {name: files[name]["sha256"] for name in names or files}}
 
 
+def sound(path: Path, told: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == told["bytes"] and sha256_of(path) == told["sha256"]
+
+
 def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
+    """That the file is what `told`, its entry in result.json, says; from an object store a fresh copy is tried once.
+    Raises DamagedStepError."""
     path = step.folder / name
     if told is None:
         raise DamagedStepError(step.name, f"it made no {name}")
     if not plain(name) or not path.resolve().is_relative_to(step.folder.resolve()):
         raise DamagedStepError(step.name, f"{name!r} leads out of {step.folder}")
-    for attempt in ("what is here", "a fresh copy"):
-        if attempt == "a fresh copy" and not (step.storage.remote and step.storage.pull(path)):
-            break
-        if path.is_file() and path.stat().st_size == told["bytes"] and sha256_of(path) == told["sha256"]:
-            return
+    if sound(path, told) or (step.storage.remote and step.storage.pull(path) and sound(path, told)):
+        return
     state = f"{path.stat().st_size:,} bytes, not the {told['bytes']:,} written" if path.is_file() else "gone"
     raise DamagedStepError(step.name, f"{path} is damaged ({state}, or with another sum)")
 
 
 def forget(step: Step) -> None:
-    """Remove the checkpoints of a finished step."""
+    """Remove the checkpoints of a step that no start may take up again."""
     for path in step.folder.glob("checkpoint*"):
         path.unlink(missing_ok=True)
     if step.storage.remote:

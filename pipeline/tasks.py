@@ -19,7 +19,7 @@ import ray
 import torch
 
 from hedgemix import ranks
-from hedgemix.checkpoint import Checkpoints, Kept, nothing
+from hedgemix.checkpoint import Kept, nothing
 from hedgemix.config import Recipe, config_hash
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log
@@ -78,7 +78,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
         torch.cuda.set_device(get_device())
     use_cpus(recipe.compute.cpus_per_worker)
-    if not job.data.folder.is_dir() and not step.storage.uri:
+    if not job.data.folder.is_dir() and not step.storage.remote:
         return {"error": f"--out is not on storage that this node shares: {job.data.folder} is not there"}
     try:
         with one_writer(job, step) as kept, Notice() as notice:
@@ -88,7 +88,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"made": keep(step, result) if ranks.rank() == 0 else Made(result, {}, {})}
     except (DivergedError, ValueError) as error:
         if isinstance(error, DivergedError) and ranks.rank() == 0:
-            Checkpoints(step.folder).clear()  # the same command tries again from the beginning
+            forget(step)  # the same command tries again from the beginning, also on another machine
         return {"error": f"{type(error).__name__}: {error}"}
 
 

@@ -33,14 +33,14 @@ class Marks:
         record = {"name": name, "begin": began, "end": time.monotonic(), "cpu": time.process_time() - began_cpu, **more}
         self.file.write(json.dumps(record) + "\n")
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(self, name, path=None, target=None):
         if name not in WRAPPED and name not in IMPORTS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
-            def exec_module(module):  # type: ignore[no-untyped-def]
+            def exec_module(module):
                 began = time.monotonic(), time.process_time()
                 load(module)
                 if name in IMPORTS:
@@ -48,7 +48,7 @@ class Marks:
                 for function in WRAPPED.get(name, ()):
                     self.wrap(module, function)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module
         return spec
 
     def wrap(self, module: object, name: str) -> None:
@@ -57,7 +57,7 @@ class Marks:
         function = getattr(owner, last)
 
         @functools.wraps(function)
-        def timed(*arguments, **named):  # type: ignore[no-untyped-def]
+        def timed(*arguments, **named):
             began = time.monotonic(), time.process_time()
             try:
                 return function(*arguments, **named)
@@ -69,4 +69,4 @@ class Marks:
 
 
 if os.environ.get("HEDGEMIX_MARKS"):
-    sys.meta_path.insert(0, Marks(os.environ["HEDGEMIX_MARKS"]))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Marks(os.environ["HEDGEMIX_MARKS"]))
