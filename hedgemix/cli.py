@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
@@ -119,17 +119,14 @@ class Audit:
     """With --scorer: write the report there (default: print it)."""
 
 
-def main() -> None:
-    """Entry point; exits with 2 after a user's mistake."""
-    commands: dict[type, Callable[[Any], None]] = {
-        Download: _download,
-        Prepare: _prepare,
-        Compress: _compress,
-        Decompress: _decompress,
-        Inspect: _inspect,
-        Audit: _audit,
-    }
-    either: Any = Download | Prepare | Compress | Decompress | Inspect | Audit
+Commands = dict[type, Callable[[Any], None]]
+"""What carries out a command, by the dataclass of its options."""
+
+
+def main(commands: Commands | None = None) -> None:
+    """Entry point, of these commands or the library's own; exits with 2 after a user's mistake."""
+    commands = commands or COMMANDS
+    either: Any = Union[tuple(commands)]  # noqa: UP007
     command = tyro.cli(either, prog="hedgemix", description=__doc__)
     try:
         commands[type(command)](command)
@@ -219,6 +216,16 @@ def _audit(command: Audit) -> None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
     options = command.draws, command.cuts, command.draw_seed, command.report
     sys.exit(scorer.report(command.scorer, command.tokens, *options, console))
+
+
+COMMANDS: Commands = {
+    Download: _download,
+    Prepare: _prepare,
+    Compress: _compress,
+    Decompress: _decompress,
+    Inspect: _inspect,
+    Audit: _audit,
+}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from pipeline import driver, report, results, runs, stages
+from pipeline import driver, results, runs, stages, terminal
 from pipeline.lease import hold
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
         recipe, options = parse(arguments)
         recipes.validate(recipe)
         if options.plan:
-            report.print_plan(recipe, options.seeds, console)
+            terminal.print_plan(recipe, options.seeds, console)
             return 0
         return run(recipe, options, console)
     except RecipeError as error:
@@ -169,7 +169,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
         else:
             with ray_started(console):
                 rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost)
-        report.print_results(rows, storage.where(results.table_path(storage, record)), console)
+        terminal.print_results(rows, storage.where(results.table_path(storage, record)), console)
     return 1 if any(row.status != "done" for row in rows) else 0
 
 

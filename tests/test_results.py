@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from hedgemix.recipes import RECIPES
-from pipeline import report, results
+from pipeline import results, terminal
 from pipeline.results import Row
 from pipeline.storage import Storage
 
@@ -115,7 +115,7 @@ def test_the_printed_table_fits_80_columns_and_shows_every_seed(tmp_path: Path) 
     console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
     rows = [dataclasses.replace(DONE, seed=seed, steps=1000, total_bytes=15_484_405) for seed in (1337, 42)]
     rows = [dataclasses.replace(row, train_seconds=599.9, evaluate_seconds=561.2) for row in rows]
-    report.print_results([*rows, FAILED], str(tmp_path / "one.parquet"), console)
+    terminal.print_results([*rows, FAILED], str(tmp_path / "one.parquet"), console)
     text = console.export_text()
     assert max(len(line) for line in text.splitlines() if "pandas" not in line and "table:" not in line) <= 80
     for expected in ("1337", "42", "15,484,405", "1.7500", "seed 2 failed: train: it broke", "sum to 40.00", "mean"):
@@ -124,7 +124,7 @@ def test_the_printed_table_fits_80_columns_and_shows_every_seed(tmp_path: Path) 
 
 
 def test_the_plan_of_the_record_is_the_reference_run() -> None:
-    plan = report.plan(RECIPES["record"](), (1337, 42, 7))
+    plan = terminal.plan(RECIPES["record"](), (1337, 42, 7))
     assert plan["parameters"] == "33,317,980"
     assert plan["training job"] == "8 workers on one node: 8 GPU, 160 CPU"
     assert plan["training loop"].startswith("582 s")
