@@ -20,14 +20,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import bundle, corpus, stream
+from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline.steps import Step
 from pipeline.storage import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
-VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 6}
+VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 7}
 
 
 def step(storage: Storage, kind: str, *reads: Any) -> Step:
@@ -77,7 +77,7 @@ def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int) ->
     train = step(storage, "train", recipe.model, recipe.train, machine, text, seed)
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
     score = step(storage, "score", train.key, order, dataset.valid_sha256)
-    room = bundle.artifact_room(recipe) if recipe.quantize.method == "stepped" else None
+    room = stages.artifact_room(recipe, script.n_bytes(recipe)) if recipe.quantize.method == "stepped" else None
     quantize = step(storage, "quantize", train.key, recipe.quantize, room)
     evaluation = step(storage, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
     return SeedSteps(seed, train, score, quantize, evaluation)
