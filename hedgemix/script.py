@@ -36,8 +36,11 @@ FOOTER = """
 BUNDLE = Bundle(__file__, DATA)
 
 if __name__ == "__main__":
+    import traceback
+
     from hedgemix import alone
 
+    sys.excepthook = traceback.print_exception  # Python's own asks no importer for the lines, before 3.13
     sys.exit(alone.main(BUNDLE.recipe, BUNDLE.sources, BUNDLE.n_bytes, sys.argv[1:]))
 """
 FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]

@@ -131,12 +131,12 @@ def evaluate_stage(
 
 def excesses(limits: LimitsConfig, total_bytes: int, train_seconds: float, evaluate_seconds: float) -> list[str]:
     """What is over its limit, one line each."""
-    used = (
+    measured = (
         ("bytes", total_bytes, limits.total_bytes),
         ("training seconds", train_seconds, limits.train_seconds),
         ("evaluation seconds", evaluate_seconds, limits.evaluate_seconds),
     )
-    return [f"{round(value, 1):,} {name}, the recipe allows {most:,}" for name, value, most in used if not value <= most]
+    return [f"{round(used, 1):,} {name}, the recipe allows {top:,}" for name, used, top in measured if not used <= top]
 
 
 def check_data(recipe: Recipe, dataset: Dataset) -> None:
