@@ -28,6 +28,7 @@ from hedgemix.mixer import Mixer
 from hedgemix.model import Model
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
+from hedgemix.tally import Tally
 from hedgemix.text import Ones, Sizes, Text, same
 from hedgemix.trace import tracing
 from hedgemix.ttt import Adapter
@@ -95,7 +96,8 @@ def evaluate_artifact(
 ) -> EvaluateResult:
     """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
 
-    counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0.
+    counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0, with
+    the files of `tally` beside it at the end.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
     start: a `restart.Restart` goes on where an earlier one was stopped.
     Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text, OSError
@@ -123,6 +125,8 @@ def evaluate_artifact(
                     "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
                 }
             )
+        if trace is not None and ranks.rank() == 0:
+            work.tally.write(trace.parent)
         return work.result()
 
 
@@ -194,6 +198,9 @@ class Evaluation:
         )
         self.seconds = {"scoring": 0.0, "mixing": 0.0, "ttt": 0.0}
         self.mass, self.tokens, self.bytes = 0.0, 0, 0
+        self.tally = Tally(("quantized", "mixed", "ttt", "final"), model.vocab_size, tables.is_control)
+        self.charges: list[tuple[slice, Tensor]] = []
+        """What the tally will be told at the end of the chunk."""
         self.finished = 0  # chunks
         self.weights: dict[str, dict[str, Tensor]] = {}
 
@@ -229,6 +236,9 @@ class Evaluation:
             self.timed("mixing", partial(self.score, *item))
         self.count(chunk)
         chunk_bytes = int(self.bytes_N.read(slice(chunk.start, chunk.stop)).sum())
+        for span, nats_SB in self.charges:
+            self.tally.add(self.tokens_N.read(span), self.bytes_N.read(span), nats_SB.cpu().numpy())
+        self.charges = []
         self.tokens += chunk.stop - chunk.start
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
@@ -260,16 +270,19 @@ class Evaluation:
         frozen, best = scores.nll["frozen"], scores.nll[self.best]
         targets = self.tokens_N[piece.start : piece.stop]
         rule, mass = published.score(self.published, rows[self.best], self.history(piece), targets)
-        for name, nats in (
-            ("quantized", frozen["neural"]),
-            ("mixed", frozen[self.mixer.kind]),
-            ("ttt", best["neural"]),
-            ("final", best[self.mixer.kind]),
-            ("hedge", best["hedge"]),
-            ("logistic", best["logistic"]),
-            ("published", rule),
-        ):
+        charges = {
+            "quantized": frozen["neural"],
+            "mixed": frozen[self.mixer.kind],
+            "ttt": best["neural"],
+            "final": best[self.mixer.kind],
+            "hedge": best["hedge"],
+            "logistic": best["logistic"],
+            "published": rule,
+        }
+        for name, nats in charges.items():
             self.add(name, nats)
+        span = slice(piece.start, piece.stop)
+        self.charges.append((span, torch.stack([charges[name] for name in self.tally.names])))
         self.mass += float(mass.sum())
 
     def count(self, chunk: Piece) -> None:
@@ -303,6 +316,7 @@ class Evaluation:
             "adapter": self.adapter.state_dict() if self.adapter else {},
             "mixer": self.mixer.state_dict(),
             "published": self.published.state_dict(),
+            "tally": self.tally.state_dict(),
             "nats": self.nats,
             "seconds": self.seconds,
             "sums": {"mass": self.mass, "tokens": self.tokens, "bytes": self.bytes},
@@ -316,6 +330,7 @@ class Evaluation:
         self.mixer.load_state_dict(state["mixer"])
         self.weights = self.mixer.weights()
         self.published.load_state_dict(state["published"])
+        self.tally.load_state_dict(state["tally"])
         for chunk in self.chunks[: self.finished]:
             self.count(chunk)
         self.nats, self.seconds = dict(state["nats"]), dict(state["seconds"])

@@ -155,6 +155,8 @@ class Row:
     """Of the artifact file."""
     artifact_path: str | None = None
     """Where the artifact file lies."""
+    train_path: str | None = None
+    """Folder of the training's step: result.json and log.jsonl, one line a step."""
     evaluate_path: str | None = None
     """Folder of the evaluation's step: result.json, trace.jsonl and, once audited, audit.json and audit.md."""
     dataset_path: str | None = None

@@ -62,6 +62,7 @@ def build_row(
         "tokenizer_sha256": dataset.tokenizer_sha256,
         "vocab_size": dataset.vocab_size,
         "artifact_path": where(steps.quantize.folder / stages.ARTIFACT) if "quantize" in standing else None,
+        "train_path": where(steps.train.folder) if "train" in standing else None,
         "evaluate_path": where(steps.evaluate.folder) if "evaluate" in standing else None,
         "dataset_path": where(Path(dataset.folder)) if dataset.folder else None,
         "workers": recipe.compute.workers,

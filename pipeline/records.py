@@ -1,0 +1,125 @@
+"""A record as its readers take it up: the rows of its table, and the files behind them, from a folder or a store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hedgemix.config import Recipe, RecipeError, from_dict
+from pipeline import results
+from pipeline.storage import REMOTE, Storage, store, told
+
+
+@dataclass(frozen=True)
+class Record:
+    """Rows as dicts of the table's columns; files lie under the table's own folder, wherever that was copied to."""
+
+    name: str
+    storage: Storage
+    rows: list[dict[str, Any]]
+
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["status"] == "done"]
+
+    @property
+    def recipe(self) -> Recipe:
+        return from_dict(Recipe, json.loads(self.rows[0]["config"]))
+
+    @property
+    def folder(self) -> Path:
+        """Of what is written about the record."""
+        return self.storage.root / "_records" / self.name
+
+    def place(self, row: dict[str, Any], column: str) -> Path | None:
+        """What the row's path names, under the table's folder; None when the row has none."""
+        parts = Path(row[column] or "").parts
+        return self.storage.root.joinpath(*parts[parts.index("_steps") :]) if "_steps" in parts else None
+
+    def content(self, row: dict[str, Any], column: str, name: str = "") -> bytes | None:
+        """Of the file that the row names, or of the file called `name` in its folder; None when it is not there."""
+        place = self.place(row, column)
+        return None if place is None else self.storage.read_bytes(place / name if name else place)
+
+    def lines(self, row: dict[str, Any], column: str, name: str) -> list[dict[str, Any]]:
+        """A file of JSON lines; empty when it is not there. A line that was cut short is left out."""
+        return list(parsed(self.content(row, column, name) or b""))
+
+
+def parsed(content: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in content.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def load(run: str) -> Record:
+    """The record of a parquet file (a path, or an address in a store), or of a folder that holds one record alone.
+
+    Raises RecipeError when there is none.
+    """
+    storage, table = find(run)
+    content = storage.read_bytes(table)
+    if content is None:
+        raise RecipeError(f"{run} is not there; give the parquet file that the record prints as its table")
+    return Record(table.stem, storage, rows(content, run))
+
+
+def find(run: str) -> tuple[Storage, Path]:
+    if REMOTE.match(run):
+        address, mark, query = run.partition("?")
+        above, _, name = address.rpartition("/")
+        if not name.endswith(".parquet"):
+            raise RecipeError(f"{address} is no table; give s3://bucket/prefix/RECORD.parquet")
+        storage = store(above + mark + query)
+        with told(storage, "RUN"):
+            storage.ready()
+            storage.modified(storage.root / name)
+        return storage, storage.root / name
+    path = Path(run).resolve()
+    if path.is_dir():
+        tables = sorted(path.glob("[!._]*.parquet"))
+        if len(tables) != 1:
+            which = f": {', '.join(table.name for table in tables)}" if tables else ""
+            raise RecipeError(f"{run} holds {len(tables)} records{which}; give the parquet file of one")
+        [path] = tables
+    return Storage("", path.parent), path
+
+
+def rows(content: bytes, run: str) -> list[dict[str, Any]]:
+    """The rows of a table. Raises RecipeError for another file."""
+    try:
+        found = pq.read_table(pa.BufferReader(content))
+    except (OSError, pa.ArrowException) as error:
+        raise RecipeError(f"{run} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    lacking = [name for name in results.schema().names if name not in found.column_names]
+    if lacking:
+        raise RecipeError(
+            f"{run} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "
+            "record command again, which repeats no finished step"
+        )
+    if not found.num_rows:
+        raise RecipeError(f"{run} has no rows")
+    return found.to_pylist()
+
+
+def together(storage: Storage) -> list[Record]:
+    """Every record of a runs folder, by name; tables that cannot be read, or that an older hedgemix wrote, left out."""
+    found = []
+    for name in sorted(storage.names(storage.root)):
+        if "/" in name or not name.endswith(".parquet") or name.startswith((".", "_")):
+            continue
+        try:
+            content = storage.read_bytes(storage.root / name)
+            found.append(Record(Path(name).stem, storage, rows(content or b"", name)))
+        except RecipeError:
+            continue
+    return found
