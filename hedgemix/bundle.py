@@ -58,6 +58,11 @@ def sources(entry: str) -> Mapping[str, str]:
     return {name: found[name] for name in sorted(found)}
 
 
+def imports(source: str) -> set[str]:
+    """The dotted names of the modules that a source imports, at its top or deeper."""
+    return {module for module, _ in _imports(ast.parse(source), "")}
+
+
 def digest(entry: str) -> str:
     """SHA-256 of `sources`, in hex: equal for two versions that do the same, however they are documented."""
     return hashlib.sha256(json.dumps(sources(entry)).encode()).hexdigest()

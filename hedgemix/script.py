@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import json
 import lzma
+import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from hedgemix import __version__, bundle
@@ -60,6 +62,20 @@ def n_bytes(recipe: Recipe) -> int:
 def sha256() -> str:
     """Of the library code in every file that is built now; the recipe is not part of it."""
     return bundle.digest(ENTRY)
+
+
+def requirements(recipe: Recipe) -> list[str]:
+    """What the recipe's file needs beside Python, pinned to what is installed here: `name==version`, sorted."""
+    wanted = {name.partition(".")[0] for source in bundle.sources(ENTRY).values() for name in bundle.imports(source)}
+    wanted -= {"hedgemix", *sys.stdlib_module_names}
+    if recipe.data.source != "text":
+        wanted.discard("pyarrow")  # reads text files only
+    if recipe.data.source == "docs":
+        wanted.update(recipe.data.packages)
+    found = metadata.packages_distributions()
+    names = {name for package in wanted for name in found.get(package, [])}
+    # Without the local part: the index has no 2.13.0+cpu, and a machine's own build is taken for 2.13.0.
+    return sorted(f"{name}=={metadata.version(name).partition('+')[0]}" for name in names)
 
 
 @cache

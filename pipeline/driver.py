@@ -231,7 +231,8 @@ def drive(
     resolved, evaluate_cpus = resolve_cpus(recipe)
     check_capacity(resolved, evaluate_cpus, console)
     code = script.n_bytes(recipe)  # of the recipe as it is written, not of this machine's share
-    job = Job(resolved, dataset, evaluate_cpus, code, origin(), data, profile, BoardActor.remote())
+    made_by = origin() | {"requirements": script.requirements(recipe)}
+    job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, BoardActor.remote())
     storage = data.storage
     work = Drive(record, recipe, dataset, seeds, runs.counts_step(storage, recipe, dataset), job, console)
     work.look()

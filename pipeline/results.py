@@ -183,6 +183,8 @@ class Row:
     """Version of hedgemix that made the last finished step, as are the versions below."""
     code_sha256: str | None = None
     """Of the sources in train_gpt.py, without their documentation; empty when the seed's steps ran different ones."""
+    requirements: list[str] | None = None
+    """Packages that train_gpt.py needs for this recipe, with their versions."""
     torch_version: str | None = None
     """Version of PyTorch."""
     ray_version: str | None = None

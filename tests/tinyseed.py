@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ from hedgemix import dataset as datasets
 from hedgemix import script, stages
 from hedgemix.checkpoint import nothing
 from hedgemix.clock import never
-from hedgemix.config import Recipe
+from hedgemix.config import Recipe, from_dict
 from hedgemix.files import silent
-from pipeline import record
+from pipeline import record, results, rows, runs
+from pipeline.steps import Made, Step, clocked, keep, perform
 from pipeline.storage import Storage
 
 
@@ -38,6 +43,39 @@ def score(recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:
     stages.counts_stage(recipe, dataset, folder)
     artifact, index = folder / stages.ARTIFACT, folder / stages.INDEX
     return found | stages.evaluate_stage(recipe, dataset, artifact, index, folder, silent, False, nothing, never)
+
+
+def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
+    """A finished record as the driver leaves it, its steps done in this process; the path of its table."""
+    storage, made = Storage("", folder), []
+    dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
+    code, made_by = script.n_bytes(recipe), rows.origin() | {"requirements": script.requirements(recipe)}
+    counts = runs.counts_step(storage, recipe, dataset)
+
+    def do(step: Step, work: Callable[[], dict[str, Any]]) -> None:
+        def made() -> Made:
+            with nullcontext() if step.kind in ("train", "evaluate") else clocked(step):  # those have their own clock
+                return keep(step, work())
+
+        perform(step, made, made_by)
+
+    do(counts, lambda: stages.counts_stage(recipe, dataset, counts.folder))
+    for seed in seeds:
+        steps = runs.seed_steps(storage, recipe, dataset, seed)
+        train, quantize, evaluate = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
+        room = stages.artifact_room(recipe, code)
+        artifact, index = quantize / stages.ARTIFACT, counts.folder / stages.INDEX
+        do(steps.train, partial(stages.train_stage, recipe, dataset, seed, train, silent, None, nothing, never))
+        do(steps.score, partial(stages.score_stage, recipe, dataset, train, silent))
+        do(steps.quantize, partial(stages.quantize_stage, recipe, dataset, seed, train, quantize, room))
+        parts = recipe, dataset, artifact, index, evaluate, silent, False, nothing, never
+        do(steps.evaluate, lambda parts=parts: stages.evaluate_stage(*parts) | {"code_bytes": code})
+        made.append(rows.build_row("tiny", recipe, dataset, steps, steps.records(), counts.record(), None))
+    return results.write(storage, made)
+
+
+def recipe_of(row: dict[str, Any]) -> Recipe:
+    return from_dict(Recipe, json.loads(row["config"]))
 
 
 def silent_line(line: str) -> None:
