@@ -98,6 +98,8 @@ class Options:
     profile: bool = False
     """Write torch profiles (profile.json.gz, profile.txt) of a few training steps, and of a chunk of the evaluation,
     into the folders of the steps that run now; these few take longer."""
+    report: bool = True
+    """Write the record's report (report.html, report.md) at the end; `hedgemix report` does it at any time."""
     plan: bool = False
     """Print what the record would ask for, and stop."""
 
@@ -170,7 +172,22 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             with ray_started(console):
                 rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost)
         terminal.print_results(rows, storage.where(results.table_path(storage, record)), console)
+        if options.report:
+            write_report(storage, record, console)
     return 1 if any(row.status != "done" for row in rows) else 0
+
+
+def write_report(storage: Storage, record: str, console: Console) -> None:
+    """For people; nothing that goes wrong here fails a record."""
+    from pipeline import report  # matplotlib takes a second to import, which work should not wait for
+    from pipeline.records import Record
+
+    try:
+        rows = results.read(storage, results.table_path(storage, record))
+        path = report.write(Record(record, storage, rows))
+        console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
+    except Exception as error:
+        console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
 
 
 def finished(record: str, recipe: Recipe, dataset: Dataset, seeds: dict[int, SeedSteps]) -> list[Row]:

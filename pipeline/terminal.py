@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from rich import box
@@ -14,17 +13,18 @@ from hedgemix.config import Recipe
 from hedgemix.model import Model, parameter_count
 from pipeline.results import Row, mean_and_deviation
 
-COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
-    ("steps", lambda row: row.steps, ".0f"),
-    ("full", lambda row: row.bpb_full, ".4f"),
-    ("quant", lambda row: row.bpb_quantized, ".4f"),
-    ("mixed", lambda row: row.bpb_mixed, ".4f"),
-    ("TTT", lambda row: row.bpb_ttt, ".4f"),
-    ("final", lambda row: row.bpb_final, ".4f"),
-    ("publ.*", lambda row: row.bpb_published, ".4f"),
-    ("bytes", lambda row: row.total_bytes, ",.0f"),
-    ("train s", lambda row: row.train_seconds, ".1f"),
-    ("eval s", lambda row: row.evaluate_seconds, ".1f"),
+# Heading, column of the table, format.
+COLUMNS = (
+    ("steps", "steps", ".0f"),
+    ("full", "bpb_full", ".4f"),
+    ("quant", "bpb_quantized", ".4f"),
+    ("mixed", "bpb_mixed", ".4f"),
+    ("TTT", "bpb_ttt", ".4f"),
+    ("final", "bpb_final", ".4f"),
+    ("publ.*", "bpb_published", ".4f"),
+    ("bytes", "total_bytes", ",.0f"),
+    ("train s", "train_seconds", ".1f"),
+    ("eval s", "evaluate_seconds", ".1f"),
 )
 
 
@@ -36,10 +36,13 @@ def print_results(rows: list[Row], parquet: str, console: Console) -> None:
         table.add_column(heading, justify="right", style="bold" if heading == "final" else None, no_wrap=True)
     done = [row for row in rows if row.status == "done"]
     for row in rows:
-        table.add_row(str(row.seed), *(cell(value(row), form) for _, value, form in COLUMNS))
+        table.add_row(str(row.seed), *(cell(getattr(row, column), form) for _, column, form in COLUMNS))
     if done:
         table.add_section()
-        spread = [mean_and_deviation([x for row in done if (x := value(row)) is not None]) for _, value, _ in COLUMNS]
+        spread = [
+            mean_and_deviation([x for row in done if (x := getattr(row, column)) is not None])
+            for _, column, _ in COLUMNS
+        ]
         table.add_row("mean", *(cell(mean, form) for (mean, _), (_, _, form) in zip(spread, COLUMNS, strict=True)))
         if len(done) > 1:
             table.add_row("std", *(cell(std, form) for (_, std), (_, _, form) in zip(spread, COLUMNS, strict=True)))

@@ -75,7 +75,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     storage = Storage("", out)
     dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
     (runs.seed_steps(storage, recipe, dataset, 2).train.folder / "step.lock").mkdir(parents=True)
-    return out, *tinyrecord.run(options, out, tinyrecord.SECRETS)
+    return out, *tinyrecord.run([*options, "--report"], out, tinyrecord.SECRETS)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ OPTIONS = """
 --train.steps 12 --train.batch-tokens 512 --train.sequence-tokens 64 --train.microbatch-sequences 8
 --train.calibration-sequences 8 --train.warmup-steps 1 --train.log-every-steps 2
 --evaluate.window-tokens 64 --evaluate.overlap-tokens 64 --evaluate.segment-tokens 512 --evaluate.chunk-tokens 1024
---evaluate.ttt.sequence-tokens 64 --compute.cpus-per-worker 1 --compute.max-restarts 0
+--evaluate.ttt.sequence-tokens 64 --compute.cpus-per-worker 1 --compute.max-restarts 0 --no-report
 """
 TINY = OPTIONS.split()
 SECRETS = {

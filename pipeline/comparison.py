@@ -1,0 +1,158 @@
+"""Two records beside each other: whether their scores may be compared, by how much they differ, in which settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hedgemix.config import RecipeError
+from pipeline import statistics
+from pipeline.page import Table as PageTable
+from pipeline.records import Record
+from pipeline.statistics import RULES, Test
+from pipeline.terminal import COLUMNS, cell
+
+NOT_SETTINGS = ("recipe",)
+"""Of a configuration: names that change nothing."""
+
+
+def scores(record: Record) -> list[float]:
+    """bpb_final of the finished seeds. Raises RecipeError, saying why, when they are not one record's: then no mean of
+    them means anything."""
+    if not record.done:
+        raise RecipeError(f"record {record.name} has no finished seed")
+    if why := statistics.mixed(record.done):
+        raise RecipeError(f"record {record.name} cannot be averaged: its seeds have {'; '.join(why)}")
+    return [float(row["bpb_final"]) for row in record.done]
+
+
+def same_text(one: Record, other: Record) -> str:
+    """Why scores of the two cannot be compared; empty when they can. Other tokenizers may cut one text differently: its
+    bytes, and the documents it comes from, must then be the same."""
+    mine, theirs = one.done[0], other.done[0]
+    if mine["valid_sha256"] == theirs["valid_sha256"]:
+        return ""
+    if mine["text_sha256"] and all(mine[name] == theirs[name] for name in ("text_sha256", "valid_bytes")):
+        return ""
+    return (
+        f"they scored different texts: {mine['valid_bytes']:,} bytes ({mine['valid_sha256'][:12]}…) and "
+        f"{theirs['valid_bytes']:,} bytes ({theirs['valid_sha256'][:12]}…)"
+    )
+
+
+def notes(one: Record, other: Record) -> list[str]:
+    """What differs beside the settings and may explain a difference of scores, one sentence each."""
+    found = []
+    for column, name in statistics.SAME.items():
+        mine, theirs = one.done[0][column], other.done[0][column]
+        if mine != theirs and column not in ("config_hash", "valid_sha256"):
+            found.append(f"different {name}: {statistics.brief(mine)} and {statistics.brief(theirs)}")
+    return found
+
+
+def settings(one: Record, other: Record) -> list[tuple[str, str, str]]:
+    """Every field whose values differ: its dotted name, and both values."""
+    mine, theirs = (dict(flat(json.loads(record.rows[0]["config"]))) for record in (one, other))
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    pairs = [(name, shown(mine.get(name)), shown(theirs.get(name))) for name in names if name not in NOT_SETTINGS]
+    return [(name, a, b) for name, a, b in pairs if a != b]
+
+
+def flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def test(one: Record, other: Record, margin_nats: float = 0.0) -> Test:
+    """Welch's test whether `one` is better, in bits per byte. Raises RecipeError when they cannot be compared."""
+    mine, theirs = scores(one), scores(other)
+    if why := same_text(one, other):
+        raise RecipeError(f"records {one.name} and {other.name} cannot be compared: {why}")
+    return statistics.against_values(mine, theirs, margin_nats / statistics.nats_per_bit(one.done[0]))
+
+
+HEADS = ("against", "better by, bits per byte", "better by, nats a token", "rule", "p", "holds")
+
+
+def verdicts(against: str, tests: list[Test], nats_per_bit: float) -> list[list[str]]:
+    """A row for each of RULES, whose tests these are in order."""
+    return [
+        [
+            against,
+            f"{test.difference:+.4f}",
+            f"{test.difference * nats_per_bit:+.4f}",
+            rule.text,
+            p_of(test),
+            held(rule.holds(test)),
+        ]
+        for rule, test in zip(RULES, tests, strict=True)
+    ]
+
+
+def held(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def p_of(test: Test) -> str:
+    if test.p != test.p:
+        return "no spread"
+    return f"{test.p:.2g}" if test.p < 0.001 else f"{test.p:.3f}"
+
+
+def verdict_table(one: Record, other: Record) -> PageTable:
+    tests = [test(one, other, rule.margin_nats) for rule in RULES]
+    return PageTable(HEADS, verdicts(other.name, tests, statistics.nats_per_bit(one.done[0])))
+
+
+def show(one: Record, other: Record, console: Console) -> None:
+    """Every seed of both, the means, the tests and what differs. Raises RecipeError when they cannot be compared."""
+    tests = [test(one, other, rule.margin_nats) for rule in RULES]
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("record", overflow="fold")
+    table.add_column("seed", justify="right")
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right", style="bold" if heading == "final" else None, no_wrap=True)
+    for record in (one, other):
+        for row in record.rows:
+            table.add_row(record.name, str(row["seed"]), *(cell(row[column], form) for _, column, form in COLUMNS))
+        table.add_section()
+    console.print(table)
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    scale = statistics.nats_per_bit(one.done[0])
+    for record in (one, other):
+        found = statistics.summary(scores(record))
+        line(f"{record.name}: {told(found, scale)}")
+    better, by = tests[-1].difference > 0, abs(tests[-1].difference)
+    how = f"{by:.4f} bits per byte ({by * scale:.4f} nats a token) {'better' if better else 'worse'}"
+    line(f"{one.name} is {how} than {other.name}")
+    for rule, found_test in zip(RULES, tests, strict=True):
+        line(f"  {rule.text}: {'yes' if rule.holds(found_test) else 'no'}, p = {p_of(found_test)} (Welch, one-sided)")
+    for note in notes(one, other):
+        line(f"note: {note}")
+    differing = settings(one, other)
+    line("no setting differs" if not differing else f"settings that differ ({one.name} | {other.name}):")
+    for name, mine, theirs in differing:
+        line(f"  {name}: {mine} | {theirs}")
+
+
+def told(found: statistics.Summary, nats_per_bit: float) -> str:
+    """A summary in one line."""
+    line = f"{found.mean:.4f} bits per byte, {found.mean * nats_per_bit:.4f} nats a token"
+    if found.count < 2:
+        return f"{line}; one seed, so no spread"
+    return f"{line}; {found.count} seeds, std {found.deviation:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"

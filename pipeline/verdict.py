@@ -1,0 +1,214 @@
+"""What a finished record answers first: is it better, by how much, how sure, at what cost, can it be handed in?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hedgemix.config import RecipeError
+from pipeline import comparison, records, statistics
+from pipeline.comparison import HEADS
+from pipeline.page import Points, Section, Table
+from pipeline.records import Record
+from pipeline.results import mean_and_deviation
+from pipeline.statistics import RULES
+from pipeline.terminal import cell
+
+SEED_COLUMNS = (
+    ("final", "bpb_final", ".4f"),
+    ("nats a token", "nats_per_token", ".4f"),
+    ("full", "bpb_full", ".4f"),
+    ("quantized", "bpb_quantized", ".4f"),
+    ("mixed", "bpb_mixed", ".4f"),
+    ("TTT", "bpb_ttt", ".4f"),
+    ("published*", "bpb_published", ".4f"),
+    ("steps", "steps", ",.0f"),
+    ("bytes", "total_bytes", ",.0f"),
+    ("train s", "train_seconds", ",.1f"),
+    ("evaluate s", "evaluate_seconds", ",.1f"),
+    ("attempts", "attempts", ".0f"),
+)
+
+
+def obstacles(record: Record) -> list[str]:
+    """Why the record cannot be handed in as it is, one sentence each; empty when it can."""
+    why = [
+        f"seed {row['seed']} is {row['status']}: {row['error'] or 'not finished'}"
+        for row in record.rows
+        if row["status"] != "done"
+    ]
+    why += [f"its seeds have {reason}" for reason in statistics.mixed(record.done)]
+    limits = record.recipe.limits
+    for row in record.done:
+        for what, used, most in (
+            ("bytes", row["total_bytes"], row["limit_bytes"]),
+            ("training seconds", row["train_seconds"], limits.train_seconds),
+            ("evaluation seconds", row["evaluate_seconds"], limits.evaluate_seconds),
+        ):
+            if not used <= most:
+                why.append(f"seed {row['seed']} takes {used:,.0f} {what}, {most:,.0f} are allowed")
+        if row["audited"] is False:
+            why.append(f"seed {row['seed']} failed its audit: {', '.join(row['audit_failed'] or [])}")
+    if missing := [str(row["seed"]) for row in record.done if row["audited"] is None]:
+        table = record.storage.where(record.storage.root / f"{record.name}.parquet")
+        why.append(f"not audited yet: seed {', '.join(missing)}; run `hedgemix audit {table}`")
+    return why
+
+
+def rivals(record: Record) -> list[Record]:
+    """The other records of its folder that are finished, scored the same text and can be averaged; the best first."""
+    found = []
+    for other in records.together(record.storage):
+        try:
+            finished = len(other.done) == len(other.rows)
+            if finished and other.name != record.name and not comparison.same_text(record, other):
+                found.append((statistics.summary(comparison.scores(other)).mean, other))
+        except (RecipeError, IndexError):
+            continue
+    return [other for _, other in sorted(found, key=lambda pair: (pair[0], pair[1].name))]
+
+
+def lead(record: Record, against: float | None) -> list[str]:
+    """The answers, a line each."""
+    if not record.done:
+        return ["No seed has finished yet.", *handing_in(record)]
+    if why := statistics.mixed(record.done):
+        return [f"These seeds are not one record: they have {'; '.join(why)}.", *cost(record), *handing_in(record)]
+    row, found = record.done[0], statistics.summary(comparison.scores(record))
+    lines = [comparison.told(found, statistics.nats_per_bit(row)) + "."]
+    if len(record.done) < len(record.rows):
+        lines.append(f"{len(record.done)} of {len(record.rows)} seeds are done: this is no final figure.")
+    return [*lines, better(record, against), *cost(record), *handing_in(record)]
+
+
+def better(record: Record, against: float | None) -> str:
+    """Against the published score, or the best other record on the text."""
+    rule = RULES[0]
+    if against is not None:
+        scores = comparison.scores(record)
+        test = statistics.against_score(scores, against, rule.margin_nats / statistics.nats_per_bit(record.done[0]))
+        name = f"the published {against:g}"
+    elif others := rivals(record):
+        test, name = comparison.test(record, others[0], rule.margin_nats), f"record `{others[0].name}`"
+    else:
+        return "No other record of this folder scored the same text, so there is nothing to be better than."
+    how = "better" if test.difference > 0 else "worse"
+    verdict = f"a new record by the field's rule ({rule.text})" if rule.holds(test) else f"no new record ({rule.text})"
+    return f"{abs(test.difference):.4f} bits per byte {how} than {name}; p = {comparison.p_of(test)}: {verdict}."
+
+
+def cost(record: Record) -> list[str]:
+    if not record.done:
+        return []
+    row, names = record.done[0], ("train_seconds", "quantize_seconds", "evaluate_seconds", "total_bytes")
+    train, quantize, evaluate, total = (mean_and_deviation([row[n] for row in record.done])[0] for n in names)
+    return [
+        f"A seed takes {train:,.1f} s of training, {quantize:,.1f} s of quantization and {evaluate:,.1f} s of "
+        f"evaluation on {row['workers']} x {row['hardware']}, and {total:,.0f} of {row['limit_bytes']:,} bytes."
+    ]
+
+
+def handing_in(record: Record) -> list[str]:
+    why = obstacles(record)
+    return [f"Cannot be handed in yet: {'; '.join(why)}." if why else "Can be handed in: `hedgemix submit`."]
+
+
+def seeds(record: Record) -> Section:
+    """Every declared seed, failures too, and the mean of the finished when they may be averaged."""
+    rows = [[str(row["seed"]), *(cell(row[c], form) for _, c, form in SEED_COLUMNS)] for row in record.rows]
+    averaged = bool(record.done) and not statistics.mixed(record.done)
+    if averaged:
+        spread = [mean_and_deviation([row[c] for row in record.done if row[c] is not None]) for _, c, _ in SEED_COLUMNS]
+        for n, name in enumerate(("mean", "std")[: len(record.done)]):
+            rows.append([name, *(cell(pair[n], form) for pair, (_, _, form) in zip(spread, SEED_COLUMNS, strict=True))])
+    heads = ["seed", *(head for head, _, _ in SEED_COLUMNS)]
+    table = Table(heads, rows, (heads.index("final"),), min(2, len(record.done)) if averaged else 0)
+    blocks: list[Any] = [table]
+    failed = [row for row in record.rows if row["status"] != "done"]
+    if failed:
+        blocks.append(
+            Points([f"seed {row['seed']} {row['status']}: {row['error'] or 'not finished'}" for row in failed])
+        )
+    blocks.append(
+        "Bits per byte of text that nothing was tuned on, lower is better. * what the published rule reports is no "
+        "code length: its probabilities do not sum to 1."
+    )
+    return Section("Every seed", blocks)
+
+
+def sure(record: Record, against: float | None) -> Section:
+    """The tests, and how many seeds would settle them."""
+    title = "Is it better, and how sure is that?"
+    if not record.done:
+        return Section(title, ["No seed has finished."])
+    if why := statistics.mixed(record.done):
+        return Section(title, [f"Not averaged: the seeds have {'; '.join(why)}."])
+    scores, scale = comparison.scores(record), statistics.nats_per_bit(record.done[0])
+    found = statistics.summary(scores)
+    rows: list[list[str]] = []
+    needed: list[str] = []
+    if against is not None:
+        tests = [statistics.against_score(scores, against, rule.margin_nats / scale) for rule in RULES]
+        rows += comparison.verdicts(f"published {against:g} (one-sample t)", tests, scale)
+        needed += more_seeds(found, against, scale)
+    others = rivals(record)
+    for other in others:
+        tests = [comparison.test(record, other, rule.margin_nats) for rule in RULES]
+        rows += comparison.verdicts(f"{other.name} (Welch)", tests, scale)
+    blocks: list[Any] = [comparison.told(found, scale) + "."]
+    if rows:
+        blocks += [
+            Table(HEADS, rows),
+            "p: one-sided; how likely a difference this large is if the true one is the margin.",
+        ]
+    else:
+        blocks.append(
+            "Nothing to test against: no other record of this folder scored the same text, and no `--against`."
+        )
+    if not needed and others:
+        needed = more_seeds(found, statistics.summary(comparison.scores(others[0])).mean, scale)
+    notes = [f"{other.name}: {note}" for other in others for note in comparison.notes(record, other)]
+    return Section(title, [*blocks, *([Points(needed)] if needed else []), *([Points(notes)] if notes else [])])
+
+
+def more_seeds(found: statistics.Summary, score: float, scale: float) -> list[str]:
+    """For each rule, with how many seeds its one-sample test against this score would hold in four cases of five."""
+    if not found.deviation > 0:
+        return ["One seed tells no spread: how many more would settle it cannot be said."]
+    lines = []
+    for rule in RULES:
+        needed = statistics.seeds_needed(found, score - rule.margin_nats / scale, rule.level)
+        if needed is None:
+            lines.append(
+                f"{rule.text}: no number of seeds would show it at this mean ({found.mean:.4f} against {score:.4f})."
+            )
+        else:
+            more = max(0, needed - found.count)
+            lines.append(
+                f"{rule.text}: {needed} seeds in all, {more or 'no'} more, would show it against {score:.4f} in "
+                f"{statistics.POWER:.0%} of cases, if mean and spread are what they look like now."
+            )
+    return lines
+
+
+def handed_in(record: Record) -> Section:
+    """What a submission needs, and which of it is there."""
+    why = obstacles(record)
+    limits = record.recipe.limits
+    done: Sequence[dict[str, Any]] = record.done
+    facts = [
+        (f"{len(done)} of {len(record.rows)} seeds done", len(done) == len(record.rows)),
+        ("one configuration, text and kind of machine", not statistics.mixed(done)),
+        (f"at most {limits.total_bytes:,} bytes", all(row["total_bytes"] <= row["limit_bytes"] for row in done)),
+        (
+            f"training within {limits.train_seconds:g} s",
+            all(row["train_seconds"] <= limits.train_seconds for row in done),
+        ),
+        (
+            f"evaluation within {limits.evaluate_seconds:g} s",
+            all(row["evaluate_seconds"] <= limits.evaluate_seconds for row in done),
+        ),
+        ("every check of the audit passed", bool(done) and all(row["audited"] for row in done)),
+    ]
+    marked = Points([text for text, _ in facts], [good for _, good in facts])
+    return Section("Can it be handed in?", [marked, *([Points(why)] if why else ["Yes: `hedgemix submit`."])])
