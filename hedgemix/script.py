@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import lzma
-import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,8 @@ from hedgemix.config import Recipe, to_dict
 
 NAME = "train_gpt.py"
 ENTRY = "hedgemix.alone"
+PACKAGES = ("numpy", "sentencepiece", "torch", "zstandard")
+"""All that the sources import beside Python's own; pyarrow too, for text files."""
 HEADER = '''"""One seed of recipe {name}: trained, quantized and scored by this file alone. Made by hedgemix {version}.
 
     torchrun --standalone --nproc_per_node={processes} {file} --seed 1337                     a run of its own
@@ -66,16 +68,17 @@ def sha256() -> str:
 
 def requirements(recipe: Recipe) -> list[str]:
     """What the recipe's file needs beside Python, pinned to what is installed here: `name==version`, sorted."""
-    wanted = {name.partition(".")[0] for source in bundle.sources(ENTRY).values() for name in bundle.imports(source)}
-    wanted -= {"hedgemix", *sys.stdlib_module_names}
-    if recipe.data.source != "text":
-        wanted.discard("pyarrow")  # reads text files only
+    names = {*PACKAGES, "pyarrow"} if recipe.data.source == "text" else set(PACKAGES)
     if recipe.data.source == "docs":
-        wanted.update(recipe.data.packages)
-    found = metadata.packages_distributions()
-    names = {name for package in wanted for name in found.get(package, [])}
+        names.update(name for package in recipe.data.packages for name in distributions().get(package, []))
     # Without the local part: the index has no 2.13.0+cpu, and a machine's own build is taken for 2.13.0.
     return sorted(f"{name}=={metadata.version(name).partition('+')[0]}" for name in names)
+
+
+@cache
+def distributions() -> Mapping[str, list[str]]:
+    """What is installed, by the packages that it imports as."""
+    return metadata.packages_distributions()
 
 
 @cache

@@ -87,7 +87,7 @@ def data_step(storage: Storage, config: DataConfig) -> Step:
     """The data's step reads the configuration and what its source looks like now: package versions, or the names,
     sizes and times of files."""
     if config.source == "docs":
-        found = metadata.packages_distributions()
+        found = script.distributions()
         source: list[Any] = [[name, installed_versions(found.get(name, []))] for name in config.packages]
     else:
         if config.source == "text":

@@ -26,8 +26,8 @@ changed the text after and at a position to see that nothing before moved, and r
     pip install -r requirements.txt
     torchrun --standalone --nproc_per_node={processes} {file} --seed {seed}
 
-trains a seed under the clock, quantizes, evaluates and prints the same numbers as below; it ends with exit code 1 when
-it is over a limit. The text: {data}.
+trains a seed under the clock, quantizes it, evaluates it and prints its scores, bytes and seconds; exit code 1: it is
+over a limit. The text: {data}.
 
     torchrun --standalone --nproc_per_node={processes} {file} --replay {log}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinyseed
@@ -120,3 +121,18 @@ def test_every_recipe_has_a_file_of_a_size_that_matters_little(name: str) -> Non
     assert 50_000 < script.n_bytes(recipe) < 100_000
     processes = max(recipe.compute.workers, recipe.compute.evaluate_workers)
     assert f"--nproc_per_node={processes} ".encode() in script.build(recipe)
+
+
+def test_it_names_the_packages_it_needs(recipe: Recipe) -> None:
+    sources = bundle.sources(script.ENTRY)
+    found = {name.partition(".")[0] for source in sources.values() for name in bundle.imports(source)}
+    assert found - {"hedgemix", *sys.stdlib_module_names} == {*script.PACKAGES, "pyarrow"}
+
+    def needs(**fields: Any) -> set[str]:
+        lines = script.requirements(replace(recipe, data=replace(recipe.data, **fields)))
+        assert lines == sorted(lines) and all("==" in line and "+" not in line for line in lines)
+        return {line.partition("==")[0] for line in lines}
+
+    assert needs(source="shards") == set(script.PACKAGES)
+    assert needs(source="text") == {*script.PACKAGES, "pyarrow"}
+    assert needs(source="docs", packages=("torch", "pandas")) == {*script.PACKAGES, "pandas"}
