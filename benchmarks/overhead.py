@@ -5,7 +5,7 @@
 
 The plain side is `benchmarks/plain/launch.py`, started by torchrun for training and for evaluation: the same functions
 on the same text, with as many ranks and threads. `benchmarks/marks` notes in both what ran when. Work is what the
-stages of `pipeline/stages.py` do; everything else, from a command's start to its end, is not. The pipeline prepares the
+stages of `hedgemix/stages.py` do; everything else, from a command's start to its end, is not. The pipeline prepares the
 text beforehand.
 """
 

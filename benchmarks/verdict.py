@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.disturbance import Bounds
+from hedgemix import script, stages
 from hedgemix.files import read_json, sha256_of, write_json
-from pipeline import record, stages
+from pipeline import record
 from pipeline.steps import RESULT
 from pipeline.storage import Storage
 
@@ -32,6 +33,7 @@ def reference(rank: int, folder: str, seeds: Sequence[int], arguments: list[str]
     torch.set_num_threads(1)
     root, found = Path(folder), dict[str, dict[str, Any]]()
     recipe, _ = record.parse(arguments)
+    room = stages.artifact_room(recipe, script.n_bytes(recipe))
 
     def dataset() -> Any:
         return record.prepare(recipe, Storage("", root), record.Console(quiet=True))[0]
@@ -43,7 +45,7 @@ def reference(rank: int, folder: str, seeds: Sequence[int], arguments: list[str]
             here = root / str(seed)
             stages.train_stage(recipe, data, seed, here, silent, None, nothing, never)
             found[str(seed)] = stages.score_stage(recipe, data, here, silent)
-            found[str(seed)] |= stages.quantize_stage(recipe, data, seed, here, here)
+            found[str(seed)] |= stages.quantize_stage(recipe, data, seed, here, here, room)
     dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2, timeout=TIMEOUT)
     ranks.barrier()
     for seed in seeds:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hedgemix import artifact, bundle, overlap
+from hedgemix import artifact, overlap, script, stages
 from hedgemix import dataset as datasets
 from hedgemix.claim import Claim
 from hedgemix.finding import Finding
@@ -22,18 +22,13 @@ READ_TOKENS = 1 << 22
 def limits(claim: Claim) -> Finding:
     """Bytes, from the artifact file and the code bundled anew, and the row's seconds, against the recipe's limits."""
     row, allowed = claim.row, claim.recipe.limits
-    size, code = claim.artifact.stat().st_size, bundle.decoder_bytes(claim.recipe.evaluate)
+    size, code = claim.artifact.stat().st_size, script.n_bytes(claim.recipe)
     wrong = []
     if size != row["artifact_bytes"]:
         wrong.append(f"the artifact has {size:,} bytes, the row says {row['artifact_bytes']:,}")
-    used = [
-        ("bytes", size + code, allowed.total_bytes),
-        ("training seconds", row["train_seconds"], allowed.train_seconds),
-        ("evaluation seconds", row["evaluate_seconds"], allowed.evaluate_seconds),
-    ]
-    wrong += [f"{value:,.1f} {name}, the recipe allows {most:,}" for name, value, most in used if not value <= most]
+    wrong += stages.excesses(allowed, size + code, row["train_seconds"], row["evaluate_seconds"])
     statement = (
-        f"Artifact ({size:,} bytes) and the code and settings that a decoder needs ({code:,}) take {size + code:,} of "
+        f"Artifact ({size:,} bytes) and train_gpt.py, the code and its settings ({code:,}), take {size + code:,} of "
         f"{allowed.total_bytes:,} bytes; training took {row['train_seconds']:.1f} of {allowed.train_seconds:g} s and "
         f"evaluation {row['evaluate_seconds']:.1f} of {allowed.evaluate_seconds:g} s, as the run measured them."
     )

@@ -1,99 +1,116 @@
-"""How many bytes of library code a program needs: its imports inside the package, read with ast, compressed as one.
+"""The library code that a program needs: its imports inside the package, read with ast, without what only people read.
 
 Every import statement counts, also inside functions; those under `if TYPE_CHECKING:` never run and do not. A module
-named only at run time (importlib) is not seen. Nothing is imported or executed.
+named only at run time (importlib) is not seen. Nothing is imported or executed. What comes out does not depend on the
+version of Python, as `ast.unparse` would.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
+import io
 import json
-import lzma
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tokenize
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-import zstandard
+from hedgemix.config import RecipeError
 
-from hedgemix.artifact import ArtifactError
-from hedgemix.config import EvaluateConfig, Recipe, to_dict
-
-PAGE_BYTES = 4096
+INDENT = 4
+"""Spaces of one level in the sources."""
 
 
-@dataclass(frozen=True)
-class CodeBundle:
-    data: bytes
-    """Compressed (lzma or zstd, the shorter): for each module `name NUL source NUL`, UTF-8."""
-    modules: tuple[str, ...]
-    """Sorted."""
+@cache
+def sources(entry: str) -> Mapping[str, str]:
+    """By their names, sorted, the modules of entry's own top-level package that entry can import, and the packages they
+    are in: each source as `squeezed` leaves it.
 
-    @property
-    def n_bytes(self) -> int:
-        return len(self.data)
-
-
-def code_bytes(entry: str = "hedgemix.evaluate") -> CodeBundle:
-    """The modules of entry's own top-level package that entry can import, with the packages they are in, as one.
-
-    Raises ArtifactError where a module of the package is missing or does not parse.
+    Raises RecipeError where a module of the package is missing or does not parse.
     """
     package = entry.partition(".")[0]
     root = _root(package)
-    sources: dict[str, str] = {}
+    found: dict[str, str] = {}
     open_ends = [entry]
     while open_ends:
         name = open_ends.pop()
-        if name in sources:
+        if name in found:
             continue
         path = _file(root, name)
         if path is None:
-            raise ArtifactError(f"{name} is imported but is no module under {root}; correct the import or add it")
-        sources[name] = path.read_text(encoding="utf-8")
+            raise RecipeError(f"{name} is imported but is no module under {root}; correct the import or add it")
         here = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        text = path.read_text(encoding="utf-8")
         try:
-            wanted = list(_imports(ast.parse(sources[name]), here))
+            tree = ast.parse(text)
         except SyntaxError as error:
-            raise ArtifactError(f"{path} cannot be bundled: {error}") from None
-        for module, attribute in [(name, ""), *wanted]:
+            raise RecipeError(f"{path} cannot be bundled: {error}") from None
+        found[name] = squeezed(text, tree)
+        for module, attribute in [(name, ""), *_imports(tree, here)]:
             if module.partition(".")[0] != package:
                 continue
             parts = module.split(".")
             open_ends += [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
             if attribute and _file(root, f"{module}.{attribute}"):
                 open_ends.append(f"{module}.{attribute}")
-    modules = tuple(sorted(sources))
-    plain = "".join(f"{name}\0{sources[name]}\0" for name in modules).encode()
-    packed = lzma.compress(plain, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    return CodeBundle(min(packed, zstandard.ZstdCompressor(level=22).compress(plain), key=len), modules)
+    return {name: found[name] for name in sorted(found)}
 
 
-def decoder_bytes(config: EvaluateConfig) -> int:
-    """What a decoder needs beside the artifact: the code that evaluation imports, and its settings."""
-    settings = json.dumps(to_dict(config), separators=(",", ":")).encode()
-    return _library_bytes() + len(lzma.compress(settings, format=lzma.FORMAT_ALONE))
+def imports(source: str) -> set[str]:
+    """The dotted names of the modules that a source imports, at its top or deeper."""
+    return {module for module, _ in _imports(ast.parse(source), "")}
 
 
-@cache
-def _library_bytes() -> int:
-    return code_bytes().n_bytes
+def digest(entry: str) -> str:
+    """SHA-256 of `sources`, in hex: equal for two versions that do the same, however they are documented."""
+    return hashlib.sha256(json.dumps(sources(entry)).encode()).hexdigest()
 
 
-def artifact_room(recipe: Recipe) -> int:
-    """Most bytes of the artifact: `quantize.target_bytes`, or what the limit leaves beside the decoder.
+def squeezed(text: str, tree: ast.Module) -> str:
+    """The source without docstrings and other statements that are only a string, comments and blank lines, indented by
+    one space. tree: of the text. What is left says the same, in the same order, and can be read."""
+    lines = text.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+    dropped, inside = set[int](), set[int]()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Constant, ast.JoinedStr)):
+            inside.update(range(node.lineno, node.end_lineno or 0))  # all but its first line, counted from 0
+        for block in ("body", "orelse", "finalbody"):
+            statements = getattr(node, block, None)
+            if not isinstance(statements, list):  # of a lambda, or of a conditional expression
+                continue
+            strings = [each for each in statements if _is_string(each)]
+            for each in strings:
+                dropped.update(range(each.lineno - 1, each.end_lineno or 0))
+            if strings and len(strings) == len(statements):
+                dropped.remove(strings[0].lineno - 1)
+                lines[strings[0].lineno - 1] = " " * strings[0].col_offset + "pass"
+    kept = []
+    for number, line in enumerate(lines):
+        if number in dropped or (number not in inside and not line.strip()):
+            continue
+        code = line if number in inside else line.lstrip()
+        kept.append(" " * ((len(line) - len(code)) // INDENT) + code + "\n")
+    return "".join(kept)
 
-    The decoder counts in whole pages, so that a few bytes more of code or settings do not ask for another artifact.
-    """
-    pages = -(-decoder_bytes(recipe.evaluate) // PAGE_BYTES)
-    return recipe.quantize.target_bytes or recipe.limits.total_bytes - pages * PAGE_BYTES
+
+def _is_string(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def _root(package: str) -> Path:
     spec = importlib.util.find_spec(package)  # of a top-level name: runs nothing
     if spec is None or not spec.submodule_search_locations:
-        raise ArtifactError(f"{package} is not an installed package; run from where it can be imported")
+        raise RecipeError(f"{package} is not an installed package; run from where it can be imported")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

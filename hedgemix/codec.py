@@ -88,7 +88,7 @@ def settings_for(found: Artifact) -> EvaluateConfig:
 def conditions(config: EvaluateConfig) -> dict[str, Any]:
     """What must be equal for two machines to compute the same probabilities to the last bit."""
     return {
-        "hedgemix": hashlib.sha256(bundle.code_bytes("hedgemix.predictor").data).hexdigest()[:16],
+        "hedgemix": bundle.digest("hedgemix.predictor")[:16],
         "torch": torch.__version__,
         "constriction": metadata.version("constriction"),
         "device": "cpu",

@@ -18,9 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from hedgemix.config import DataConfig, RecipeError
 
 SHORTEST_DOCSTRING = 200  # characters
@@ -208,6 +205,8 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
 
 
 def _stream_documents(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa  # docs and shards do without
+
     try:
         # pyarrow's decompression says when a file ends too early; gzip's and zstandard's readers differ in that.
         with pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as stream:
@@ -277,6 +276,9 @@ def _json_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator[
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow

@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def backend(gpus_per_worker: float) -> str:
+    """What ranks speak over: their GPUs, or their host."""
+    return "nccl" if gpus_per_worker else "gloo"
+
+
 def active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +82,7 @@ def train(
     profile: Path | None = None,
     kept: Kept = nothing,
     notice: Callable[[], bool] = never,
+    fractions: Sequence[float] | None = None,
 ) -> TrainResult:
     """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.
 
@@ -89,6 +90,8 @@ def train(
     true: this machine is about to be taken away. `kept` is told of every file a restart needs.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of a few steps; it
     changes no result of a fixed number of steps.
+    fractions: take these for each step's share of the run that is over, and end after the last, whatever the clock
+    says. Those of another run's log.jsonl repeat it: all that its clock decided is in them.
 
     Raises RecipeError for a recipe the data cannot serve and DivergedError when the loss is no longer a number.
     """
@@ -121,7 +124,10 @@ def train(
         while True:
             # Rank 0 decides for all: reading the losses, which comes before a save, is a collective.
             elapsed, save = agree(clock.elapsed(), float(due()))
-            fraction = elapsed_fraction(config, run.step, elapsed)
+            if fractions is None:
+                fraction = elapsed_fraction(config, run.step, elapsed)
+            else:
+                fraction = fractions[run.step] if run.step < len(fractions) else 1.0
             if save:
                 steps.flush(elapsed)  # raises before a broken state is kept
                 run.save(checkpoints, clock.elapsed())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -47,7 +50,43 @@ def _compare(command: Compare) -> None:
     comparison.show(records.load(command.run), records.load(command.other), Console(highlight=False))
 
 
-COMMANDS: cli.Commands = {**cli.COMMANDS, Report: _report, Compare: _compare}
+@dataclass(frozen=True)
+class Submit:
+    """Write a finished and audited record as a folder to hand in: train_gpt.py, which trains and scores a seed by
+    itself, requirements.txt, a log a seed, submission.json and README.md. Refused, with every reason, when anything of
+    it would not hold."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The record's parquet file, here or in a store, or a folder that holds one record alone."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """The folder to write; not there yet, or empty."""
+    author: str
+    github_id: str
+    name: str
+    """Of the submission."""
+    blurb: str
+    """What it does, in a sentence or two."""
+    track: str = "non-record"
+    """The challenge's track that it is for."""
+    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).date().isoformat())
+    """YYYY-MM-DD."""
+
+
+def _submit(command: Submit) -> None:
+    from pipeline.submission import About, submit
+
+    names = ("author", "github_id", "name", "blurb", "track", "date")
+    told = submit(command.run, command.out, About(**{name: getattr(command, name) for name in names}))
+    print(
+        f"{command.out}: val_bpb {told['val_bpb']:.6f} of {len(told['seeds'])} seeds, {told['bytes_total']:,} of "
+        f"{told['limits']['total_bytes']:,} bytes, {told['bytes_code']:,} of them train_gpt.py"
+    )
+    not_so = [fact.replace("_", " ") for fact, so in told["compliance"].items() if not so]
+    if not_so:
+        print(f"not so: {', '.join(not_so)}")
+
+
+COMMANDS: cli.Commands = {**cli.COMMANDS, Report: _report, Compare: _compare, Submit: _submit}
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from rich.console import Console
 
+from hedgemix import script, stages
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from pipeline import results, runs, stages, tasks
+from pipeline import results, runs, tasks
 from pipeline.progress import BoardActor, View
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
@@ -229,7 +230,9 @@ def drive(
     """
     resolved, evaluate_cpus = resolve_cpus(recipe)
     check_capacity(resolved, evaluate_cpus, console)
-    job = Job(resolved, dataset, evaluate_cpus, origin(), data, profile, BoardActor.remote())
+    code = script.n_bytes(recipe)  # of the recipe as it is written, not of this machine's share
+    made_by = origin() | {"requirements": script.requirements(recipe)}
+    job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, BoardActor.remote())
     storage = data.storage
     work = Drive(record, recipe, dataset, seeds, runs.counts_step(storage, recipe, dataset), job, console)
     work.look()

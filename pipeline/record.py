@@ -47,7 +47,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from hedgemix import dataset as datasets
-from hedgemix import recipes
+from hedgemix import recipes, stages
 from hedgemix.config import (
     ComputeConfig,
     DataConfig,
@@ -62,7 +62,7 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from pipeline import driver, results, runs, stages, terminal
+from pipeline import driver, results, runs, terminal
 from pipeline.lease import hold
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
@@ -235,14 +235,7 @@ def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset
         set_aside(step)
         perform(step, work, origin())
     dataset = datasets.load(step.folder)
-    datasets.check_places(dataset, recipe.data)
-    datasets.check(dataset, recipe.train.batch_tokens + 1, recipe.evaluate.window_tokens + 1)
-    calibration = recipe.train.calibration_sequences * recipe.train.sequence_tokens
-    if dataset.train_tokens <= calibration:
-        raise RecipeError(
-            f"calibration takes {calibration:,} training tokens and there are {dataset.train_tokens:,}; lower "
-            "train.calibration_sequences or give more text"
-        )
+    stages.check_data(recipe, dataset)
     return dataset, step
 
 

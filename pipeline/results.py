@@ -120,7 +120,7 @@ class Row:
     artifact_bytes: int | None = None
     """Size of the artifact file: weights, tokenizer and configuration."""
     code_bytes: int | None = None
-    """The library code that evaluation imports and the evaluation settings, compressed."""
+    """train_gpt.py for this recipe: all code from the text to the score, and the settings (`hedgemix submit`)."""
     total_bytes: int | None = None
     """artifact_bytes and code_bytes together."""
     limit_bytes: int | None = None
@@ -181,6 +181,10 @@ class Row:
     """What the training job's first worker ran on."""
     hedgemix_version: str | None = None
     """Version of hedgemix that made the last finished step, as are the versions below."""
+    code_sha256: str | None = None
+    """Of the sources in train_gpt.py, without their documentation; empty when the seed's steps ran different ones."""
+    requirements: list[str] | None = None
+    """Packages that train_gpt.py needs for this recipe, with their versions."""
     torch_version: str | None = None
     """Version of PyTorch."""
     ray_version: str | None = None

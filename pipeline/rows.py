@@ -13,10 +13,9 @@ from typing import Any
 import ray
 import torch
 
-from hedgemix import __version__, claim
+from hedgemix import __version__, claim, script, stages
 from hedgemix.config import Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
-from pipeline import stages
 from pipeline.results import Row
 from pipeline.runs import SeedSteps
 
@@ -37,6 +36,7 @@ def build_row(
     records, where = list(standing.values()), steps.train.storage.where
     done = len(records) == len(steps.all())
     last = max(records, key=lambda found: found["finished_at"], default={})
+    codes = {found["origin"].get("code_sha256") for found in records}
     values: dict[str, Any] = {}
     for found in records:
         values.update(found["result"])
@@ -54,7 +54,7 @@ def build_row(
         "order": recipe.evaluate.order,
         "total_bytes": total,
         "limit_bytes": recipe.limits.total_bytes,
-        "within_limits": within_limits(recipe, values, total) if done else None,
+        "within_limits": within_limits(recipe, values, total) if total is not None else None,
         "valid_tokens": dataset.valid_tokens - 1,
         "valid_bytes": dataset.valid_bytes,
         "valid_sha256": dataset.valid_sha256,
@@ -70,6 +70,7 @@ def build_row(
         "text_sha256": dataset.text_sha256,
         "train_set_tokens": dataset.train_tokens,
         **last.get("origin", {}),
+        "code_sha256": codes.pop() if len(codes) == 1 else None,
         "started_at": min((found["started_at"] for found in records), default=None),
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
@@ -85,14 +86,8 @@ def build_row(
     )
 
 
-def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int | None) -> bool:
-    limits = recipe.limits
-    return (
-        total_bytes is not None
-        and total_bytes <= limits.total_bytes
-        and values["train_seconds"] <= limits.train_seconds
-        and values["evaluate_seconds"] <= limits.evaluate_seconds
-    )
+def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int) -> bool:
+    return not stages.excesses(recipe.limits, total_bytes, values["train_seconds"], values["evaluate_seconds"])
 
 
 @cache
@@ -111,6 +106,7 @@ def origin() -> dict[str, Any]:
     dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
         "hedgemix_version": __version__,
+        "code_sha256": script.sha256(),
         "torch_version": torch.__version__,
         "ray_version": ray.__version__,
         "python_version": platform.python_version(),

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import bundle, corpus, stream
+from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline.steps import Step
@@ -77,7 +77,7 @@ def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int) ->
     train = step(storage, "train", recipe.model, recipe.train, machine, text, seed)
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
     score = step(storage, "score", train.key, order, dataset.valid_sha256)
-    room = bundle.artifact_room(recipe) if recipe.quantize.method == "stepped" else None
+    room = stages.artifact_room(recipe, script.n_bytes(recipe)) if recipe.quantize.method == "stepped" else None
     quantize = step(storage, "quantize", train.key, recipe.quantize, room)
     evaluation = step(storage, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
     return SeedSteps(seed, train, score, quantize, evaluation)
@@ -87,7 +87,7 @@ def data_step(storage: Storage, config: DataConfig) -> Step:
     """The data's step reads the configuration and what its source looks like now: package versions, or the names,
     sizes and times of files."""
     if config.source == "docs":
-        found = metadata.packages_distributions()
+        found = script.distributions()
         source: list[Any] = [[name, installed_versions(found.get(name, []))] for name in config.packages]
     else:
         if config.source == "text":

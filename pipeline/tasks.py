@@ -18,13 +18,13 @@ from typing import Any
 import ray
 import torch
 
-from hedgemix import ranks
+from hedgemix import ranks, stages
 from hedgemix.checkpoint import Kept, nothing
 from hedgemix.config import Recipe, config_hash
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log
+from hedgemix.ranks import backend
 from hedgemix.train import DivergedError
-from pipeline import stages
 from pipeline.gang import Gang, run_gang
 from pipeline.notice import Notice
 from pipeline.runs import SeedSteps
@@ -43,6 +43,8 @@ class Job:
     dataset: Dataset
     evaluate_cpus: float
     """CPUs of one evaluating rank."""
+    code_bytes: int
+    """What the recipe's train_gpt.py takes."""
     origin: dict[str, Any]
     """Versions and git state of the driver's tree."""
     data: Step
@@ -61,11 +63,6 @@ class Job:
 
 def use_cpus(cpus: float) -> None:
     torch.set_num_threads(max(1, int(cpus)))
-
-
-def backend(gpus_per_worker: float) -> str:
-    """What ranks speak over: their GPUs, or their host."""
-    return "nccl" if gpus_per_worker else "gloo"
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +174,9 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     def work() -> Made:
         with clocked(step):
             reads = fetch(train, "weights.pt", "moments.pt") | fetch(job.data)
-            return keep(step, stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder), reads)
+            room = stages.artifact_room(job.recipe, job.code_bytes)
+            result = stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder, room)
+            return keep(step, result, reads)
 
     return perform(step, work, job.origin)
 
@@ -204,6 +203,7 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
         result = stages.evaluate_stage(
             job.recipe, job.dataset, artifact, index, step.folder, log, job.profile, kept, notice
         )
+        result["code_bytes"] = job.code_bytes
         return keep(step, result, reads) if ranks.rank() == 0 else Made(result, {}, {})
 
 

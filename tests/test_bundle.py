@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import lzma
+import ast
+import inspect
 from pathlib import Path
 
 import pytest
-import zstandard
 
 from hedgemix import bundle
-from hedgemix.artifact import ArtifactError
-
-
-def unpacked(packed: bundle.CodeBundle) -> dict[str, str]:
-    is_zstd = packed.data.startswith(b"\x28\xb5\x2f\xfd")
-    plain = zstandard.decompress(packed.data) if is_zstd else lzma.decompress(packed.data, lzma.FORMAT_ALONE)
-    parts = plain.decode().split("\0")
-    return dict(zip(parts[:-1:2], parts[1::2], strict=True))
+from hedgemix.config import RecipeError
 
 
 @pytest.fixture
@@ -45,11 +38,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    bundle.sources.cache_clear()
     return root
 
 
 def test_follows_imports_inside_the_package(package: Path) -> None:
-    result = bundle.code_bytes("bundled_example.entry")
     names = (
         "attribute",
         "deep",
@@ -62,33 +55,115 @@ def test_follows_imports_inside_the_package(package: Path) -> None:
         "plain",
         "untyped",
     )
-    assert result.modules == ("bundled_example", *(f"bundled_example.{name}" for name in names))
-    assert result.n_bytes == len(result.data)
+    expected = ("bundled_example", *(f"bundled_example.{name}" for name in names))
+    assert tuple(bundle.sources("bundled_example.entry")) == expected
 
 
 def test_holds_the_sources(package: Path) -> None:
-    result = bundle.code_bytes("bundled_example.entry")
-    sources = unpacked(result)
-    assert tuple(sources) == result.modules
-    assert sources["bundled_example.parent"] == "# é\n"
-    assert sources["bundled_example.plain"] == (package / "plain.py").read_text()
+    found = bundle.sources("bundled_example.entry")
+    assert found["bundled_example.parent"] == "" and found["bundled_example.entry"].startswith("import os\n")
+    before = bundle.digest("bundled_example.entry")
+    (package / "parent.py").write_text("# another comment\n\n")
+    bundle.sources.cache_clear()
+    assert bundle.digest("bundled_example.entry") == before
+    (package / "parent.py").write_text("y = 1\n")
+    bundle.sources.cache_clear()
+    assert bundle.digest("bundled_example.entry") != before
 
 
-def test_repeats(package: Path) -> None:
-    assert bundle.code_bytes("bundled_example.entry") == bundle.code_bytes("bundled_example.entry")
+SOURCE = '''"""What it is."""
+
+import os  # why
+
+
+class Error(ValueError):
+    """A mistake."""
+
+
+class Point:
+    x: int = 0  # "not" a string
+    """How far."""
+
+    def text(self) -> str:
+        """In words.
+
+        Long ones.
+        """
+        return """
+    # kept, as is
+
+      too"""
+
+
+def nothing() -> None:
+    """Does nothing."""
+    # at all
+
+
+if os.sep == "/":
+    "alone"
+else:
+    names = [
+        "a",  # first
+
+        "#b",
+    ]
+'''
+SQUEEZED = '''import os
+class Error(ValueError):
+ pass
+class Point:
+ x: int = 0
+ def text(self) -> str:
+  return """
+    # kept, as is
+
+      too"""
+def nothing() -> None:
+ pass
+if os.sep == "/":
+ pass
+else:
+ names = [
+  "a",
+  "#b",
+ ]
+'''
+
+
+def test_what_only_people_read_is_left_out() -> None:
+    assert bundle.squeezed(SOURCE, ast.parse(SOURCE)) == SQUEEZED
+
+
+def without_documentation(text: str) -> str:
+    """What the source says to Python."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        for block in ("body", "orelse", "finalbody"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list) and statements:
+                left = [each for each in statements if not bundle._is_string(each)]
+                setattr(node, block, left or [ast.Pass()])
+    return ast.dump(tree)
+
+
+def test_the_library_says_the_same_without() -> None:
+    for name, source in bundle.sources("hedgemix.alone").items():
+        module = __import__(name, fromlist=["x"])
+        assert without_documentation(source) == without_documentation(inspect.getsource(module)), name
 
 
 def test_faults_are_named(package: Path) -> None:
-    with pytest.raises(ArtifactError, match="bundled_example.missing"):
-        bundle.code_bytes("bundled_example.missing")
-    with pytest.raises(ArtifactError, match="bundled_example.nowhere is imported but"):
-        bundle.code_bytes("bundled_example.dangling")
-    with pytest.raises(ArtifactError, match="broken.py cannot be bundled"):
-        bundle.code_bytes("bundled_example.broken")
-    with pytest.raises(ArtifactError, match="no_such_package"):
-        bundle.code_bytes("no_such_package.entry")
+    with pytest.raises(RecipeError, match="bundled_example.missing"):
+        bundle.sources("bundled_example.missing")
+    with pytest.raises(RecipeError, match="bundled_example.nowhere is imported but"):
+        bundle.sources("bundled_example.dangling")
+    with pytest.raises(RecipeError, match="broken.py cannot be bundled"):
+        bundle.sources("bundled_example.broken")
+    with pytest.raises(RecipeError, match="no_such_package"):
+        bundle.sources("no_such_package.entry")
 
 
 def test_reading_an_artifact_needs_neither_quantizer_nor_trainer() -> None:
     parts = ("artifact", "files", "matrices", "rans", "stored", "vectors", "widths")
-    assert bundle.code_bytes("hedgemix.artifact").modules == ("hedgemix", *(f"hedgemix.{part}" for part in parts))
+    assert bundle.sources("hedgemix.artifact").keys() == {"hedgemix", *(f"hedgemix.{part}" for part in parts)}

@@ -79,7 +79,7 @@ def test_a_fault_comes_at_its_event_and_once_over_all_processes(tmp_path: Path) 
 
 def test_pretended_gpus_are_a_test_s_alone() -> None:
     assert tasks.backend(1) == "nccl" and tasks.backend(0) == "gloo"
-    code = "from pipeline import stages, tasks; print(tasks.backend(1), stages.pick_device(None))"
+    code = "from hedgemix import stages; from pipeline import tasks; print(tasks.backend(1), stages.pick_device(None))"
     environment = {**os.environ, **fault.pretend_gpus()}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["gloo", "cpu"]

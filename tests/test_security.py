@@ -25,7 +25,7 @@ import tinyrecord
 import torch
 from rich.console import Console
 
-from hedgemix import artifact, claim, match, ngram, shards
+from hedgemix import artifact, claim, match, ngram, shards, stages
 from hedgemix import clock as clocks
 from hedgemix import dataset as datasets
 from hedgemix.checkpoint import Checkpoints, nothing
@@ -35,7 +35,7 @@ from hedgemix.dataset import Dataset
 from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, silent, write_json
 from hedgemix.lines import Lines
 from hedgemix.tokenizer import load as load_tokenizer
-from pipeline import record, results, stages, standing
+from pipeline import record, results, standing
 from pipeline.steps import DamagedStepError, Made, Step, check, fetch, keep, perform, resuming
 from pipeline.storage import Storage
 
@@ -155,7 +155,7 @@ def test_a_training_begins_anew_instead_of_taking_up_a_bomb_and_weights_are_refu
         sound = (folder / name).read_bytes()
         plant(folder / name, bomb, "zip")
         with pytest.raises(DamagedFileError, match="run again"):
-            stages.quantize_stage(recipe, dataset, 1, folder, tmp_path / "quantize")
+            stages.quantize_stage(recipe, dataset, 1, folder, tmp_path / "quantize", 10**6)
         (folder / name).write_bytes(sound)
     plant(folder / "weights.pt", bomb, "legacy")
     with pytest.raises(DamagedFileError, match="run again"):

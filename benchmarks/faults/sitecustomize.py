@@ -112,7 +112,7 @@ class Pretended(MetaPathFinder, Loader):
     """Patches the two functions that ask for a GPU, when their modules are imported."""
 
     def find_spec(self, name, path, target=None):
-        if name not in ("pipeline.stages", "pipeline.tasks"):
+        if name not in ("hedgemix.stages", "pipeline.tasks"):
             return None
         sys.meta_path.remove(self)
         try:
@@ -130,7 +130,7 @@ class Pretended(MetaPathFinder, Loader):
 
     def exec_module(self, module):
         self.loaders[module.__name__].exec_module(module)
-        if module.__name__ == "pipeline.stages":
+        if module.__name__ == "hedgemix.stages":
             module.pick_device = lambda recipe: module.torch.device("cpu")
         else:
             module.backend = lambda gpus_per_worker: "gloo"

@@ -19,12 +19,12 @@ import torch.distributed as dist
 import tyro
 
 from hedgemix import dataset as datasets
-from hedgemix import ranks
+from hedgemix import ranks, script, stages
 from hedgemix.checkpoint import nothing
 from hedgemix.clock import never
 from hedgemix.config import Recipe, from_dict
 from hedgemix.files import read_json, silent
-from pipeline import runs, stages
+from pipeline import runs
 from pipeline.steps import Made, Step, keep, perform
 from pipeline.storage import Storage
 
@@ -51,17 +51,22 @@ def main(options: Options) -> None:
     trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
     artifact, index = exported / stages.ARTIFACT, counts.folder / stages.INDEX
     alone = silent, False, nothing, never
+    code = script.n_bytes(recipe)
+    room = stages.artifact_room(recipe, code)
     work: dict[str, tuple[Step, Callable[[], dict[str, Any]]]] = {
         "train": (
             steps.train,
             lambda: stages.train_stage(recipe, dataset, options.seed, trained, silent, None, nothing, never),
         ),
-        "quantize": (steps.quantize, lambda: stages.quantize_stage(recipe, dataset, options.seed, trained, exported)),
+        "quantize": (
+            steps.quantize,
+            lambda: stages.quantize_stage(recipe, dataset, options.seed, trained, exported, room),
+        ),
         "score": (steps.score, lambda: stages.score_stage(recipe, dataset, trained, silent)),
         "counts": (counts, lambda: stages.counts_stage(recipe, dataset, counts.folder)),
         "evaluate": (
             steps.evaluate,
-            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, *alone),
+            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, *alone) | {"code_bytes": code},
         ),
     }
     for name in options.stages:

@@ -7,7 +7,7 @@ counts: n-gram index of the validation text;  evaluate: the score, from the arti
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from hedgemix import artifact, bundle, ngram
+from hedgemix import artifact, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
 from hedgemix.calibrate import Moments
 from hedgemix.checkpoint import Kept
-from hedgemix.config import Recipe, RecipeError
+from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors
@@ -31,6 +31,7 @@ from hedgemix.train import train
 
 ARTIFACT = "artifact.hmx"
 INDEX = "index"
+PAGE_BYTES = 4096
 
 
 def train_stage(
@@ -42,10 +43,13 @@ def train_stage(
     profile: Path | None,
     kept: Kept,
     notice: Callable[[], bool],
+    fractions: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     device = pick_device(recipe)
-    result = asdict(train(recipe, dataset, seed, folder, device, log=log, profile=profile, kept=kept, notice=notice))
-    return {**result, "hardware": hardware(device)}
+    result = train(
+        recipe, dataset, seed, folder, device, log=log, profile=profile, kept=kept, notice=notice, fractions=fractions
+    )
+    return {**asdict(result), "hardware": hardware(device)}
 
 
 def score_stage(recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log) -> dict[str, Any]:
@@ -56,7 +60,9 @@ def score_stage(recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log) 
     return {"nats": score, "bpb_full": bits_per_byte(score, dataset.valid_bytes)}
 
 
-def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Path, folder: Path) -> dict[str, Any]:
+def quantize_stage(
+    recipe: Recipe, dataset: Dataset, seed: int, train_folder: Path, folder: Path, room: int
+) -> dict[str, Any]:
     device = pick_device(recipe)
     model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
     model.load_state_dict(load_tensors(train_folder / "weights.pt"))
@@ -73,7 +79,7 @@ def quantize_stage(recipe: Recipe, dataset: Dataset, seed: int, train_folder: Pa
         model.to(device),
         moments,
         recipe.quantize,
-        bundle.artifact_room(recipe),
+        room,
         lambda tensors: len(pack(tensors=tensors)),
     )
     path = folder / ARTIFACT
@@ -120,11 +126,43 @@ def evaluate_stage(
             f"scored {result.scored_tokens} tokens and {result.scored_bytes} bytes of a text of "
             f"{dataset.valid_tokens - 1} and {dataset.valid_bytes}"
         )
-    return {**asdict(result), "code_bytes": bundle.decoder_bytes(recipe.evaluate)}
+    return asdict(result)
+
+
+def excesses(limits: LimitsConfig, total_bytes: int, train_seconds: float, evaluate_seconds: float) -> list[str]:
+    """What is over its limit, one line each."""
+    measured = (
+        ("bytes", total_bytes, limits.total_bytes),
+        ("training seconds", train_seconds, limits.train_seconds),
+        ("evaluation seconds", evaluate_seconds, limits.evaluate_seconds),
+    )
+    return [f"{round(used, 1):,} {name}, the recipe allows {top:,}" for name, used, top in measured if not used <= top]
+
+
+def check_data(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise RecipeError for a loaded dataset that names others' files, or is too short for a step, a window or the
+    calibration."""
+    datasets.check_places(dataset, recipe.data)
+    datasets.check(dataset, recipe.train.batch_tokens + 1, recipe.evaluate.window_tokens + 1)
+    calibration = recipe.train.calibration_sequences * recipe.train.sequence_tokens
+    if dataset.train_tokens <= calibration:
+        raise RecipeError(
+            f"calibration takes {calibration:,} training tokens and there are {dataset.train_tokens:,}; lower "
+            "train.calibration_sequences or give more text"
+        )
+
+
+def artifact_room(recipe: Recipe, code_bytes: int) -> int:
+    """Most bytes of the artifact: `quantize.target_bytes`, or what the limit leaves beside the code.
+
+    The code counts in whole pages, so that a few bytes more of code or settings do not ask for another artifact.
+    """
+    pages = -(-code_bytes // PAGE_BYTES)
+    return recipe.quantize.target_bytes or recipe.limits.total_bytes - pages * PAGE_BYTES
 
 
 def pick_device(recipe: Recipe) -> torch.device:
-    """The GPU Ray gave this process when the recipe asks for one, else the CPU."""
+    """This process's GPU when the recipe asks for one, else the CPU."""
     if recipe.compute.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,0 +1,299 @@
+"""One seed from its data to its score without a cluster: by the processes that torchrun started, or by this one.
+
+A train_gpt.py runs this (see `script`). The stages are the pipeline's, so the numbers are too. Under --out: data,
+train, score, quantize, counts and evaluate, each with result.json, written last; the same command goes on where it was
+stopped, with the seconds it had used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hedgemix import dataset as datasets
+from hedgemix import ranks, stages
+from hedgemix.checkpoint import nothing
+from hedgemix.clock import never
+from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
+from hedgemix.files import Log, read_json, silent, write_json
+from hedgemix.train import DivergedError
+
+FIRST_SEED = 1337
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the one that prepares data, quantizes and scores."""
+RESULT = "result.json"
+TEXTS = ("train_sha256", "valid_sha256", "tokenizer_sha256")
+
+
+def main(values: dict[str, Any], sources: Mapping[str, str], code_bytes: int, arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code: 0 within the recipe's limits, 1 over one, 2 for a mistake.
+
+    values: the recipe as JSON; sources: the library's, by module; code_bytes: what counts beside the artifact.
+    """
+    options = parse(arguments)
+    if options.unpack:
+        unpack(options.unpack, sources, values)
+        return 0
+    try:
+        recipe = placed(from_dict(Recipe, values), options)
+        return run(recipe, options, code_bytes)
+    except (RecipeError, DivergedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train, quantize and score one seed of the recipe in this file.")
+    add = parser.add_argument
+    add("--seed", type=int, help=f"of the weights and the order of the text (default: the log's, else {FIRST_SEED})")
+    add("--out", type=Path, help="folder for all that is made (default: seed<SEED>); the same command goes on in it")
+    add("--data", nargs="+", help="where the text lies on this machine, instead of the recipe's shards_dir or paths")
+    add("--replay", type=Path, metavar="LOG", help="repeat the steps of a train_seed<SEED>.log or log.jsonl exactly")
+    add("--cpus", type=float, default=0.0, help="threads of each process (default: the recipe's, else its share)")
+    add("--unpack", type=Path, metavar="DIR", help="write the library's source and the recipe there, and stop")
+    return parser.parse_args(arguments)
+
+
+def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> None:
+    for name, source in sources.items():
+        package = any(other.startswith(name + ".") for other in sources)
+        path = folder.joinpath(*name.split("."))
+        path = path / "__init__.py" if package else path.with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    write_json(folder / "recipe.json", values)
+    print(f"{len(sources)} modules and recipe.json in {folder}")
+
+
+def placed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe with what an option says of this machine."""
+    data, compute = recipe.data, recipe.compute
+    if options.cpus:
+        compute = replace(compute, cpus_per_worker=options.cpus)
+    if options.data and data.source == "shards":
+        folder = Path(options.data[0])
+        model = folder / Path(data.tokenizer).name
+        data = replace(data, shards_dir=str(folder), tokenizer=str(model) if data.tokenizer and model.is_file() else "")
+    elif options.data and data.source == "text":
+        data = replace(data, paths=tuple(options.data))
+    elif options.data:
+        raise RecipeError("--data is for shards and text; this recipe reads installed packages (requirements.txt)")
+    return replace(recipe, data=data, compute=compute)
+
+
+def run(recipe: Recipe, options: argparse.Namespace, code_bytes: int) -> int:
+    processes, rank, compute = world(), int(os.environ.get("RANK", 0)), recipe.compute
+    wanted = max(compute.workers, compute.evaluate_workers)
+    if processes != wanted:
+        raise RecipeError(
+            f"the recipe trains with {compute.workers} processes and evaluates with {compute.evaluate_workers}, and "
+            f"there are {processes}; start it with torchrun --standalone --nproc_per_node={wanted}"
+        )
+    told, fractions = replayed(options.replay) if options.replay else ({}, None)
+    seed = next((each for each in (options.seed, told.get("seed")) if each is not None), FIRST_SEED)
+    if told.get("seed", seed) != seed:
+        raise RecipeError(f"--seed {seed}: {options.replay} is of seed {told['seed']}; leave --seed out")
+    out = options.out or Path(f"seed{seed}")
+    say = print if rank == 0 else lambda line, **_: None
+    if compute.gpus_per_worker and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if rank == 0:
+        begin(out, {"seed": seed, "recipe": to_dict(recipe), "steps": fingerprint(fractions)})
+    found = work(recipe, seed, out, stages.artifact_room(recipe, code_bytes), told, fractions, say)
+    return report(recipe, seed, {**found, "code_bytes": code_bytes}, out, say) if rank == 0 else 0
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def begin(out: Path, mine: dict[str, Any]) -> None:
+    """One folder is one run: what stands in it is gone on with."""
+    path = out / "run.json"
+    if path.is_file() and read_json(path) != mine:
+        raise RecipeError(f"{out} holds another run ({path}); name another --out")
+    write_json(path, mine)
+
+
+def work(
+    recipe: Recipe,
+    seed: int,
+    out: Path,
+    room: int,
+    told: Mapping[str, Any],
+    fractions: list[float] | None,
+    say: Callable[..., None],
+) -> dict[str, Any]:
+    """All stages, each on the ranks it takes; on rank 0 their results together, elsewhere a part of them."""
+    compute, found = recipe.compute, dict[str, Any]()
+    trained, quantized, counted, evaluated = (out / name for name in ("train", "quantize", "counts", "evaluate"))
+    share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.workers
+    torch.set_num_threads(max(1, int(share)))
+    with group("train", compute.workers, compute.gpus_per_worker) as mine:
+        if mine:
+            if ranks.rank() == 0:
+                prepare(recipe, out / "data", told, say)
+            ranks.barrier()
+            dataset = datasets.load(out / "data")
+            log = shown("train", say)
+            alone = None, nothing, never, fractions
+            found |= standing(trained, lambda: stages.train_stage(recipe, dataset, seed, trained, log, *alone))
+            forget_training(recipe)
+    if int(os.environ.get("RANK", 0)) == 0:
+        log = shown("score", say)
+        found |= standing(out / "score", lambda: stages.score_stage(recipe, dataset, trained, log))
+        say("quantize", flush=True)
+        found |= standing(quantized, lambda: stages.quantize_stage(recipe, dataset, seed, trained, quantized, room))
+        say(f"quantize: {found['artifact_bytes']:,} bytes", flush=True)
+        standing(counted, lambda: stages.counts_stage(recipe, dataset, counted))
+    share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.evaluate_workers
+    torch.set_num_threads(max(1, int(share)))
+    with group("evaluate", compute.evaluate_workers, compute.gpus_per_worker) as mine:
+        if mine:
+            ranks.barrier()
+            dataset = datasets.load(out / "data")
+            artifact, index = quantized / stages.ARTIFACT, counted / stages.INDEX
+            log = shown("evaluate", say)
+            found |= standing(
+                evaluated,
+                lambda: stages.evaluate_stage(recipe, dataset, artifact, index, evaluated, log, False, nothing, never),
+            )
+    return found
+
+
+@contextlib.contextmanager
+def group(name: str, size: int, gpus_per_worker: float) -> Iterator[bool]:
+    """The first `size` of torchrun's processes as the ranks of one job; whether this process is one of them.
+
+    Those of the next job that are not in this one wait there for rank 0.
+    """
+    if int(os.environ.get("RANK", 0)) >= size:
+        yield False
+        return
+    if size > 1:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend, mine = ranks.backend(gpus_per_worker), dist.PrefixStore(name, store)
+        dist.init_process_group(backend, store=mine, rank=rank, world_size=size, timeout=PATIENCE)
+    yield True
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def standing(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result that an earlier start left in the folder, or the work's, which rank 0 then leaves there."""
+    path = folder / RESULT
+    there = path.is_file()
+    ranks.barrier()  # every rank has looked before rank 0 can write it
+    if there:
+        return read_json(path)
+    result = work()
+    if ranks.rank() == 0:
+        write_json(path, result)
+    return result
+
+
+def prepare(recipe: Recipe, folder: Path, told: Mapping[str, Any], say: Callable[..., None]) -> None:
+    """The dataset, made or found in the folder, checked against the recipe and against the log to be replayed."""
+    if not (folder / datasets.FILE_NAME).is_file():
+        dataset = datasets.prepare(recipe.data, folder, log=lambda line: say(f"data: {line}", flush=True))
+        datasets.save(dataset, folder)
+    dataset = datasets.load(folder)
+    stages.check_data(recipe, dataset)
+    for name in TEXTS:
+        say(f"data: {name} {getattr(dataset, name)}", flush=True)
+        if name in told and told[name] != getattr(dataset, name):
+            raise RecipeError(
+                f"the log's run had another text ({name} {told[name][:16]}…); "
+                + (
+                    "install the packages of requirements.txt"
+                    if recipe.data.source == "docs"
+                    else "give its files to --data"
+                )
+            )
+
+
+def forget_training(recipe: Recipe) -> None:
+    """What training chose for its process; the pipeline's later stages run in others, and give these numbers."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    if recipe.train.compile:
+        torch.compiler.reset()
+    if recipe.compute.gpus_per_worker:
+        torch.cuda.empty_cache()
+
+
+def replayed(path: Path) -> tuple[dict[str, Any], list[float]]:
+    """What a log says of its run, and the share of the run that was over at each step. Raises RecipeError."""
+    told, fractions = dict[str, Any](), list[float]()
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line) if line.startswith("{") else {}
+        except ValueError:
+            raise RecipeError(f"--replay {path}: a line is no JSON: {line[:60]!r}") from None
+        told |= record.get("run", {})
+        if "fraction" in record and "step" in record:
+            fractions.append(float(record["fraction"]))
+            if record["step"] != len(fractions):
+                raise RecipeError(f"--replay {path}: step {len(fractions)} is missing; give the whole log")
+    if not fractions:
+        raise RecipeError(f"--replay {path} has no steps; give a train_seed<SEED>.log or a log.jsonl of training")
+    return told, fractions
+
+
+def fingerprint(fractions: list[float] | None) -> str:
+    """Of the steps to be replayed; empty without."""
+    return hashlib.sha256(json.dumps(fractions).encode()).hexdigest() if fractions else ""
+
+
+def shown(stage: str, say: Callable[..., None]) -> Log:
+    """Progress as lines."""
+    if int(os.environ.get("RANK", 0)) != 0:
+        return silent
+
+    def log(record: dict[str, Any]) -> None:
+        parts = [f"{stage}:"]
+        for name, text in (
+            ("step", "step {:,}"), ("fraction", "{:.1%}"), ("loss_nats", "loss {:.4f} nats"), ("bpb", "{:.4f} bpb"),
+            ("elapsed_seconds", "{:.1f} s"), ("tokens_per_second", "{:,.0f} tokens/s"),
+        ):  # fmt: skip
+            if name in record:
+                parts.append(text.format(record[name]))
+        say("  ".join(parts), flush=True)
+
+    return log
+
+
+def report(recipe: Recipe, seed: int, found: dict[str, Any], out: Path, say: Callable[..., None]) -> int:
+    """Print and keep the result; the exit code."""
+    total = found["artifact_bytes"] + found["code_bytes"]
+    over = stages.excesses(recipe.limits, total, found["train_seconds"], found["evaluate_seconds"])
+    for name in ("full", "quantized", "mixed", "ttt", "final"):
+        if found[f"bpb_{name}"] is not None:
+            say(f"bpb_{name}: {found[f'bpb_{name}']!r}")
+    limits = recipe.limits
+    say(
+        f"bytes: artifact {found['artifact_bytes']:,} + code {found['code_bytes']:,} = {total:,} "
+        f"of {limits.total_bytes:,}"
+    )
+    say(
+        f"seconds: training {found['train_seconds']:.1f} of {limits.train_seconds:g} ({found['steps']:,} steps), "
+        f"evaluation {found['evaluate_seconds']:.1f} of {limits.evaluate_seconds:g}"
+    )
+    for line in over:
+        say(f"over a limit: {line}")
+    say(f"artifact_sha256: {found['artifact_sha256']}")
+    say(f"seed:{seed} val_loss:{found['nats_per_token']!r} val_bpb:{found['bpb_final']!r}", flush=True)
+    write_json(out / RESULT, {"seed": seed, **found, "total_bytes": total, "over": over})
+    return 1 if over else 0
