@@ -31,9 +31,9 @@ SPAN_TOKENS = {"cpu": 512, "cuda": 4096}
 class Scores:
     """What one call scored: `nll[row set][kind]` in nats, (B,) float64, and the weights it ended with.
 
-    Kinds: neural, order1 ..., match, the further experts, hedge, linear and logistic (the first mixer of each), ensemble. `weights[row
-    set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers, linear (L, S, K),
-    logistic (M, S, J), see `blend`.
+    Kinds: neural, order1 ..., match, the further experts, hedge, linear and logistic (the first mixer of each),
+    ensemble. `weights[row set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers,
+    linear (L, S, K), logistic (M, S, J), see `blend`.
     """
 
     nll: dict[str, dict[str, Tensor]]
