@@ -105,8 +105,11 @@ def run(page: Path) -> dict[str, Any]:
     return names
 
 
+OWN_TESTS = ("experts.md", "table.md")
+
+
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+@pytest.mark.parametrize("page", [each for each in PAGES if blocks(each) and each.name not in OWN_TESTS], ids=name_of)
 def test_python_runs_as_it_is_or_stands_elsewhere(page: Path) -> None:
     run(page)
     for block in blocks(page):
@@ -118,15 +121,13 @@ def test_blocks_that_do_not_run_are_few() -> None:
     assert sum(bool(block.excerpt) for block in every) <= 2 < len(every) / 5
 
 
-def test_an_expert_takes_thirty_lines() -> None:
-    assert len(blocks(ROOT / "docs" / "experts.md")[0].code.splitlines()) <= 30
-
-
 @pytest.mark.usefixtures("folder")
-def test_the_shown_expert_is_mixed(capsys: pytest.CaptureFixture[str]) -> None:
-    run(ROOT / "docs" / "experts.md")
-    scores = re.findall(r"\d+\.\d+", capsys.readouterr().out)
-    assert len(set(scores)) == 3
+def test_an_expert_takes_thirty_lines_and_is_mixed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "experts.md"
+    assert len(blocks(page)[0].code.splitlines()) <= 30
+    run(page)
+    without, skip, _ = re.findall(r"\d+\.\d+", capsys.readouterr().out)
+    assert without != skip
 
 
 @pytest.mark.usefixtures("folder")
