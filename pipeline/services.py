@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -114,13 +115,15 @@ def check_mlflow(storage: Storage) -> None:
 
 
 class Wandb:
-    """Runs of one group; offline they lie in the record's folder, for `wandb sync`."""
+    """Runs of one group; offline they lie in the record's folder, for `wandb sync`, one a seed and driver: no server can
+    tell there what an earlier one holds."""
 
     def __init__(self, subject: Subject) -> None:
         import wandb
 
         self.subject, self.wandb = subject, wandb
-        self.identity = subject.identity()
+        own = f"-{secrets.token_hex(4)}" if offline() else ""
+        self.identity = f"{subject.identity()}{own}"
         self.runs: dict[int, Any] = {}
         self.last: dict[tuple[int, str], float] = {}
 
@@ -139,7 +142,7 @@ class Wandb:
                 # It would look at this process: its output, its command line, its repository, its machine.
                 settings=self.wandb.Settings(
                     console="off", disable_git=True, save_code=False, silent=True, x_disable_meta=True,
-                    x_disable_stats=True,
+                    x_disable_stats=True, x_save_requirements=False,
                 ),
             )  # fmt: skip
             for stage, column in POSITION.items():
@@ -168,12 +171,16 @@ class Wandb:
             run.finish(exit_code=255)
 
 
+def offline() -> bool:
+    import wandb
+
+    return wandb.setup().settings.mode not in ("online", "shared")
+
+
 def check_wandb(storage: Storage) -> None:
     import wandb
 
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return
-    if not wandb.login(prompt=False):
+    if not offline() and not wandb.login(prompt=False):
         raise RecipeError("--track wandb finds no key: set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline")
 
 

@@ -99,7 +99,9 @@ class TensorBoard:
             root = self.subject.storage.root.resolve()
             if not folder.resolve().is_relative_to(root):
                 raise ValueError(f"{folder} leads out of {root} by a link")
-            self.writers[place] = SummaryWriter(str(folder), purge_step=position)
+            # Two writers of one second would have one file, the other's gone; files are read in the order of names.
+            suffix = f".{time.time_ns()}"
+            self.writers[place] = SummaryWriter(str(folder), purge_step=position, filename_suffix=suffix)
         elif position <= self.last[place]:
             restart = Event(step=position, session_log=SessionLog(status=SessionLog.START))
             self.writers[place].file_writer.add_event(restart)
@@ -153,8 +155,9 @@ class Follower:
             self.lost = True
 
     def _run(self) -> None:
+        going = True
         try:
-            tracker, going = self.make(), True
+            tracker = self.make()
             while going:
                 going = self._batch(tracker)
                 tracker.flush()
@@ -162,8 +165,8 @@ class Follower:
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             self.warn(f"{self.name} stopped tracking ({type(error).__name__}: {text}); the record goes on without it")
-            while self.waiting.get() is not None:
-                pass
+            while going:
+                going = self.waiting.get() is not None
 
     def _batch(self, tracker: Tracker) -> bool:
         """Hand over what comes within a moment; False after the last."""
