@@ -1,16 +1,19 @@
-"""MLflow and Weights & Biases as trackers: one run a seed, grouped by record. Imported only when asked for.
+"""TensorBoard, MLflow and Weights & Biases as trackers: a seed is a run, tags are `<stage>/<column>`.
 
-Where they write, and with what credentials, their own environment variables say. The same command goes on with a killed
-driver's runs; what they hold already of work that is done again is not sent twice, since neither takes a point back.
+Each package is imported when it is asked for. Where MLflow and W&B write, and with what credentials, their own
+environment variables say. The same command goes on with a killed driver's runs, and work that is done again does not
+stand twice: TensorBoard drops what it has of it, the others, which take no point back, are not told again.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hedgemix.config import RecipeError, to_dict
@@ -20,8 +23,77 @@ from pipeline.trackers import Subject, Tracker, variable
 
 PROJECT = "hedgemix"
 """MLflow's experiment and W&B's project, where the environment names none."""
+PUSH_SECONDS = 60.0
+"""How often event files go to an object store."""
 MLFLOW_AT_ONCE = 100
 """Parameters of a request; metrics may be a thousand."""
+
+
+class TensorBoard:
+    """Event files under the record's folder, by seed and stage; `tensorboard --logdir` of the runs folder shows all."""
+
+    def __init__(self, subject: Subject) -> None:
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self.summary, self.EventsWriter, self.Event = summary, EventsWriter, Event
+        self.start = SessionLog(status=SessionLog.START)
+        self.subject, self.folder = subject, subject.folder / "tensorboard"
+        self.writers: dict[tuple[int, str], Any] = {}
+        self.last: dict[tuple[int, str], int] = {}
+        self.unflushed: set[tuple[int, str]] = set()
+        self.pushed = time.monotonic()
+
+    def stage_folder(self, seed: int, stage: str) -> Path:
+        return self.folder / f"seed{seed}" / stage
+
+    def writer(self, seed: int, stage: str, position: int) -> Any:
+        """The stage's file. Readers drop what stands at this position and after when it does not go on from there."""
+        place = (seed, stage)
+        if place not in self.writers:
+            folder, root = self.stage_folder(seed, stage), self.subject.storage.root.resolve()
+            if not folder.resolve().is_relative_to(root):
+                raise ValueError(f"{folder} leads out of {root} by a link")
+            folder.mkdir(parents=True, exist_ok=True)
+            # Two files of one second would have one name; they are read in the order of names.
+            self.writers[place] = self.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        if position <= self.last.get(place, position):
+            self.writers[place].write_event(self.Event(step=position, wall_time=time.time(), session_log=self.start))
+        self.last[place] = position
+        self.unflushed.add(place)
+        return self.writers[place]
+
+    def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None:
+        writer = self.writer(seed, stage, position)
+        for name, value in values.items():
+            told = self.summary.scalar(f"{stage}/{name}", value)
+            writer.write_event(self.Event(step=position, wall_time=at_seconds, summary=told))
+
+    def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
+        self.point(seed, ROW, 0, values, time.time())
+        recipe = self.summary.text("recipe", f"```json\n{json.dumps(to_dict(self.subject.recipe), indent=1)}\n```")
+        self.writers[seed, ROW].write_event(self.Event(step=0, wall_time=time.time(), summary=recipe))
+
+    def flush(self) -> None:
+        for place in self.unflushed:
+            self.writers[place].flush()
+        self.unflushed = set()
+        if time.monotonic() - self.pushed > PUSH_SECONDS:
+            self.push()
+
+    def push(self) -> None:
+        """To an object store, if that is where the runs folder lies."""
+        self.pushed = time.monotonic()
+        if self.subject.storage.remote:
+            for place in self.writers:
+                for file in self.stage_folder(*place).glob("events.*"):
+                    self.subject.storage.push(file)
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        self.push()
 
 
 class MLflow:
@@ -115,8 +187,8 @@ def check_mlflow(storage: Storage) -> None:
 
 
 class Wandb:
-    """Runs of one group; offline they lie in the record's folder, for `wandb sync`, one a seed and driver: no server can
-    tell there what an earlier one holds."""
+    """Runs of one group. Offline they lie in the record's folder, for `wandb sync`, one a seed and driver: nothing
+    tells there what an earlier one holds."""
 
     def __init__(self, subject: Subject) -> None:
         import wandb
@@ -184,5 +256,5 @@ def check_wandb(storage: Storage) -> None:
         raise RecipeError("--track wandb finds no key: set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline")
 
 
-SERVICES: dict[str, Callable[[Subject], Tracker]] = {"mlflow": MLflow, "wandb": Wandb}
+SERVICES: dict[str, Callable[[Subject], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
 USABLE: dict[str, Callable[[Storage], None]] = {"mlflow": check_mlflow, "wandb": check_wandb}

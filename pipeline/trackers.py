@@ -1,7 +1,7 @@
 """What a record tells to TensorBoard, MLflow or Weights & Biases while it runs.
 
-A tracker gets every number a stage tells, by column of the results table, and a finished seed's row. Each works on a
-thread of its own: the record neither waits for one nor fails with it.
+A tracker (`services.py`) gets every number a stage tells, by column of the results table, and a finished seed's row.
+Each works on a thread of its own: the record neither waits for one nor fails with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Thread
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from hedgemix.config import Recipe, RecipeError, to_dict
 from pipeline import runs
-from pipeline.measures import POSITION, ROW, measured, row_numbers
+from pipeline.measures import POSITION, measured, row_numbers
 from pipeline.progress import Told
 from pipeline.results import Row
 from pipeline.storage import Storage
@@ -30,10 +31,6 @@ BATCH_SECONDS = 2.0
 """How often a tracker passes on what it got."""
 CLOSE_SECONDS = 20.0
 """How long the end of a record waits for its trackers."""
-PUSH_SECONDS = 60.0
-"""How often event files go to an object store."""
-EXTRAS = {"mlflow": "mlflow", "wandb": "wandb"}
-"""What `pip install 'hedgemix[...]'` needs in its brackets, by tracker."""
 
 
 @dataclass(frozen=True)
@@ -77,63 +74,6 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """The driver ends; seeds without a row are not finished."""
-
-
-class TensorBoard:
-    """Event files under the record's folder, by seed and stage; `tensorboard --logdir` of the runs folder shows all."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.folder = subject, subject.folder / "tensorboard"
-        self.writers: dict[tuple[int, str], Any] = {}
-        self.last: dict[tuple[int, str], int] = {}
-        self.pushed = time.monotonic()
-
-    def writer(self, seed: int, stage: str, position: int) -> Any:
-        """The stage's writer. Readers drop what stands at this position and after when it does not go on from there."""
-        from tensorboardX import SummaryWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        place = (seed, stage)
-        if place not in self.writers:
-            folder = self.folder / f"seed{seed}" / stage
-            root = self.subject.storage.root.resolve()
-            if not folder.resolve().is_relative_to(root):
-                raise ValueError(f"{folder} leads out of {root} by a link")
-            # Two writers of one second would have one file, the other's gone; files are read in the order of names.
-            suffix = f".{time.time_ns()}"
-            self.writers[place] = SummaryWriter(str(folder), purge_step=position, filename_suffix=suffix)
-        elif position <= self.last[place]:
-            restart = Event(step=position, session_log=SessionLog(status=SessionLog.START))
-            self.writers[place].file_writer.add_event(restart)
-        self.last[place] = position
-        return self.writers[place]
-
-    def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None:
-        writer = self.writer(seed, stage, position)
-        for name, value in values.items():
-            writer.add_scalar(f"{stage}/{name}", value, position, walltime=at_seconds)
-
-    def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
-        recipe = json.dumps(to_dict(self.subject.recipe), indent=1)
-        self.point(seed, ROW, 0, values, time.time())
-        self.writers[seed, ROW].add_text("recipe", f"```json\n{recipe}\n```", 0)
-
-    def flush(self) -> None:
-        for writer in self.writers.values():
-            writer.flush()
-        if self.subject.storage.remote and time.monotonic() - self.pushed > PUSH_SECONDS:
-            self.push()
-
-    def push(self) -> None:
-        self.pushed = time.monotonic()
-        for writer in self.writers.values():
-            for file in Path(writer.logdir).glob("events.*"):
-                self.subject.storage.push(file)
-
-    def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
-        self.push()
 
 
 class Follower:
@@ -225,35 +165,25 @@ class Trackers:
 
 def follow(names: tuple[str, ...], subject: Subject, warn: Callable[[str], None]) -> Trackers:
     """The trackers of these names, of which `check` said that they can work."""
-    return Trackers(Follower(name, maker(name, subject), warn) for name in names if name != "none")
-
-
-def maker(name: str, subject: Subject) -> Callable[[], Tracker]:
-    if name == "tensorboard":
-        return lambda: TensorBoard(subject)
     from pipeline import services
 
-    return lambda: services.SERVICES[name](subject)
+    made = {name: partial(services.SERVICES[name], subject) for name in names if name != "none"}
+    return Trackers(Follower(name, make, warn) for name, make in made.items())
 
 
 def check(names: tuple[str, ...], storage: Storage) -> None:
     """Raises RecipeError for a tracker that is not installed or cannot work here, before anything starts."""
     if "none" in names and len(set(names)) > 1:
         raise RecipeError(f"--track {' '.join(names)}: none goes alone")
-    for name in names:
-        if name in EXTRAS:
-            check_service(name, storage)
-
-
-def check_service(name: str, storage: Storage) -> None:
     from pipeline import services
 
-    try:
-        services.USABLE[name](storage)
-    except ImportError as error:
-        raise RecipeError(
-            f"--track {name} needs a package that is not installed ({error}): pip install 'hedgemix[{EXTRAS[name]}]'"
-        ) from None
+    for name in names:
+        try:
+            services.USABLE.get(name, lambda _: None)(storage)
+        except ImportError as error:
+            raise RecipeError(
+                f"--track {name} needs a package that is not installed ({error}): pip install 'hedgemix[{name}]'"
+            ) from None
 
 
 def flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, str]]:

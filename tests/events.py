@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,4 +19,4 @@ def scalars(folder: Path) -> dict[str, Points]:
 def rising(points: Points) -> bool:
     """Whether no position comes twice or goes back."""
     positions = [position for position, _ in points]
-    return all(before < after for before, after in zip(positions, positions[1:], strict=False))
+    return all(before < after for before, after in pairwise(positions))

@@ -43,7 +43,7 @@ def values(loss_nats: float, *numbers: int) -> list[tuple[int, float]]:
 
 
 def test_mlflow_s_database_holds_one_run_a_seed(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle, and gone on from an earlier checkpoint, by a driver that finishes it and one that does not."""
+    """Killed in the middle, gone on from an earlier checkpoint; one seed ends well, one fails, one does not end."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     trackers.check(("mlflow",), subject.storage)

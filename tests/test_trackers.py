@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sqlite3
 import sys
 import threading
 import time
@@ -21,8 +20,9 @@ from pipeline import measures, record, trackers
 from pipeline.measures import measured
 from pipeline.progress import UNREAD, Board, Told
 from pipeline.results import Row
+from pipeline.services import TensorBoard
 from pipeline.storage import Storage
-from pipeline.trackers import Follower, Subject, TensorBoard, Trackers
+from pipeline.trackers import Follower, Subject, Trackers
 
 SECRET = "5ec2e7" * 6 + "abcd"
 """As long as a key of W&B."""
@@ -90,7 +90,7 @@ def test_the_board_keeps_what_the_driver_has_not_read() -> None:
 def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int, str]) -> None:
     out, _, output = undisturbed
     folder = out / "_records" / "tiny" / "tensorboard"
-    assert "tracking" not in output and sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
+    assert "track" not in output and sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
     table = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     columns = set(table.columns) | set(measures.BESIDE)
     found: dict[str, events.Points] = {}
@@ -101,7 +101,7 @@ def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int,
         found |= told
     assert [at for at, _ in found["train/train_loss_nats"]] == [2, 4, 6, 8, 10, 12]
     assert found["train/ms_per_step"][-1][1] > 0
-    assert [at for at, _ in found["evaluate/bpb_final"]] == [1024, 2048, 3072, 3999]
+    assert [at for at, _ in found["evaluate/bpb_final"]] == [1023, 2047, 3071, 3999]
     for column in ("bpb_final", "bpb_mixed", "bpb_quantized", "bpb_hedge", "bpb_ttt", "bpb_published"):
         last, final = found[f"evaluate/{column}"][-1][1], found[f"row/{column}"][0][1]
         assert last == final == pytest.approx(table[column][1], rel=1e-6), column
