@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import threading
 import time
@@ -106,6 +107,12 @@ def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int,
         last, final = found[f"evaluate/{column}"][-1][1], found[f"row/{column}"][0][1]
         assert last == final == pytest.approx(table[column][1], rel=1e-6), column
     assert found["row/artifact_bytes"] == [(0, table.artifact_bytes[1])] and found["score/fraction"][-1][1] == 1
+    docs = (tinyrecord.ROOT / "docs" / "watching.md").read_text()
+    for stage, position in measures.POSITION.items():
+        [listed] = re.findall(rf"^\| `{stage}` \| `{position}` \| (.*) \|$", docs, re.MULTILINE)
+        assert {f"{stage}/{name}" for name in [position, *re.findall(r"\w+", listed)]} == {
+            tag for tag in found if tag.startswith(f"{stage}/")
+        }
     # Nothing that a stage tells is left out.
     [log] = [path for path in out.glob("_steps/train-*/log.jsonl")]
     line = json.loads(log.read_text().splitlines()[-1])
