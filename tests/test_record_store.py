@@ -72,6 +72,7 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     assert code == 0, output
     after = objects(store_server)
     assert after[trained].mtime == before[trained].mtime
+    assert [path for path in after if "/_records/tiny/tensorboard/seed1/row/events." in path]
     table = pq.read_table(f"{BUCKET}/runs/tiny.parquet", filesystem=store_server.filesystem()).to_pandas()
     assert len(table) == 1 and table.status[0] == "done"
     assert bits(table.iloc[0]) == undisturbed_bits(undisturbed)
