@@ -144,9 +144,9 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
     [
         ({"audited": None}, "seed 2 is not audited; run hedgemix audit"),
         ({"audited": False, "audit_failed": ["normalised"]}, "seed 2 failed its audit (normalised)"),
-        ({"total_bytes": 16_000_001}, "seed 2 takes 16,000,001 bytes, 16,000,000 are allowed"),
-        ({"train_seconds": 601.0}, "seed 2 takes 601 training seconds"),
-        ({"evaluate_seconds": 700.0}, "seed 2 takes 700 evaluation seconds"),
+        ({"artifact_bytes": 16_000_000}, " bytes, the recipe allows 16,000,000"),
+        ({"train_seconds": 601.0}, "seed 2: 601.0 training seconds, the recipe allows 600"),
+        ({"evaluate_seconds": 700.0}, "seed 2: 700.0 evaluation seconds, the recipe allows 600"),
         ({"status": "failed", "error": "train: it broke"}, "seed 2 is failed; run the record"),
         ({"config_hash": "other"}, "different configurations"),
     ],
