@@ -49,6 +49,17 @@ def test_a_row_changes_with_what_is_told_and_with_nothing_else(name: str) -> Non
     assert torch.equal(expert.row(), before) and torch.equal(expert.row(), before)
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_row_does_not_depend_on_whether_earlier_ones_were_asked(name: str) -> None:
+    """A stopped evaluation goes on without them."""
+    asked, told = EXPERTS[name](VOCAB), EXPERTS[name](VOCAB)
+    for token in TEXT.tolist():
+        asked.row()
+        asked.update(token)
+    experts.tell({name: told}, TEXT.tolist())
+    assert torch.equal(asked.row(), told.row())
+
+
 def test_recency_is_its_definition() -> None:
     expert = Recency(VOCAB, memory_tokens=7.0, prior_tokens=3.0, prior_followers=0.5)
     for t, token in enumerate(TEXT[:80].tolist()):
