@@ -24,8 +24,8 @@ SUM_TOLERANCE = 1e-4
 
 
 class Expert(Protocol):
-    """What is mixed. It is copied with `copy.deepcopy`, told a text's tokens in order from the first, and never told
-    of one before its row was taken."""
+    """What is mixed. It is copied with `copy.deepcopy`, and told a text's tokens in order from the first, each after
+    its row was taken. An evaluation that goes on after a stop tells the earlier ones anew, without asking for rows."""
 
     def row(self) -> Tensor:
         """Probabilities (V,), float32, on the CPU, of the next token: each above 0, their sum 1. Asked again, the same;
@@ -33,7 +33,7 @@ class Expert(Protocol):
         ...
 
     def update(self, token: int) -> None:
-        """Tell the token that `row` was about (of a text's first token no row is asked)."""
+        """Tell the token that `row` was about, or would have been."""
         ...
 
 
@@ -99,7 +99,7 @@ def start(names: Sequence[str], vocab_size: int) -> dict[str, Expert]:
 
 
 def tell(experts: dict[str, Expert], tokens: Sequence[int]) -> None:
-    """Tell every expert these tokens, of which no row was asked or all were taken."""
+    """Tell every expert these tokens."""
     for expert in experts.values():
         for token in tokens:
             expert.update(token)

@@ -79,6 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results.write(storage, [done, failed])
     config = json.loads(done.config or "")
     config["evaluate"]["mixer"]["kind"] = "hedge"
+    del config["evaluate"]["mixer"]["experts"]  # as an earlier version wrote it
     config["compute"]["gpus_per_worker"] = 0.5
     for name, more, text in (("hedge", 0.25, done.valid_sha256), ("elsewhere", 0.5, "0" * 64)):
         score = (done.bpb_final or 0) + more
@@ -139,6 +140,7 @@ def test_the_tables_page_computes_what_it_says() -> None:
     assert board.bpb.hedge == pytest.approx(real.bpb_final + 0.25) and board.loc["tiny", "within_limits"]
     assert names["worth"].loc["tiny", "bpb_final"] == real.bpb_final
     assert set(names["setting"]) == {"ensemble", "hedge"}
+    assert {*names["differing"]} == {"evaluate.mixer.kind", "evaluate.mixer.experts", "compute.gpus_per_worker"}
     [tiny] = names["gpu_seconds"][names["done"].record == "tiny"]
     half = names["gpu_seconds"][names["done"].record == "hedge"].iloc[0]
     assert tiny == 8 * (2 + 2) + 8 * real.evaluate_seconds + 2 + 2 and half == tiny / 2

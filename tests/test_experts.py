@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tinyartifact
 import torch
-from tinyartifact import CONFIG
+from tinyartifact import CONFIG, Case
 
 from hedgemix import artifact, experts, ngram
 from hedgemix.config import MixerConfig, RecipeError
@@ -21,6 +21,11 @@ from hedgemix.predictor import Predictor
 VOCAB = 40
 TEXT = (np.random.default_rng(0).zipf(1.4, 300) % (VOCAB // 2)).astype(np.uint16)
 """Half of the vocabulary is never seen."""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return tinyartifact.make(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -42,6 +47,17 @@ def test_a_row_changes_with_what_is_told_and_with_nothing_else(name: str) -> Non
     other.update(VOCAB - 1)
     assert not torch.equal(other.row(), before)
     assert torch.equal(expert.row(), before) and torch.equal(expert.row(), before)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_row_does_not_depend_on_whether_earlier_ones_were_asked(name: str) -> None:
+    """A stopped evaluation goes on without them."""
+    asked, told = EXPERTS[name](VOCAB), EXPERTS[name](VOCAB)
+    for token in TEXT.tolist():
+        asked.row()
+        asked.update(token)
+    experts.tell({name: told}, TEXT.tolist())
+    assert torch.equal(asked.row(), told.row())
 
 
 def test_recency_is_its_definition() -> None:
@@ -105,11 +121,10 @@ def even(vocab_size: int, change: Callable[[torch.Tensor], None]) -> Expert:
     ids=["sum", "zero", "nan"],
 )
 def test_a_row_that_is_no_distribution_ends_evaluation_and_coding(
-    change: Callable[[torch.Tensor], None], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[torch.Tensor], None], case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(EXPERTS, "wrong", lambda vocab_size: even(vocab_size, change))
     config = replace(CONFIG, mixer=replace(CONFIG.mixer, experts=("wrong",)))
-    case = tinyartifact.make(tmp_path_factory.mktemp("experts"))
     with pytest.raises(ValueError, match="'wrong' gave a row that is no distribution"):
         case.score(config)
     predictor = Predictor(artifact.read(case.artifact), len(case.tokens), int(case.tokens[0]), config)
