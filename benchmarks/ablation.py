@@ -30,6 +30,7 @@ from hedgemix import artifact, bpb, dataset, hedge, match, ngram, tokenizer
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import load_model, target_nats
+from hedgemix.experts import EXPERTS
 from hedgemix.mixer import Mixer
 from hedgemix.ngram import NgramIndex
 from hedgemix.stream import chunk_rows, chunks
@@ -77,6 +78,7 @@ def lines(ttt: bool) -> list[Line]:
         Line("ensemble: all orders and the match", MIXER, "ensemble"),
         Line("Hedge over the experts", MIXER, "hedge"),
     ]
+    found += [Line(f"ensemble and {name}", replace(MIXER, experts=(name,)), "ensemble") for name in EXPERTS]
     for gate in ("none", "entropy", "order"):
         linear = (gate, *(other for other in MIXER.linear_gates if other != gate))
         alone = replace(MIXER, linear_gates=linear, gates=(gate,), memory_tokens=MIXER.memory_tokens[:1])

@@ -2,7 +2,8 @@
 
 Two layers. Linear mixers weigh all experts' probabilities; each has many weight sets, chosen by how much of the context
 occurred before and by the neural entropy. Logistic mixers weigh log probabilities: of the linear mixtures, the neural
-model, the two lowest and the highest n-gram order and the match. They start as the first linear mixture.
+model, the two lowest and the highest n-gram order, the match and the further experts. They start as the first linear
+mixture.
 
 Shapes as in `hedge`; B positions, R row sets, K experts (0 is neural; p_BKV has the others, which row sets share), L
 linear mixers, J inputs of a logistic mixer (linear mixtures, then experts), M logistic mixers, G = L + M gates, S
@@ -24,8 +25,9 @@ from hedgemix.config import MixerConfig
 
 
 def expert_names(config: MixerConfig) -> tuple[str, ...]:
-    """The experts in the order of their rows: neural, order1 ..., match."""
-    return "neural", *(f"order{n}" for n in config.orders), *(("match",) if config.match_lengths else ())
+    """The experts in the order of their rows: neural, order1 ..., match, then those of `experts`."""
+    match = ("match",) if config.match_lengths else ()
+    return "neural", *(f"order{n}" for n in config.orders), *match, *config.experts
 
 
 def classes(config: MixerConfig) -> int:

@@ -78,7 +78,8 @@ def score_model(model: Model, stream: TokenStream, config: EvaluateConfig, log: 
     for chunk in chunks(len(tokens_N), config.chunk_tokens):
         for piece, rows in chunk_rows({"model": model}, tokens_N, chunk, config):
             nats += target_nats(rows["model"], tokens_N[piece.start : piece.stop])
-        log({"fraction": chunk.stop / len(tokens_N), "elapsed_seconds": time.monotonic() - began})
+        seconds = time.monotonic() - began
+        log({"fraction": chunk.stop / len(tokens_N), "tokens": chunk.stop - 1, "elapsed_seconds": seconds})
     return nats
 
 
@@ -121,8 +122,10 @@ def evaluate_artifact(
             log(
                 {
                     "fraction": (chunk.stop - 1) / (len(stream) - 1),
+                    "tokens": work.tokens,
                     "elapsed_seconds": start.elapsed(),
                     "bpb": bpb.bits_per_byte(work.nats["final"], max(1, work.bytes)),
+                    **work.so_far(),
                 }
             )
         if trace is not None and ranks.rank() == 0:
@@ -307,6 +310,13 @@ class Evaluation:
         self.seconds[phase] += time.monotonic() - began
         self.start.beat()
         return value
+
+    def so_far(self) -> dict[str, float]:
+        """Bits per byte of every stage and seconds of every phase, named as in the result."""
+        found = {f"bpb_{name}": bpb.bits_per_byte(nats, max(1, self.bytes)) for name, nats in self.nats.items()}
+        if not self.adapter:
+            del found["bpb_ttt"]
+        return found | {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What the finished chunks left behind, in tensors that work goes on with; the artifact and the text hold the

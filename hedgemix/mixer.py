@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import hedge, match, ngram
+from hedgemix import experts, hedge, match, ngram
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.shards import PIECE_TOKENS
@@ -31,9 +31,9 @@ SPAN_TOKENS = {"cpu": 512, "cuda": 4096}
 class Scores:
     """What one call scored: `nll[row set][kind]` in nats, (B,) float64, and the weights it ended with.
 
-    Kinds: neural, order1 ..., match, hedge, linear and logistic (the first mixer of each), ensemble. `weights[row
-    set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers, linear (L, S, K),
-    logistic (M, S, J), see `blend`.
+    Kinds: neural, order1 ..., match, the further experts, hedge, linear and logistic (the first mixer of each),
+    ensemble. `weights[row set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers,
+    linear (L, S, K), logistic (M, S, J), see `blend`.
     """
 
     nll: dict[str, dict[str, Tensor]]
@@ -43,6 +43,7 @@ class Scores:
 @dataclass
 class _State:
     ngrams: ngram.NgramState
+    further: dict[str, experts.Expert]
     blend: Blend
     hedge_RK: Tensor
     ensemble_RK: Tensor
@@ -75,6 +76,7 @@ class Mixer:
         self.experts = expert_names(config)
         linear = ("linear",) if config.linear_gates else ()
         self.kinds = (*self.experts, "hedge", *linear, "logistic", "ensemble")
+        assert len(set(self.kinds)) == len(self.kinds), f"an expert has the name of another part: {self.kinds}"
         self.kind = "neural" if config.kind == "none" else config.kind
         span = span_tokens or SPAN_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
         self.span = max(span // config.block_tokens, 1) * config.block_tokens
@@ -85,8 +87,10 @@ class Mixer:
 
         state = ngram.start_state(index, self.device)
         ngram.advance(state, index, 0, min(1, len(index.tokens_N)))
+        further = experts.start(config.experts, vocab_size)
+        experts.tell(further, index.tokens_N[: state.position].tolist())
         blend = Blend(config, sets, vocab_size, self.device)
-        self._state = _State(state, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
+        self._state = _State(state, further, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
         # Memory that every span uses again: fresh pages cost a CPU more than what is written to them.
         inputs = blend.linears + len(blend.experts)
         self._p_BKV = torch.empty(self.span, len(self.experts) - 1, vocab_size, device=self.device)
@@ -128,10 +132,11 @@ class Mixer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from there; n-grams are counted again, from the index."""
+        """Go on from there; n-grams are counted and experts told again, from the index."""
         state = self._state
         while self.position < saved["position"]:
             stop = min(self.position + PIECE_TOKENS, saved["position"])
+            experts.tell(state.further, self.index.tokens_N[self.position : stop].tolist())
             ngram.advance(state.ngrams, self.index, self.position, stop)
         state.hedge_RK, state.ensemble_RK = saved["hedge"].to(self.device), saved["ensemble"].to(self.device)
         state.blend.load_state_dict(saved["blend"])
@@ -206,11 +211,12 @@ class Mixer:
         return log_y_BRK, [torch.cat([state.blend.expert_rows(at), linear, join(parts).log_BRMV], 2)]
 
     def _expert_rows(self, start: int, stop: int) -> list[Tensor]:
-        """Probability rows (B, V) of every expert but the neural one."""
+        """Probability rows (B, V) of every expert but the neural one; the further ones are then told the span."""
         rows = ngram.rows(self._state.ngrams, self.index, start, stop)
         if self.config.match_lengths:
             rows.append(match.rows_at(self.index.match, rows[-1], start, stop))
-        return rows
+        further = experts.rows(self._state.further, self.index.tokens_N[start:stop], self.index.vocab_size)
+        return rows + [rows_BV.to(self.device) for rows_BV in further]
 
 
 def check(config: MixerConfig) -> None:
@@ -231,3 +237,4 @@ def check(config: MixerConfig) -> None:
     require(config.logistic_ridge > 0, "logistic_ridge", "above 0")
     require(config.block_tokens >= 1, "block_tokens", "at least 1")
     require(config.entropy_sets >= 1, "entropy_sets", "at least 1")
+    experts.check(config.experts)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import bpb, hedge, match, mixer, stream, tokenizer, ttt
+from hedgemix import bpb, experts, hedge, match, mixer, stream, tokenizer, ttt
 from hedgemix.artifact import Artifact
 from hedgemix.attention import Cache
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
@@ -111,8 +111,10 @@ class Mixture:
         self.config = config.mixer
         self.counts = Counts(self.config.orders, vocab_size)
         self.follower = match.Follower(self.config.match_lengths, vocab_size)
+        self.further = experts.start(self.config.experts, vocab_size)
         self.counts.add(first_token)
         self.follower.update(first_token)
+        experts.tell(self.further, [first_token])
         self.blend = Blend(self.config, 1, vocab_size, "cpu")
         size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
@@ -135,6 +137,7 @@ class Mixture:
             self.block = []
         self.counts.add(token)
         self.follower.update(token)
+        experts.tell(self.further, [token])
 
     def _position(self, neural_V: Tensor) -> Positions:
         rows, longest = [row[None] for row in self.counts.rows()], self.counts.longest_class()
@@ -142,6 +145,7 @@ class Mixture:
             predicted, matched, confidence = self.follower.predict()
             rows.append(match.rows(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
             longest = len(self.counts.followers) + matched if matched else longest
+        rows += [experts.row(name, expert)[None] for name, expert in self.further.items()]
         return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
 
     def _team(self, said: Mixed) -> Tensor:

@@ -21,13 +21,14 @@ from rich.console import Console
 from hedgemix import script, stages
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from pipeline import results, runs, tasks
+from pipeline import measures, results, runs, tasks
 from pipeline.progress import BoardActor, View
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
 from pipeline.runs import SeedSteps
 from pipeline.steps import ERROR, DamagedStepError, Step, check, set_aside
 from pipeline.tasks import Job
+from pipeline.trackers import Subject, Trackers, follow
 
 POLL_SECONDS = 0.5
 FIRST_REST_SECONDS = 1.0
@@ -49,6 +50,7 @@ class Drive:
     counts: Step
     job: Job
     console: Console
+    trackers: Trackers
     errors: dict[int, str] = field(default_factory=dict)
     count_error: str = ""
     running: dict[Any, tuple[int | None, str]] = field(default_factory=dict)
@@ -59,6 +61,8 @@ class Drive:
     records: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """What stands of each seed, by the kind of step; read when a task ends, not every moment."""
     counted: dict[str, Any] | None = None
+    heard_ns: int = 0
+    """The time of the last progress record that was passed on."""
 
     def look(self) -> None:
         """Read what stands. What was made from files that since had to be made again does not, and is set aside."""
@@ -189,14 +193,28 @@ class Drive:
 
     def write_rows(self) -> None:
         """The table as it stands; a write that storage refuses now is made up for by the next."""
+        rows = self.rows()
         with contextlib.suppress(OSError):
-            results.write(self.counts.storage, self.rows())
+            results.write(self.counts.storage, rows)
+        with contextlib.suppress(RayError):
+            for row in rows:
+                self.job.board.row.remote(row.seed, measures.row_numbers(row))
+        self.listen()  # a seed's last words come before its row
+        self.trackers.rows(rows)
+
+    def listen(self) -> dict[int, dict[str, Any]]:
+        """The last record of every seed; all that came since the last time go to the trackers."""
+        try:
+            board, told = ray.get(self.job.board.read.remote(self.heard_ns), timeout=5)
+        except RayError:  # without its board the record still goes on
+            return {}
+        self.trackers.tell(told)
+        self.heard_ns = max((one.at_ns for one in told), default=self.heard_ns)
+        return board
 
     def states(self) -> dict[int, dict[str, Any]]:
         """What the view shows: the board's records, overruled by what the driver knows."""
-        board: dict[int, dict[str, Any]] = {}
-        with contextlib.suppress(RayError):  # without its board the record still goes on
-            board = ray.get(self.job.board.read.remote(), timeout=5)
+        board = self.listen()
         shown: dict[int, dict[str, Any]] = {}
         for seed in self.seeds:
             told = board.get(seed, {})
@@ -222,19 +240,23 @@ def drive(
     console: Console,
     profile: bool = False,
     lost_record: Callable[[], bool] = lambda: False,
+    track: tuple[str, ...] = (),
 ) -> list[Row]:
     """Run what is missing of every seed; returns all rows, also written to the record's parquet file as seeds end.
 
     Ray must be initialised. Raises RecipeError when no machine of this cluster can hold the training job, or when
-    `lost_record` says that another driver has taken the record over.
+    `lost_record` says that another driver has taken the record over. track: the names of its trackers.
     """
     resolved, evaluate_cpus = resolve_cpus(recipe)
     check_capacity(resolved, evaluate_cpus, console)
     code = script.n_bytes(recipe)  # of the recipe as it is written, not of this machine's share
     made_by = origin() | {"requirements": script.requirements(recipe)}
-    job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, BoardActor.remote())
+    board = BoardActor.remote(record, measures.meanings())
+    job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, board)
     storage = data.storage
-    work = Drive(record, recipe, dataset, seeds, runs.counts_step(storage, recipe, dataset), job, console)
+    trackers = follow(track, Subject(storage, record, recipe), lambda text: console.print(text, markup=False))
+    counts = runs.counts_step(storage, recipe, dataset)
+    work = Drive(record, recipe, dataset, seeds, counts, job, console, trackers)
     work.look()
     work.check_artifacts()
     results.write(storage, work.rows())
@@ -256,6 +278,8 @@ def drive(
                 ray.cancel(reference)
         rows = work.rows()
         results.write(storage, rows)
+        trackers.rows(rows)
+        trackers.close()
     return rows
 
 

@@ -310,8 +310,7 @@ def audits(record: Record) -> Section:
             rows.append([str(row["seed"]), finding["name"], passed, finding["headline"]])
     blocks: list[Any] = [Table(["seed", "check", "result", "figure"], rows, (2,))] if rows else []
     if missing:
-        table = record.storage.where(record.storage.root / f"{record.name}.parquet")
-        blocks.append(f"Not audited: seed {', '.join(missing)}. `hedgemix audit {table}` does it.")
+        blocks.append(f"Not audited: seed {', '.join(missing)}. `hedgemix audit {record.table}` does it.")
     return Section("What the audit found", blocks or ["No seed has finished."])
 
 

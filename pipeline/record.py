@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
@@ -62,7 +62,7 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from pipeline import driver, results, runs, terminal
+from pipeline import driver, results, runs, terminal, trackers
 from pipeline.lease import hold
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
@@ -100,6 +100,8 @@ class Options:
     into the folders of the steps that run now; these few take longer."""
     report: bool = True
     """Write the record's report (report.html, report.md) at the end; `hedgemix report` does it at any time."""
+    track: tuple[Literal["tensorboard", "mlflow", "wandb", "none"], ...] = ("tensorboard",)
+    """Where the numbers of a running record go, one or more; docs/watching.md."""
     plan: bool = False
     """Print what the record would ask for, and stop."""
 
@@ -156,6 +158,7 @@ def default_recipe() -> str:
 
 def run(recipe: Recipe, options: Options, console: Console) -> int:
     storage = open_storage(options.out)
+    trackers.check(options.track, storage)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
     folder = runs.record_folder(storage, record)
     waiting = "another driver holds this record; waiting to see whether it lives"
@@ -170,7 +173,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost)
+                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost, options.track)
         terminal.print_results(rows, storage.where(results.table_path(storage, record)), console)
         if options.report:
             write_report(storage, record, console)

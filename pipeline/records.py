@@ -32,6 +32,11 @@ class Record:
         return from_dict(Recipe, json.loads(self.rows[0]["config"]))
 
     @property
+    def table(self) -> str:
+        """Where its parquet file lies."""
+        return self.storage.where(results.table_path(self.storage, self.name))
+
+    @property
     def folder(self) -> Path:
         """Of what is written about the record."""
         return self.storage.root / "_records" / self.name

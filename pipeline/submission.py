@@ -62,12 +62,9 @@ def submit(run: str, out: Path, about: About) -> dict[str, Any]:
         raise RecipeError(f"{out} is there and not empty; name another folder")
     check(about)
     record = records.load(run)
-    code = script.build(record.recipe)
-    reasons = [*unfinished(record), *mixed(record.done), *other_code(record, len(code)), *unkept(record, len(code))]
-    seeds = [Seed(row, *(record.lines(row, *place) for place in LOGS)) for row in record.done]
-    reasons += [*unaudited(record, run), *(why for seed in seeds for why in cut_short(seed))]
-    if reasons:
+    if reasons := obstacles(record):
         raise RecipeError(f"record {record.name} cannot be submitted: " + "; ".join(reasons))
+    code, seeds = script.build(record.recipe), logs(record)
     told = describe(record, about, len(code))
     files = {
         script.NAME: code.decode(),
@@ -78,6 +75,23 @@ def submit(run: str, out: Path, about: About) -> dict[str, Any]:
     files |= {log_name(seed.row): log(record, seed) for seed in seeds}
     write(out, files)
     return told
+
+
+def obstacles(record: Record) -> list[str]:
+    """Why the record cannot be handed in as it is, a sentence each; empty when it can."""
+    code_bytes = script.n_bytes(record.recipe)
+    return [
+        *unfinished(record),
+        *mixed(record.done),
+        *other_code(record, code_bytes),
+        *unkept(record, code_bytes),
+        *unaudited(record),
+        *(why for seed in logs(record) for why in cut_short(seed)),
+    ]
+
+
+def logs(record: Record) -> list[Seed]:
+    return [Seed(row, *(record.lines(row, *place) for place in LOGS)) for row in record.done]
 
 
 LOGS = (("train_path", "log.jsonl"), ("evaluate_path", "trace.jsonl"))
@@ -129,11 +143,11 @@ def unkept(record: Record, code_bytes: int) -> list[str]:
     ]
 
 
-def unaudited(record: Record, run: str) -> list[str]:
+def unaudited(record: Record) -> list[str]:
     why = []
     for row in record.done:
         if row["audited"] is None:
-            why.append(f"seed {row['seed']} is not audited; run hedgemix audit {run}")
+            why.append(f"seed {row['seed']} is not audited; run hedgemix audit {record.table}")
         elif not row["audited"]:
             failed = ", ".join(row["audit_failed"] or [])
             why.append(f"seed {row['seed']} failed its audit ({failed}); audit.md beside its evaluation says why")

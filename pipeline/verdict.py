@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from hedgemix import script
 from hedgemix.config import RecipeError
-from pipeline import comparison, records, statistics
+from pipeline import comparison, records, statistics, submission
 from pipeline.comparison import HEADS
 from pipeline.page import Points, Section, Table
 from pipeline.records import Record
@@ -28,31 +28,6 @@ SEED_COLUMNS = (
     ("evaluate s", "evaluate_seconds", ",.1f"),
     ("attempts", "attempts", ".0f"),
 )
-
-
-def obstacles(record: Record) -> list[str]:
-    """Why the record cannot be handed in as it is, one sentence each; empty when it can."""
-    why = [
-        f"seed {row['seed']} is {row['status']}: {row['error'] or 'not finished'}"
-        for row in record.rows
-        if row["status"] != "done"
-    ]
-    why += [f"its seeds have {reason}" for reason in statistics.mixed(record.done)]
-    limits = record.recipe.limits
-    for row in record.done:
-        for what, used, most in (
-            ("bytes", row["total_bytes"], row["limit_bytes"]),
-            ("training seconds", row["train_seconds"], limits.train_seconds),
-            ("evaluation seconds", row["evaluate_seconds"], limits.evaluate_seconds),
-        ):
-            if not used <= most:
-                why.append(f"seed {row['seed']} takes {used:,.0f} {what}, {most:,.0f} are allowed")
-        if row["audited"] is False:
-            why.append(f"seed {row['seed']} failed its audit: {', '.join(row['audit_failed'] or [])}")
-    if missing := [str(row["seed"]) for row in record.done if row["audited"] is None]:
-        table = record.storage.where(record.storage.root / f"{record.name}.parquet")
-        why.append(f"not audited yet: seed {', '.join(missing)}; run `hedgemix audit {table}`")
-    return why
 
 
 def rivals(record: Record) -> list[Record]:
@@ -109,7 +84,7 @@ def cost(record: Record) -> list[str]:
 
 
 def handing_in(record: Record) -> list[str]:
-    why = obstacles(record)
+    why = submission.obstacles(record)
     return [f"Cannot be handed in yet: {'; '.join(why)}." if why else "Can be handed in: `hedgemix submit`."]
 
 
@@ -193,22 +168,22 @@ def more_seeds(found: statistics.Summary, score: float, scale: float) -> list[st
 
 def handed_in(record: Record) -> Section:
     """What a submission needs, and which of it is there."""
-    why = obstacles(record)
-    limits = record.recipe.limits
-    done: Sequence[dict[str, Any]] = record.done
+    limits, code_bytes = record.recipe.limits, script.n_bytes(record.recipe)
     facts = [
-        (f"{len(done)} of {len(record.rows)} seeds done", len(done) == len(record.rows)),
-        ("one configuration, text and kind of machine", not statistics.mixed(done)),
-        (f"at most {limits.total_bytes:,} bytes", all(row["total_bytes"] <= row["limit_bytes"] for row in done)),
+        (f"{len(record.done)} of {len(record.rows)} seeds done", submission.unfinished(record)),
+        ("one configuration, text and kind of machine", statistics.mixed(record.done)),
+        ("the code that ran is the code that is installed here", submission.other_code(record, code_bytes)),
         (
-            f"training within {limits.train_seconds:g} s",
-            all(row["train_seconds"] <= limits.train_seconds for row in done),
+            f"at most {limits.total_bytes:,} bytes, {limits.train_seconds:g} s of training, "
+            f"{limits.evaluate_seconds:g} s of evaluation",
+            submission.unkept(record, code_bytes),
         ),
+        ("every check of the audit passed", submission.unaudited(record)),
         (
-            f"evaluation within {limits.evaluate_seconds:g} s",
-            all(row["evaluate_seconds"] <= limits.evaluate_seconds for row in done),
+            "every seed's logs are whole",
+            [why for seed in submission.logs(record) for why in submission.cut_short(seed)],
         ),
-        ("every check of the audit passed", bool(done) and all(row["audited"] for row in done)),
     ]
-    marked = Points([text for text, _ in facts], [good for _, good in facts])
-    return Section("Can it be handed in?", [marked, *([Points(why)] if why else ["Yes: `hedgemix submit`."])])
+    marked = Points([text for text, _ in facts], [not why for _, why in facts])
+    reasons = [reason for _, why in facts for reason in why]
+    return Section("Can it be handed in?", [marked, *([Points(reasons)] if reasons else ["Yes: `hedgemix submit`."])])

@@ -13,11 +13,13 @@ from typing import Any
 import pandas as pd
 import planted
 import pytest
+from tinyartifact import CONFIG
 from tinyrun import Record, make
 
 from hedgemix import audit, claim, isolation
 from hedgemix.audit import Audit, Plan
 from hedgemix.config import RecipeError
+from hedgemix.experts import EXPERTS
 from hedgemix.files import read_json, write_json
 from hedgemix.finding import Finding, failed
 
@@ -106,6 +108,15 @@ def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record
     assert claim.kept(record.evaluation(), "0" * 64, result) == {}
     assert claim.kept(record.evaluation(), sha256, {**result, "bpb_final": 1.0}) == {}
     assert claim.kept(record.folder, sha256, result) == {}
+
+
+@pytest.mark.usefixtures("here")
+def test_further_experts_pass_every_check_of_a_repeated_run(tmp_path: Path) -> None:
+    config = replace(CONFIG, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))
+    work = repeated(make(tmp_path / "runs", config))
+    audit.ranks_agree(work)
+    assert work.findings and failed(work.findings) == []
+    assert set(EXPERTS) < set(work.parts["replay"][0]["result"]["expert_names"])
 
 
 @pytest.mark.usefixtures("here")

@@ -22,6 +22,7 @@ from hedgemix import artifact, cli, codec, tokenizer
 from hedgemix.artifact import Artifact
 from hedgemix.codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
+from hedgemix.experts import EXPERTS
 from hedgemix.files import silent
 
 
@@ -50,6 +51,13 @@ def test_a_text_costs_the_bits_of_its_evaluation_and_comes_back(case: Case, foun
     assert abs(made.payload_bits - reported_bits) <= 0.001 * reported_bits + 64
     assert abs(made.ideal_bits - reported_bits) <= 1e-4 * reported_bits
     assert np.array_equal(decompress_tokens(found, made.data), case.tokens)
+
+
+def test_further_experts_are_coded_and_decoded(found: Artifact, coded: bytes) -> None:
+    config = replace(CONFIG, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))
+    made = compress_tokens(found, tokens_of("a short text, coded once"), config)
+    assert made.data != coded
+    assert np.array_equal(decompress_tokens(found, made.data), tokens_of("a short text, coded once"))
 
 
 def test_the_beginning_of_a_text_is_coded_as_in_the_whole(case: Case, found: Artifact) -> None:

@@ -17,13 +17,15 @@ import torch.multiprocessing as mp
 from tinyartifact import CONFIG, Case
 
 from hedgemix.config import EvaluateConfig
+from hedgemix.experts import EXPERTS
 from hedgemix.files import read_json, write_json
 from hedgemix.stream import chunks, pieces
 
 # Three pieces a chunk; some steps have one sequence, so that rank 1 has nothing to learn from.
 STREAMING = replace(CONFIG, segment_tokens=128)
 SLIDING = replace(CONFIG, order="sliding", batch_windows=14, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
-RUNS: dict[str, EvaluateConfig] = {"streaming": STREAMING, "sliding": SLIDING}
+FURTHER = replace(STREAMING, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))
+RUNS: dict[str, EvaluateConfig] = {"streaming": STREAMING, "sliding": SLIDING, "further": FURTHER}
 SECONDS = ("evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds")
 
 

@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from hedgemix import artifact, published
 from hedgemix.config import EvaluateConfig, TTTConfig
+from hedgemix.experts import EXPERTS
 from hedgemix.files import DamagedFileError, read_json, write_json
 from hedgemix.lines import Lines
 from hedgemix.restart import Restart
@@ -32,12 +33,14 @@ from hedgemix.restart import Restart
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 SLIDING = replace(NO_TTT, order="sliding")
+FURTHER = replace(CONFIG, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))
 CONFIGS: dict[str, EvaluateConfig] = {
     "polyak": CONFIG,
     "no_polyak": NO_POLYAK,
     "no_ttt": NO_TTT,
     "sliding": replace(CONFIG, order="sliding"),
     "sliding_no_ttt": SLIDING,
+    "further_experts": FURTHER,
 }
 CHUNKS = 5
 
@@ -112,7 +115,7 @@ def undisturbed(case: Case) -> None:
         assert [line["chunk"] for line in UNDISTURBED[name][1]] == list(range(CHUNKS))
 
 
-@pytest.mark.parametrize("name", ["polyak", "no_polyak", "sliding_no_ttt"])
+@pytest.mark.parametrize("name", ["polyak", "no_polyak", "sliding_no_ttt", "further_experts"])
 def test_killed_after_every_chunk_it_gives_the_same_bits(case: Case, tmp_path: Path, name: str) -> None:
     for _ in range(CHUNKS):
         with pytest.raises(Killed):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ from ray.job_submission import JobSubmissionClient
 
 from benchmarks import fault
 from hedgemix import clock
+from pipeline import measures
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -89,7 +91,8 @@ def answer(url: str) -> int:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with started(RAY_JOB_STOP_WAIT_TIME_S="20") as found:  # a busy machine writes no table in Ray's three seconds
+    # A busy machine writes no table in Ray's three seconds; metrics every half second instead of every ten.
+    with started(RAY_JOB_STOP_WAIT_TIME_S="20", RAY_metrics_report_interval_ms="500") as found:
         yield found
 
 
@@ -103,6 +106,30 @@ def submit(head: str, folder: Path, *options: str, **variables: str) -> list[str
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+class Scrape(threading.Thread):
+    """Reads what Prometheus would: the targets that the head names in its file, again and again."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(daemon=True)
+        self.file = head.temporary / "prom_metrics_service_discovery.json"
+        self.ended = threading.Event()
+        self.values: dict[tuple[str, str, str], float] = {}
+        """The last value by column, seed and stage."""
+        self.records: set[str] = set()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.3):
+            with contextlib.suppress(OSError, ValueError):
+                for target in json.loads(self.file.read_text())[0]["targets"]:
+                    self.take(urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode())
+
+    def take(self, text: str) -> None:
+        for name, found, value in re.findall(r"^ray_hedgemix_(\w+){(.*)} (\S+)$", text, re.MULTILINE):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', found))
+            self.values[name, labels["seed"], labels["stage"]] = float(value)
+            self.records.add(labels["record"])
 
 
 def last_job(head: str) -> Any:
@@ -147,7 +174,11 @@ def test_a_job_s_table_log_package_and_exit_code(
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/artifact.hmx"))
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny", "--compute.max-restarts", "1")
     given = {**plan.environment(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}
+    scrape = Scrape(head)
+    scrape.start()
     done = run(submit(head.address, project, *options, **given))
+    scrape.ended.set()
+    scrape.join()
     job = last_job(head.address)
     told = done.stdout + done.stderr + str(job.message)
     assert done.returncode == 1 and (job.status, job.driver_exit_code) == ("FAILED", 1), told
@@ -159,6 +190,16 @@ def test_a_job_s_table_log_package_and_exit_code(
         str(undisturbed[0]), str(out)
     )
     assert {column: table[column][1] for column in COLUMNS} == {column: theirs[column][1] for column in COLUMNS}
+
+    # What Prometheus saw while it ran is named as the table's columns and holds their values. Of what came in the last
+    # half second, it saw nothing.
+    assert scrape.records == {"tiny"}
+    assert {column for column, _, stage in scrape.values if stage == "row"} <= set(table.columns)
+    assert {column for column, _, _ in scrape.values} <= set(table.columns) | set(measures.BESIDE)
+    seen = {column: scrape.values[column, "1", "row"] for column in ("steps", "train_loss_nats", "artifact_bytes")}
+    assert seen == {column: table[column][1] for column in seen}
+    assert scrape.values["steps", "1", "train"] == 12 and 0 < scrape.values["fraction", "1", "train"] <= 1
+    assert ("limit_bytes", "2", "row") in scrape.values and ("steps", "2", "row") not in scrape.values
 
     log = JobSubmissionClient(head.address).get_job_logs(job.submission_id)
     assert "bits per byte of" in log and "seed 1: quantize was lost, starts again: WorkerCrashedError" in log

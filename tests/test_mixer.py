@@ -13,6 +13,7 @@ from torch import Tensor
 from hedgemix import ngram
 from hedgemix.blend import Blend, classes, expert_names, gate_sets, join, weight_sets
 from hedgemix.config import MixerConfig, RecipeError
+from hedgemix.experts import EXPERTS
 from hedgemix.mixer import Mixer
 
 VOCAB = 40
@@ -28,6 +29,8 @@ def neural_rows(text: np.ndarray, seed: int = 0) -> Tensor:
 
 
 CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
+FURTHER = replace(CONFIG, experts=tuple(EXPERTS))
+BOTH = pytest.mark.parametrize("config", [CONFIG, FURTHER], ids=["default", "further experts"])
 
 
 def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex:
@@ -43,8 +46,9 @@ def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> d
     return {f"{name}.{kind}": torch.cat([part[name][kind] for part in parts]) for name in rows for kind in mixer.kinds}
 
 
-def test_cuts_at_blocks_do_not_matter(text: np.ndarray) -> None:
-    whole, cut = scored(text, []), scored(text, [32, 64, 320, 640])
+@BOTH
+def test_cuts_at_blocks_do_not_matter(text: np.ndarray, config: MixerConfig) -> None:
+    whole, cut = scored(text, [], config), scored(text, [32, 64, 320, 640], config)
     for kind in whole:
         torch.testing.assert_close(cut[kind], whole[kind], rtol=1e-5, atol=1e-6, msg=kind)
 
@@ -61,8 +65,9 @@ def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
         torch.testing.assert_close(both[f"b.{kind}"], nll, rtol=1e-5, atol=1e-6, msg=kind)
 
 
-def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray) -> None:
-    mixer = Mixer(CONFIG, VOCAB, index_of(text))
+@BOTH
+def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray, config: MixerConfig) -> None:
+    mixer = Mixer(config, VOCAB, index_of(text))
     neural = neural_rows(text)
     neural[5, 3:] = -1e30
     for start, stop in ((1, 320), (320, 700)):
@@ -77,13 +82,14 @@ def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray) -> None
             torch.testing.assert_close(nll[kind], gathered, rtol=1e-5, atol=1e-5, msg=kind)
 
 
+@BOTH
 @pytest.mark.parametrize("t", [1, 33, 350])
-def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int) -> None:
+def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int, config: MixerConfig) -> None:
     changed = text.copy()
     changed[t:] = np.random.default_rng(1).integers(0, VOCAB, len(text) - t)
     neural = {"neural": neural_rows(text)[1:]}
     before, after = (
-        Mixer(CONFIG, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
+        Mixer(config, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
     )
     for kind in before:
         assert torch.equal(before[kind][:t], after[kind][:t]), kind
@@ -120,6 +126,7 @@ def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
         {"match_lengths": ()},
         {"linear_rate": 0.0},
         {"linear_gates": (), "kind": "linear"},
+        {"experts": ("neural",)},
     ],
 )
 def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
@@ -139,7 +146,14 @@ def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"linear_gates": ()}, {"match_lengths": ()}, {"orders": (2, 4)}, {"gates": ("both",) * 3}]
+    "changes",
+    [
+        {"linear_gates": ()},
+        {"match_lengths": ()},
+        {"orders": (2, 4)},
+        {"gates": ("both",) * 3},
+        {"match_lengths": (), "experts": tuple(EXPERTS)},
+    ],
 )
 def test_other_shapes_of_mixer_score_from_their_rows(text: np.ndarray, changes: dict) -> None:
     config = replace(CONFIG, **changes)

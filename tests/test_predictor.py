@@ -14,6 +14,7 @@ from tinyartifact import CONFIG, Case
 from hedgemix import artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
 from hedgemix.evaluate import Evaluation
+from hedgemix.experts import EXPERTS
 from hedgemix.predictor import Predictor
 
 FROZEN = replace(CONFIG, ttt=replace(CONFIG.ttt, enabled=False))
@@ -71,6 +72,7 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
         (mixed(FROZEN, kind="logistic"), 300),
         (mixed(FROZEN, orders=(2, 4), gates=("entropy", "both"), memory_tokens=(100.0, 700.0)), 300),
         (mixed(FROZEN, match_lengths=()), 300),
+        (mixed(experts=tuple(EXPERTS)), 500),
     ],
     ids=[
         "default",
@@ -83,6 +85,7 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
         "logistic",
         "orders",
         "no match",
+        "further experts",
     ],
 )
 def test_every_token_costs_what_the_evaluation_says(case: Case, config: EvaluateConfig, tokens: int) -> None:

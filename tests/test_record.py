@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import events
 import pandas as pd
 import pytest
 import tinyrecord
@@ -133,6 +134,11 @@ def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
     assert trained.stat().st_mtime_ns == at
     mine, theirs = row(tmp_path), row(undisturbed[0])
     assert {column: mine[column] for column in BITS} == {column: theirs[column] for column in BITS}
+    tracked = tmp_path / "_records" / "tiny" / "tensorboard" / "seed1"
+    told = events.scalars(tracked / "evaluate")
+    assert len(list((tracked / "evaluate").iterdir())) <= 2 and all(map(events.rising, told.values()))
+    assert told["evaluate/bpb_final"][-1] == (3999, pytest.approx(mine.bpb_final, rel=1e-6))
+    assert [at for at, _ in events.scalars(tracked / "train")["train/steps"]] == [2, 4, 6, 8, 10, 12]
 
 
 def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(

@@ -72,6 +72,7 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     assert code == 0, output
     after = objects(store_server)
     assert after[trained].mtime == before[trained].mtime
+    assert [path for path in after if "/_records/tiny/tensorboard/seed1/row/events." in path]
     table = pq.read_table(f"{BUCKET}/runs/tiny.parquet", filesystem=store_server.filesystem()).to_pandas()
     assert len(table) == 1 and table.status[0] == "done"
     assert bits(table.iloc[0]) == undisturbed_bits(undisturbed)
@@ -85,9 +86,14 @@ def test_killed_on_one_machine_a_record_ends_on_another(
             assert secret not in stream.read(), path
     assert secret.decode() not in output and f"s3://{BUCKET}/runs/tiny.parquet" in output
 
-    # A third time there is nothing to do, and a person's pandas reads the folder.
-    code, output = tinyrecord.run(options, tmp_path, {"HEDGEMIX_SCRATCH": str(tmp_path)})
+    # A third time, on a third machine, there is nothing to do but the report; and a person's pandas reads the folder.
+    elsewhere = {"HEDGEMIX_SCRATCH": str(tmp_path / "elsewhere")}
+    code, output = tinyrecord.run([*options, "--report"], tmp_path, elsewhere)
     assert code == 0 and "nothing to do" in output
+    assert f"report: s3://{BUCKET}/runs/_records/tiny/report.html" in output
+    with store_server.filesystem().open_input_stream(f"{BUCKET}/runs/_records/tiny/report.html") as stream:
+        page = stream.read().decode()
+    assert page.count("<svg") == 10 and "is not there" not in page
     folder = pd.read_parquet(f"{BUCKET}/runs", filesystem=store_server.filesystem())
     assert list(folder.seed) == [1]
     told = work(watch, table.lost_seconds[0])

@@ -12,7 +12,7 @@ import pytest
 import variants
 
 from hedgemix.config import RecipeError
-from pipeline import commands, figures, records, report, statistics, verdict
+from pipeline import commands, figures, records, report, statistics, submission, verdict
 from pipeline.page import Page, Plot, Points, Section, Table, html, markdown
 
 SECTIONS = [
@@ -142,19 +142,19 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"audited": None}, "not audited yet: seed 2; run `hedgemix audit"),
-        ({"audited": False, "audit_failed": ["normalised"]}, "seed 2 failed its audit: normalised"),
-        ({"total_bytes": 16_000_001}, "seed 2 takes 16,000,001 bytes, 16,000,000 are allowed"),
-        ({"train_seconds": 601.0}, "seed 2 takes 601 training seconds"),
-        ({"evaluate_seconds": 700.0}, "seed 2 takes 700 evaluation seconds"),
-        ({"status": "failed", "error": "train: it broke"}, "seed 2 is failed: train: it broke"),
+        ({"audited": None}, "seed 2 is not audited; run hedgemix audit"),
+        ({"audited": False, "audit_failed": ["normalised"]}, "seed 2 failed its audit (normalised)"),
+        ({"artifact_bytes": 16_000_000}, " bytes, the recipe allows 16,000,000"),
+        ({"train_seconds": 601.0}, "seed 2: 601.0 training seconds, the recipe allows 600"),
+        ({"evaluate_seconds": 700.0}, "seed 2: 700.0 evaluation seconds, the recipe allows 600"),
+        ({"status": "failed", "error": "train: it broke"}, "seed 2 is failed; run the record"),
         ({"config_hash": "other"}, "different configurations"),
     ],
 )
 def test_what_stands_in_the_way_of_handing_in_is_told(runs: Path, values: dict[str, object], expected: str) -> None:
     sound = variants.write(runs, "sound", [2.4, 2.5], audited=True)
-    assert verdict.obstacles(sound) == [] and "Can be handed in" in verdict.lead(sound, None)[-1]
-    told = verdict.obstacles(variants.change(runs, "sound", 2, **values))
+    assert submission.obstacles(sound) == [] and "Can be handed in" in verdict.lead(sound, None)[-1]
+    told = submission.obstacles(variants.change(runs, "sound", 2, **values))
     assert len(told) == 1 and expected in told[0]
     (runs / "sound.parquet").unlink()
 

@@ -60,7 +60,14 @@ def test_the_document_of_the_table_is_the_schema() -> None:
 
 
 def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Path) -> None:
-    for name in ("_steps/train-1/result.json", "_records/one/recipe.json", "_records/one/record.lock"):
+    events = "_records/one/tensorboard/seed1/train/events.out.tfevents.1.host"
+    for name in (
+        "_steps/train-1/result.json",
+        "_records/one/recipe.json",
+        "_records/one/record.lock",
+        events,
+        "_mlflow.db",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".two.parquet.host.1.tmp").write_bytes(b"half a file")

@@ -16,13 +16,11 @@ from tinyartifact import CONFIG
 from hedgemix import artifact, claim, shards
 from hedgemix import dataset as datasets
 from hedgemix.claim import Claim
-from hedgemix.config import DataConfig, LimitsConfig, Recipe, to_dict
+from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
 from hedgemix.files import write_json
 from pipeline import results
 from pipeline.results import Row
 from pipeline.storage import Storage
-
-RECIPE = Recipe("tiny", evaluate=CONFIG, limits=LimitsConfig(total_bytes=300_000))
 
 
 @dataclass
@@ -52,7 +50,8 @@ class Record:
         claim.write_columns(self.table, 7, values)
 
 
-def make(folder: Path) -> Record:
+def make(folder: Path, config: EvaluateConfig = CONFIG) -> Record:
+    recipe = Recipe("tiny", evaluate=config, limits=LimitsConfig(total_bytes=300_000))
     steps = folder / "_steps"
     case = tinyartifact.make(steps / "quantize-0")
     model, data = artifact.read(case.artifact), steps / "data-0"
@@ -66,7 +65,7 @@ def make(folder: Path) -> Record:
     made = datasets.prepare(DataConfig(source="shards", shards_dir=str(data), vocab_size=vocab_size), data, print)
     datasets.save(made, data)
     with planted.eager():
-        result = asdict(case.score(trace=steps / "evaluate-0" / "trace.jsonl"))
+        result = asdict(case.score(config, trace=steps / "evaluate-0" / "trace.jsonl"))
     write_json(steps / "evaluate-0" / "result.json", {"key": "0", "result": result})
     row = Row(
         record="tiny",
@@ -88,7 +87,7 @@ def make(folder: Path) -> Record:
         artifact_path=str(case.artifact),
         evaluate_path=str(steps / "evaluate-0"),
         dataset_path=str(data),
-        config=json.dumps(to_dict(RECIPE)),
+        config=json.dumps(to_dict(recipe)),
     )
     results.write(Storage("", folder), [row, replace(row, seed=8, status="failed")])
     return Record(folder)

@@ -1,0 +1,198 @@
+"""What a record tells to TensorBoard, MLflow or Weights & Biases while it runs.
+
+A tracker (`services.py`) gets every number a stage tells, by column of the results table, and a finished seed's row.
+Each works on a thread of its own: the record neither waits for one nor fails with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Thread
+from typing import Any, Protocol
+
+from hedgemix.config import Recipe, RecipeError, to_dict
+from pipeline import runs
+from pipeline.measures import POSITION, measured, row_numbers
+from pipeline.progress import Told
+from pipeline.results import Row
+from pipeline.storage import Storage
+
+WAITING = 10_000
+"""Points a tracker may be behind; what comes while it is further is lost to it."""
+BATCH_SECONDS = 2.0
+"""How often a tracker passes on what it got."""
+CLOSE_SECONDS = 20.0
+"""How long the end of a record waits for its trackers."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tracked: one record."""
+
+    storage: Storage
+    record: str
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        return runs.record_folder(self.storage, self.record)
+
+    def settings(self) -> dict[str, str]:
+        """The recipe, flat: {"train.steps": "0", ...}."""
+        return dict(flat("", to_dict(self.recipe)))
+
+    def identity(self) -> str:
+        """Random, and the record's for good: names and paths may be the same elsewhere."""
+        path = self.folder / "tracked.json"
+        try:
+            return str(json.loads(self.storage.read_bytes(path) or b"")["id"])
+        except (ValueError, KeyError, TypeError):  # new, or damaged
+            made = secrets.token_hex(8)
+            self.storage.write_bytes(path, (json.dumps({"id": made}) + "\n").encode())
+            return made
+
+
+class Tracker(Protocol):
+    """One service. `position` rises while a stage runs, and falls when lost work is done again: what then was told from
+    there on must not stand twice. Called by one thread."""
+
+    def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None: ...
+
+    def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
+        """The seed is finished, well or not."""
+
+    def flush(self) -> None:
+        """Pass on what came since."""
+
+    def close(self) -> None:
+        """The driver ends; seeds without a row are not finished."""
+
+
+class Follower:
+    """A tracker on a thread of its own; what fails there is told once, and the tracker is left alone from then on."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
+        self.name, self.make, self.warn = name, make, warn
+        self.waiting: Queue[Callable[[Tracker], None] | None] = Queue(WAITING)
+        self.lost = False
+        self.thread = Thread(target=self._run, name=f"tracker-{name}", daemon=True)
+        self.thread.start()
+
+    def give(self, action: Callable[[Tracker], None] | None) -> None:
+        try:
+            self.waiting.put_nowait(action)
+        except Full:
+            if not self.lost:
+                self.warn(f"{self.name} is too slow; it does not get everything")
+            self.lost = True
+
+    def _run(self) -> None:
+        going = True
+        try:
+            tracker = self.make()
+            while going:
+                going = self._batch(tracker)
+                tracker.flush()
+            tracker.close()
+        except Exception as error:
+            text = next(iter(str(error).splitlines()), "")
+            self.warn(f"{self.name} stopped tracking ({type(error).__name__}: {text}); the record goes on without it")
+            while going:
+                going = self.waiting.get() is not None
+
+    def _batch(self, tracker: Tracker) -> bool:
+        """Hand over what comes within a moment; False after the last."""
+        until = time.monotonic() + BATCH_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            try:
+                action = self.waiting.get(timeout=left)
+            except Empty:
+                break
+            if action is None:
+                return False
+            action(tracker)
+        return True
+
+    def close(self, seconds: float) -> None:
+        self.give(None)
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            self.warn(f"{self.name} did not take everything in time")
+
+
+class Trackers:
+    """All trackers of a record; none of them holds it up, or raises here."""
+
+    def __init__(self, followers: Iterable[Follower]) -> None:
+        self.followers = tuple(followers)
+        self.finished: set[int] = set()
+
+    def close(self) -> None:
+        """The one that waits, for a while."""
+        until = time.monotonic() + CLOSE_SECONDS
+        for follower in self.followers:
+            follower.close(max(0.1, until - time.monotonic()))
+
+    def tell(self, told: Iterable[Told]) -> None:
+        """Progress records, each once, in the order they came."""
+        for one in told:
+            if one.seed in self.finished:
+                continue
+            values = measured(one.stage, one.record)
+            position = values.get(POSITION.get(one.stage, ""))
+            if position is not None:
+                self.give("point", one.seed, one.stage, int(position), values, one.at_ns / 1e9)
+
+    def rows(self, rows: Iterable[Row]) -> None:
+        """Rows as they stand; a finished seed's is passed on, once."""
+        for row in rows:
+            if row.status in ("done", "failed") and row.seed not in self.finished:
+                self.finished.add(row.seed)
+                self.give("row", row.seed, row.status == "done", row_numbers(row))
+
+    def give(self, method: str, *arguments: Any) -> None:
+        for follower in self.followers:
+            follower.give(lambda tracker: getattr(tracker, method)(*arguments))
+
+
+def follow(names: tuple[str, ...], subject: Subject, warn: Callable[[str], None]) -> Trackers:
+    """The trackers of these names, of which `check` said that they can work."""
+    from pipeline import services
+
+    made = {name: partial(services.SERVICES[name], subject) for name in names if name != "none"}
+    return Trackers(Follower(name, make, warn) for name, make in made.items())
+
+
+def check(names: tuple[str, ...], storage: Storage) -> None:
+    """Raises RecipeError for a tracker that is not installed or cannot work here, before anything starts."""
+    if "none" in names and len(set(names)) > 1:
+        raise RecipeError(f"--track {' '.join(names)}: none goes alone")
+    from pipeline import services
+
+    for name in names:
+        try:
+            services.USABLE.get(name, lambda _: None)(storage)
+        except ImportError as error:
+            raise RecipeError(
+                f"--track {name} needs a package that is not installed ({error}): pip install 'hedgemix[{name}]'"
+            ) from None
+
+
+def flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def variable(name: str, otherwise: str) -> str:
+    return os.environ.get(name) or otherwise
