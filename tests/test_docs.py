@@ -19,7 +19,7 @@ import pytest
 import tinyrun
 from ray.scripts.scripts import cli as ray_command
 
-from hedgemix import experts
+from hedgemix import alone, experts
 from hedgemix.files import read_json
 from pipeline import commands, record, results, status
 from pipeline.results import Row
@@ -182,6 +182,7 @@ def options(program: str, command: str) -> frozenset[str]:
         "hedgemix": commands.main,
         "record.py": lambda: record.main([command, "--help"]),
         "--status": lambda: status.main(["--help"]),
+        "train_gpt.py": lambda: alone.parse(["--help"]),
     }
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):
@@ -204,7 +205,7 @@ def of_hedgemix() -> dict[str, frozenset[str]]:
 
 @cache
 def of_others() -> frozenset[str]:
-    """Options of Ray's commands, and whatever benchmarks have a field for."""
+    """Options of Ray's commands and of a train_gpt.py, and whatever benchmarks have a field for."""
 
     def under(command: Any) -> Iterator[Any]:
         yield command
@@ -214,7 +215,9 @@ def of_others() -> frozenset[str]:
     rays = {name for command in under(ray_command) for option in command.params for name in option.opts}
     sources = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     fields_of_benchmarks = re.findall(r"^    ([a-z_]+): ", sources, re.MULTILINE)
-    return frozenset(rays | {"--" + name.replace("_", "-") for name in fields_of_benchmarks})
+    return options("train_gpt.py", "") | frozenset(
+        rays | {"--" + name.replace("_", "-") for name in fields_of_benchmarks}
+    )
 
 
 def named_options(text: str) -> tuple[str, str, set[str]] | None:
