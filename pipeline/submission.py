@@ -22,7 +22,11 @@ from pipeline.records import Record
 from pipeline.statistics import mixed, summary
 from pipeline.templates import README
 
-AUDITED = ("normalised", "order", "bits", "blind-to-target", "blind-to-future", "unseen", "coded", "limits")
+AUDITED = (
+    "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained", "world-size", "limits",
+    "unseen", "coded",
+)  # fmt: skip
+"""The checks of `hedgemix audit`."""
 SEEDS = 3
 """What the challenge asks for."""
 
@@ -211,7 +215,7 @@ def describe(record: Record, about: About, code_bytes: int) -> dict[str, Any]:
 def compliance(record: Record) -> dict[str, bool]:
     """What can be said of every seed. The first six are refused when they are not so."""
     rows = record.done
-    passed = {name: all(name not in (row["audit_failed"] or []) for row in rows) for name in AUDITED}
+    passed = audited(rows)
     return {
         "train_under_limit": True,
         "artifact_under_limit": True,
@@ -223,6 +227,11 @@ def compliance(record: Record) -> dict[str, bool]:
         "three_seeds": len(rows) >= SEEDS,
         "code_committed": all(row["git_dirty"] is False for row in rows),
     }
+
+
+def audited(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """Whether each check of the audit passed for all seeds."""
+    return {name: all(row["audited"] and name not in row["audit_failed"] for row in rows) for name in AUDITED}
 
 
 def finite(value: float) -> float | None:
@@ -258,7 +267,7 @@ def log(record: Record, seed: Seed) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-NO_YES = ("no", "yes")
+NO_YES, FAILED_PASSED = ("no", "yes"), ("failed", "passed")
 ROUNDS = ("bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final")
 TOLD = (
     "seed", "record", "config_hash", "train_sha256", "valid_sha256", "tokenizer_sha256", "hardware", "workers",
@@ -300,7 +309,9 @@ def readme(record: Record, about: About, told: dict[str, Any]) -> str:
         code_bytes=f"{told['bytes_code']:,}",
         bytes_total=f"{told['bytes_total']:,}",
         limit=f"{record.recipe.limits.total_bytes:,}",
-        checks=", ".join(f"`{name}`" for name in AUDITED),
+        checks="\n".join(f"- {name}: {FAILED_PASSED[so]}" for name, so in audited(rows).items()),
+        audited=f"{min(row['audit_tokens'] for row in rows):,} of {rows[0]['valid_tokens'] + 1:,} tokens",
+        valid=f"{rows[0]['valid_tokens']:,} tokens, {rows[0]['valid_bytes']:,} bytes",
     )
 
 

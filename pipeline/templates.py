@@ -10,16 +10,18 @@ Track {track}; {author} ({github_id}), {date}.
 |---|---|---|---|---|---|---|---|
 {table}
 
-val_loss is nats a token, val_bpb is bits a byte of the text. Bytes are the artifact and `{file}`, of {limit}.
-Every declared seed is here.
+val_loss is nats a token, val_bpb is bits a byte of the text: {valid}. Bytes are the artifact
+and `{file}`, of {limit}. Every declared seed is here.
 
 ## The score is a code length
 
 Before each token is known, every expert and the mixture of them give a distribution over the whole vocabulary that sums
 to one, made of the artifact and earlier tokens only. The token is charged -log2 of its probability, once; only then do
 counts, mixing weights and, a chunk later, the model's weights learn from it. So an arithmetic coder with this artifact
-could write the text in that many bits, and a decoder would get it back. The audit ({checks}) ran the evaluation again,
-changed the text after and at a position to see that nothing before moved, and really coded a part of it.
+could write the text in that many bits, and a decoder would get it back. The audit of {audited} ran the evaluation
+again, summed rows, changed the text at and after positions to see that nothing before moved, and really coded a part:
+
+{checks}
 
 ## Run it
 
@@ -37,8 +39,8 @@ by the clock on GPUs the sums are in no fixed order, and agree up to rounding.
 
 The logs are of {hardware}; {versions}.
 
-`{file}` is {code_bytes} bytes: an importer, and the library compressed without its comments. `python {file} --unpack
-DIR` writes it as files.
+`{file}` is {code_bytes} bytes: an importer, and the library compressed without its comments.
+`python {file} --unpack DIR` writes it as files.
 
 ## Compliance
 

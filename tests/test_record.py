@@ -13,6 +13,9 @@ import pandas as pd
 import pytest
 import tinyrecord
 
+from hedgemix import alone, script
+from hedgemix.config import to_dict
+from hedgemix.files import read_json
 from pipeline import record, runs, standing
 from pipeline.storage import Storage
 
@@ -44,6 +47,18 @@ def test_a_record_ends_with_its_table(undisturbed: tuple[Path, int, str]) -> Non
         done.nats_per_token * done.valid_tokens / 0.6931471805599453
     )
     assert str(out / "tiny.parquet") in output and "pandas.read_parquet" in output
+
+
+def test_the_seed_alone_gives_the_same_bits(undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path) -> None:
+    done = row(undisturbed[0])
+    recipe, _ = record.parse(["laptop", *tinyrecord.arguments(text, tmp_path)])
+    assert done.code_bytes == script.n_bytes(recipe) and done.code_sha256 == script.sha256()
+    assert list(done.requirements) == script.requirements(recipe)
+    options = ["--seed", "1", "--out", str(tmp_path / "alone")]
+    assert alone.main(to_dict(recipe), {}, int(done.code_bytes), options) == 0
+    found = read_json(tmp_path / "alone" / "result.json")
+    for column in (*BITS, "artifact_sha256", "train_loss_nats", "nats_per_token"):
+        assert found[column] == done[column], column
 
 
 def test_a_failed_seed_is_a_row_with_its_error_and_leaves_the_others_alone(undisturbed: tuple[Path, int, str]) -> None:
