@@ -26,7 +26,7 @@ __all__ = ["store_process", "store_server"]
 
 ABOUT = About("A. Author", "author", "Mixed", "Two sentences. About it.", "non-record", "2026-11-23")
 PASSED = {"audited": True, "audit_failed": [], "audit_tokens": 4000}
-CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "2", "--train.reserve-seconds", "0.8"]
+CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "1", "--train.reserve-seconds", "0.4"]
 FILES = ["README.md", "requirements.txt", "submission.json", "train_gpt.py", "train_seed1.log", "train_seed2.log"]
 
 
