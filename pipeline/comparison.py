@@ -12,7 +12,6 @@ from rich.table import Table
 
 from hedgemix.config import RecipeError
 from pipeline import statistics
-from pipeline.page import Table as PageTable
 from pipeline.records import Record
 from pipeline.statistics import RULES, Test
 from pipeline.terminal import COLUMNS, cell
@@ -109,11 +108,6 @@ def p_of(test: Test) -> str:
     if test.p != test.p:
         return "no spread"
     return f"{test.p:.2g}" if test.p < 0.001 else f"{test.p:.3f}"
-
-
-def verdict_table(one: Record, other: Record) -> PageTable:
-    tests = [test(one, other, rule.margin_nats) for rule in RULES]
-    return PageTable(HEADS, verdicts(other.name, tests, statistics.nats_per_bit(one.done[0])))
 
 
 def show(one: Record, other: Record, console: Console) -> None:

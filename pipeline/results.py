@@ -128,7 +128,7 @@ class Row:
     within_limits: bool | None = None
     """Whether bytes, training seconds and evaluation seconds all keep the recipe's limits."""
     expert_names: list[str] | None = None
-    """The neural model and the n-gram experts."""
+    """The neural model and the experts beside it: n-grams, the match, those of `evaluate.mixer.experts`."""
     expert_weights: list[float] | None = None
     """Their weights in the plain Hedge mixture (bpb_hedge) after the last token."""
     ensemble_names: list[str] | None = None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hedgemix.config import RecipeError, to_dict
 from pipeline.measures import POSITION, ROW
@@ -162,14 +163,17 @@ class MLflow:
             self.client.set_terminated(run, "KILLED")
 
 
+def mlflow_address(storage: Storage) -> str:
+    """The server that MLFLOW_TRACKING_URI names, else a database in the runs folder."""
+    return variable("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / '_mlflow.db'}")
+
+
 def mlflow_client(storage: Storage) -> Any:
-    """The client of the server that MLFLOW_TRACKING_URI names, else of a database in the runs folder."""
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # they tell of each table they make
         logging.getLogger(name).setLevel(logging.WARNING)
-    address = variable("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / '_mlflow.db'}")
-    return MlflowClient(tracking_uri=address)
+    return MlflowClient(tracking_uri=mlflow_address(storage))
 
 
 def check_mlflow(storage: Storage) -> None:
@@ -180,10 +184,17 @@ def check_mlflow(storage: Storage) -> None:
             "--track mlflow keeps a database in the runs folder, which an object store cannot hold; set "
             "MLFLOW_TRACKING_URI to a server's address"
         )
+    address = mlflow_address(storage)
+    if urlsplit(address).scheme in ("http", "https") and "@" in address:
+        raise RecipeError(
+            "MLFLOW_TRACKING_URI has a user or a key before an @, which MLflow repeats in messages; give them by "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
     try:
         mlflow_client(storage)
     except MlflowException as error:
-        raise RecipeError(f"--track mlflow: {str(error).splitlines()[0]}") from None
+        told = str(error).splitlines()[0].replace(address, "its address")
+        raise RecipeError(f"--track mlflow, MLFLOW_TRACKING_URI: {told}") from None
 
 
 class Wandb:
@@ -241,6 +252,7 @@ class Wandb:
     def close(self) -> None:
         for run in self.runs.values():
             run.finish(exit_code=255)
+        self.wandb.teardown()  # waits for its process, whose files are not whole before
 
 
 def offline() -> bool:

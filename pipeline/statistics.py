@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from pipeline.results import mean_and_deviation
+
 CONFIDENCE = 0.95
 POWER = 0.8
 MOST_SEEDS = 1000
@@ -68,10 +70,9 @@ def summary(values: Sequence[float], confidence: float = CONFIDENCE) -> Summary:
     """Raises ValueError for no values."""
     if not len(values):
         raise ValueError("no seed has finished: there is nothing to average")
-    count, mean = len(values), float(np.mean(values))
+    count, (mean, deviation) = len(values), mean_and_deviation(list(values))
     if count < 2:
         return Summary(count, mean, math.nan, math.nan, math.nan)
-    deviation = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * deviation / math.sqrt(count)
     return Summary(count, mean, deviation, mean - half, mean + half)
 

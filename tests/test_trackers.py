@@ -242,8 +242,13 @@ def test_trackers_that_cannot_work_are_refused(
         return capsys.readouterr().err
 
     assert "none goes alone" in refused("none", "tensorboard")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
-    assert "--track mlflow: " in refused("mlflow")
+    for address, why in (
+        ("nonsense://user:secret@x", "--track mlflow, MLFLOW_TRACKING_URI: "),
+        ("https://user:secret@x", "MLFLOW_TRACKING_USERNAME"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        told = refused("mlflow")
+        assert why in told and "secret" not in told
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
