@@ -20,10 +20,13 @@ from hedgemix.config import RecipeError, to_dict
 from hedgemix.files import read_json
 from pipeline import commands, submission
 from pipeline.submission import About
+from tests.objectstore import BUCKET, StoreServer, store_process, store_server
+
+__all__ = ["store_process", "store_server"]
 
 ABOUT = About("A. Author", "author", "Mixed", "Two sentences. About it.", "non-record", "2026-11-23")
 PASSED = {"audited": True, "audit_failed": [], "audit_tokens": 4000}
-CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "2", "--train.reserve-seconds", "0.8"]
+CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "1", "--train.reserve-seconds", "0.4"]
 FILES = ["README.md", "requirements.txt", "submission.json", "train_gpt.py", "train_seed1.log", "train_seed2.log"]
 
 
@@ -107,6 +110,21 @@ def test_the_command(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as ended:
         run()
     assert ended.value.code == 2 and "is there and not empty" in capsys.readouterr().err
+
+
+def test_a_record_in_a_store_gives_the_same_folder(
+    finished: Path, submitted: Path, tmp_path: Path, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "scratch"))
+    filesystem = store_server.filesystem()
+    for path in finished.parent.rglob("*"):
+        if path.is_file():
+            with filesystem.open_output_stream(f"{BUCKET}/runs/{path.relative_to(finished.parent)}") as file:
+                file.write(path.read_bytes())
+    address, mark, query = store_server.uri().partition("?")
+    submission.submit(f"{address}/{finished.name}{mark}{query}", tmp_path / "out", ABOUT)
+    for name in FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (submitted / name).read_bytes()
 
 
 def change(**columns: Any) -> Callable[[Path], None]:
