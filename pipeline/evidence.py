@@ -206,7 +206,7 @@ def extremes(record: Record, ranked: Sequence[Row]) -> Table:
         [
             f"`{visible(pieces.id_to_piece(line['token']))}`" if pieces else str(line["token"]),
             f"{line['tokens'] / len(record.done):,.0f}",
-            *(f"{saving(line, name) / len(record.done):+,.0f}" for name in SAVINGS),
+            *(f"{round(saving(line, name) / len(record.done)):+,}" for name in SAVINGS),
             f"{saving(line, 'both') / line['tokens']:+.3f}",
         ]
         for line in chosen

@@ -144,11 +144,10 @@ def unkept(record: Record, code_bytes: int) -> list[str]:
 
 
 def unaudited(record: Record) -> list[str]:
-    why = []
+    missing = [str(row["seed"]) for row in record.done if row["audited"] is None]
+    why = [f"not audited: seed {', '.join(missing)}; run hedgemix audit {record.table}"] if missing else []
     for row in record.done:
-        if row["audited"] is None:
-            why.append(f"seed {row['seed']} is not audited; run hedgemix audit {record.table}")
-        elif not row["audited"]:
+        if row["audited"] is False:
             failed = ", ".join(row["audit_failed"] or [])
             why.append(f"seed {row['seed']} failed its audit ({failed}); audit.md beside its evaluation says why")
     return why

@@ -142,7 +142,7 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"audited": None}, "seed 2 is not audited; run hedgemix audit"),
+        ({"audited": None}, "not audited: seed 2; run hedgemix audit"),
         ({"audited": False, "audit_failed": ["normalised"]}, "seed 2 failed its audit (normalised)"),
         ({"artifact_bytes": 16_000_000}, " bytes, the recipe allows 16,000,000"),
         ({"train_seconds": 601.0}, "seed 2: 601.0 training seconds, the recipe allows 600"),

@@ -153,7 +153,7 @@ def other_recipe(table: Path) -> None:
     [
         (change(status="failed"), "seed 2 is failed; run the record's command again"),
         (change(status="pending"), "seed 2 is pending"),
-        (change(audited=None), "seed 2 is not audited; run hedgemix audit "),
+        (change(audited=None), "not audited: seed 2; run hedgemix audit "),
         (change(audited=False, audit_failed=["bits"]), "seed 2 failed its audit \\(bits\\)"),
         (change(artifact_bytes=16_000_000), "seed 2: 16,0.* bytes, the recipe allows 16,000,000"),
         (change(train_seconds=601.0), "seed 2: 601.0 training seconds, the recipe allows 600"),
