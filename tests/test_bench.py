@@ -126,6 +126,7 @@ def test_the_plan_follows_its_rates() -> None:
     assert {s.name: s for s in plan.plan(fewer, rates, 1.0)}["training step"].seconds > stages["training step"].seconds
 
 
+@pytest.mark.soak
 def test_a_gpus_rates_replace_assumptions_and_a_cpus_do_not(rows: list[Row]) -> None:
     limits = Limits(1e12, 2e12, 3e9)
     assert plan.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
@@ -147,6 +148,7 @@ def rows(out: Path) -> list[Row]:
     return suite.main(suite.Options(device="cpu", quick=True, out=out))
 
 
+@pytest.mark.soak
 def test_every_stage_has_rows_that_agree(rows: list[Row]) -> None:
     assert list(dict.fromkeys(row.stage for row in rows)) == list(suite.STAGES)
     for row in rows:
@@ -156,6 +158,7 @@ def test_every_stage_has_rows_that_agree(rows: list[Row]) -> None:
         assert row.limit_share == pytest.approx(row.limit_seconds / row.seconds)
 
 
+@pytest.mark.soak
 def test_the_table_has_every_field_and_the_machine(rows: list[Row], out: Path) -> None:
     frame = pd.read_parquet(out / "results.parquet")
     assert list(frame.columns[: len(fields(Row))]) == [field.name for field in fields(Row)]
@@ -164,6 +167,7 @@ def test_the_table_has_every_field_and_the_machine(rows: list[Row], out: Path) -
     assert (frame.limit_bandwidth > 0).all()
 
 
+@pytest.mark.soak
 def test_markdown_says_what_the_rows_say(rows: list[Row], out: Path) -> None:
     parsed = report.parse(report.table(rows))
     assert parsed == [{head: report.cells(row)[name] for name, head in report.COLUMNS.items()} for row in rows]

@@ -32,7 +32,7 @@ from pipeline import measures
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
-COLUMNS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "artifact_sha256", "total_bytes"]
+COLUMNS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "artifact_sha256", "artifact_bytes"]
 
 
 HOME = ("data/train.bin", "runs/tiny.parquet", ".venv/bin/python", ".ray-token/auth_token", "bench/numbers.json")

@@ -23,7 +23,7 @@ import importlib.util, runpy, sys
 
 root, *sys.argv = sys.argv[1:]
 unwanted = {"pipeline", "ray", "pyarrow", "pandas", "rich", "tyro", "huggingface_hub", "constriction"}
-sys.path[:] = [place for place in sys.path if not place.startswith(root)]
+sys.path[:] = [place for place in sys.path if place.rstrip("/") != root]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(getattr(finder, "__module__", ""))]
 assert importlib.util.find_spec("hedgemix") is None, "the library can still be found"
 

@@ -220,7 +220,7 @@ def test_what_does_not_work_is_told_before_anything_starts(store_server: StoreSe
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_endpoint_that_answers_nothing_is_told_within_half_a_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
