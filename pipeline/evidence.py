@@ -66,7 +66,8 @@ def ladder(record: Record) -> Section:
         if one in found and other in found:
             changes = [a - b for a, b in zip(found[one], found[other], strict=True)]
             sign = -1 if what.endswith("costs") else 1
-            rows.append([what, f"{sign * np.mean(changes):.4f}", *(f"{sign * change:.4f}" for change in changes)])
+            signed = [sign * change for change in (float(np.mean(changes)), *changes)]
+            rows.append([what, *(f"{round(change, 4) + 0.0:.4f}" for change in signed)])  # + 0.0: no minus zero
     caption = "Bits per byte after each stage; a dot a seed, a bar at the mean."
     table = Table(["bits per byte", "mean", *(f"seed {row['seed']}" for row in record.done)], rows, (1,))
     return Section("What each stage is worth", [Plot("ladder", figures.ladder(found), caption), table])
