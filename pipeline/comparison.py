@@ -6,15 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from hedgemix.config import RecipeError
 from pipeline import statistics
 from pipeline.records import Record
 from pipeline.statistics import RULES, Test
-from pipeline.terminal import COLUMNS, cell
+from pipeline.terminal import COLUMNS, cell, seed_table
 
 NOT_SETTINGS = ("recipe",)
 """Of a configuration: names that change nothing."""
@@ -51,7 +49,21 @@ def notes(one: Record, other: Record) -> list[str]:
         mine, theirs = one.done[0][column], other.done[0][column]
         if mine != theirs and column not in ("config_hash", "valid_sha256"):
             found.append(f"different {name}: {statistics.brief(mine)} and {statistics.brief(theirs)}")
+    if gains := same_artifacts(one, other):
+        told = ", ".join(f"{gain:+.4f}" for gain in gains)
+        found.append(
+            f"both scored the same artifacts, by seed {told} bits per byte: luck of the seeds is in p, not here"
+        )
     return found
+
+
+def same_artifacts(one: Record, other: Record) -> list[float]:
+    """By how many bits per byte `one` is better, seed by seed, where both scored the same artifacts; else empty."""
+    theirs = {row["seed"]: row for row in other.done}
+    pairs = [(row, theirs.get(row["seed"], {})) for row in one.done]
+    if not all(mine["artifact_sha256"] == its.get("artifact_sha256") for mine, its in pairs):
+        return []
+    return [its["bpb_final"] - mine["bpb_final"] for mine, its in pairs]
 
 
 def settings(one: Record, other: Record) -> list[tuple[str, str, str]]:
@@ -113,24 +125,18 @@ def p_of(test: Test) -> str:
 def show(one: Record, other: Record, console: Console) -> None:
     """Every seed of both, the means, the tests and what differs. Raises RecipeError when they cannot be compared."""
     tests = [test(one, other, rule.margin_nats) for rule in RULES]
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("record", overflow="fold")
-    table.add_column("seed", justify="right")
-    for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right", style="bold" if heading == "final" else None, no_wrap=True)
-    for record in (one, other):
-        for row in record.rows:
-            table.add_row(record.name, str(row["seed"]), *(cell(row[column], form) for _, column, form in COLUMNS))
-        table.add_section()
-    console.print(table)
 
     def line(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     scale = statistics.nats_per_bit(one.done[0])
     for record in (one, other):
-        found = statistics.summary(scores(record))
-        line(f"{record.name}: {told(found, scale)}")
+        table = seed_table()
+        for row in record.rows:
+            table.add_row(str(row["seed"]), *(cell(row[column], form) for _, column, form in COLUMNS))
+        line(f"{record.name}: {told(statistics.summary(scores(record)), scale)}")
+        console.print(table)
+        line("")
     better, by = tests[-1].difference > 0, abs(tests[-1].difference)
     how = f"{by:.4f} bits per byte ({by * scale:.4f} nats a token) {'better' if better else 'worse'}"
     line(f"{one.name} is {how} than {other.name}")

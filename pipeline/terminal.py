@@ -30,10 +30,7 @@ COLUMNS = (
 
 def print_results(rows: list[Row], parquet: str, console: Console) -> None:
     """One line a seed, mean and sample standard deviation over the finished ones, and how to load the table."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("seed", justify="right")
-    for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right", style="bold" if heading == "final" else None, no_wrap=True)
+    table = seed_table()
     done = [row for row in rows if row.status == "done"]
     for row in rows:
         table.add_row(str(row.seed), *(cell(getattr(row, column), form) for _, column, form in COLUMNS))
@@ -64,6 +61,15 @@ def print_results(rows: list[Row], parquet: str, console: Console) -> None:
             line(f"seed {row.seed} {row.status}: {row.error or 'not finished'}")
     line(f"table: {parquet}")
     line(f"load:  pandas.read_parquet({parquet.rpartition('/')[0]!r})")
+
+
+def seed_table() -> Table:
+    """With the heads of COLUMNS, in 80 columns; its lines are to come."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("seed", justify="right")
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right", style="bold" if heading == "final" else None, no_wrap=True)
+    return table
 
 
 def cell(value: float | None, form: str) -> str:

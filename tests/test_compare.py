@@ -22,7 +22,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, runs: Path, one: str, other: str) -
     monkeypatch.setattr(
         "sys.argv", ["hedgemix", "compare", str(runs / f"{one}.parquet"), str(runs / f"{other}.parquet")]
     )
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     commands.main()
 
 
@@ -45,7 +45,9 @@ def test_two_records_are_compared(
         assert expected in told
     for score in ("2.4100", "2.4200", "2.4500", "2.5000", "2.5300", "2.5200"):  # every seed
         assert score in told
-    assert max(map(len, told[: told.index("ensemble: ")].splitlines())) <= 100
+    tables = [line for line in told.splitlines() if line[:4].strip().isdigit() or "final" in line]
+    assert len(tables) == 8 and max(map(len, tables)) <= 80 and "…" not in told  # nothing is cut
+    assert "note: both scored the same artifacts, by seed +0.0900, +0.1100, +0.0700 bits per byte" in told
     # The other way round it is worse, and no new record.
     compare(monkeypatch, runs, "linear", "ensemble")
     told = capsys.readouterr().out
@@ -73,6 +75,13 @@ def test_another_tokenizer_on_the_same_text_may_be_compared(runs: Path) -> None:
     other = variants.write(runs, "b", [2.6, 2.7], valid_sha256="f" * 64, tokenizer_sha256="e" * 64)
     assert comparison.test(one, other).difference == pytest.approx(0.2)
     assert "different tokenizers" in " ".join(comparison.notes(one, other))
+
+
+def test_artifacts_of_their_own_are_not_taken_for_the_same(runs: Path) -> None:
+    one, other = variants.write(runs, "a", [2.4, 2.5]), variants.write(runs, "b", [2.6, 2.5])
+    assert comparison.same_artifacts(one, other) == pytest.approx([0.2, 0.0])
+    assert comparison.same_artifacts(one, variants.change(runs, "b", 2, artifact_sha256="0" * 64)) == []
+    assert comparison.same_artifacts(variants.write(runs, "a", [2.4, 2.5, 2.6]), variants.write(runs, "b", [2.6])) == []
 
 
 def test_a_mixed_record_is_refused_by_the_command(
