@@ -7,6 +7,7 @@ stand twice: TensorBoard drops what it has of it, the others, which take no poin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -81,7 +82,8 @@ class TensorBoard:
             self.writers[place].flush()
         self.unflushed = set()
         if time.monotonic() - self.pushed > PUSH_SECONDS:
-            self.push()
+            with contextlib.suppress(OSError):  # the next time takes them too
+                self.push()
 
     def push(self) -> None:
         """To an object store, if that is where the runs folder lies."""
