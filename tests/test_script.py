@@ -82,7 +82,8 @@ def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path) -> None:
     held = Bundle(str(file), data.partition('"')[0])
     try:
         assert held.sources == bundle.sources(script.ENTRY) and Recipe is not None
-        assert held.find_spec("hedgemix") and held.find_spec("hedgemix").submodule_search_locations == []  # type: ignore[union-attr]
+        package = held.find_spec("hedgemix")
+        assert package is not None and package.submodule_search_locations == []
         assert held.find_spec("hedgemix.nowhere") is None and held.find_spec("json") is None
         assert held.get_code("hedgemix.train").co_filename == f"{file}/hedgemix/train.py"
         with pytest.raises(ImportError, match="holds no hedgemix.nowhere"):

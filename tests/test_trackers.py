@@ -73,7 +73,7 @@ def test_what_is_told_is_named_as_the_table_s_columns() -> None:
 
 def test_the_board_keeps_what_the_driver_has_not_read() -> None:
     board = Board("tiny", {})
-    board.gauges.set = lambda *_: None  # type: ignore[method-assign]  # there is no Ray
+    board.gauges.set = lambda *_: None  # there is no Ray
     for number in (2, 4):
         board.put(1, "train", step(number, 5.0).record)
     seeds, told = board.read()
