@@ -26,11 +26,11 @@ from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
 from hedgemix.files import Log, silent
 from hedgemix.mixer import Mixer
 from hedgemix.model import Model
+from hedgemix.profiler import tracing
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
 from hedgemix.tally import Tally
 from hedgemix.text import Ones, Sizes, Text, same
-from hedgemix.trace import tracing
 from hedgemix.ttt import Adapter
 
 

@@ -36,8 +36,8 @@ from hedgemix.dataset import Dataset
 from hedgemix.files import Log, save_tensors, silent
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
+from hedgemix.profiler import tracing
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
-from hedgemix.trace import tracing
 
 ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from hedgemix.config import RecipeError
-from pipeline import statistics
+from pipeline import significance
 from pipeline.records import Record
-from pipeline.statistics import RULES, Test
+from pipeline.significance import RULES, Test
 from pipeline.terminal import COLUMNS, cell, seed_table
 
 NOT_SETTINGS = ("recipe",)
@@ -23,7 +23,7 @@ def scores(record: Record) -> list[float]:
     them means anything."""
     if not record.done:
         raise RecipeError(f"record {record.name} has no finished seed")
-    if why := statistics.mixed(record.done):
+    if why := significance.mixed(record.done):
         raise RecipeError(f"record {record.name} cannot be averaged: its seeds have {'; '.join(why)}")
     return [float(row["bpb_final"]) for row in record.done]
 
@@ -45,10 +45,10 @@ def same_text(one: Record, other: Record) -> str:
 def notes(one: Record, other: Record) -> list[str]:
     """What differs beside the settings and may explain a difference of scores, one sentence each."""
     found = []
-    for column, name in statistics.SAME.items():
+    for column, name in significance.SAME.items():
         mine, theirs = one.done[0][column], other.done[0][column]
         if mine != theirs and column not in ("config_hash", "valid_sha256"):
-            found.append(f"different {name}: {statistics.brief(mine)} and {statistics.brief(theirs)}")
+            found.append(f"different {name}: {significance.brief(mine)} and {significance.brief(theirs)}")
     if gains := same_artifacts(one, other):
         told = ", ".join(f"{gain:+.4f}" for gain in gains)
         found.append(
@@ -91,7 +91,7 @@ def test(one: Record, other: Record, margin_nats: float = 0.0) -> Test:
     mine, theirs = scores(one), scores(other)
     if why := same_text(one, other):
         raise RecipeError(f"records {one.name} and {other.name} cannot be compared: {why}")
-    return statistics.against_values(mine, theirs, margin_nats / statistics.nats_per_bit(one.done[0]))
+    return significance.against_values(mine, theirs, margin_nats / significance.nats_per_bit(one.done[0]))
 
 
 HEADS = ("against", "better by, bits per byte", "better by, nats a token", "rule", "p", "holds")
@@ -129,12 +129,12 @@ def show(one: Record, other: Record, console: Console) -> None:
     def line(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    scale = statistics.nats_per_bit(one.done[0])
+    scale = significance.nats_per_bit(one.done[0])
     for record in (one, other):
         table = seed_table()
         for row in record.rows:
             table.add_row(str(row["seed"]), *(cell(row[column], form) for _, column, form in COLUMNS))
-        line(f"{record.name}: {told(statistics.summary(scores(record)), scale)}")
+        line(f"{record.name}: {told(significance.summary(scores(record)), scale)}")
         console.print(table)
         line("")
     better, by = tests[-1].difference > 0, abs(tests[-1].difference)
@@ -150,7 +150,7 @@ def show(one: Record, other: Record, console: Console) -> None:
         line(f"  {name}: {mine} | {theirs}")
 
 
-def told(found: statistics.Summary, nats_per_bit: float) -> str:
+def told(found: significance.Summary, nats_per_bit: float) -> str:
     """A summary in one line."""
     line = f"{found.mean:.4f} bits per byte, {found.mean * nats_per_bit:.4f} nats a token"
     if found.count < 2:

@@ -36,6 +36,8 @@ STAGES = ("train", "quantize", "score", "evaluate")
 ERRORS_OF_THE_OTHERS = ("Connection closed", "Connection reset", "NCCL", "gloo", "HealthCheck")
 """What ranks say that only noticed another one fail."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+TOOL_ERROR = re.compile(r"\b(?:fatal |last )?error:(?: |$)", re.IGNORECASE)
+"""How compilers and NCCL begin the line that tells what went wrong, somewhere in what they print."""
 """Ray's frames have them, also in a file."""
 
 
@@ -362,9 +364,19 @@ def explain(error: BaseException) -> str:
     if failures:
         ranks = sorted(failures, key=lambda rank: (blames_another(failures[rank]), rank))
         return f"worker {ranks[0]}: {explain(failures[ranks[0]])}"
-    name = type(found).__name__
-    text = next((line.strip() for line in str(found).splitlines() if line.strip()), "no message")
+    name, text = type(found).__name__, blamed(str(found)) or "no message"
     return text if text.startswith(name) or name == "RuntimeError" else f"{name}: {text}"
+
+
+def blamed(message: str) -> str:
+    """The line of a message that has the cause: its first, with what a line that only announces it (torch's compiler:
+    "backend='inductor' raised:") announces, and with the line that a C++ compiler or NCCL calls the error."""
+    lines = [text for line in message.splitlines() if (text := COLOURS.sub("", line).strip())]
+    said = [" ".join(lines[i : i + 2]) if line.endswith(":") else line for i, line in enumerate(lines)]
+    errors = [text for line, text in zip(lines, said, strict=True) if TOOL_ERROR.search(line)]
+    if errors and errors[0] not in said[0]:
+        return f"{said[0]}: {errors[0]}"
+    return said[0] if said else ""
 
 
 def blames_another(error: BaseException) -> bool:

@@ -11,10 +11,17 @@ with the recipe, the data or the machine, 130 stopped by Ctrl-C or SIGTERM.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
+
+if __name__ == "__main__":
+    # The script's folder leaves the path, and Ray's workers' with it, which they take over from here: in it any module
+    # of ours would hide a library's of the same name.
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
+
+import json
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

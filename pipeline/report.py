@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hedgemix import __version__
-from pipeline import evidence, figures, page, statistics, verdict
+from pipeline import evidence, figures, page, significance, verdict
 from pipeline.page import Page, Plot
 from pipeline.records import Record
 
@@ -17,8 +17,8 @@ PAGE, TWIN, FIGURES = "report.html", "report.md", "figures"
 def compose(record: Record, against: float | None = None) -> Page:
     """against: a published score in bits per byte to test against, on the same text. What averages over seeds is left
     out where they must not be averaged."""
-    averages = [] if statistics.mixed(record.done) else [evidence.ladder(record)]
-    along = [] if statistics.mixed(record.done) else [evidence.along(record), evidence.helped(record)]
+    averages = [] if significance.mixed(record.done) else [evidence.ladder(record)]
+    along = [] if significance.mixed(record.done) else [evidence.along(record), evidence.helped(record)]
     sections = [
         verdict.seeds(record),
         verdict.sure(record, against),

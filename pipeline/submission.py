@@ -19,7 +19,7 @@ from hedgemix import __version__, script, stages
 from hedgemix.config import Recipe, RecipeError, to_dict
 from pipeline import records
 from pipeline.records import Record
-from pipeline.statistics import mixed, summary
+from pipeline.significance import mixed, summary
 from pipeline.templates import README
 
 AUDITED = (

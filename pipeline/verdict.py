@@ -6,12 +6,12 @@ from typing import Any
 
 from hedgemix import script
 from hedgemix.config import RecipeError
-from pipeline import comparison, records, statistics, submission
+from pipeline import comparison, records, significance, submission
 from pipeline.comparison import HEADS
 from pipeline.page import Points, Section, Table
 from pipeline.records import Record
 from pipeline.results import mean_and_deviation
-from pipeline.statistics import RULES
+from pipeline.significance import RULES
 from pipeline.terminal import cell
 
 SEED_COLUMNS = (
@@ -37,7 +37,7 @@ def rivals(record: Record) -> list[Record]:
         try:
             finished = len(other.done) == len(other.rows)
             if finished and other.name != record.name and not comparison.same_text(record, other):
-                found.append((statistics.summary(comparison.scores(other)).mean, other))
+                found.append((significance.summary(comparison.scores(other)).mean, other))
         except (RecipeError, IndexError):
             continue
     return [other for _, other in sorted(found, key=lambda pair: (pair[0], pair[1].name))]
@@ -47,10 +47,10 @@ def lead(record: Record, against: float | None) -> list[str]:
     """The answers, a line each."""
     if not record.done:
         return ["No seed has finished yet.", *handing_in(record)]
-    if why := statistics.mixed(record.done):
+    if why := significance.mixed(record.done):
         return [f"These seeds are not one record: they have {'; '.join(why)}.", *cost(record), *handing_in(record)]
-    row, found = record.done[0], statistics.summary(comparison.scores(record))
-    lines = [comparison.told(found, statistics.nats_per_bit(row)) + "."]
+    row, found = record.done[0], significance.summary(comparison.scores(record))
+    lines = [comparison.told(found, significance.nats_per_bit(row)) + "."]
     if len(record.done) < len(record.rows):
         lines.append(f"{len(record.done)} of {len(record.rows)} seeds are done: this is no final figure.")
     return [*lines, better(record, against), *cost(record), *handing_in(record)]
@@ -61,7 +61,7 @@ def better(record: Record, against: float | None) -> str:
     rule = RULES[0]
     if against is not None:
         scores = comparison.scores(record)
-        test = statistics.against_score(scores, against, rule.margin_nats / statistics.nats_per_bit(record.done[0]))
+        test = significance.against_score(scores, against, rule.margin_nats / significance.nats_per_bit(record.done[0]))
         name = f"the published {against:g}"
     elif others := rivals(record):
         test, name = comparison.test(record, others[0], rule.margin_nats), f"record `{others[0].name}`"
@@ -91,7 +91,7 @@ def handing_in(record: Record) -> list[str]:
 def seeds(record: Record) -> Section:
     """Every declared seed, failures too, and the mean of the finished when they may be averaged."""
     rows = [[str(row["seed"]), *(cell(row[c], form) for _, c, form in SEED_COLUMNS)] for row in record.rows]
-    averaged = bool(record.done) and not statistics.mixed(record.done)
+    averaged = bool(record.done) and not significance.mixed(record.done)
     if averaged:
         spread = [mean_and_deviation([row[c] for row in record.done if row[c] is not None]) for _, c, _ in SEED_COLUMNS]
         for n, name in enumerate(("mean", "std")[: len(record.done)]):
@@ -116,14 +116,14 @@ def sure(record: Record, against: float | None) -> Section:
     title = "Is it better, and how sure is that?"
     if not record.done:
         return Section(title, ["No seed has finished."])
-    if why := statistics.mixed(record.done):
+    if why := significance.mixed(record.done):
         return Section(title, [f"Not averaged: the seeds have {'; '.join(why)}."])
-    scores, scale = comparison.scores(record), statistics.nats_per_bit(record.done[0])
-    found = statistics.summary(scores)
+    scores, scale = comparison.scores(record), significance.nats_per_bit(record.done[0])
+    found = significance.summary(scores)
     rows: list[list[str]] = []
     needed: list[str] = []
     if against is not None:
-        tests = [statistics.against_score(scores, against, rule.margin_nats / scale) for rule in RULES]
+        tests = [significance.against_score(scores, against, rule.margin_nats / scale) for rule in RULES]
         rows += comparison.verdicts(f"published {against:g} (one-sample t)", tests, scale)
         needed += more_seeds(found, against, scale)
     others = rivals(record)
@@ -141,18 +141,18 @@ def sure(record: Record, against: float | None) -> Section:
             "Nothing to test against: no other record of this folder scored the same text, and no `--against`."
         )
     if not needed and others:
-        needed = more_seeds(found, statistics.summary(comparison.scores(others[0])).mean, scale)
+        needed = more_seeds(found, significance.summary(comparison.scores(others[0])).mean, scale)
     notes = [f"{other.name}: {note}" for other in others for note in comparison.notes(record, other)]
     return Section(title, [*blocks, *([Points(needed)] if needed else []), *([Points(notes)] if notes else [])])
 
 
-def more_seeds(found: statistics.Summary, score: float, scale: float) -> list[str]:
+def more_seeds(found: significance.Summary, score: float, scale: float) -> list[str]:
     """For each rule, with how many seeds its one-sample test against this score would hold in four cases of five."""
     if not found.deviation > 0:
         return ["One seed tells no spread: how many more would settle it cannot be said."]
     lines = []
     for rule in RULES:
-        needed = statistics.seeds_needed(found, score - rule.margin_nats / scale, rule.level)
+        needed = significance.seeds_needed(found, score - rule.margin_nats / scale, rule.level)
         if needed is None:
             lines.append(
                 f"{rule.text}: no number of seeds would show it at this mean ({found.mean:.4f} against {score:.4f})."
@@ -161,7 +161,7 @@ def more_seeds(found: statistics.Summary, score: float, scale: float) -> list[st
             more = max(0, needed - found.count)
             lines.append(
                 f"{rule.text}: {needed} seeds in all, {more or 'no'} more, would show it against {score:.4f} in "
-                f"{statistics.POWER:.0%} of cases, if mean and spread are what they look like now."
+                f"{significance.POWER:.0%} of cases, if mean and spread are what they look like now."
             )
     return lines
 
@@ -171,7 +171,7 @@ def handed_in(record: Record) -> Section:
     limits, code_bytes = record.recipe.limits, script.n_bytes(record.recipe)
     facts = [
         (f"{len(record.done)} of {len(record.rows)} seeds done", submission.unfinished(record)),
-        ("one configuration, text and kind of machine", statistics.mixed(record.done)),
+        ("one configuration, text and kind of machine", significance.mixed(record.done)),
         ("the code that ran is the code that is installed here", submission.other_code(record, code_bytes)),
         (
             f"at most {limits.total_bytes:,} bytes, {limits.train_seconds:g} s of training, "

@@ -225,6 +225,42 @@ def test_a_recipe_that_cannot_run_is_a_failed_job(head: Head, text: Path, tmp_pa
     assert last_job(head.address).driver_exit_code == 2
 
 
+COMPILED = "--seeds 1 --record tiny --train.compile --train.steps 3 --model.layers 1 --model.value-embedding-layers 1"
+DECOYS = ("statistics", "torch", "numpy")
+
+
+@pytest.fixture(scope="module")
+def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A cache that nobody has filled yet, for the compiled tests of this file."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+
+
+@pytest.mark.parametrize("way", ["command", "job"])
+def test_a_compiled_record_meets_no_module_of_the_script_s_folder(
+    way: str, head: Head, text: Path, tmp_path: Path, project: Path, compiler_cache: dict[str, str]
+) -> None:
+    """As recipes record and single_gpu train. Nothing beside the script comes before a library of its name."""
+    for name in DECOYS:
+        (project / "pipeline" / f"{name}.py").write_text("raise ImportError(__file__)\n")
+    options = tinyrecord.arguments(text, tmp_path / "runs", *COMPILED.split())
+    if way == "job":
+        command = submit(head.address, project, *options, **compiler_cache)
+    else:
+        command = [sys.executable, str(project / "pipeline" / "record.py"), "laptop", *options]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **compiler_cache},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = pd.read_parquet(tmp_path / "runs").iloc[0]
+    assert row.status == "done" and row.steps == 3
+
+
 @pytest.mark.soak
 def test_a_stopped_job_goes_on_as_the_same_job(head: Head, text: Path, tmp_path: Path, project: Path) -> None:
     """`ray job stop` in the middle of training: pending rows, no process of ours; then the numbers of an undisturbed

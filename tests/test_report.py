@@ -12,7 +12,7 @@ import pytest
 import variants
 
 from hedgemix.config import RecipeError
-from pipeline import commands, figures, records, report, statistics, submission, verdict
+from pipeline import commands, figures, records, report, significance, submission, verdict
 from pipeline.page import Page, Plot, Points, Section, Table, html, markdown
 
 SECTIONS = [
@@ -111,8 +111,8 @@ def test_several_seeds_have_a_spread_and_are_tested(runs: Path) -> None:
     variants.write(runs, "old", [2.51, 2.52, 2.50])
     new = variants.write(runs, "new", [2.41, 2.42, 2.43])
     lead = "\n".join(verdict.lead(new, None))
-    p = statistics.against_values(
-        [2.41, 2.42, 2.43], [2.51, 2.52, 2.50], 0.005 / statistics.nats_per_bit(new.done[0])
+    p = significance.against_values(
+        [2.41, 2.42, 2.43], [2.51, 2.52, 2.50], 0.005 / significance.nats_per_bit(new.done[0])
     ).p
     assert "2.4200 bits per byte" in lead and "std 0.0100" in lead
     assert f"0.0900 bits per byte better than record `old`; p = {p:.2g}" in lead and "a new record" in lead

@@ -1,7 +1,9 @@
 """The house rules that a reader may rely on, checked on the tree as it is."""
 
 import ast
+import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,12 @@ def called(node: ast.Call) -> str:
 
 def under(names: set[str], *roots: str) -> set[str]:
     return {name for name in names for root in roots if name == root or name.startswith(root + ".")}
+
+
+def hidden(names: set[str]) -> set[str]:
+    """Those of the names that the standard library or an installed package has too: a script in their folder, or a test
+    beside them, would import ours in place of theirs."""
+    return names & (sys.stdlib_module_names | set(packages_distributions()))
 
 
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve")
@@ -95,6 +103,22 @@ def test_stages_meet_in_files_and_not_in_imports(stage: str) -> None:
 def test_files_stay_short_and_have_a_name(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
     assert path.stem not in ("utils", "util", "helpers", "misc")
+
+
+@pytest.mark.parametrize("root", ["hedgemix", "pipeline", "benchmarks", "tests", "examples"])
+def test_no_module_hides_a_library(root: str) -> None:
+    modules = {path.stem for path in (ROOT / root).rglob("*.py")} - {
+        "__init__",
+        "__main__",
+        "sitecustomize",
+        "conftest",
+    }
+    folders = {path.name for path in (ROOT / root).rglob("*") if path.is_dir()} - {"__pycache__"}
+    assert modules and not hidden(modules | folders)
+
+
+def test_the_check_of_names_sees_both_kinds() -> None:
+    assert hidden({"statistics", "torch", "pipeline_", "trace"}) == {"statistics", "torch", "trace"}
 
 
 @pytest.mark.parametrize("path", LIBRARY + PIPELINE, ids=name_of)

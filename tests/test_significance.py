@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline import statistics
-from pipeline.statistics import RULES, against_score, against_values, mixed, seeds_needed, summary
+from pipeline import significance
+from pipeline.significance import RULES, against_score, against_values, mixed, seeds_needed, summary
 
 PUBLISHED_BPB = [1.05604198, 1.09696945, 1.07038587]
 PUBLISHED_NATS = [1.78307674, 1.85218082, 1.80729571]
@@ -42,7 +42,7 @@ def test_one_seed_has_a_mean_and_no_spread() -> None:
 
 def test_the_published_record_is_no_record() -> None:
     """Three seeds against 1.1194 with the margin: p = 0.036, where 0.01 is asked for."""
-    scale = statistics.nats_per_bit(FINEWEB)
+    scale = significance.nats_per_bit(FINEWEB)
     for bits, nats in zip(PUBLISHED_BPB, PUBLISHED_NATS, strict=True):
         assert bits * scale == pytest.approx(nats, rel=2e-6)
     in_bits = against_score(PUBLISHED_BPB, BEFORE_BPB, RECORD.margin_nats / scale)
@@ -54,7 +54,7 @@ def test_the_published_record_is_no_record() -> None:
 
 
 def test_the_published_record_would_take_more_seeds() -> None:
-    bar = BEFORE_BPB - RECORD.margin_nats / statistics.nats_per_bit(FINEWEB)
+    bar = BEFORE_BPB - RECORD.margin_nats / significance.nats_per_bit(FINEWEB)
     needed = seeds_needed(summary(PUBLISHED_BPB), bar, RECORD.level)
     assert needed == 6
     # Drawn, not derived: with so many seeds a test holds in 80 % of cases, with one less it does not.
@@ -97,7 +97,7 @@ def test_welch_against_scipy_and_written_out() -> None:
 
 
 def test_rows_of_different_runs_are_not_averaged() -> None:
-    row = dict.fromkeys(statistics.SAME, "one") | {"seed": 1}
+    row = dict.fromkeys(significance.SAME, "one") | {"seed": 1}
     assert mixed([row, row | {"seed": 2}]) == []
     [why] = mixed([row, row | {"seed": 2, "hardware": "8 x H100"}, row | {"seed": 3}])
     assert why == "different hardware (hardware: one: seed 1, 3; 8 x H100: seed 2)"
