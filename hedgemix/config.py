@@ -232,6 +232,9 @@ class EvaluateConfig:
     chunk_tokens: int = 131_072
     """Tokens scored before test-time training moves the weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    published_ranks: int = 1
+    """Ranks of the published rule, which moves weights of its own on each; bpb_published depends on their number (the
+    reference had 8), and no score does."""
     ttt: TTTConfig = field(default_factory=TTTConfig)
     mixer: MixerConfig = field(default_factory=MixerConfig)
 

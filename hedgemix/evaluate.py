@@ -194,7 +194,7 @@ class Evaluation:
         names = ("frozen", "adapted") if self.adapter else ("frozen",)
         self.best = names[-1]
         self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names)
-        self.published = published.start(model.vocab_size, device)
+        self.published = published.start(model.vocab_size, device, ranks=config.published_ranks)
         self.weights_N = self.bytes_N if config.ttt.byte_weighted else Ones(tokens_N)
         self.nats: dict[str, float] = dict.fromkeys(
             ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0
@@ -234,6 +234,7 @@ class Evaluation:
     def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:
         """Score the chunk, then learn from it; returns its line of the trace."""
         before, seconds = dict(self.nats), dict(self.seconds)
+        published.open_chunk(self.published, chunk.stop - chunk.start)
         source = self.rows(chunk)
         while (item := self.timed("scoring", partial(next, source, None))) is not None:
             self.timed("mixing", partial(self.score, *item))

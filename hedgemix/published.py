@@ -4,11 +4,16 @@ The fifth "expert" gives every outcome the probability exp(-H), H being the neur
 adds up to V * exp(-H), far above 1 when the model is sure. The total mass is returned beside the score. As H goes to 0
 the "expert" gives every token probability 1, whatever occurs, and the loss it reports falls to 0 without any knowledge.
 
-Shapes: B positions, V vocabulary, K = 5 (neural, unigram, bigram, trigram, entropy).
+Of its quirks it keeps those that move the number: every rank of the evaluation moves log weights of its own, over its
+share of each chunk, so the result depends on how many there are (`ranks` of `start`, whatever number of processes runs
+it); a trigram context's total is never taken below 1 before smoothing, so an unseen one's row adds up to less than 1.
+
+Shapes: B positions, V vocabulary, K = 5 (neural, unigram, bigram, trigram, entropy), N ranks of the published system.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,82 +22,132 @@ import torch
 from torch import Tensor
 
 EXPERTS = ("neural", "unigram", "bigram", "trigram", "entropy")
+WINDOW_TOKENS = 32
+"""Scored by one window; ranks share a chunk by whole windows."""
 
 
 @dataclass
 class PublishedState:
-    """Counts of finished chunks, log weights (K,) float64 and what of an unfinished batch was scored."""
+    """Counts of finished chunks, the ranks' log weights (N, K) float64, and where in an unfinished chunk scoring is."""
 
     unigram_V: Tensor
     bigram_VV: Tensor
     trigram_HV: Tensor
-    log_weights_K: Tensor
-    loss_K: Tensor
-    scored: int = 0
+    log_weights_NK: Tensor
+    batch_tokens: int
+    warm_tokens: int
     counted: int = 0
+    shares: tuple[int, ...] = ()
+    """Tokens of the open chunk that the current rank, and those after it, have yet to score; the last rank takes what
+    comes beyond the chunk."""
+    loss_K: Tensor | float = 0.0
+    """Losses of the current rank's unfinished batch, and how many tokens they are of."""
+    scored: int = 0
+
+    @property
+    def log_weights_K(self) -> Tensor:
+        """Those of the rank whose turn it is."""
+        return self.log_weights_NK[len(self.log_weights_NK) - len(self.shares)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the counts, which `count` can make again: they are most of the bytes."""
-        return {"log_weights": self.log_weights_K, "loss": self.loss_K, "scored": self.scored}
+        """What finished chunks left but the counts, which `count` can make again: they are most of the bytes."""
+        return {"log_weights": self.log_weights_NK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.log_weights_K.device
-        self.log_weights_K, self.loss_K = state["log_weights"].to(device), state["loss"].to(device)
-        self.scored = state["scored"]
+        self.log_weights_NK = state["log_weights"].to(self.log_weights_NK.device)
 
 
-def start(vocab_size: int, device: torch.device | str = "cpu", buckets: int = 65_536) -> PublishedState:
-    """No counts, log weights (2, 0, 0, 0, 0). The trigram table takes 4 * buckets * vocab_size bytes."""
+def start(
+    vocab_size: int, device: torch.device | str = "cpu", ranks: int = 1, buckets: int = 65_536,
+    batch_tokens: int = 1024, warm_tokens: int = 10_000,
+) -> PublishedState:  # fmt: skip
+    """No counts, log weights (2, 0, 0, 0, 0) a rank. The trigram table takes 4 * buckets * vocab_size bytes.
+
+    A rank's log weights move after each batch of batch_tokens scored tokens (the reference's 32 windows of stride 32).
+    Neural only, and no move, until warm_tokens tokens were counted.
+    """
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-    log_weights_K = torch.tensor([2.0, 0, 0, 0, 0], dtype=torch.float64, device=device)
+    log_weights_NK = torch.tensor([[2.0, 0, 0, 0, 0]] * ranks, dtype=torch.float64, device=device)
     counts = zeros(vocab_size), zeros(vocab_size, vocab_size), zeros(buckets, vocab_size)
-    return PublishedState(*counts, log_weights_K, torch.zeros_like(log_weights_K))
+    return PublishedState(*counts, log_weights_NK, batch_tokens, warm_tokens)
 
 
-def score(
-    state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token_B: Tensor, batch_tokens: int = 1024,
-    warm_tokens: int = 10_000, sharpness: float = 0.02,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def open_chunk(state: PublishedState, tokens: int) -> None:
+    """Share the next `tokens` out over the ranks, in order and in whole windows, before any of them is scored."""
+    ranks, windows = len(state.log_weights_NK), -(-tokens // WINDOW_TOKENS)
+    edges = [min(windows * rank // ranks * WINDOW_TOKENS, tokens) for rank in range(ranks + 1)]
+    state.shares = tuple(stop - start for start, stop in itertools.pairwise(edges))
+    _next_rank(state)
+
+
+def score(state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
     """Losses in nats (B,) float64 and the probability mass (B,) float64 of each position's mixed "row".
 
+    Takes what `losses` takes, of the next B tokens of the open chunk. A rank's weights are the softmax of its log
+    weights, which move by -0.1 times each expert's mean loss after a batch and at the end of its share. The state's
+    tensors are replaced, none is changed.
+    """
+    loss_BK, mass_BK = losses(state, log_rows_BV, history_B2, token_B)
+    parts = []
+    left = 0
+    while left < len(token_B):
+        right = min(left + state.batch_tokens - state.scored, left + (state.shares[0] or len(token_B)), len(token_B))
+        parts.append(mix(state, loss_BK[left:right], mass_BK[left:right]))
+        state.loss_K = state.loss_K + loss_BK[left:right].sum(0)
+        state.scored += right - left
+        state.shares = (max(state.shares[0] - (right - left), 0), *state.shares[1:])
+        if state.scored == state.batch_tokens or not state.shares[0]:
+            _move(state)
+        left = right
+    nats, mass = zip(*parts, strict=True)
+    return torch.cat(nats), torch.cat(mass)
+
+
+def losses(state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Each expert's loss in nats and the mass of its "row" over the vocabulary, (B, K) float64 both.
+
     `log_rows_BV`: neural log probabilities or logits; `history_B2`: the two tokens before, oldest first; `token_B`:
-    what occurred. Temperature per position is `1 - sharpness * (1 - H / ln V)` within [0.9, 1.05]. Weights are the
-    softmax of the log weights, which move by -0.1 times each expert's mean loss per batch. The reference's batch is 32
-    windows; here tokens are scored in one stream, so a batch is batch_tokens scored tokens (32 windows of stride 32).
-    Neural only, and no move, until warm_tokens tokens were counted.
+    what occurred. Temperature per position is `1 - 0.02 * (1 - H / ln V)` within [0.9, 1.05].
     """
     neural_BV = log_rows_BV.float().log_softmax(-1)
     vocab_size = neural_BV.shape[1]
-    heat_B = 1 - sharpness * (1 - _entropy(neural_BV) / math.log(vocab_size))
+    heat_B = 1 - 0.02 * (1 - _entropy(neural_BV) / math.log(vocab_size))
     neural_BV = (neural_BV / heat_B.clamp(0.9, 1.05)[:, None]).log_softmax(-1)
     entropy_B = _entropy(neural_BV).double()
     neural_B = -neural_BV.gather(1, token_B[:, None])[:, 0].double()
-    if state.counted < warm_tokens:
-        return neural_B, torch.ones_like(neural_B)
     bucket_B = _bucket(history_B2, len(state.trigram_HV))
-    unigram_B = _add_constant(state.unigram_V.expand(len(token_B), -1), token_B, 0.1)
-    bigram_B = _add_constant(state.bigram_VV[history_B2[:, 1]], token_B, 0.1)
-    trigram_B = _add_constant(state.trigram_HV[bucket_B], token_B, 0.01)
+    unigram_B, one_B = _add_constant(state.unigram_V.expand(len(token_B), -1), token_B, 0.1)
+    bigram_B, _ = _add_constant(state.bigram_VV[history_B2[:, 1]], token_B, 0.1)
+    trigram_B, trigram_mass_B = _add_constant(state.trigram_HV[bucket_B], token_B, 0.01, least=1)
     loss_BK = torch.stack([neural_B, unigram_B, bigram_B, trigram_B, entropy_B], 1)
-    mass_BK = torch.ones_like(loss_BK)
-    mass_BK[:, 4] = vocab_size * (-entropy_B).exp()
-    mixed, mass = [], []
-    left = 0
-    while left < len(token_B):
-        right = min(left + batch_tokens - state.scored, len(token_B))
-        weights_K = state.log_weights_K.softmax(0)
-        mixed.append(-(weights_K.log() - loss_BK[left:right]).logsumexp(1))
-        mass.append(mass_BK[left:right] @ weights_K)
-        state.loss_K = state.loss_K + loss_BK[left:right].sum(0)
-        state.scored += right - left
-        if state.scored == batch_tokens:
-            state.log_weights_K = state.log_weights_K - 0.1 * state.loss_K / batch_tokens
-            state.loss_K, state.scored = torch.zeros_like(state.loss_K), 0
-        left = right
-    return torch.cat(mixed), torch.cat(mass)
+    return loss_BK, torch.stack([one_B, one_B, one_B, trigram_mass_B, vocab_size * (-entropy_B).exp()], 1)
+
+
+def mix(state: PublishedState, loss_BK: Tensor, mass_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """The mixture's loss and mass, (B,) both, of the experts', with the weights of the rank whose turn it is."""
+    if state.counted < state.warm_tokens:
+        return loss_BK[:, 0], mass_BK[:, 0]
+    weights_K = state.log_weights_K.softmax(0)
+    return -(weights_K.log() - loss_BK).logsumexp(1), mass_BK @ weights_K
+
+
+def _move(state: PublishedState) -> None:
+    """Move the log weights of the rank whose turn it is by its batch; its share done, the next one's turn comes."""
+    if state.counted >= state.warm_tokens:
+        moved_NK = state.log_weights_NK.clone()
+        moved_NK[len(moved_NK) - len(state.shares)] -= 0.1 * state.loss_K / state.scored
+        state.log_weights_NK = moved_NK
+    state.loss_K, state.scored = 0.0, 0
+    _next_rank(state)
+
+
+def _next_rank(state: PublishedState) -> None:
+    """Pass over ranks that have nothing left to score."""
+    while len(state.shares) > 1 and not state.shares[0]:
+        state.shares = state.shares[1:]
 
 
 def count(state: PublishedState, history_B2: Tensor, token_B: Tensor) -> None:
@@ -110,10 +165,13 @@ def _bucket(history_B2: Tensor, buckets: int) -> Tensor:
     return ((36313 * history_B2[:, 0]) ^ (27191 * history_B2[:, 1])) % buckets
 
 
-def _add_constant(count_BV: Tensor, token_B: Tensor, constant: float) -> Tensor:
-    """Loss of each token under counts plus a constant, (B,) float64."""
+def _add_constant(count_BV: Tensor, token_B: Tensor, constant: float, least: int = 0) -> tuple[Tensor, Tensor]:
+    """Loss of each token under counts plus a constant, whose total is taken for `least` at least, and the sum of the
+    row's probabilities; (B,) float64 both."""
     hit_B = count_BV.gather(1, token_B[:, None])[:, 0].double() + constant
-    return (count_BV.sum(1).double() + constant * count_BV.shape[1]).log() - hit_B.log()
+    total_B, added = count_BV.sum(1).double(), constant * count_BV.shape[1]
+    below_B = total_B.clamp_min(least) + added
+    return below_B.log() - hit_B.log(), (total_B + added) / below_B
 
 
 def _entropy(log_rows_BV: Tensor) -> Tensor:

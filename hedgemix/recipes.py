@@ -91,7 +91,7 @@ def record() -> Recipe:
         recipe="record",
         data=fineweb(),
         train=TrainConfig(late_qat=True),
-        evaluate=EvaluateConfig(ttt=reference, mixer=LONG_BLOCKS),
+        evaluate=EvaluateConfig(published_ranks=8, ttt=reference, mixer=LONG_BLOCKS),
     )
 
 

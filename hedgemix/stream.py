@@ -128,7 +128,8 @@ def gather_rows(rows: Tensor | None, largest: int, vocab_size: int, device: torc
 
 def validate(config: EvaluateConfig, context_tokens: int | None = None) -> None:
     """Raise RecipeError, naming the field, for an evaluation order that cannot work."""
-    for name in ("window_tokens", "stride_tokens", "segment_tokens", "batch_windows", "chunk_tokens"):
+    counts = "window_tokens", "stride_tokens", "segment_tokens", "batch_windows", "chunk_tokens", "published_ranks"
+    for name in counts:
         if getattr(config, name) < 1:
             raise RecipeError(f"evaluate.{name} must be at least 1")
     if config.overlap_tokens < 0:

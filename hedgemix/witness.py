@@ -156,9 +156,8 @@ class Watched(Evaluation):
         if done:
             published.score(state, rows_BV[:done], history_B2[:done], targets_B[:done])
         every_V = torch.arange(rows_BV.shape[1], device=rows_BV.device)
-        state.scored, size = 0, len(every_V)
-        row, history = rows_BV[done].expand(size, -1), history_B2[done].expand(size, -1)
-        nats_V, _ = published.score(state, row, history, every_V, batch_tokens=size + 1)
+        row, history = rows_BV[done].expand(len(every_V), -1), history_B2[done].expand(len(every_V), -1)
+        nats_V, _ = published.mix(state, *published.losses(state, row, history, every_V))
         return -nats_V.double()
 
     def play(self, log: Log = silent) -> list[dict[str, Any]]:

@@ -30,8 +30,7 @@ SECRET = Path(__file__).resolve().parent.parent / "LICENSE"
 @contextmanager
 def eager() -> Iterator[None]:
     """Of the published rule few buckets, and counts that are used from the second chunk on. No fault."""
-    start, score = partial(published.start, buckets=64), partial(published.score, warm_tokens=100)
-    with patch.object(published, "start", start), patch.object(published, "score", score):
+    with patch.object(published, "start", partial(published.start, buckets=64, warm_tokens=100)):
         yield
 
 

@@ -40,8 +40,7 @@ def small_and_quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(published, "start", partial(published.start, buckets=64))
-        patch.setattr(published, "score", partial(published.score, warm_tokens=100))
+        patch.setattr(published, "start", partial(published.start, buckets=64, warm_tokens=100))
         yield
     torch.set_num_threads(threads)
 
@@ -115,6 +114,7 @@ def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> N
     rule = published.start(frozen.vocab_size)
     nats, mass = dict.fromkeys(("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0), 0.0
     for chunk in found:
+        published.open_chunk(rule, chunk.stop - chunk.start)
         history = torch.stack([text[(torch.arange(chunk.start, chunk.stop) - back).clamp(0)] for back in (2, 1)], 1)
         for piece in pieces(chunk, CONFIG):
             rows = {name: piece_rows(m, text, piece, CONFIG) for name, m in (("a", frozen), ("b", adapter.scorer))}

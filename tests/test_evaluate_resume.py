@@ -47,8 +47,7 @@ CHUNKS = 5
 
 def small_rule(patch: pytest.MonkeyPatch) -> None:
     """The published rule with few buckets, its counts used from the second chunk on."""
-    patch.setattr(published, "start", partial(published.start, buckets=64))
-    patch.setattr(published, "score", partial(published.score, warm_tokens=100))
+    patch.setattr(published, "start", partial(published.start, buckets=64, warm_tokens=100))
 
 
 @pytest.fixture(scope="module", autouse=True)
