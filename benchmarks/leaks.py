@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hedgemix.files import read_json
-from pipeline.steps import ASIDE, RESULT
+from pipeline.step import ASIDE, RESULT
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SETTLED_SECONDS = 30.0

@@ -6,35 +6,40 @@ It holds no state of its own: what is done stands on disk, so the same command a
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayError
 from rich.console import Console
 
 from hedgemix import script, stages
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from pipeline import measures, results, runs, tasks
-from pipeline.progress import BoardActor, View
-from pipeline.results import Row
-from pipeline.rows import build_row, origin
-from pipeline.runs import SeedSteps
-from pipeline.steps import ERROR, DamagedStepError, Step, check, set_aside
-from pipeline.tasks import Job
-from pipeline.trackers import Subject, Trackers, follow
+from pipeline import graph, metrics, tasks
+from pipeline.board import BoardActor
+from pipeline.failures import cause, explain, lost
+from pipeline.follower import Trackers, follow
+from pipeline.graph import SeedSteps
+from pipeline.job import Job
+from pipeline.live_view import View
+from pipeline.provenance import origin
+from pipeline.recovery import set_aside
+from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
+from pipeline.row import build_row
+from pipeline.schema import Row
+from pipeline.step import ERROR, DamagedStepError, Step, check
+from pipeline.table import write_rows
+from pipeline.tracked_record import TrackedRecord
+from pipeline.train_job import train_seed
 
 POLL_SECONDS = 0.5
 FIRST_REST_SECONDS = 1.0
 STAGES = ("train", "quantize", "score", "evaluate")
-ERRORS_OF_THE_OTHERS = ("Connection closed", "Connection reset", "NCCL", "gloo", "HealthCheck")
-"""What ranks say that only noticed another one fail."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """Ray's frames have them, also in a file."""
 
@@ -123,7 +128,7 @@ class Drive:
                 continue
             if not self.stands(seed, "train"):
                 if slots > 0 and self.ready(seed, "train"):
-                    self.running[tasks.train_seed.remote(self.job, steps.train, seed)] = (seed, "train")
+                    self.running[train_seed.remote(self.job, steps.train, seed)] = (seed, "train")
                     slots -= 1
                 continue
             for stage, start in (("quantize", tasks.start_quantize), ("score", tasks.start_score)):
@@ -195,10 +200,10 @@ class Drive:
         """The table as it stands; a write that storage refuses now is made up for by the next."""
         rows = self.rows()
         with contextlib.suppress(OSError):
-            results.write(self.counts.storage, rows)
+            write_rows(self.counts.storage, rows)
         with contextlib.suppress(RayError):
             for row in rows:
-                self.job.board.row.remote(row.seed, measures.row_numbers(row))
+                self.job.board.row.remote(row.seed, metrics.row_numbers(row))
         self.listen()  # a seed's last words come before its row
         self.trackers.rows(rows)
 
@@ -251,15 +256,15 @@ def drive(
     check_capacity(resolved, evaluate_cpus, console)
     code = script.n_bytes(recipe)  # of the recipe as it is written, not of this machine's share
     made_by = origin() | {"requirements": script.requirements(recipe)}
-    board = BoardActor.remote(record, measures.meanings())
+    board = BoardActor.remote(record, metrics.meanings())
     job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, board)
     storage = data.storage
-    trackers = follow(track, Subject(storage, record, recipe), lambda text: console.print(text, markup=False))
-    counts = runs.counts_step(storage, recipe, dataset)
+    trackers = follow(track, TrackedRecord(storage, record, recipe), lambda text: console.print(text, markup=False))
+    counts = graph.counts_step(storage, recipe, dataset)
     work = Drive(record, recipe, dataset, seeds, counts, job, console, trackers)
     work.look()
     work.check_artifacts()
-    results.write(storage, work.rows())
+    write_rows(storage, work.rows())
     try:
         with View(tuple(seeds), console) as view:
             while True:
@@ -277,95 +282,7 @@ def drive(
             with contextlib.suppress(RayError):
                 ray.cancel(reference)
         rows = work.rows()
-        results.write(storage, rows)
+        write_rows(storage, rows)
         trackers.rows(rows)
         trackers.close()
     return rows
-
-
-def fits(node: dict[str, Any], count: int, cpus: float, gpus: float) -> int:
-    """How often `count` ranks of `cpus` and `gpus` each fit the node at once."""
-    if not node["Alive"]:
-        return 0
-    here = node["Resources"]
-    times = [here.get(name, 0) // (count * each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
-    return int(min(times, default=1))
-
-
-def training_slots(recipe: Recipe) -> int:
-    """Training jobs that fit the cluster's machines at once; each has one machine's share for itself."""
-    compute = recipe.compute
-    return sum(fits(node, compute.workers, compute.cpus_per_worker, compute.gpus_per_worker) for node in ray.nodes())
-
-
-def check_capacity(recipe: Recipe, evaluate_cpus: float, console: Console) -> None:
-    """On a machine of our own, refuse at once what could only wait for ever; a cluster may still get its nodes."""
-    compute = recipe.compute
-    for purpose, ranks, cpus in (
-        ("trains a seed", compute.workers, compute.cpus_per_worker),
-        ("evaluates a seed", compute.evaluate_workers, evaluate_cpus),
-    ):
-        if any(fits(node, ranks, cpus, compute.gpus_per_worker) for node in ray.nodes()):
-            continue
-        largest = [max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("GPU", "CPU")]
-        needs = (
-            f"recipe {recipe.recipe} {purpose} on one machine with {ranks} ranks of {compute.gpus_per_worker:g} GPU "
-            f"and {cpus:g} CPU; the largest here has {largest[0]:g} GPU and {largest[1]:g} CPU"
-        )
-        if not on_cluster():
-            raise RecipeError(
-                f"{needs}. Lower compute.workers, compute.evaluate_workers, compute.gpus_per_worker or "
-                "compute.cpus_per_worker, or run on a cluster"
-            )
-        console.print(f"{needs}: waiting for such a machine", soft_wrap=True)
-
-
-def on_cluster() -> bool:
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:
-    """The recipe with cpus_per_worker 0 replaced by a worker's share of the largest machine's CPUs, and the CPUs of an
-    evaluating rank, by the same rule."""
-    compute = recipe.compute
-    if compute.cpus_per_worker:
-        return recipe, compute.cpus_per_worker
-    able = [node["Resources"] for node in ray.nodes() if fits(node, compute.workers, 0, compute.gpus_per_worker)]
-    largest = max((resources.get("CPU", 0) for resources in able), default=0)
-    if not largest:
-        raise RecipeError(
-            f"no node with {compute.workers * compute.gpus_per_worker:g} GPU is there to tell its CPUs; set "
-            "compute.cpus_per_worker"
-        )
-    resolved = replace(compute, cpus_per_worker=max(1.0, largest // compute.workers))
-    return replace(recipe, compute=resolved), max(1.0, largest // compute.evaluate_workers)
-
-
-def cause(error: BaseException) -> BaseException:
-    """What a task raised, without Ray's frames."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
-
-
-def lost(error: Exception) -> bool:
-    """Whether a process, a machine or storage failed, not the work: worth another try. The process may be one that a
-    task waited for: a rank, or Ray Train's controller."""
-    found = cause(error)
-    return isinstance(found, (OSError, RayError)) and not isinstance(found, (RayTaskError, TaskCancelledError))
-
-
-def explain(error: BaseException) -> str:
-    """The cause in one line: what a person can act on, without Ray's frames."""
-    found = cause(error)
-    failures = getattr(found, "worker_failures", None)
-    if failures:
-        ranks = sorted(failures, key=lambda rank: (blames_another(failures[rank]), rank))
-        return f"worker {ranks[0]}: {explain(failures[ranks[0]])}"
-    name = type(found).__name__
-    text = next((line.strip() for line in str(found).splitlines() if line.strip()), "no message")
-    return text if text.startswith(name) or name == "RuntimeError" else f"{name}: {text}"
-
-
-def blames_another(error: BaseException) -> bool:
-    return any(sign in f"{type(error).__name__} {error}" for sign in ERRORS_OF_THE_OTHERS)

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
-from pipeline import results
+from pipeline import schema
 from pipeline.storage import REMOTE, Storage, store, told
+from pipeline.table import table_path
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Record:
     @property
     def table(self) -> str:
         """Where its parquet file lies."""
-        return self.storage.where(results.table_path(self.storage, self.name))
+        return self.storage.where(table_path(self.storage, self.name))
 
     @property
     def folder(self) -> Path:
@@ -105,7 +106,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
         found = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
         raise RecipeError(f"{run} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    lacking = [name for name in results.schema().names if name not in found.column_names]
+    lacking = [name for name in schema.schema().names if name not in found.column_names]
     if lacking:
         raise RecipeError(
             f"{run} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "

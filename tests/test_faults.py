@@ -39,7 +39,7 @@ from ray.exceptions import RayActorError
 from benchmarks import fault
 from benchmarks.cluster import until
 from hedgemix import clock
-from pipeline import driver, tasks
+from pipeline import failures, tasks
 
 
 def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str]:
@@ -98,10 +98,10 @@ def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> 
     task = ray.remote(num_cpus=0, max_retries=0)(wait)
     with pytest.raises(RayActorError) as caught:
         ray.get(task.remote(False))
-    assert driver.lost(caught.value)
+    assert failures.lost(caught.value)
     with pytest.raises(ValueError, match="itself") as failed:
         ray.get(task.remote(True))
-    assert not driver.lost(failed.value)
+    assert not failures.lost(failed.value)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from hedgemix.config import DataConfig, Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.recipes import RECIPES
-from pipeline import runs
+from pipeline import graph
 from pipeline.storage import Storage
 
 
@@ -24,7 +24,7 @@ def dataset(**changes: Any) -> Dataset:
 
 
 def keys(recipe: Recipe, data: Dataset, seed: int = 1) -> dict[str, str]:
-    return {step.kind: step.key for step in runs.seed_steps(Storage("", Path("r")), recipe, data, seed).all()}
+    return {step.kind: step.key for step in graph.seed_steps(Storage("", Path("r")), recipe, data, seed).all()}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -59,26 +59,26 @@ def test_the_data_step_sees_its_files_change(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
     config = DataConfig(source="text", paths=(str(tmp_path),))
-    before = runs.data_step(Storage("", tmp_path), config).key
-    assert runs.data_step(Storage("", tmp_path), config).key == before
+    before = graph.data_step(Storage("", tmp_path), config).key
+    assert graph.data_step(Storage("", tmp_path), config).key == before
     file.write_text("longer")
-    assert runs.data_step(Storage("", tmp_path), config).key != before
+    assert graph.data_step(Storage("", tmp_path), config).key != before
 
 
 def test_the_data_step_looks_at_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
     shards, text = DataConfig(source="shards", shards_dir="shards"), DataConfig(source="text", paths=(".",))
-    before = runs.data_step(Storage("", tmp_path), shards).key, runs.data_step(Storage("", tmp_path), text).key
+    before = graph.data_step(Storage("", tmp_path), shards).key, graph.data_step(Storage("", tmp_path), text).key
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "one.parquet.tmp").write_text("x")
     assert (
-        runs.data_step(Storage("", tmp_path), shards).key,
-        runs.data_step(Storage("", tmp_path), text).key,
+        graph.data_step(Storage("", tmp_path), shards).key,
+        graph.data_step(Storage("", tmp_path), text).key,
     ) == before
     (tmp_path / "shards" / "a_train_000000.bin").write_text("x")
     (tmp_path / "a.jsonl.zst").write_text("x")
     assert (
-        runs.data_step(Storage("", tmp_path), shards).key != before[0]
-        and runs.data_step(Storage("", tmp_path), text).key != before[1]
+        graph.data_step(Storage("", tmp_path), shards).key != before[0]
+        and graph.data_step(Storage("", tmp_path), text).key != before[1]
     )

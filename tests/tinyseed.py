@@ -19,9 +19,13 @@ from hedgemix.checkpoint import nothing
 from hedgemix.clock import never
 from hedgemix.config import Recipe, from_dict
 from hedgemix.files import silent
-from pipeline import record, results, rows, runs
-from pipeline.steps import Made, Step, clocked, keep, perform
+from pipeline import graph, record
+from pipeline.provenance import origin
+from pipeline.recovery import clocked
+from pipeline.row import build_row
+from pipeline.step import Made, Step, keep, perform
 from pipeline.storage import Storage
+from pipeline.table import write_rows
 
 
 def recipe(text: Path, folder: Path, *options: str) -> Recipe:
@@ -49,8 +53,8 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
     """A finished record as the driver leaves it, its steps done in this process; the path of its table."""
     storage, made = Storage("", folder), []
     dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
-    code, made_by = script.n_bytes(recipe), rows.origin() | {"requirements": script.requirements(recipe)}
-    counts = runs.counts_step(storage, recipe, dataset)
+    code, made_by = script.n_bytes(recipe), origin() | {"requirements": script.requirements(recipe)}
+    counts = graph.counts_step(storage, recipe, dataset)
 
     def do(step: Step, work: Callable[[], dict[str, Any]]) -> None:
         def made() -> Made:
@@ -61,7 +65,7 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
 
     do(counts, lambda: stages.counts_stage(recipe, dataset, counts.folder))
     for seed in seeds:
-        steps = runs.seed_steps(storage, recipe, dataset, seed)
+        steps = graph.seed_steps(storage, recipe, dataset, seed)
         train, quantize, evaluate = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
         room = stages.artifact_room(recipe, code)
         artifact, index = quantize / stages.ARTIFACT, counts.folder / stages.INDEX
@@ -70,8 +74,8 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
         do(steps.quantize, partial(stages.quantize_stage, recipe, dataset, seed, train, quantize, room))
         parts = recipe, dataset, artifact, index, evaluate, silent, False, nothing, never
         do(steps.evaluate, lambda parts=parts: stages.evaluate_stage(*parts) | {"code_bytes": code})
-        made.append(rows.build_row("tiny", recipe, dataset, steps, steps.records(), counts.record(), None))
-    return results.write(storage, made)
+        made.append(build_row("tiny", recipe, dataset, steps, steps.records(), counts.record(), None))
+    return write_rows(storage, made)
 
 
 def recipe_of(row: dict[str, Any]) -> Recipe:

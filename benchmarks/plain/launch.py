@@ -24,8 +24,8 @@ from hedgemix.checkpoint import nothing
 from hedgemix.clock import never
 from hedgemix.config import Recipe, from_dict
 from hedgemix.files import read_json, silent
-from pipeline import runs
-from pipeline.steps import Made, Step, keep, perform
+from pipeline import graph
+from pipeline.step import Made, Step, keep, perform
 from pipeline.storage import Storage
 
 
@@ -45,9 +45,9 @@ def main(options: Options) -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     storage = Storage("", options.runs)
-    dataset = datasets.load(runs.data_step(storage, recipe.data).folder)
-    steps = runs.seed_steps(storage, recipe, dataset, options.seed)
-    counts = runs.counts_step(storage, recipe, dataset)
+    dataset = datasets.load(graph.data_step(storage, recipe.data).folder)
+    steps = graph.seed_steps(storage, recipe, dataset, options.seed)
+    counts = graph.counts_step(storage, recipe, dataset)
     trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
     artifact, index = exported / stages.ARTIFACT, counts.folder / stages.INDEX
     alone = silent, False, nothing, never

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-
-from hedgemix import __version__, claim, script, stages
+from hedgemix import claim, stages
 from hedgemix.config import Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
-from pipeline.results import Row
-from pipeline.runs import SeedSteps
+from pipeline.graph import SeedSteps
+from pipeline.schema import Row
 
 
 def build_row(
@@ -88,28 +82,3 @@ def build_row(
 
 def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int) -> bool:
     return not stages.excesses(recipe.limits, total_bytes, values["train_seconds"], values["evaluate_seconds"])
-
-
-@cache
-def origin() -> dict[str, Any]:
-    """The versions and the git state of what runs here; git is empty outside a checkout (a job's working directory)."""
-    root = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {
-        "hedgemix_version": __version__,
-        "code_sha256": script.sha256(),
-        "torch_version": torch.__version__,
-        "ray_version": ray.__version__,
-        "python_version": platform.python_version(),
-        "git_commit": commit,
-        "git_dirty": None if dirty is None else bool(dirty),
-    }

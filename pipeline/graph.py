@@ -23,7 +23,7 @@ from typing import Any
 from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
-from pipeline.steps import Step
+from pipeline.step import Step
 from pipeline.storage import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
