@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from pipeline import graph, metrics, tasks
 from pipeline.board import BoardActor
-from pipeline.failures import cause, explain, lost
+from pipeline.failures import Fail, Place, Repair, Restarts, classify, explain
 from pipeline.follower import Trackers, follow
 from pipeline.graph import SeedSteps
 from pipeline.job import Job
@@ -38,7 +37,6 @@ from pipeline.tracked_record import TrackedRecord
 from pipeline.train_job import train_seed
 
 POLL_SECONDS = 0.5
-FIRST_REST_SECONDS = 1.0
 STAGES = ("train", "quantize", "score", "evaluate")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """Ray's frames have them, also in a file."""
@@ -56,13 +54,10 @@ class Drive:
     job: Job
     console: Console
     trackers: Trackers
+    restarts: Restarts
     errors: dict[int, str] = field(default_factory=dict)
     count_error: str = ""
-    running: dict[Any, tuple[int | None, str]] = field(default_factory=dict)
-    tries: Counter[tuple[int | None, str]] = field(default_factory=Counter)
-    """How often each stage was started again."""
-    resting: dict[tuple[int | None, str], float] = field(default_factory=dict)
-    """When a stage that was lost may start again: storage that fails now may not in a moment."""
+    running: dict[Any, Place] = field(default_factory=dict)
     records: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """What stands of each seed, by the kind of step; read when a task ends, not every moment."""
     counted: dict[str, Any] | None = None
@@ -106,7 +101,7 @@ class Drive:
         return (seed, stage) in self.running.values()
 
     def ready(self, seed: int | None, stage: str) -> bool:
-        return not self.busy(seed, stage) and time.monotonic() >= self.resting.get((seed, stage), 0.0)
+        return not self.busy(seed, stage) and self.restarts.rested((seed, stage))
 
     def unfinished(self) -> bool:
         return any(not self.done(seed) for seed in self.seeds if seed not in self.errors)
@@ -159,17 +154,14 @@ class Drive:
         return bool(done)
 
     def failed(self, seed: int | None, stage: str, error: Exception) -> None:
-        """Start the stage again if a process, a machine or storage failed it, and as often as the recipe says."""
-        place, damaged = (seed, stage), cause(error)
-        again = self.tries[place] < self.job.recipe.compute.max_restarts
-        if again and (lost(error) or isinstance(damaged, DamagedStepError)):
-            self.tries[place] += 1
-            self.resting[place] = time.monotonic() + FIRST_REST_SECONDS * 2 ** (self.tries[place] - 1)
-            if isinstance(damaged, DamagedStepError):
+        """Start the stage again if that is worth it (`failures`), or let the seed fail."""
+        verdict = classify(error)
+        if not isinstance(verdict, Fail) and self.restarts.grant((seed, stage)):
+            if isinstance(verdict, Repair):
                 steps = (*(self.seeds[seed].all() if seed is not None else ()), self.counts)
                 for step in steps:
-                    if step.name == damaged.step:
-                        self.repair(seed, step, damaged)
+                    if step.name == verdict.damaged.step:
+                        self.repair(seed, step, verdict.damaged)
             else:
                 who = "counts" if seed is None else f"seed {seed}: {stage}"
                 self.console.print(f"{who} was lost, starts again: {explain(error)}", markup=False, soft_wrap=True)
@@ -261,7 +253,7 @@ def drive(
     storage = data.storage
     trackers = follow(track, TrackedRecord(storage, record, recipe), lambda text: console.print(text, markup=False))
     counts = graph.counts_step(storage, recipe, dataset)
-    work = Drive(record, recipe, dataset, seeds, counts, job, console, trackers)
+    work = Drive(record, recipe, dataset, seeds, counts, job, console, trackers, Restarts(recipe.compute.max_restarts))
     work.look()
     work.check_artifacts()
     write_rows(storage, work.rows())

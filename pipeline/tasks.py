@@ -12,6 +12,7 @@ import ray
 
 from hedgemix import ranks, stages
 from hedgemix.ranks import backend
+from pipeline.failures import RAY_RETRIES
 from pipeline.gang import Gang, run_gang
 from pipeline.graph import SeedSteps
 from pipeline.job import HEAD, Job, one_writer, use_cpus
@@ -92,7 +93,7 @@ def task(job: Job, function: Callable[..., Any]) -> Any:
     """As a Ray task. On a GPU in a process of its own: a worker that Ray used again would keep the memory, and the
     choice, of its first GPU. On a CPU in one that is there already, with its imports, a few seconds sooner. The driver
     starts lost tasks again, so that one place counts."""
-    return ray.remote(max_calls=1 if job.recipe.compute.gpus_per_worker else 0, max_retries=0)(function)
+    return ray.remote(max_calls=1 if job.recipe.compute.gpus_per_worker else 0, max_retries=RAY_RETRIES)(function)
 
 
 def one_worker(job: Job) -> dict[str, Any]:

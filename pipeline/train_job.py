@@ -18,6 +18,7 @@ from hedgemix import ranks, stages
 from hedgemix.config import config_hash
 from hedgemix.ranks import backend
 from hedgemix.train import DivergedError
+from pipeline.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.job import HEAD, Job, one_writer, use_cpus
 from pipeline.preemption import Notice
 from pipeline.recovery import forget
@@ -42,7 +43,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             log = job.log(seed, "train")
             result = stages.train_stage(recipe, job.dataset, seed, step.folder, log, profile, kept, notice)
         return {"made": keep(step, result) if ranks.rank() == 0 else Made(result, {}, {})}
-    except (DivergedError, ValueError) as error:
+    except MISTAKES as error:
         if isinstance(error, DivergedError) and ranks.rank() == 0:
             forget(step)  # the same command tries again from the beginning, also on another machine
         return {"error": f"{type(error).__name__}: {error}"}
@@ -61,7 +62,7 @@ def scratch(step: Step) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@ray.remote(num_cpus=0, max_retries=0, resources=HEAD)
+@ray.remote(num_cpus=0, max_retries=RAY_RETRIES, resources=HEAD)
 def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
     """Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes on
     from the checkpoint in the step's folder with the budget that is left."""
@@ -89,9 +90,7 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
                 run_config=RunConfig(
                     name=f"seed{seed}-{uuid.uuid4().hex[:8]}",
                     storage_path=str(notes),
-                    failure_config=FailureConfig(
-                        max_failures=compute.max_restarts, max_preemption_failures=compute.max_restarts
-                    ),
+                    failure_config=FailureConfig(**ray_train_restarts(compute)),
                 ),
             )
             told = trainer.fit().return_value

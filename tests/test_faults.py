@@ -98,10 +98,10 @@ def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> 
     task = ray.remote(num_cpus=0, max_retries=0)(wait)
     with pytest.raises(RayActorError) as caught:
         ray.get(task.remote(False))
-    assert failures.lost(caught.value)
+    assert isinstance(failures.classify(caught.value), failures.Retry)
     with pytest.raises(ValueError, match="itself") as failed:
         ray.get(task.remote(True))
-    assert not failures.lost(failed.value)
+    assert isinstance(failures.classify(failed.value), failures.Fail)
 
 
 @pytest.mark.slow
