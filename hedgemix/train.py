@@ -49,7 +49,9 @@ class DivergedError(RuntimeError):
 @dataclass(frozen=True)
 class TrainResult:
     parameters: int
+    """Trained weights of the model."""
     steps: int
+    """Optimizer steps."""
     tokens: int
     """Training tokens over all steps that count (work lost to a restart is not counted)."""
     train_loss_nats: float
@@ -57,11 +59,15 @@ class TrainResult:
     train_seconds: float
     """Budget used: loop, EMA and calibration, over all restarts."""
     loop_seconds: float
+    """Part of train_seconds in the training loop, checkpoints included."""
     calibrate_seconds: float
+    """Part of train_seconds after the loop: averaging and calibration."""
     warmup_seconds: float
     """Before the clock: building, compiling, warm-up steps (of the last start)."""
     ms_per_step: float
+    """Milliseconds of the training loop per step."""
     restarts: int
+    """Starts of the training after the first."""
     checkpoint_failures: int
     """Checkpoints of the last start that storage did not take."""
     qat_steps: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,36 @@ from hedgemix.config import Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline.graph import SeedSteps
 from pipeline.schema import Row
+
+
+def _columns(*same: str, **renamed: str) -> dict[str, str]:
+    """Fields that are named like their column, and those that are not."""
+    return {name: name for name in same} | renamed
+
+
+RESULT_COLUMNS = {
+    "train": _columns(
+        "parameters", "steps", "train_loss_nats", "train_seconds", "loop_seconds", "calibrate_seconds",
+        "warmup_seconds", "ms_per_step", "restarts", "checkpoint_failures", "qat_steps", "peak_memory_bytes",
+        "hardware", tokens="train_tokens",
+    ),
+    "score": _columns("bpb_full"),
+    "quantize": _columns(
+        "theta", "expected_loss_nats", "gptq_seconds", "largest_damping", "artifact_bytes", "bits_per_weight",
+        "artifact_sha256",
+    ),
+    "evaluate": _columns(
+        "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published",
+        "published_mass", "nats_per_token", "evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds",
+        "expert_names", "expert_weights", "ensemble_names", "ensemble_weights", "code_bytes",
+    ),
+}  # fmt: skip
+"""Which column a field of a stage's result fills, by the kind of step; code_bytes is of the step alone. The result.json
+of an older hedgemix may lack a field: its column stays empty."""
+SECONDS_COLUMNS = {"score": "score_seconds", "quantize": "quantize_seconds"}
+"""Which column the seconds of the whole step fill; training and evaluation have clocks of their own."""
+_filled = [column for fields in RESULT_COLUMNS.values() for column in fields.values()] + [*SECONDS_COLUMNS.values()]
+assert len(set(_filled)) == len(_filled), "two stages fill one column"
 
 
 def build_row(
@@ -31,20 +60,14 @@ def build_row(
     done = len(records) == len(steps.all())
     last = max(records, key=lambda found: found["finished_at"], default={})
     codes = {found["origin"].get("code_sha256") for found in records}
-    values: dict[str, Any] = {}
-    for found in records:
-        values.update(found["result"])
-        values[f"{found['kind']}_seconds"] = values.get(f"{found['kind']}_seconds", found["seconds"])
+    values = filled(standing)
     total = values["artifact_bytes"] + values["code_bytes"] if done else None
-    columns = {field.name for field in dataclasses.fields(Row)}
-    known = {name: value for name, value in values.items() if name in columns}
-    known |= {
+    known = values | {
         "status": "done" if done else "failed" if error else "pending",
         "error": None if done else error,
         "attempts": sum(found["attempts"] for found in records) if records else None,
         "lost_seconds": sum(found["lost_seconds"] for found in records) if records else None,
         "counts_seconds": counted["seconds"] if counted else None,
-        "train_tokens": values.get("tokens"),
         "order": recipe.evaluate.order,
         "total_bytes": total,
         "limit_bytes": recipe.limits.total_bytes,
@@ -78,6 +101,16 @@ def build_row(
         config=json.dumps(to_dict(recipe)),
         **known,
     )
+
+
+def filled(standing: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what the results of these steps fill, by column."""
+    values: dict[str, Any] = {}
+    for kind, found in standing.items():
+        values |= {column: found["result"].get(name) for name, column in RESULT_COLUMNS[kind].items()}
+        if kind in SECONDS_COLUMNS:
+            values[SECONDS_COLUMNS[kind]] = found["seconds"]
+    return values
 
 
 def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int) -> bool:

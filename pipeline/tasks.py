@@ -6,12 +6,14 @@ Every task is idempotent: it does its step unless the step's result.json is ther
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import ray
 
 from hedgemix import ranks, stages
 from hedgemix.ranks import backend
+from hedgemix.stages import RunOptions
 from pipeline.failures import RAY_RETRIES
 from pipeline.gang import Gang, run_gang
 from pipeline.graph import SeedSteps
@@ -23,12 +25,14 @@ from pipeline.step import Made, Step, fetch, keep, perform
 
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     use_cpus(job.recipe.compute.cpus_per_worker)
-    log = job.log(seed, "score")
 
     def work() -> Made:
         with clocked(step):
             reads = fetch(train, "weights.pt") | fetch(job.data)
-            return keep(step, stages.score_stage(job.recipe, job.dataset, train.folder, log), reads)
+            result = stages.score_stage(
+                recipe=job.recipe, dataset=job.dataset, train_folder=train.folder, log=job.log(seed, "score")
+            )
+            return keep(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
 
@@ -40,9 +44,15 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
     def work() -> Made:
         with clocked(step):
             reads = fetch(train, "weights.pt", "moments.pt") | fetch(job.data)
-            room = stages.artifact_room(job.recipe, job.code_bytes)
-            result = stages.quantize_stage(job.recipe, job.dataset, seed, train.folder, step.folder, room)
-            return keep(step, result, reads)
+            result = stages.quantize_stage(
+                recipe=job.recipe,
+                dataset=job.dataset,
+                seed=seed,
+                train_folder=train.folder,
+                folder=step.folder,
+                room_bytes=stages.artifact_room(job.recipe, job.code_bytes),
+            )
+            return keep(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
 
@@ -53,7 +63,8 @@ def count(job: Job, step: Step) -> dict[str, Any]:
     def work() -> Made:
         with clocked(step):
             reads = fetch(job.data)
-            return keep(step, stages.counts_stage(job.recipe, job.dataset, step.folder), reads)
+            result = stages.counts_stage(recipe=job.recipe, dataset=job.dataset, folder=step.folder)
+            return keep(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
 
@@ -61,16 +72,22 @@ def count(job: Job, step: Step) -> dict[str, Any]:
 def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
     """One rank of the evaluation; what rank 0 returns tells the files too."""
     use_cpus(job.evaluate_cpus)
-    step, log = steps.evaluate, job.log(steps.seed, "evaluate")
+    step = steps.evaluate
     with one_writer(job, step) as kept, Notice() as notice:
         reads = fetch(steps.quantize, stages.ARTIFACT) | fetch(counts) if ranks.rank() == 0 else {}
         ranks.barrier()
-        artifact, index = steps.quantize.folder / stages.ARTIFACT, counts.folder / stages.INDEX
         result = stages.evaluate_stage(
-            job.recipe, job.dataset, artifact, index, step.folder, log, job.profile, kept, notice
+            recipe=job.recipe,
+            dataset=job.dataset,
+            artifact_path=steps.quantize.folder / stages.ARTIFACT,
+            index_folder=counts.folder / stages.INDEX,
+            folder=step.folder,
+            options=RunOptions(
+                log=job.log(steps.seed, "evaluate"), profile=job.profile, on_file_written=kept, preempted=notice
+            ),
         )
-        result["code_bytes"] = job.code_bytes
-        return keep(step, result, reads) if ranks.rank() == 0 else Made(result, {}, {})
+        told = asdict(result) | {"code_bytes": job.code_bytes}
+        return keep(step, told, reads) if ranks.rank() == 0 else Made(told, {}, {})
 
 
 def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from hedgemix import ranks, stages
 from hedgemix.config import config_hash
 from hedgemix.ranks import backend
+from hedgemix.stages import RunOptions
 from hedgemix.train import DivergedError
 from pipeline.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.job import HEAD, Job, one_writer, use_cpus
@@ -39,10 +41,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"--out is not on storage that this node shares: {job.data.folder} is not there"}
     try:
         with one_writer(job, step) as kept, Notice() as notice:
-            profile = step.folder if job.profile else None
-            log = job.log(seed, "train")
-            result = stages.train_stage(recipe, job.dataset, seed, step.folder, log, profile, kept, notice)
-        return {"made": keep(step, result) if ranks.rank() == 0 else Made(result, {}, {})}
+            result = stages.train_stage(
+                recipe=recipe,
+                dataset=job.dataset,
+                seed=seed,
+                folder=step.folder,
+                options=RunOptions(
+                    log=job.log(seed, "train"), profile=job.profile, on_file_written=kept, preempted=notice
+                ),
+            )
+        told = asdict(result)
+        return {"made": keep(step, told) if ranks.rank() == 0 else Made(told, {}, {})}
     except MISTAKES as error:
         if isinstance(error, DivergedError) and ranks.rank() == 0:
             forget(step)  # the same command tries again from the beginning, also on another machine

@@ -28,11 +28,10 @@ from rich.console import Console
 from hedgemix import artifact, claim, match, ngram, shards, stages
 from hedgemix import clock as clocks
 from hedgemix import dataset as datasets
-from hedgemix.checkpoint import Checkpoints, nothing
-from hedgemix.clock import never
+from hedgemix.checkpoint import Checkpoints
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, silent, write_json
+from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
 from hedgemix.lines import Lines
 from hedgemix.tokenizer import load as load_tokenizer
 from pipeline import ray_session, record, status
@@ -151,17 +150,24 @@ def test_a_training_begins_anew_instead_of_taking_up_a_bomb_and_weights_are_refu
     plant(folder / "checkpoint-9.pt", bomb, "zip")
     list_checkpoint(folder, 9)
     recipe = replace(recipe, train=replace(recipe.train, steps=2))
-    result = stages.train_stage(recipe, dataset, 1, folder, silent, None, nothing, never)
-    assert result["steps"] == 2
+    result = stages.train_stage(recipe=recipe, dataset=dataset, seed=1, folder=folder)
+    assert result.steps == 2
     for name in ("weights.pt", "moments.pt"):
         sound = (folder / name).read_bytes()
         plant(folder / name, bomb, "zip")
         with pytest.raises(DamagedFileError, match="run again"):
-            stages.quantize_stage(recipe, dataset, 1, folder, tmp_path / "quantize", 10**6)
+            stages.quantize_stage(
+                recipe=recipe,
+                dataset=dataset,
+                seed=1,
+                train_folder=folder,
+                folder=tmp_path / "quantize",
+                room_bytes=10**6,
+            )
         (folder / name).write_bytes(sound)
     plant(folder / "weights.pt", bomb, "legacy")
     with pytest.raises(DamagedFileError, match="run again"):
-        stages.score_stage(recipe, dataset, folder, silent)
+        stages.score_stage(recipe=recipe, dataset=dataset, train_folder=folder)
 
 
 def made(step: Step, content: bytes = b"ours") -> Callable[[], Made]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ import tyro
 
 from hedgemix import dataset as datasets
 from hedgemix import ranks, script, stages
-from hedgemix.checkpoint import nothing
-from hedgemix.clock import never
 from hedgemix.config import Recipe, from_dict
-from hedgemix.files import read_json, silent
+from hedgemix.files import read_json
 from pipeline import graph
 from pipeline.step import Made, Step, keep, perform
 from pipeline.storage import Storage
@@ -49,24 +47,23 @@ def main(options: Options) -> None:
     steps = graph.seed_steps(storage, recipe, dataset, options.seed)
     counts = graph.counts_step(storage, recipe, dataset)
     trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
-    artifact, index = exported / stages.ARTIFACT, counts.folder / stages.INDEX
-    alone = silent, False, nothing, never
-    code = script.n_bytes(recipe)
+    places: Any = {"artifact_path": exported / stages.ARTIFACT, "index_folder": counts.folder / stages.INDEX}
+    given: Any = {"recipe": recipe, "dataset": dataset}
+    code, seed = script.n_bytes(recipe), options.seed
     room = stages.artifact_room(recipe, code)
     work: dict[str, tuple[Step, Callable[[], dict[str, Any]]]] = {
-        "train": (
-            steps.train,
-            lambda: stages.train_stage(recipe, dataset, options.seed, trained, silent, None, nothing, never),
-        ),
+        "train": (steps.train, lambda: asdict(stages.train_stage(**given, seed=seed, folder=trained))),
         "quantize": (
             steps.quantize,
-            lambda: stages.quantize_stage(recipe, dataset, options.seed, trained, exported, room),
+            lambda: asdict(
+                stages.quantize_stage(**given, seed=seed, train_folder=trained, folder=exported, room_bytes=room)
+            ),
         ),
-        "score": (steps.score, lambda: stages.score_stage(recipe, dataset, trained, silent)),
-        "counts": (counts, lambda: stages.counts_stage(recipe, dataset, counts.folder)),
+        "score": (steps.score, lambda: asdict(stages.score_stage(**given, train_folder=trained))),
+        "counts": (counts, lambda: asdict(stages.counts_stage(**given, folder=counts.folder))),
         "evaluate": (
             steps.evaluate,
-            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, *alone) | {"code_bytes": code},
+            lambda: asdict(stages.evaluate_stage(**given, **places, folder=folder)) | {"code_bytes": code},
         ),
     }
     for name in options.stages:
