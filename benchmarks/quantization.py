@@ -148,9 +148,9 @@ def main(options: Options) -> None:
         sys.exit(f"error: {options.table} has no finished row of these seeds")
     recipe = from_dict(Recipe, json.loads(table.iloc[0].config))
     text = dataset.load(Path(table.iloc[0].dataset_path))
-    found = []
+    found, storage = [], Storage("", options.table.resolve().parent)
     for number in table.seed.tolist():
-        folder = graph.seed_steps(Storage("", options.table.resolve().parent), recipe, text, number).train.folder
+        folder = graph.seed_steps(storage, recipe, text, number, room_bytes=0).train.folder  # training reads no room
         if not (folder / "moments.pt").exists():
             sys.exit(f"error: {folder} has no moments.pt; run the record again with this version")
         with tempfile.TemporaryDirectory() as scratch:

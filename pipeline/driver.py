@@ -17,13 +17,12 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from hedgemix import script, stages
-from hedgemix.config import Recipe, RecipeError
-from hedgemix.dataset import Dataset
-from pipeline import graph, metrics, tasks
+from hedgemix.config import RecipeError
+from pipeline import metrics, tasks
 from pipeline.board import BoardActor
 from pipeline.failures import Fail, Place, Repair, Restarts, classify, explain
 from pipeline.follower import Trackers, follow
-from pipeline.graph import SeedSteps
+from pipeline.graph import RecordPlan, SeedSteps
 from pipeline.job import Job
 from pipeline.live_view import View
 from pipeline.provenance import origin
@@ -46,11 +45,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 class Drive:
     """One record being driven; `running` maps a Ray task to its seed (None: shared) and stage."""
 
-    record: str
-    recipe: Recipe
-    dataset: Dataset
-    seeds: dict[int, SeedSteps]
-    counts: Step
+    plan: RecordPlan
     job: Job
     console: Console
     trackers: Trackers
@@ -64,9 +59,13 @@ class Drive:
     heard_ns: int = 0
     """The time of the last progress record that was passed on."""
 
+    @property
+    def seeds(self) -> dict[int, SeedSteps]:
+        return self.plan.seeds
+
     def look(self) -> None:
         """Read what stands. What was made from files that since had to be made again does not, and is set aside."""
-        self.counted = self.counts.record()
+        self.counted = self.plan.counts.record()
         for seed, steps in self.seeds.items():
             if seed in self.records and self.done(seed):
                 continue
@@ -115,7 +114,7 @@ class Drive:
         the order of seeds, and once those trained before are evaluated: its processes would share the cores of a timed
         evaluation. A cluster is told of all seeds, so that it can grow, and places them as nodes come free."""
         if not self.counted and not self.count_error and self.ready(None, "count"):
-            self.running[tasks.start_counts(self.job, self.counts)] = (None, "count")
+            self.running[tasks.start_counts(self.job, self.plan.counts)] = (None, "count")
         slots = len(self.seeds) if on_cluster() else 0 if self.evaluating() else training_slots(self.job.recipe)
         slots -= sum(stage == "train" for _, stage in self.running.values())
         for seed, steps in self.seeds.items():
@@ -132,7 +131,7 @@ class Drive:
             if not self.stands(seed, "quantize") or self.stands(seed, "evaluate") or not self.ready(seed, "evaluate"):
                 continue
             if self.counted:
-                self.running[tasks.start_evaluation(self.job, steps, self.counts)] = (seed, "evaluate")
+                self.running[tasks.start_evaluation(self.job, steps, self.plan.counts)] = (seed, "evaluate")
             elif self.count_error:
                 self.errors[seed] = self.count_error
 
@@ -158,7 +157,7 @@ class Drive:
         verdict = classify(error)
         if not isinstance(verdict, Fail) and self.restarts.grant((seed, stage)):
             if isinstance(verdict, Repair):
-                steps = (*(self.seeds[seed].all() if seed is not None else ()), self.counts)
+                steps = (*(self.seeds[seed].all() if seed is not None else ()), self.plan.counts)
                 for step in steps:
                     if step.name == verdict.damaged.step:
                         self.repair(seed, step, verdict.damaged)
@@ -182,17 +181,14 @@ class Drive:
 
     def rows(self) -> list[Row]:
         return [
-            build_row(
-                self.record, self.recipe, self.dataset, steps, self.records[seed], self.counted, self.errors.get(seed)
-            )
-            for seed, steps in self.seeds.items()
+            build_row(self.plan, seed, self.records[seed], self.counted, self.errors.get(seed)) for seed in self.seeds
         ]
 
     def write_rows(self) -> None:
         """The table as it stands; a write that storage refuses now is made up for by the next."""
         rows = self.rows()
         with contextlib.suppress(OSError):
-            write_rows(self.counts.storage, rows)
+            write_rows(self.plan.storage, rows)
         with contextlib.suppress(RayError):
             for row in rows:
                 self.job.board.row.remote(row.seed, metrics.row_numbers(row))
@@ -229,12 +225,9 @@ class Drive:
 
 
 def drive(
-    record: str,
-    recipe: Recipe,
-    dataset: Dataset,
-    data: Step,
-    seeds: dict[int, SeedSteps],
+    plan: RecordPlan,
     console: Console,
+    *,
     profile: bool = False,
     lost_record: Callable[[], bool] = lambda: False,
     track: tuple[str, ...] = (),
@@ -244,28 +237,26 @@ def drive(
     Ray must be initialised. Raises RecipeError when no machine of this cluster can hold the training job, or when
     `lost_record` says that another driver has taken the record over. track: the names of its trackers.
     """
-    resolved, evaluate_cpus = resolve_cpus(recipe)
-    check_capacity(resolved, evaluate_cpus, console)
-    code = script.n_bytes(recipe)  # of the recipe as it is written, not of this machine's share
-    made_by = origin() | {"requirements": script.requirements(recipe)}
-    board = BoardActor.remote(record, metrics.meanings())
-    job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, board)
-    storage = data.storage
-    trackers = follow(track, TrackedRecord(storage, record, recipe), lambda text: console.print(text, markup=False))
-    counts = graph.counts_step(storage, recipe, dataset)
-    work = Drive(record, recipe, dataset, seeds, counts, job, console, trackers, Restarts(recipe.compute.max_restarts))
+    recipe, evaluate_cpus = resolve_cpus(plan.recipe)
+    check_capacity(recipe, evaluate_cpus, console)
+    made_by = origin() | {"requirements": script.requirements(plan.recipe)}
+    board = BoardActor.remote(plan.name, metrics.meanings())
+    job = Job(plan, recipe, evaluate_cpus, made_by, profile, board)
+    tracked = TrackedRecord(plan.storage, plan.name, plan.recipe)
+    trackers = follow(track, tracked, lambda text: console.print(text, markup=False))
+    work = Drive(plan, job, console, trackers, Restarts(recipe.compute.max_restarts))
     work.look()
     work.check_artifacts()
-    write_rows(storage, work.rows())
+    write_rows(plan.storage, work.rows())
     try:
-        with View(tuple(seeds), console) as view:
+        with View(tuple(plan.seeds), console) as view:
             while True:
                 work.launch()
                 if not work.running and not work.unfinished():
                     break
                 view.update(work.states())
                 if lost_record():
-                    raise RecipeError(f"another driver has taken over record {record}; this one stops")
+                    raise RecipeError(f"another driver has taken over record {plan.name}; this one stops")
                 if work.collect():
                     work.write_rows()
             view.update(work.states())
@@ -274,7 +265,7 @@ def drive(
             with contextlib.suppress(RayError):
                 ray.cancel(reference)
         rows = work.rows()
-        write_rows(storage, rows)
+        write_rows(plan.storage, rows)
         trackers.rows(rows)
         trackers.close()
     return rows

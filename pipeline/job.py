@@ -12,8 +12,8 @@ import torch
 from hedgemix import ranks
 from hedgemix.checkpoint import Kept, nothing
 from hedgemix.config import Recipe
-from hedgemix.dataset import Dataset
 from hedgemix.files import Log
+from pipeline.graph import RecordPlan
 from pipeline.recovery import resuming
 from pipeline.step import Step, fetch
 
@@ -25,17 +25,13 @@ HEAD = {"node:__internal_head__": 0.001}
 class Job:
     """What every task of one record is given; small, so it travels by value."""
 
+    plan: RecordPlan
     recipe: Recipe
-    """With compute.cpus_per_worker resolved."""
-    dataset: Dataset
+    """The plan's, with compute.cpus_per_worker resolved."""
     evaluate_cpus: float
     """CPUs of one evaluating rank."""
-    code_bytes: int
-    """What the recipe's train_gpt.py takes."""
     origin: dict[str, Any]
     """Versions and git state of the driver's tree."""
-    data: Step
-    """What made the dataset."""
     profile: bool
     """Write profiles of training and evaluation into their steps' folders."""
     board: Any
@@ -59,6 +55,6 @@ def one_writer(job: Job, step: Step) -> Iterator[Kept]:
         kept: Kept = nothing
         if ranks.rank() == 0:
             kept = stack.enter_context(resuming(step))
-            fetch(job.data)
+            fetch(job.plan.data)
         ranks.barrier()
         yield kept

@@ -54,10 +54,10 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from pipeline import driver, graph
 from pipeline.console import print_results
+from pipeline.driver import drive
 from pipeline.follower import check_trackers
-from pipeline.graph import SeedSteps
+from pipeline.graph import RecordPlan, data_step, keep_steps, plan_record, record_folder
 from pipeline.lease import hold
 from pipeline.plan import print_plan
 from pipeline.provenance import origin
@@ -150,20 +150,20 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
     storage = open_storage(options.out)
     check_trackers(options.track, storage)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
-    folder = graph.record_folder(storage, record)
+    folder = record_folder(storage, record)
     waiting = "another driver holds this record; waiting to see whether it lives"
     with hold(storage, folder / "record.lock", lambda: console.print(waiting)) as lost:
         keep_recipe(storage, folder / "recipe.json", recipe, record)
         dataset, data = prepare(recipe, storage, console)
-        steps = {seed: graph.seed_steps(storage, recipe, dataset, seed) for seed in options.seeds}
-        graph.keep_steps(storage, record, recipe, dataset, steps.values())
-        rows = finished(record, recipe, dataset, steps)
+        plan = plan_record(record, recipe, dataset, data, options.seeds)
+        keep_steps(plan)
+        rows = finished(plan)
         if rows:
             write_rows(storage, rows)
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost, options.track)
+                rows = drive(plan, console, profile=options.profile, lost_record=lost, track=options.track)
         print_results(rows, storage.where(table_path(storage, record)), console)
         if options.report:
             write_report(storage, record, console)
@@ -183,19 +183,18 @@ def write_report(storage: Storage, record: str, console: Console) -> None:
         console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
 
 
-def finished(record: str, recipe: Recipe, dataset: Dataset, seeds: dict[int, SeedSteps]) -> list[Row]:
+def finished(plan: RecordPlan) -> list[Row]:
     """The rows of a record whose every seed is done and whose artifacts are what was written; else none."""
-    standing = {seed: steps.records() for seed, steps in seeds.items()}
-    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in seeds.items()):
+    standing = {seed: steps.records() for seed, steps in plan.seeds.items()}
+    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in plan.seeds.items()):
         return []
     try:
-        for seed, steps in seeds.items():
+        for seed, steps in plan.seeds.items():
             check(steps.quantize, stages.ARTIFACT, standing[seed]["quantize"]["files"].get(stages.ARTIFACT))
     except DamagedStepError:
         return []
-    [storage] = {steps.train.storage for steps in seeds.values()}
-    counted = graph.counts_step(storage, recipe, dataset).record()
-    return [build_row(record, recipe, dataset, steps, standing[seed], counted, None) for seed, steps in seeds.items()]
+    counted = plan.counts.record()
+    return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
 
 
 def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
@@ -212,7 +211,7 @@ def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> No
 
 def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
     """The dataset the recipe names, made once a runs folder, and checked against what one step and one window take."""
-    step = graph.data_step(storage, recipe.data)
+    step = data_step(storage, recipe.data)
 
     def work() -> Made:
         with clocked(step):

@@ -8,8 +8,7 @@ from typing import Any
 
 from hedgemix import claim, stages
 from hedgemix.config import Recipe, config_hash, to_dict
-from hedgemix.dataset import Dataset
-from pipeline.graph import SeedSteps
+from pipeline.graph import RecordPlan
 from pipeline.schema import Row
 
 
@@ -44,10 +43,8 @@ assert len(set(_filled)) == len(_filled), "two stages fill one column"
 
 
 def build_row(
-    record: str,
-    recipe: Recipe,
-    dataset: Dataset,
-    steps: SeedSteps,
+    plan: RecordPlan,
+    seed: int,
     standing: dict[str, dict[str, Any]],
     counted: dict[str, Any] | None,
     error: str | None,
@@ -56,7 +53,8 @@ def build_row(
 
     standing: the records of the seed's finished steps by their kind (`SeedSteps.records`); counted: of its counts.
     """
-    records, where = list(standing.values()), steps.train.storage.where
+    recipe, dataset, steps = plan.recipe, plan.dataset, plan.seeds[seed]
+    records, where = list(standing.values()), plan.storage.where
     done = len(records) == len(steps.all())
     last = max(records, key=lambda found: found["finished_at"], default={})
     codes = {found["origin"].get("code_sha256") for found in records}
@@ -94,10 +92,10 @@ def build_row(
     if done:
         known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
     return Row(
-        record=record,
+        record=plan.name,
         recipe=recipe.recipe,
         config_hash=config_hash(recipe),
-        seed=steps.seed,
+        seed=seed,
         config=json.dumps(to_dict(recipe)),
         **known,
     )

@@ -28,9 +28,9 @@ def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
 
     def work() -> Made:
         with clocked(step):
-            reads = fetch(train, "weights.pt") | fetch(job.data)
+            reads = fetch(train, "weights.pt") | fetch(job.plan.data)
             result = stages.score_stage(
-                recipe=job.recipe, dataset=job.dataset, train_folder=train.folder, log=job.log(seed, "score")
+                recipe=job.recipe, dataset=job.plan.dataset, train_folder=train.folder, log=job.log(seed, "score")
             )
             return keep(step, asdict(result), reads)
 
@@ -43,14 +43,14 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
 
     def work() -> Made:
         with clocked(step):
-            reads = fetch(train, "weights.pt", "moments.pt") | fetch(job.data)
+            reads = fetch(train, "weights.pt", "moments.pt") | fetch(job.plan.data)
             result = stages.quantize_stage(
                 recipe=job.recipe,
-                dataset=job.dataset,
+                dataset=job.plan.dataset,
                 seed=seed,
                 train_folder=train.folder,
                 folder=step.folder,
-                room_bytes=stages.artifact_room(job.recipe, job.code_bytes),
+                room_bytes=job.plan.room_bytes,
             )
             return keep(step, asdict(result), reads)
 
@@ -62,8 +62,8 @@ def count(job: Job, step: Step) -> dict[str, Any]:
 
     def work() -> Made:
         with clocked(step):
-            reads = fetch(job.data)
-            result = stages.counts_stage(recipe=job.recipe, dataset=job.dataset, folder=step.folder)
+            reads = fetch(job.plan.data)
+            result = stages.counts_stage(recipe=job.recipe, dataset=job.plan.dataset, folder=step.folder)
             return keep(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
@@ -78,7 +78,7 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
         ranks.barrier()
         result = stages.evaluate_stage(
             recipe=job.recipe,
-            dataset=job.dataset,
+            dataset=job.plan.dataset,
             artifact_path=steps.quantize.folder / stages.ARTIFACT,
             index_folder=counts.folder / stages.INDEX,
             folder=step.folder,
@@ -86,7 +86,7 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
                 log=job.log(steps.seed, "evaluate"), profile=job.profile, on_file_written=kept, preempted=notice
             ),
         )
-        told = asdict(result) | {"code_bytes": job.code_bytes}
+        told = asdict(result) | {"code_bytes": job.plan.code_bytes}
         return keep(step, told, reads) if ranks.rank() == 0 else Made(told, {}, {})
 
 

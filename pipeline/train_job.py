@@ -37,13 +37,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
         torch.cuda.set_device(get_device())
     use_cpus(recipe.compute.cpus_per_worker)
-    if not job.data.folder.is_dir() and not step.storage.remote:
-        return {"error": f"--out is not on storage that this node shares: {job.data.folder} is not there"}
+    if not job.plan.data.folder.is_dir() and not step.storage.remote:
+        return {"error": f"--out is not on storage that this node shares: {job.plan.data.folder} is not there"}
     try:
         with one_writer(job, step) as kept, Notice() as notice:
             result = stages.train_stage(
                 recipe=recipe,
-                dataset=job.dataset,
+                dataset=job.plan.dataset,
                 seed=seed,
                 folder=step.folder,
                 options=RunOptions(

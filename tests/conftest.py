@@ -73,8 +73,8 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
     recipe, _ = record.parse(["laptop", *options])
     storage = Storage("", out)
-    dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
-    (graph.seed_steps(storage, recipe, dataset, 2).train.folder / "step.lock").mkdir(parents=True)
+    dataset, data = record.prepare(recipe, storage, Console(quiet=True))
+    (graph.plan_record("tiny", recipe, dataset, data, (2,)).seeds[2].train.folder / "step.lock").mkdir(parents=True)
     return out, *tinyrecord.run([*options, "--report"], out, tinyrecord.SECRETS)
 
 

@@ -101,7 +101,7 @@ def test_over_a_limit_the_exit_code_says_so(recipe: Recipe, ran: Path, capsys: p
         limited = replace(recipe, limits=replace(recipe.limits, **{limit: value}))
         assert alone.report(limited, 3, found, 80_000, ran, print) == 1
         assert "over a limit: " in capsys.readouterr().out and len(scores(ran)["over"]) == 1
-    assert alone.report(recipe, 3, found, ran, print) == 0
+    assert alone.report(recipe, 3, found, 80_000, ran, print) == 0
 
 
 def test_mistakes_are_told(

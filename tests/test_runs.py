@@ -24,7 +24,9 @@ def dataset(**changes: Any) -> Dataset:
 
 
 def keys(recipe: Recipe, data: Dataset, seed: int = 1) -> dict[str, str]:
-    return {step.kind: step.key for step in graph.seed_steps(Storage("", Path("r")), recipe, data, seed).all()}
+    made = graph.step(Storage("", Path("r")), "data")
+    plan = graph.plan_record("small", recipe, data, made, (seed,))
+    return {step.kind: step.key for step in plan.seeds[seed].all()}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:

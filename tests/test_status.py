@@ -50,11 +50,15 @@ DATASET = Dataset(
 
 def begin(storage: Storage) -> dict[int, SeedSteps]:
     """A record of two seeds of which nothing is done."""
-    steps = {seed: graph.seed_steps(storage, RECIPE, DATASET, seed) for seed in (1, 2)}
+    plan = planned(storage, 1, 2)
     folder = graph.record_folder(storage, "small")
     storage.write_bytes(folder / "recipe.json", json.dumps(to_dict(RECIPE)).encode())
-    graph.keep_steps(storage, "small", RECIPE, DATASET, steps.values())
-    return steps
+    graph.keep_steps(plan)
+    return plan.seeds
+
+
+def planned(storage: Storage, *seeds: int) -> graph.RecordPlan:
+    return graph.plan_record("small", RECIPE, DATASET, graph.data_step(storage, RECIPE.data), seeds)
 
 
 def finish(step: Step, **result: float) -> None:
@@ -222,7 +226,7 @@ def test_what_is_not_there_is_a_user_s_mistake(
 def test_the_steps_of_earlier_commands_stay_named(storage: Storage) -> None:
     steps = begin(storage)
     path = graph.record_folder(storage, "small") / "steps.json"
-    graph.keep_steps(storage, "small", RECIPE, DATASET, [graph.seed_steps(storage, RECIPE, DATASET, 3)])
+    graph.keep_steps(planned(storage, 3))
     told = json.loads(path.read_text())
     assert list(told["seeds"]) == ["1", "2", "3"] and told["chunks"] == 4
     assert told["seeds"]["2"]["evaluate"] == steps[2].evaluate.name

@@ -52,12 +52,12 @@ def score(recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:
 def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
     """A finished record as the driver leaves it, its steps done in this process; the path of its table."""
     storage, made = Storage("", folder), []
-    dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
-    code, made_by = script.n_bytes(recipe), origin() | {"requirements": script.requirements(recipe)}
-    counts = graph.counts_step(storage, recipe, dataset)
+    dataset, data = record.prepare(recipe, storage, Console(quiet=True))
+    plan = graph.plan_record("tiny", recipe, dataset, data, seeds)
+    made_by, counts = origin() | {"requirements": script.requirements(recipe)}, plan.counts
 
     def do(step: Step, work: Callable[..., Any], **arguments: Any) -> None:
-        more = {"code_bytes": code} if step.kind == "evaluate" else {}
+        more = {"code_bytes": plan.code_bytes} if step.kind == "evaluate" else {}
 
         def made() -> Made:
             with nullcontext() if step.kind in ("train", "evaluate") else clocked(step):  # those have their own clock
@@ -66,16 +66,15 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
         perform(step, made, made_by)
 
     do(counts, stages.counts_stage, folder=counts.folder)
-    for seed in seeds:
-        steps = graph.seed_steps(storage, recipe, dataset, seed)
+    for seed, steps in plan.seeds.items():
         train, quantize, evaluate = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
         do(steps.train, stages.train_stage, seed=seed, folder=train)
         do(steps.score, stages.score_stage, train_folder=train)
-        room = stages.artifact_room(recipe, code)
+        room = plan.room_bytes
         do(steps.quantize, stages.quantize_stage, seed=seed, train_folder=train, folder=quantize, room_bytes=room)
         places = {"artifact_path": quantize / stages.ARTIFACT, "index_folder": counts.folder / stages.INDEX}
         do(steps.evaluate, stages.evaluate_stage, **places, folder=evaluate)
-        made.append(build_row("tiny", recipe, dataset, steps, steps.records(), counts.record(), None))
+        made.append(build_row(plan, seed, steps.records(), counts.record(), None))
     return write_rows(storage, made)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import tyro
 
 from hedgemix import dataset as datasets
-from hedgemix import ranks, script, stages
+from hedgemix import ranks, stages
 from hedgemix.config import Recipe, from_dict
 from hedgemix.files import read_json
 from pipeline import graph
@@ -42,15 +42,13 @@ def main(options: Options) -> None:
     torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    storage = Storage("", options.runs)
-    dataset = datasets.load(graph.data_step(storage, recipe.data).folder)
-    steps = graph.seed_steps(storage, recipe, dataset, options.seed)
-    counts = graph.counts_step(storage, recipe, dataset)
+    data, seed = graph.data_step(Storage("", options.runs), recipe.data), options.seed
+    dataset = datasets.load(data.folder)
+    plan = graph.plan_record("plain", recipe, dataset, data, (seed,))
+    steps, counts, room = plan.seeds[seed], plan.counts, plan.room_bytes
     trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
     places: Any = {"artifact_path": exported / stages.ARTIFACT, "index_folder": counts.folder / stages.INDEX}
     given: Any = {"recipe": recipe, "dataset": dataset}
-    code, seed = script.n_bytes(recipe), options.seed
-    room = stages.artifact_room(recipe, code)
     work: dict[str, tuple[Step, Callable[[], dict[str, Any]]]] = {
         "train": (steps.train, lambda: asdict(stages.train_stage(**given, seed=seed, folder=trained))),
         "quantize": (
@@ -63,7 +61,7 @@ def main(options: Options) -> None:
         "counts": (counts, lambda: asdict(stages.counts_stage(**given, folder=counts.folder))),
         "evaluate": (
             steps.evaluate,
-            lambda: asdict(stages.evaluate_stage(**given, **places, folder=folder)) | {"code_bytes": code},
+            lambda: asdict(stages.evaluate_stage(**given, **places, folder=folder)) | {"code_bytes": plan.code_bytes},
         ),
     }
     for name in options.stages:
