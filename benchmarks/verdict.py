@@ -14,8 +14,8 @@ import torch.distributed as dist
 from benchmarks.disturbance import Bounds
 from hedgemix import script, stages
 from hedgemix.files import read_json, sha256_of, write_json
+from hedgemix.layout import RESULT
 from pipeline import record
-from pipeline.step import RESULT
 from pipeline.storage import Storage
 
 BITS = ("bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published")

@@ -27,13 +27,13 @@ from hedgemix import ranks, stages
 from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
 from hedgemix.evaluate import EvaluateResult
 from hedgemix.files import Log, read_json, silent, write_json
+from hedgemix.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
 from hedgemix.train import DivergedError
 
 FIRST_SEED = 1337
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the one that prepares data, quantizes and scores."""
-RESULT = "result.json"
 TEXTS = ("train_sha256", "valid_sha256", "tokenizer_sha256")
 
 
@@ -85,7 +85,7 @@ def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> 
         path = path / "__init__.py" if package else path.with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
-    write_json(folder / "recipe.json", values)
+    write_json(folder / RECIPE, values)
     print(f"{len(sources)} modules and recipe.json in {folder}")
 
 

@@ -24,6 +24,7 @@ from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
 from hedgemix.files import Log, load_tensors, silent
+from hedgemix.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.restart import Restart
@@ -117,10 +118,16 @@ def train_stage(
 def score_stage(*, recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log = silent) -> ScoreResult:
     """Score the weights of a training, as they are, on the validation text."""
     device = pick_device(recipe)
-    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
-    model.load_state_dict(load_tensors(train_folder / "weights.pt"))
+    model = load_weights(recipe, dataset, train_folder)
     nats = score_model(model.to(device), datasets.valid_stream(dataset), recipe.evaluate, log=log)
     return ScoreResult(nats, bits_per_byte(nats, dataset.valid_bytes))
+
+
+def load_weights(recipe: Recipe, dataset: Dataset, train_folder: Path) -> Model:
+    """Load the averaged weights of a training, on the CPU."""
+    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
+    model.load_state_dict(load_tensors(train_folder / WEIGHTS))
+    return model
 
 
 def quantize_stage(
@@ -129,9 +136,8 @@ def quantize_stage(
     """Quantize the weights of a training into an artifact of at most `room_bytes` in `folder`; raises RecipeError when
     that cannot be."""
     device = pick_device(recipe)
-    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
-    model.load_state_dict(load_tensors(train_folder / "weights.pt"))
-    moments = Moments(**load_tensors(train_folder / "moments.pt", device))
+    model = load_weights(recipe, dataset, train_folder)
+    moments = Moments(**load_tensors(train_folder / MOMENTS, device))
     header = {
         "recipe": recipe.recipe,
         "seed": seed,
@@ -182,7 +188,7 @@ def evaluate_stage(
         index_folder,
         recipe.evaluate,
         pick_device(recipe),
-        trace=folder / "trace.jsonl",
+        trace=folder / TRACE,
         log=options.log,
         profile=folder if options.profile else None,
         start=Restart(

@@ -34,6 +34,7 @@ from hedgemix.clock import Clock, Due, never
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log, save_tensors, silent
+from hedgemix.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
@@ -121,8 +122,8 @@ def train(
     checkpoints = Checkpoints(folder, kept=kept)
     agree = ranks.Agreement()
     saved_seconds = run.load(checkpoints, agree)
-    clock = Clock(folder / "clock.json", saved_seconds, now, kept)
-    steps = StepLog(folder / "log.jsonl", run.step, seed, log)
+    clock = Clock(folder / CLOCK, saved_seconds, now, kept)
+    steps = StepLog(folder / LOG, run.step, seed, log)
     due = Due(clock, recipe.compute.checkpoint_seconds, notice)
     queue = RunAhead(device)
     traces = tracing(profile if ranks.rank() == 0 else None, "profile", device)
@@ -158,9 +159,9 @@ def train(
         raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
     moments = calibrate(model, batches, config, device)
     if ranks.rank() == 0:
-        save_tensors(folder / "weights.pt", {name: value.cpu() for name, value in model.state_dict().items()})
+        save_tensors(folder / WEIGHTS, {name: value.cpu() for name, value in model.state_dict().items()})
         parts = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
-        save_tensors(folder / "moments.pt", parts)
+        save_tensors(folder / MOMENTS, parts)
     synchronise(device)
     checkpoints.close()
     train_seconds = clock.elapsed()

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from hedgemix import script, stages
 from hedgemix.config import RecipeError
+from hedgemix.layout import ERROR
 from pipeline import metrics, tasks
 from pipeline.board import BoardActor
 from pipeline.failures import Fail, Place, Repair, Restarts, classify, explain
@@ -30,7 +31,7 @@ from pipeline.recovery import set_aside
 from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
 from pipeline.row import build_row
 from pipeline.schema import Row
-from pipeline.step import ERROR, DamagedStepError, Step, check
+from pipeline.step import DamagedStepError, Step, check
 from pipeline.table import write_rows
 from pipeline.tracked_record import TrackedRecord
 from pipeline.train_job import train_seed

@@ -9,6 +9,7 @@ from typing import Any
 
 from hedgemix import __version__, script, stages
 from hedgemix.config import RecipeError
+from hedgemix.layout import LOG, TRACE
 from pipeline.records import Record
 from pipeline.statistics import mixed
 
@@ -58,7 +59,7 @@ def logs(record: Record) -> list[Seed]:
     return [Seed(row, *(record.lines(row, *place) for place in LOGS)) for row in record.done]
 
 
-LOGS = (("train_path", "log.jsonl"), ("evaluate_path", "trace.jsonl"))
+LOGS = (("train_path", LOG), ("evaluate_path", TRACE))
 
 
 def check(about: About) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
+from hedgemix.layout import RECORDS, STEP_NAMES
 from pipeline.step import Step
 from pipeline.storage import Storage
 
@@ -162,14 +163,14 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
 
 
 def record_folder(storage: Storage, record: str) -> Path:
-    return storage.root / "_records" / record
+    return storage.root / RECORDS / record
 
 
 def keep_steps(plan: RecordPlan) -> None:
     """Leave in steps.json what names the record's steps, for who watches it without its data: {"seeds": {seed: {kind:
     name}}, "counts": name, "chunks": of an evaluation}. Seeds of earlier commands stay."""
     storage = plan.storage
-    path = record_folder(storage, plan.name) / "steps.json"
+    path = record_folder(storage, plan.name) / STEP_NAMES
     try:
         begun = dict(json.loads(storage.read_bytes(path) or b"")["seeds"])
     except (ValueError, KeyError, TypeError):  # new, or damaged

@@ -54,6 +54,7 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
+from hedgemix.layout import LOCK, RECIPE
 from pipeline.console import print_results
 from pipeline.driver import drive
 from pipeline.follower import check_trackers
@@ -152,8 +153,8 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
     folder = record_folder(storage, record)
     waiting = "another driver holds this record; waiting to see whether it lives"
-    with hold(storage, folder / "record.lock", lambda: console.print(waiting)) as lost:
-        keep_recipe(storage, folder / "recipe.json", recipe, record)
+    with hold(storage, folder / LOCK, lambda: console.print(waiting)) as lost:
+        keep_recipe(storage, folder / RECIPE, recipe, record)
         dataset, data = prepare(recipe, storage, console)
         plan = plan_record(record, recipe, dataset, data, options.seeds)
         keep_steps(plan)

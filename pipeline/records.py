@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
+from hedgemix.layout import RECORDS, STEPS
 from pipeline import schema
 from pipeline.storage import REMOTE, Storage, store, told
 from pipeline.table import table_path
@@ -40,12 +41,12 @@ class Record:
     @property
     def folder(self) -> Path:
         """Of what is written about the record."""
-        return self.storage.root / "_records" / self.name
+        return self.storage.root / RECORDS / self.name
 
     def place(self, row: dict[str, Any], column: str) -> Path | None:
         """What the row's path names, under the table's folder; None when the row has none."""
         parts = Path(row[column] or "").parts
-        return self.storage.root.joinpath(*parts[parts.index("_steps") :]) if "_steps" in parts else None
+        return self.storage.root.joinpath(*parts[parts.index(STEPS) :]) if STEPS in parts else None
 
     def content(self, row: dict[str, Any], column: str, name: str = "") -> bytes | None:
         """Of the file that the row names, or of the file called `name` in its folder; None when it is not there."""

@@ -14,10 +14,11 @@ from hedgemix import clock
 from hedgemix.checkpoint import Kept
 from hedgemix.clock import Clock
 from hedgemix.files import write_json
+from hedgemix.layout import CLOCK, LOG, RESULT, TRACE
 from pipeline.mirror import Mirror
-from pipeline.step import ASIDE, RESULT, Step, held, refuse_links
+from pipeline.step import ASIDE, Step, held, refuse_links
 
-RESUMED = ("checkpoint*", "clock.json", "log.jsonl", "trace.jsonl")
+RESUMED = ("checkpoint*", CLOCK, LOG, TRACE)
 """Files of a step that a later attempt goes on from."""
 BEAT_SECONDS = 1.0
 
@@ -35,7 +36,7 @@ def set_aside(step: Step) -> None:
 
     The time it took was used for work that was finished; redoing what storage lost is not charged again.
     """
-    storage, told = step.storage, step.folder / "clock.json"
+    storage, told = step.storage, step.folder / CLOCK
     found = storage.read_bytes(step.folder / RESULT)
     if found is None:
         return
@@ -62,7 +63,7 @@ def resuming(step: Step) -> Iterator[Kept]:
 
 def bring(step: Step) -> None:
     """Take up what the store holds of an unfinished step, unless this machine is further."""
-    told = step.folder / "clock.json"
+    told = step.folder / CLOCK
     here, before = clock.read(told), told.read_bytes() if told.is_file() else None
     step.storage.pull(told)
     if before is not None and here["elapsed_seconds"] >= clock.read(told)["elapsed_seconds"]:
@@ -77,7 +78,7 @@ def bring(step: Step) -> None:
 def clocked(step: Step) -> Iterator[None]:
     """`resuming` for a step without checkpoints, its seconds noted as they go: a lost attempt loses all of them."""
     with resuming(step) as kept:
-        clock = Clock(step.folder / "clock.json", None, kept=kept)
+        clock = Clock(step.folder / CLOCK, None, kept=kept)
         ended = threading.Event()
 
         def beat() -> None:

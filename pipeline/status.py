@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import RecipeError
+from hedgemix.layout import CLOCK, ERROR, LOG, RECORDS, RESULT, STEPS, TRACE
 from pipeline.storage import Storage
 
 QUIET_SECONDS = 60.0
@@ -46,7 +47,7 @@ class State:
 
 def names(storage: Storage, wanted: str | None = None) -> list[str]:
     """The records of the folder. Raises RecipeError when there is none, or not the one that is wanted."""
-    found = sorted({name.partition("/")[0] for name in storage.names(storage.root / "_records") if "/" in name})
+    found = sorted({name.partition("/")[0] for name in storage.names(storage.root / RECORDS) if "/" in name})
     where = storage.where(storage.root)
     if not found:
         raise RecipeError(f"{where} holds no record; name the runs folder that --out named")
@@ -74,20 +75,20 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
     """What stands of one step. Damage is a state, not an error."""
     if not re.fullmatch(r"[a-z]+-[0-9a-f]+", name):
         return State(kind, "damaged", "steps.json names no step")
-    folder = storage.root / "_steps" / name
+    folder = storage.root / STEPS / name
     if not storage.remote and folder.is_file():
         return State(kind, "damaged", f"a file is in the place of the folder {name}")
     try:
-        if (result := read(storage, folder / "result.json")) is not None:
+        if (result := read(storage, folder / RESULT)) is not None:
             score = number(inner(result, "result").get("bpb_final"))
             note = "" if score is None else f"{score:.4f} bits/byte"
             return State(kind, "done", note, number(result.get("seconds")), number(result.get("attempts")))
-        failed, noted = storage.modified(folder / "error.txt"), storage.modified(folder / "clock.json")
-        clock = read(storage, folder / "clock.json") or {}
+        failed, noted = storage.modified(folder / ERROR), storage.modified(folder / CLOCK)
+        clock = read(storage, folder / CLOCK) or {}
         used, starts = number(clock.get("elapsed_seconds")), number(clock.get("starts"))
         notes = [checkpoint(storage, folder, kind)]
         if failed is not None and failed >= (noted or 0.0):
-            error = (storage.read_bytes(folder / "error.txt") or b"").decode(errors="replace").strip()
+            error = (storage.read_bytes(folder / ERROR) or b"").decode(errors="replace").strip()
             return State(kind, "failed", joined(*error.splitlines()[:1], *notes), used, starts)
         if noted is None:
             return State(kind, "waiting", joined(*notes))
@@ -109,7 +110,7 @@ def fraction(
         return min(1.0, used / budget) if budget and used is not None else None
     if kind not in UNITS:
         return None
-    lines = (storage.read_bytes(folder / ("log.jsonl" if kind == "train" else "trace.jsonl")) or b"").splitlines()
+    lines = (storage.read_bytes(folder / (LOG if kind == "train" else TRACE)) or b"").splitlines()
     if kind == "evaluate":
         return min(1.0, len(lines) / chunks) if chunks else None
     for line in reversed(lines[-2:]):  # the last may be half written

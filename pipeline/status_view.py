@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hedgemix.config import RecipeError
+from hedgemix.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
 from pipeline import status
 from pipeline.status import DamagedError, State
 from pipeline.storage import Storage, look_at
@@ -42,11 +43,11 @@ def show(storage: Storage, record: str, console: Console) -> None:
     def line(text: str) -> None:
         console.print(plain(text), markup=False, soft_wrap=True)
 
-    folder = storage.root / "_records" / record
-    line(f"{record}: {status.driver(storage, folder / 'record.lock')}")
+    folder = storage.root / RECORDS / record
+    line(f"{record}: {status.driver(storage, folder / LOCK)}")
     try:
-        told = status.read(storage, folder / "steps.json")
-        recipe = status.read(storage, folder / "recipe.json") or {}
+        told = status.read(storage, folder / STEP_NAMES)
+        recipe = status.read(storage, folder / RECIPE) or {}
         if told is None:
             line("  no steps.json yet: its data are being prepared, or an older hedgemix began it")
         else:

@@ -20,14 +20,12 @@ from typing import Any
 
 from hedgemix import clock
 from hedgemix.files import sha256_of, write_json
+from hedgemix.layout import CLOCK, ERROR, RESULT, STEPS
 from pipeline.objects import plain
 from pipeline.storage import Storage
 
-RESULT = "result.json"
-ERROR = "error.txt"
-"""What ended the last command's attempts at it."""
 ASIDE = "result.damaged.json"
-NOT_MADE = (RESULT, ASIDE, "checkpoint*", "clock.json", "*.lock", ERROR, "audit*", ".*")
+NOT_MADE = (RESULT, ASIDE, "checkpoint*", CLOCK, "*.lock", ERROR, "audit*", ".*")
 """Files in a step's folder that are not what it makes."""
 
 
@@ -54,7 +52,7 @@ class Step:
 
     @property
     def folder(self) -> Path:
-        return self.storage.root / "_steps" / self.name
+        return self.storage.root / STEPS / self.name
 
     def record(self) -> dict[str, Any] | None:
         """All that result.json holds, or None when the step is not done. A damaged result.json counts as not done."""
@@ -165,7 +163,7 @@ def keep(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]]
         if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in NOT_MADE):
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             step.storage.push(path)
-    return Made(result, files, clock.read(step.folder / "clock.json"), dict(reads or {}))
+    return Made(result, files, clock.read(step.folder / CLOCK), dict(reads or {}))
 
 
 def fetch(step: Step, *names: str) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.files import replacing
+from hedgemix.layout import RECORDS
 from pipeline.schema import Row, schema
 from pipeline.storage import Storage
 
@@ -39,7 +40,7 @@ def read_rows(storage: Storage, path: Path) -> list[dict[str, Any]]:
     try:
         return [] if content is None else pq.read_table(pa.BufferReader(content)).to_pylist()
     except (OSError, pa.ArrowInvalid):
-        aside = storage.root / "_records" / path.stem / "damaged.parquet"
+        aside = storage.root / RECORDS / path.stem / "damaged.parquet"
         with replacing(aside) as file:
             file.write(content or b"")
         return []

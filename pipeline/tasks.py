@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from hedgemix import ranks, stages
+from hedgemix.layout import MOMENTS, WEIGHTS
 from hedgemix.ranks import backend
 from hedgemix.stages import RunOptions
 from pipeline.failures import RAY_RETRIES
@@ -28,7 +29,7 @@ def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
 
     def work() -> Made:
         with clocked(step):
-            reads = fetch(train, "weights.pt") | fetch(job.plan.data)
+            reads = fetch(train, WEIGHTS) | fetch(job.plan.data)
             result = stages.score_stage(
                 recipe=job.recipe, dataset=job.plan.dataset, train_folder=train.folder, log=job.log(seed, "score")
             )
@@ -43,7 +44,7 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
 
     def work() -> Made:
         with clocked(step):
-            reads = fetch(train, "weights.pt", "moments.pt") | fetch(job.plan.data)
+            reads = fetch(train, WEIGHTS, MOMENTS) | fetch(job.plan.data)
             result = stages.quantize_stage(
                 recipe=job.recipe,
                 dataset=job.plan.dataset,
