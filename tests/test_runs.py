@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hedgemix import script
 from hedgemix.config import DataConfig, Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.recipes import RECIPES
@@ -55,6 +57,21 @@ def test_a_step_is_named_by_what_it_reads_and_nothing_else() -> None:
     assert changed(base, keys(ranks, dataset())) == set()
     workers = replace(recipe, compute=replace(recipe.compute, workers=2))
     assert "train" in changed(base, keys(workers, dataset()))
+
+
+@pytest.mark.parametrize("tokens", [2, 1000, 1001, 1002, 2500])
+def test_a_plan_counts_bytes_and_chunks_as_a_person_would(tokens: int) -> None:
+    recipe = RECIPES["laptop"]()
+    recipe = replace(recipe, evaluate=replace(recipe.evaluate, chunk_tokens=1000))
+    made = graph.step(Storage("", Path("r")), "data")
+    plan = graph.plan_record("small", recipe, dataset(valid_tokens=tokens), made, (3, 1))
+    assert plan.code_bytes == len(script.build(recipe)) and plan.storage == made.storage
+    pages = math.ceil(plan.code_bytes / 4096)
+    assert plan.room_bytes == recipe.limits.total_bytes - 4096 * pages
+    assert plan.chunks == len({target // 1000 for target in range(1, tokens)})  # the first token is no target
+    assert [steps.seed for steps in plan.seeds.values()] == list(plan.seeds) == [3, 1]
+    names = [step.name for steps in plan.seeds.values() for step in steps.all()]
+    assert len({*names, plan.counts.name, plan.data.name}) == 10
 
 
 def test_the_data_step_sees_its_files_change(tmp_path: Path) -> None:
