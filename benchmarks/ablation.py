@@ -35,8 +35,9 @@ from hedgemix.mixer import Mixer
 from hedgemix.ngram import NgramIndex
 from hedgemix.stream import chunk_rows, chunks
 from hedgemix.ttt import Adapter
-from pipeline import results, runs
+from pipeline import graph
 from pipeline.storage import Storage
+from pipeline.table import mean_and_deviation
 
 MIXER = MixerConfig()
 """The default under test; a record's own mixer settings are not used."""
@@ -104,7 +105,7 @@ def main(options: Options) -> None:
     if not len(table):
         sys.exit(f"error: {options.table} has no finished row of these seeds")
     recipe = from_dict(Recipe, json.loads(table.iloc[0].config))
-    folder = options.data or runs.data_step(Storage("", options.table.resolve().parent), recipe.data).folder
+    folder = options.data or graph.data_step(Storage("", options.table.resolve().parent), recipe.data).folder
     text = dataset.load(folder)
     stream = dataset.valid_stream(text)
     tokens = stream.read(0, min(len(stream), options.tokens or len(stream)))
@@ -233,7 +234,7 @@ def markdown(
     base = np.array([seed["neural, streaming"].bpb for seed in found])
     for label in found[0]:
         each = [seed[label] for seed in found]
-        mean, deviation = results.mean_and_deviation([one.bpb for one in each])
+        mean, deviation = mean_and_deviation([one.bpb for one in each])
         change = float(np.mean([one.bpb for one in each] - base))
         mixing, forward = (seconds([getattr(one, name) for one in each]) for name in ("mixing", "forward"))
         name = f"**{label} (the default)**" if label == default else label

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.leaks import title
 from hedgemix import clock
-from pipeline.steps import RESULT
+from hedgemix.layout import RESULT
 
 TITLES = {
     "worker": ("ray::RayTrainWorker", "ray::_RayTrainWorker"),

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from hedgemix.files import read_json
-from pipeline.steps import ASIDE, RESULT
+from hedgemix.layout import RESULT
+from pipeline.step import ASIDE
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SETTLED_SECONDS = 30.0

@@ -30,7 +30,7 @@ from benchmarks import machine, report
 from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
 from hedgemix.files import write_json
-from pipeline import record, runs
+from pipeline import graph, record
 from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ def main(options: Options) -> str:
     turns, loads = 1 if options.quick else options.turns, []
     scratch = Path(tempfile.mkdtemp(prefix="overhead-", dir=options.out.resolve()))
     try:
-        with runs.machine_to_itself(lambda: say("a record is at work on this machine; waiting for it")):
+        with graph.machine_to_itself(lambda: say("a record is at work on this machine; waiting for it")):
             record.prepare(recipe_of(options, 1, scratch)[0], Storage("", scratch / "text"), Console(stderr=True))
             for turn in range(turns):
                 for workers in options.workers:

@@ -31,8 +31,9 @@ from hedgemix.dataset import Dataset
 from hedgemix.files import load_tensors
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
-from pipeline import results, runs
+from pipeline import graph
 from pipeline.storage import Storage
+from pipeline.table import mean_and_deviation
 
 NO_LIMIT = 2**62
 PUBLISHED = QuantizeConfig(method="reference", scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22)
@@ -147,9 +148,9 @@ def main(options: Options) -> None:
         sys.exit(f"error: {options.table} has no finished row of these seeds")
     recipe = from_dict(Recipe, json.loads(table.iloc[0].config))
     text = dataset.load(Path(table.iloc[0].dataset_path))
-    found = []
+    found, storage = [], Storage("", options.table.resolve().parent)
     for number in table.seed.tolist():
-        folder = runs.seed_steps(Storage("", options.table.resolve().parent), recipe, text, number).train.folder
+        folder = graph.seed_steps(storage, recipe, text, number, room_bytes=0).train.folder  # training reads no room
         if not (folder / "moments.pt").exists():
             sys.exit(f"error: {folder} has no moments.pt; run the record again with this version")
         with tempfile.TemporaryDirectory() as scratch:
@@ -172,9 +173,9 @@ def markdown(recipe: Recipe, seeds: list[int], options: Options, found: list[dic
     ]
     for label in found[0]:
         each = [seed[label] for seed in found]
-        size, size_std = results.mean_and_deviation([float(one.n_bytes) for one in each])
-        loss, loss_std = results.mean_and_deviation([1000 * one.loss for one in each])
-        kl, kl_std = results.mean_and_deviation([1000 * one.kl for one in each])
+        size, size_std = mean_and_deviation([float(one.n_bytes) for one in each])
+        loss, loss_std = mean_and_deviation([1000 * one.loss for one in each])
+        kl, kl_std = mean_and_deviation([1000 * one.kl for one in each])
         bits, expected, encode, decode = (
             float(np.mean([getattr(one, name) for one in each])) for name in ("bits", "expected", "encode", "decode")
         )

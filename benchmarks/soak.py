@@ -35,8 +35,8 @@ from benchmarks import cluster as clusters
 from benchmarks import disturbance, fault, leaks, machine, verdict
 from benchmarks.disturbed import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
 from hedgemix import __version__
-from pipeline import results
 from pipeline.storage import Storage
+from pipeline.table import read_rows
 
 SETTLE_SECONDS = 60.0
 """So long a process may take to end after what it worked for has."""
@@ -127,7 +127,7 @@ def main(options: Options) -> int:
         seeds = soak.done[:: max(1, len(soak.done) // max(1, options.references))][: options.references]
         arguments = [*COMMAND[2:], *RECIPE, "--out", str(folder / "calm")]
         expected = verdict.undisturbed(folder / "calm", seeds, arguments) if seeds else {}
-        rows = results.read(Storage("", soak.runs), soak.runs / "soak.parquet")
+        rows = read_rows(Storage("", soak.runs), soak.runs / "soak.parquet")
         wrong += verdict.wrong_rows(rows, soak.done, expected)
         wrong += verdict.wrong_steps(soak.runs, soak.bounds)
         wrong += [f"{each.kind} at {each.at_seconds:.0f} s: nothing went on" for each in soak.kills if each.lost()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from benchmarks.disturbance import Bounds
 from hedgemix import script, stages
 from hedgemix.files import read_json, sha256_of, write_json
+from hedgemix.layout import RESULT
 from pipeline import record
-from pipeline.steps import RESULT
 from pipeline.storage import Storage
 
 BITS = ("bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published")
@@ -26,9 +27,6 @@ def reference(rank: int, folder: str, seeds: Sequence[int], arguments: list[str]
     """These seeds' steps as plain functions, without Ray, the evaluation in two ranks; rank 0 writes reference.json:
     the results of each seed, by its number as text."""
     from hedgemix import ranks
-    from hedgemix.checkpoint import nothing
-    from hedgemix.clock import never
-    from hedgemix.files import silent
 
     torch.set_num_threads(1)
     root, found = Path(folder), dict[str, dict[str, Any]]()
@@ -40,20 +38,27 @@ def reference(rank: int, folder: str, seeds: Sequence[int], arguments: list[str]
 
     if rank == 0:
         data = dataset()
-        stages.counts_stage(recipe, data, root)
+        given: Any = {"recipe": recipe, "dataset": data}
+        stages.counts_stage(**given, folder=root)
         for seed in seeds:
             here = root / str(seed)
-            stages.train_stage(recipe, data, seed, here, silent, None, nothing, never)
-            found[str(seed)] = stages.score_stage(recipe, data, here, silent)
-            found[str(seed)] |= stages.quantize_stage(recipe, data, seed, here, here, room)
+            stages.train_stage(**given, seed=seed, folder=here)
+            found[str(seed)] = asdict(stages.score_stage(**given, train_folder=here))
+            quantized = stages.quantize_stage(**given, seed=seed, train_folder=here, folder=here, room_bytes=room)
+            found[str(seed)] |= asdict(quantized)
     dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2, timeout=TIMEOUT)
     ranks.barrier()
     for seed in seeds:
         here = root / str(seed)
-        artifact, index = here / stages.ARTIFACT, root / stages.INDEX
-        result = stages.evaluate_stage(recipe, dataset(), artifact, index, here, silent, False, nothing, never)
+        result = stages.evaluate_stage(
+            recipe=recipe,
+            dataset=dataset(),
+            artifact_path=here / stages.ARTIFACT,
+            index_folder=root / stages.INDEX,
+            folder=here,
+        )
         if rank == 0:
-            found[str(seed)] |= result
+            found[str(seed)] |= asdict(result)
     if rank == 0:
         write_json(root / "reference.json", found)
     dist.destroy_process_group()

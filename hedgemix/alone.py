@@ -14,27 +14,39 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hedgemix import dataset as datasets
 from hedgemix import ranks, stages
-from hedgemix.checkpoint import nothing
-from hedgemix.clock import never
 from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
+from hedgemix.evaluate import EvaluateResult
 from hedgemix.files import Log, read_json, silent, write_json
+from hedgemix.layout import RECIPE, RESULT
+from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
 from hedgemix.train import DivergedError
 
 FIRST_SEED = 1337
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the one that prepares data, quantizes and scores."""
-RESULT = "result.json"
 TEXTS = ("train_sha256", "valid_sha256", "tokenizer_sha256")
+
+
+Result = TypeVar("Result", bound=Any)
+
+
+class Results(NamedTuple):
+    """What the stages of one seed give."""
+
+    train: TrainStageResult
+    score: ScoreResult
+    quantize: QuantizeResult
+    evaluate: EvaluateResult
 
 
 def main(values: dict[str, Any], sources: Mapping[str, str], code_bytes: int, arguments: Sequence[str]) -> int:
@@ -73,7 +85,7 @@ def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> 
         path = path / "__init__.py" if package else path.with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
-    write_json(folder / "recipe.json", values)
+    write_json(folder / RECIPE, values)
     print(f"{len(sources)} modules and recipe.json in {folder}")
 
 
@@ -111,8 +123,8 @@ def run(recipe: Recipe, options: argparse.Namespace, code_bytes: int) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if rank == 0:
         begin(out, {"seed": seed, "recipe": to_dict(recipe), "steps": fingerprint(fractions)})
-    found = work(recipe, seed, out, stages.artifact_room(recipe, code_bytes), told, fractions, say)
-    return report(recipe, seed, {**found, "code_bytes": code_bytes}, out, say) if rank == 0 else 0
+    results = work(recipe, seed, out, stages.artifact_room(recipe, code_bytes), told, fractions, say)
+    return report(recipe, seed, results, code_bytes, out, say) if results else 0
 
 
 def world() -> int:
@@ -135,9 +147,9 @@ def work(
     told: Mapping[str, Any],
     fractions: list[float] | None,
     say: Callable[..., None],
-) -> dict[str, Any]:
-    """All stages, each on the ranks it takes; on rank 0 their results together, elsewhere a part of them."""
-    compute, found = recipe.compute, dict[str, Any]()
+) -> Results | None:
+    """All stages, each on the ranks it takes; their results on rank 0."""
+    compute = recipe.compute
     trained, quantized, counted, evaluated = (out / name for name in ("train", "quantize", "counts", "evaluate"))
     share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.workers
     torch.set_num_threads(max(1, int(share)))
@@ -147,30 +159,51 @@ def work(
                 prepare(recipe, out / "data", told, say)
             ranks.barrier()
             dataset = datasets.load(out / "data")
-            log = shown("train", say)
-            alone = None, nothing, never, fractions
-            found |= standing(trained, lambda: stages.train_stage(recipe, dataset, seed, trained, log, *alone))
+            options = RunOptions(log=shown("train", say))
+            train = standing(
+                trained,
+                TrainStageResult,
+                lambda: stages.train_stage(
+                    recipe=recipe, dataset=dataset, seed=seed, folder=trained, options=options, fractions=fractions
+                ),
+            )
             forget_training(recipe)
     if int(os.environ.get("RANK", 0)) == 0:
-        log = shown("score", say)
-        found |= standing(out / "score", lambda: stages.score_stage(recipe, dataset, trained, log))
+        score = standing(
+            out / "score",
+            ScoreResult,
+            lambda: stages.score_stage(recipe=recipe, dataset=dataset, train_folder=trained, log=shown("score", say)),
+        )
         say("quantize", flush=True)
-        found |= standing(quantized, lambda: stages.quantize_stage(recipe, dataset, seed, trained, quantized, room))
-        say(f"quantize: {found['artifact_bytes']:,} bytes", flush=True)
-        standing(counted, lambda: stages.counts_stage(recipe, dataset, counted))
+        quantize = standing(
+            quantized,
+            QuantizeResult,
+            lambda: stages.quantize_stage(
+                recipe=recipe, dataset=dataset, seed=seed, train_folder=trained, folder=quantized, room_bytes=room
+            ),
+        )
+        say(f"quantize: {quantize.artifact_bytes:,} bytes", flush=True)
+        standing(counted, CountsResult, lambda: stages.counts_stage(recipe=recipe, dataset=dataset, folder=counted))
     share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.evaluate_workers
     torch.set_num_threads(max(1, int(share)))
     with group("evaluate", compute.evaluate_workers, compute.gpus_per_worker) as mine:
         if mine:
             ranks.barrier()
             dataset = datasets.load(out / "data")
-            artifact, index = quantized / stages.ARTIFACT, counted / stages.INDEX
-            log = shown("evaluate", say)
-            found |= standing(
+            options = RunOptions(log=shown("evaluate", say))
+            evaluate = standing(
                 evaluated,
-                lambda: stages.evaluate_stage(recipe, dataset, artifact, index, evaluated, log, False, nothing, never),
+                EvaluateResult,
+                lambda: stages.evaluate_stage(
+                    recipe=recipe,
+                    dataset=dataset,
+                    artifact_path=quantized / stages.ARTIFACT,
+                    index_folder=counted / stages.INDEX,
+                    folder=evaluated,
+                    options=options,
+                ),
             )
-    return found
+    return Results(train, score, quantize, evaluate) if int(os.environ.get("RANK", 0)) == 0 else None
 
 
 @contextlib.contextmanager
@@ -191,16 +224,16 @@ def group(name: str, size: int, gpus_per_worker: float) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def standing(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def standing(folder: Path, kind: type[Result], work: Callable[[], Result]) -> Result:
     """The result that an earlier start left in the folder, or the work's, which rank 0 then leaves there."""
     path = folder / RESULT
     there = path.is_file()
     ranks.barrier()  # every rank has looked before rank 0 can write it
     if there:
-        return read_json(path)
+        return from_dict(kind, read_json(path))
     result = work()
     if ranks.rank() == 0:
-        write_json(path, result)
+        write_json(path, asdict(result))
     return result
 
 
@@ -275,25 +308,25 @@ def shown(stage: str, say: Callable[..., None]) -> Log:
     return log
 
 
-def report(recipe: Recipe, seed: int, found: dict[str, Any], out: Path, say: Callable[..., None]) -> int:
+def report(recipe: Recipe, seed: int, results: Results, code_bytes: int, out: Path, say: Callable[..., None]) -> int:
     """Print and keep the result; the exit code."""
-    total = found["artifact_bytes"] + found["code_bytes"]
-    over = stages.excesses(recipe.limits, total, found["train_seconds"], found["evaluate_seconds"])
-    for name in ("full", "quantized", "mixed", "ttt", "final"):
-        if found[f"bpb_{name}"] is not None:
-            say(f"bpb_{name}: {found[f'bpb_{name}']!r}")
-    limits = recipe.limits
+    train, score, quantize, evaluate = results
+    total, limits = quantize.artifact_bytes + code_bytes, recipe.limits
+    over = stages.excesses(limits, total, train.train_seconds, evaluate.evaluate_seconds)
+    say(f"bpb_full: {score.bpb_full!r}")
+    for name in ("bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final"):
+        if getattr(evaluate, name) is not None:
+            say(f"{name}: {getattr(evaluate, name)!r}")
+    say(f"bytes: artifact {quantize.artifact_bytes:,} + code {code_bytes:,} = {total:,} of {limits.total_bytes:,}")
     say(
-        f"bytes: artifact {found['artifact_bytes']:,} + code {found['code_bytes']:,} = {total:,} "
-        f"of {limits.total_bytes:,}"
-    )
-    say(
-        f"seconds: training {found['train_seconds']:.1f} of {limits.train_seconds:g} ({found['steps']:,} steps), "
-        f"evaluation {found['evaluate_seconds']:.1f} of {limits.evaluate_seconds:g}"
+        f"seconds: training {train.train_seconds:.1f} of {limits.train_seconds:g} ({train.steps:,} steps), "
+        f"evaluation {evaluate.evaluate_seconds:.1f} of {limits.evaluate_seconds:g}"
     )
     for line in over:
         say(f"over a limit: {line}")
-    say(f"artifact_sha256: {found['artifact_sha256']}")
-    say(f"seed:{seed} val_loss:{found['nats_per_token']!r} val_bpb:{found['bpb_final']!r}", flush=True)
-    write_json(out / RESULT, {"seed": seed, **found, "total_bytes": total, "over": over})
+    say(f"artifact_sha256: {quantize.artifact_sha256}")
+    say(f"seed:{seed} val_loss:{evaluate.nats_per_token!r} val_bpb:{evaluate.bpb_final!r}", flush=True)
+    found = {name: value for result in results for name, value in asdict(result).items()}
+    told = {"seed": seed, **found, "code_bytes": code_bytes, "total_bytes": total, "over": over}
+    write_json(out / RESULT, told)
     return 1 if over else 0

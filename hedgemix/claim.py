@@ -21,6 +21,7 @@ from hedgemix import dataset as datasets
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.dataset import Dataset
 from hedgemix.files import read_json, replacing
+from hedgemix.layout import AUDIT, RESULT, STEPS, TRACE
 
 NAMES = ("final", "published")
 PATHS = ("artifact_path", "evaluate_path", "dataset_path")
@@ -100,8 +101,8 @@ def load(table: Path, row: dict[str, Any], name: str) -> Claim:
     places = {column: find(table, row, column) for column in PATHS}
     evaluation, file = places["evaluate_path"], places["artifact_path"]
     try:
-        result = read_json(evaluation / "result.json")["result"]
-        trace = [json.loads(line) for line in (evaluation / "trace.jsonl").read_text().splitlines()]
+        result = read_json(evaluation / RESULT)["result"]
+        trace = [json.loads(line) for line in (evaluation / TRACE).read_text().splitlines()]
         claimed = result[f"bpb_{name}"], [line["bits"][name] for line in trace]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"seed {seed}: {evaluation} has no sound result.json and trace.jsonl ({error!r})") from None
@@ -130,7 +131,7 @@ def find(table: Path, row: dict[str, Any], column: str) -> Path:
     if row[column] and path.exists():
         return path
     parts = path.parts
-    moved = table.resolve().parent.joinpath(*parts[parts.index("_steps") :]) if "_steps" in parts else None
+    moved = table.resolve().parent.joinpath(*parts[parts.index(STEPS) :]) if STEPS in parts else None
     if moved is None or not moved.exists():
         where = f" nor at {moved}" if moved else ""
         raise RecipeError(f"seed {row['seed']}: {column} {path} is not there{where}; copy the runs folder as a whole")
@@ -146,7 +147,7 @@ def kept(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> d
     """The audit columns from the audit.json in the folder of an evaluation; empty when there is none, or when it is
     about another artifact or another result."""
     try:
-        verdict = read_json(evaluation / "audit.json")
+        verdict = read_json(evaluation / AUDIT)
         same = verdict["artifact_sha256"] == artifact_sha256 and verdict["result"] == result
         return columns(verdict) if same else {}
     except (OSError, ValueError, KeyError, TypeError):

@@ -37,25 +37,42 @@ from hedgemix.ttt import Adapter
 @dataclass(frozen=True)
 class EvaluateResult:
     bpb_quantized: float
+    """Bits per byte of the artifact's weights, frozen, no mixing."""
     bpb_mixed: float
+    """Bits per byte of the artifact's weights, frozen, mixed with the experts."""
     bpb_ttt: float | None
-    """None when test-time training is off."""
+    """Bits per byte with test-time training, no mixing; None when it is off."""
     bpb_final: float
+    """The score: bits per byte with everything the recipe turns on. A code length."""
     bpb_hedge: float
+    """Bits per byte of the Hedge mixture over the same rows as bpb_final."""
     bpb_logistic: float
+    """Bits per byte of the logistic mixture over the same rows as bpb_final."""
     bpb_published: float
+    """What the published rule reports; no code length."""
     published_mass: float
+    """Mean over tokens of the sum of the published rule's probabilities over the vocabulary."""
     nats_per_token: float
+    """bpb_final as nats a token."""
     scored_tokens: int
     scored_bytes: int
+    """Of the scored tokens' text."""
     evaluate_seconds: float
+    """From reading the artifact to the last bit, over all restarts."""
     scoring_seconds: float
+    """Part of evaluate_seconds in forward passes, of the frozen and of the adapted weights."""
     mixing_seconds: float
+    """Part of evaluate_seconds in experts and mixers."""
     ttt_seconds: float
+    """Part of evaluate_seconds in test-time training."""
     expert_names: list[str]
+    """The neural model and the experts beside it."""
     expert_weights: list[float]
+    """Their weights in the plain Hedge mixture after the last token."""
     ensemble_names: list[str]
+    """The neural model and one logistic mixer a gate."""
     ensemble_weights: list[float]
+    """Their Hedge weights after the last token."""
 
 
 def load_model(found: artifact.Artifact) -> Model:

@@ -24,6 +24,7 @@ from hedgemix.clock import Clock, Due, never
 from hedgemix.config import EvaluateConfig, config_hash
 from hedgemix.evaluate import Evaluation, Start
 from hedgemix.files import DamagedFileError
+from hedgemix.layout import CLOCK
 from hedgemix.lines import Lines
 from hedgemix.shards import PIECE_TOKENS, TokenStream
 
@@ -92,7 +93,7 @@ class Restart(Start):
                 + "; give all ranks the same storage, or remove that folder to begin anew"
             )
         saved_seconds = state["elapsed_seconds"] if state else None
-        self.clock = Clock(self.folder / "clock.json", saved_seconds, self.now, self.kept, self.began)
+        self.clock = Clock(self.folder / CLOCK, saved_seconds, self.now, self.kept, self.began)
         self.due = Due(self.clock, self.checkpoint_seconds, self.notice)
         return state["evaluation"] if state else None
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,54 +18,126 @@ from hedgemix import artifact, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
 from hedgemix.calibrate import Moments
-from hedgemix.checkpoint import Kept
+from hedgemix.checkpoint import Kept, nothing
+from hedgemix.clock import never
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from hedgemix.evaluate import evaluate_artifact, score_model
-from hedgemix.files import Log, load_tensors
+from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
+from hedgemix.files import Log, load_tensors, silent
+from hedgemix.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.restart import Restart
-from hedgemix.train import train
+from hedgemix.train import TrainResult, train
 
 ARTIFACT = "artifact.hmx"
 INDEX = "index"
 PAGE_BYTES = 4096
 
 
+@dataclass(frozen=True)
+class TrainStageResult(TrainResult):
+    hardware: str
+    """What rank 0 ran on, and with how many GPUs or threads."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    nats: float
+    """Of the whole scored text, under the averaged weights at full precision."""
+    bpb_full: float
+    """The same in bits per byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult:
+    theta: float | None = None
+    """What sets all quantization steps together; larger means coarser. The reference's export has none."""
+    expected_loss_nats: float | None = None
+    """Nats a token that quantization is expected to add; none for the reference's export."""
+    tries: int | None = None
+    """Thetas tried until the artifact fitted; none for the reference's export."""
+    gptq_seconds: float
+    """GPTQ and rounding, all tries."""
+    largest_damping: float
+    """Largest damping GPTQ needed, as a share of a Hessian's mean diagonal."""
+    artifact_bytes: int
+    """Size of the artifact file."""
+    bits_per_weight: float
+    """All bits of the artifact, over the parameters."""
+    artifact_sha256: str
+    """Of the artifact file, in hex."""
+
+
+@dataclass(frozen=True)
+class CountsResult:
+    tokens: int
+    """Of the text whose n-grams were indexed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What surrounds a training or an evaluation, and changes no number of it."""
+
+    log: Log = silent
+    """Takes progress records, dicts of JSON values."""
+    profile: bool = False
+    """Write profile.json.gz and profile.txt of a few training steps, or of a chunk, into the stage's folder."""
+    on_file_written: Kept = nothing
+    """Told of every file that a restart needs."""
+    preempted: Callable[[], bool] = never
+    """Asked often: whether this machine is about to be taken away. A checkpoint is left when it first says so."""
+
+
 def train_stage(
+    *,
     recipe: Recipe,
     dataset: Dataset,
     seed: int,
     folder: Path,
-    log: Log,
-    profile: Path | None,
-    kept: Kept,
-    notice: Callable[[], bool],
+    options: RunOptions = RunOptions(),
     fractions: Sequence[float] | None = None,
-) -> dict[str, Any]:
+) -> TrainStageResult:
+    """Train one seed from or into `folder`; every rank calls this. See `train` for `fractions` and what is raised."""
     device = pick_device(recipe)
     result = train(
-        recipe, dataset, seed, folder, device, log=log, profile=profile, kept=kept, notice=notice, fractions=fractions
+        recipe,
+        dataset,
+        seed,
+        folder,
+        device,
+        log=options.log,
+        profile=folder if options.profile else None,
+        kept=options.on_file_written,
+        notice=options.preempted,
+        fractions=fractions,
     )
-    return {**asdict(result), "hardware": hardware(device)}
+    return TrainStageResult(**asdict(result), hardware=hardware(device))
 
 
-def score_stage(recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log) -> dict[str, Any]:
+def score_stage(*, recipe: Recipe, dataset: Dataset, train_folder: Path, log: Log = silent) -> ScoreResult:
+    """Score the weights of a training, as they are, on the validation text."""
     device = pick_device(recipe)
+    model = load_weights(recipe, dataset, train_folder)
+    nats = score_model(model.to(device), datasets.valid_stream(dataset), recipe.evaluate, log=log)
+    return ScoreResult(nats, bits_per_byte(nats, dataset.valid_bytes))
+
+
+def load_weights(recipe: Recipe, dataset: Dataset, train_folder: Path) -> Model:
+    """Load the averaged weights of a training, on the CPU."""
     model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
-    model.load_state_dict(load_tensors(train_folder / "weights.pt"))
-    score = score_model(model.to(device), datasets.valid_stream(dataset), recipe.evaluate, log=log)
-    return {"nats": score, "bpb_full": bits_per_byte(score, dataset.valid_bytes)}
+    model.load_state_dict(load_tensors(train_folder / WEIGHTS))
+    return model
 
 
 def quantize_stage(
-    recipe: Recipe, dataset: Dataset, seed: int, train_folder: Path, folder: Path, room: int
-) -> dict[str, Any]:
+    *, recipe: Recipe, dataset: Dataset, seed: int, train_folder: Path, folder: Path, room_bytes: int
+) -> QuantizeResult:
+    """Quantize the weights of a training into an artifact of at most `room_bytes` in `folder`; raises RecipeError when
+    that cannot be."""
     device = pick_device(recipe)
-    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
-    model.load_state_dict(load_tensors(train_folder / "weights.pt"))
-    moments = Moments(**load_tensors(train_folder / "moments.pt", device))
+    model = load_weights(recipe, dataset, train_folder)
+    moments = Moments(**load_tensors(train_folder / MOMENTS, device))
     header = {
         "recipe": recipe.recipe,
         "seed": seed,
@@ -79,54 +150,57 @@ def quantize_stage(
         model.to(device),
         moments,
         recipe.quantize,
-        room,
+        room_bytes,
         lambda tensors: len(pack(tensors=tensors)),
     )
     path = folder / ARTIFACT
     size = artifact.write(path, header, Path(dataset.tokenizer).read_bytes(), tensors, recipe.quantize.zstd_level)
-    return {
+    return QuantizeResult(
         **report,
-        "artifact_bytes": size,
-        "bits_per_weight": 8 * size / parameter_count(model),
-        "artifact_sha256": artifact.read(path).sha256,  # reads back what was written: a bad file stops here
-    }
+        artifact_bytes=size,
+        bits_per_weight=8 * size / parameter_count(model),
+        artifact_sha256=artifact.read(path).sha256,  # reads back what was written: a bad file stops here
+    )
 
 
-def counts_stage(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+def counts_stage(*, recipe: Recipe, dataset: Dataset, folder: Path) -> CountsResult:
+    """Index the n-grams of the validation text, in `folder`."""
     stream = datasets.valid_stream(dataset)
     mixer = recipe.evaluate.mixer
     ngram.build_index(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
-    return {"tokens": len(stream)}
+    return CountsResult(len(stream))
 
 
 def evaluate_stage(
+    *,
     recipe: Recipe,
     dataset: Dataset,
     artifact_path: Path,
-    counts_folder: Path,
+    index_folder: Path,
     folder: Path,
-    log: Log,
-    profile: bool,
-    kept: Kept,
-    notice: Callable[[], bool],
-) -> dict[str, Any]:
+    options: RunOptions = RunOptions(),
+) -> EvaluateResult:
+    """Score the validation text with an artifact and the index of the text's n-grams; every rank calls this. Goes on
+    from what `folder` holds of it. Raises RuntimeError when not all of the text was scored."""
     result = evaluate_artifact(
         artifact_path,
         datasets.valid_stream(dataset),
-        counts_folder,
+        index_folder,
         recipe.evaluate,
         pick_device(recipe),
-        trace=folder / "trace.jsonl",
-        log=log,
-        profile=folder if profile else None,
-        start=Restart(folder, recipe.compute.checkpoint_seconds, notice=notice, kept=kept),
+        trace=folder / TRACE,
+        log=options.log,
+        profile=folder if options.profile else None,
+        start=Restart(
+            folder, recipe.compute.checkpoint_seconds, notice=options.preempted, kept=options.on_file_written
+        ),
     )
     if (result.scored_tokens, result.scored_bytes) != (dataset.valid_tokens - 1, dataset.valid_bytes):
         raise RuntimeError(
             f"scored {result.scored_tokens} tokens and {result.scored_bytes} bytes of a text of "
             f"{dataset.valid_tokens - 1} and {dataset.valid_bytes}"
         )
-    return asdict(result)
+    return result
 
 
 def excesses(limits: LimitsConfig, total_bytes: int, train_seconds: float, evaluate_seconds: float) -> list[str]:

@@ -34,6 +34,7 @@ from hedgemix.clock import Clock, Due, never
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log, save_tensors, silent
+from hedgemix.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.profiler import tracing
@@ -49,7 +50,9 @@ class DivergedError(RuntimeError):
 @dataclass(frozen=True)
 class TrainResult:
     parameters: int
+    """Trained weights of the model."""
     steps: int
+    """Optimizer steps."""
     tokens: int
     """Training tokens over all steps that count (work lost to a restart is not counted)."""
     train_loss_nats: float
@@ -57,11 +60,15 @@ class TrainResult:
     train_seconds: float
     """Budget used: loop, EMA and calibration, over all restarts."""
     loop_seconds: float
+    """Part of train_seconds in the training loop, checkpoints included."""
     calibrate_seconds: float
+    """Part of train_seconds after the loop: averaging and calibration."""
     warmup_seconds: float
     """Before the clock: building, compiling, warm-up steps (of the last start)."""
     ms_per_step: float
+    """Milliseconds of the training loop per step."""
     restarts: int
+    """Starts of the training after the first."""
     checkpoint_failures: int
     """Checkpoints of the last start that storage did not take."""
     qat_steps: int
@@ -115,8 +122,8 @@ def train(
     checkpoints = Checkpoints(folder, kept=kept)
     agree = ranks.Agreement()
     saved_seconds = run.load(checkpoints, agree)
-    clock = Clock(folder / "clock.json", saved_seconds, now, kept)
-    steps = StepLog(folder / "log.jsonl", run.step, seed, log)
+    clock = Clock(folder / CLOCK, saved_seconds, now, kept)
+    steps = StepLog(folder / LOG, run.step, seed, log)
     due = Due(clock, recipe.compute.checkpoint_seconds, notice)
     queue = RunAhead(device)
     traces = tracing(profile if ranks.rank() == 0 else None, "profile", device)
@@ -152,9 +159,9 @@ def train(
         raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
     moments = calibrate(model, batches, config, device)
     if ranks.rank() == 0:
-        save_tensors(folder / "weights.pt", {name: value.cpu() for name, value in model.state_dict().items()})
+        save_tensors(folder / WEIGHTS, {name: value.cpu() for name, value in model.state_dict().items()})
         parts = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
-        save_tensors(folder / "moments.pt", parts)
+        save_tensors(folder / MOMENTS, parts)
     synchronise(device)
     checkpoints.close()
     train_seconds = clock.elapsed()

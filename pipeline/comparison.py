@@ -10,9 +10,9 @@ from rich.console import Console
 
 from hedgemix.config import RecipeError
 from pipeline import significance
+from pipeline.console import COLUMNS, cell, seed_table
 from pipeline.records import Record
 from pipeline.significance import RULES, Test
-from pipeline.terminal import COLUMNS, cell, seed_table
 
 NOT_SETTINGS = ("recipe",)
 """Of a configuration: names that change nothing."""

@@ -6,69 +6,64 @@ It holds no state of its own: what is done stands on disk, so the same command a
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayError
 from rich.console import Console
 
 from hedgemix import script, stages
-from hedgemix.config import Recipe, RecipeError
-from hedgemix.dataset import Dataset
-from pipeline import measures, results, runs, tasks
-from pipeline.progress import BoardActor, View
-from pipeline.results import Row
-from pipeline.rows import build_row, origin
-from pipeline.runs import SeedSteps
-from pipeline.steps import ERROR, DamagedStepError, Step, check, set_aside
-from pipeline.tasks import Job
-from pipeline.trackers import Subject, Trackers, follow
+from hedgemix.config import RecipeError
+from hedgemix.layout import ERROR
+from pipeline import metrics, tasks
+from pipeline.board import BoardActor
+from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain
+from pipeline.follower import Trackers, follow
+from pipeline.graph import RecordPlan, SeedSteps
+from pipeline.job import Job
+from pipeline.live_view import View
+from pipeline.provenance import origin
+from pipeline.recovery import set_aside
+from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
+from pipeline.row import build_row
+from pipeline.schema import Row
+from pipeline.step import DamagedStepError, Step, check
+from pipeline.table import write_rows
+from pipeline.tracked_record import TrackedRecord
+from pipeline.train_job import train_seed
 
 POLL_SECONDS = 0.5
-FIRST_REST_SECONDS = 1.0
 STAGES = ("train", "quantize", "score", "evaluate")
-ERRORS_OF_THE_OTHERS = ("Connection closed", "Connection reset", "NCCL", "gloo", "HealthCheck")
-"""What ranks say that only noticed another one fail."""
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-TOOL_ERROR = re.compile(r"\b(?:fatal |last )?error:(?: |$)", re.IGNORECASE)
-"""How compilers and NCCL begin the line that tells what went wrong, somewhere in what they print."""
-"""Ray's frames have them, also in a file."""
 
 
 @dataclass
 class Drive:
     """One record being driven; `running` maps a Ray task to its seed (None: shared) and stage."""
 
-    record: str
-    recipe: Recipe
-    dataset: Dataset
-    seeds: dict[int, SeedSteps]
-    counts: Step
+    plan: RecordPlan
     job: Job
     console: Console
     trackers: Trackers
+    restarts: Restarts
     errors: dict[int, str] = field(default_factory=dict)
     count_error: str = ""
-    running: dict[Any, tuple[int | None, str]] = field(default_factory=dict)
-    tries: Counter[tuple[int | None, str]] = field(default_factory=Counter)
-    """How often each stage was started again."""
-    resting: dict[tuple[int | None, str], float] = field(default_factory=dict)
-    """When a stage that was lost may start again: storage that fails now may not in a moment."""
+    running: dict[Any, Place] = field(default_factory=dict)
     records: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """What stands of each seed, by the kind of step; read when a task ends, not every moment."""
     counted: dict[str, Any] | None = None
     heard_ns: int = 0
     """The time of the last progress record that was passed on."""
 
+    @property
+    def seeds(self) -> dict[int, SeedSteps]:
+        return self.plan.seeds
+
     def look(self) -> None:
         """Read what stands. What was made from files that since had to be made again does not, and is set aside."""
-        self.counted = self.counts.record()
+        self.counted = self.plan.counts.record()
         for seed, steps in self.seeds.items():
             if seed in self.records and self.done(seed):
                 continue
@@ -103,7 +98,7 @@ class Drive:
         return (seed, stage) in self.running.values()
 
     def ready(self, seed: int | None, stage: str) -> bool:
-        return not self.busy(seed, stage) and time.monotonic() >= self.resting.get((seed, stage), 0.0)
+        return not self.busy(seed, stage) and self.restarts.rested((seed, stage))
 
     def unfinished(self) -> bool:
         return any(not self.done(seed) for seed in self.seeds if seed not in self.errors)
@@ -117,7 +112,7 @@ class Drive:
         the order of seeds, and once those trained before are evaluated: its processes would share the cores of a timed
         evaluation. A cluster is told of all seeds, so that it can grow, and places them as nodes come free."""
         if not self.counted and not self.count_error and self.ready(None, "count"):
-            self.running[tasks.start_counts(self.job, self.counts)] = (None, "count")
+            self.running[tasks.start_counts(self.job, self.plan.counts)] = (None, "count")
         slots = len(self.seeds) if on_cluster() else 0 if self.evaluating() else training_slots(self.job.recipe)
         slots -= sum(stage == "train" for _, stage in self.running.values())
         for seed, steps in self.seeds.items():
@@ -125,7 +120,7 @@ class Drive:
                 continue
             if not self.stands(seed, "train"):
                 if slots > 0 and self.ready(seed, "train"):
-                    self.running[tasks.train_seed.remote(self.job, steps.train, seed)] = (seed, "train")
+                    self.running[train_seed.remote(self.job, steps.train, seed)] = (seed, "train")
                     slots -= 1
                 continue
             for stage, start in (("quantize", tasks.start_quantize), ("score", tasks.start_score)):
@@ -134,7 +129,7 @@ class Drive:
             if not self.stands(seed, "quantize") or self.stands(seed, "evaluate") or not self.ready(seed, "evaluate"):
                 continue
             if self.counted:
-                self.running[tasks.start_evaluation(self.job, steps, self.counts)] = (seed, "evaluate")
+                self.running[tasks.start_evaluation(self.job, steps, self.plan.counts)] = (seed, "evaluate")
             elif self.count_error:
                 self.errors[seed] = self.count_error
 
@@ -156,17 +151,14 @@ class Drive:
         return bool(done)
 
     def failed(self, seed: int | None, stage: str, error: Exception) -> None:
-        """Start the stage again if a process, a machine or storage failed it, and as often as the recipe says."""
-        place, damaged = (seed, stage), cause(error)
-        again = self.tries[place] < self.job.recipe.compute.max_restarts
-        if again and (lost(error) or isinstance(damaged, DamagedStepError)):
-            self.tries[place] += 1
-            self.resting[place] = time.monotonic() + FIRST_REST_SECONDS * 2 ** (self.tries[place] - 1)
-            if isinstance(damaged, DamagedStepError):
-                steps = (*(self.seeds[seed].all() if seed is not None else ()), self.counts)
+        """Start the stage again if that is worth it (`failures`), or let the seed fail."""
+        verdict = classify(error)
+        if not isinstance(verdict, Fail) and self.restarts.grant((seed, stage)):
+            if isinstance(verdict, Repair):
+                steps = (*(self.seeds[seed].all() if seed is not None else ()), self.plan.counts)
                 for step in steps:
-                    if step.name == damaged.step:
-                        self.repair(seed, step, damaged)
+                    if step.name == verdict.damaged.step:
+                        self.repair(seed, step, verdict.damaged)
             else:
                 who = "counts" if seed is None else f"seed {seed}: {stage}"
                 self.console.print(f"{who} was lost, starts again: {explain(error)}", markup=False, soft_wrap=True)
@@ -187,20 +179,17 @@ class Drive:
 
     def rows(self) -> list[Row]:
         return [
-            build_row(
-                self.record, self.recipe, self.dataset, steps, self.records[seed], self.counted, self.errors.get(seed)
-            )
-            for seed, steps in self.seeds.items()
+            build_row(self.plan, seed, self.records[seed], self.counted, self.errors.get(seed)) for seed in self.seeds
         ]
 
     def write_rows(self) -> None:
         """The table as it stands; a write that storage refuses now is made up for by the next."""
         rows = self.rows()
         with contextlib.suppress(OSError):
-            results.write(self.counts.storage, rows)
+            write_rows(self.plan.storage, rows)
         with contextlib.suppress(RayError):
             for row in rows:
-                self.job.board.row.remote(row.seed, measures.row_numbers(row))
+                self.job.board.row.remote(row.seed, metrics.row_numbers(row))
         self.listen()  # a seed's last words come before its row
         self.trackers.rows(rows)
 
@@ -234,12 +223,9 @@ class Drive:
 
 
 def drive(
-    record: str,
-    recipe: Recipe,
-    dataset: Dataset,
-    data: Step,
-    seeds: dict[int, SeedSteps],
+    plan: RecordPlan,
     console: Console,
+    *,
     profile: bool = False,
     lost_record: Callable[[], bool] = lambda: False,
     track: tuple[str, ...] = (),
@@ -249,28 +235,26 @@ def drive(
     Ray must be initialised. Raises RecipeError when no machine of this cluster can hold the training job, or when
     `lost_record` says that another driver has taken the record over. track: the names of its trackers.
     """
-    resolved, evaluate_cpus = resolve_cpus(recipe)
-    check_capacity(resolved, evaluate_cpus, console)
-    code = script.n_bytes(recipe)  # of the recipe as it is written, not of this machine's share
-    made_by = origin() | {"requirements": script.requirements(recipe)}
-    board = BoardActor.remote(record, measures.meanings())
-    job = Job(resolved, dataset, evaluate_cpus, code, made_by, data, profile, board)
-    storage = data.storage
-    trackers = follow(track, Subject(storage, record, recipe), lambda text: console.print(text, markup=False))
-    counts = runs.counts_step(storage, recipe, dataset)
-    work = Drive(record, recipe, dataset, seeds, counts, job, console, trackers)
+    recipe, evaluate_cpus = resolve_cpus(plan.recipe)
+    check_capacity(recipe, evaluate_cpus, console)
+    made_by = origin() | {"requirements": script.requirements(plan.recipe)}
+    board = BoardActor.remote(plan.name, metrics.meanings())
+    job = Job(plan, recipe, evaluate_cpus, made_by, profile, board)
+    tracked = TrackedRecord(plan.storage, plan.name, plan.recipe)
+    trackers = follow(track, tracked, lambda text: console.print(text, markup=False))
+    work = Drive(plan, job, console, trackers, Restarts(recipe.compute.max_restarts))
     work.look()
     work.check_artifacts()
-    results.write(storage, work.rows())
+    write_rows(plan.storage, work.rows())
     try:
-        with View(tuple(seeds), console) as view:
+        with View(tuple(plan.seeds), console) as view:
             while True:
                 work.launch()
                 if not work.running and not work.unfinished():
                     break
                 view.update(work.states())
                 if lost_record():
-                    raise RecipeError(f"another driver has taken over record {record}; this one stops")
+                    raise RecipeError(f"another driver has taken over record {plan.name}; this one stops")
                 if work.collect():
                     work.write_rows()
             view.update(work.states())
@@ -279,105 +263,7 @@ def drive(
             with contextlib.suppress(RayError):
                 ray.cancel(reference)
         rows = work.rows()
-        results.write(storage, rows)
+        write_rows(plan.storage, rows)
         trackers.rows(rows)
         trackers.close()
     return rows
-
-
-def fits(node: dict[str, Any], count: int, cpus: float, gpus: float) -> int:
-    """How often `count` ranks of `cpus` and `gpus` each fit the node at once."""
-    if not node["Alive"]:
-        return 0
-    here = node["Resources"]
-    times = [here.get(name, 0) // (count * each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
-    return int(min(times, default=1))
-
-
-def training_slots(recipe: Recipe) -> int:
-    """Training jobs that fit the cluster's machines at once; each has one machine's share for itself."""
-    compute = recipe.compute
-    return sum(fits(node, compute.workers, compute.cpus_per_worker, compute.gpus_per_worker) for node in ray.nodes())
-
-
-def check_capacity(recipe: Recipe, evaluate_cpus: float, console: Console) -> None:
-    """On a machine of our own, refuse at once what could only wait for ever; a cluster may still get its nodes."""
-    compute = recipe.compute
-    for purpose, ranks, cpus in (
-        ("trains a seed", compute.workers, compute.cpus_per_worker),
-        ("evaluates a seed", compute.evaluate_workers, evaluate_cpus),
-    ):
-        if any(fits(node, ranks, cpus, compute.gpus_per_worker) for node in ray.nodes()):
-            continue
-        largest = [max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("GPU", "CPU")]
-        needs = (
-            f"recipe {recipe.recipe} {purpose} on one machine with {ranks} ranks of {compute.gpus_per_worker:g} GPU "
-            f"and {cpus:g} CPU; the largest here has {largest[0]:g} GPU and {largest[1]:g} CPU"
-        )
-        if not on_cluster():
-            raise RecipeError(
-                f"{needs}. Lower compute.workers, compute.evaluate_workers, compute.gpus_per_worker or "
-                "compute.cpus_per_worker, or run on a cluster"
-            )
-        console.print(f"{needs}: waiting for such a machine", soft_wrap=True)
-
-
-def on_cluster() -> bool:
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:
-    """The recipe with cpus_per_worker 0 replaced by a worker's share of the largest machine's CPUs, and the CPUs of an
-    evaluating rank, by the same rule."""
-    compute = recipe.compute
-    if compute.cpus_per_worker:
-        return recipe, compute.cpus_per_worker
-    able = [node["Resources"] for node in ray.nodes() if fits(node, compute.workers, 0, compute.gpus_per_worker)]
-    largest = max((resources.get("CPU", 0) for resources in able), default=0)
-    if not largest:
-        raise RecipeError(
-            f"no node with {compute.workers * compute.gpus_per_worker:g} GPU is there to tell its CPUs; set "
-            "compute.cpus_per_worker"
-        )
-    resolved = replace(compute, cpus_per_worker=max(1.0, largest // compute.workers))
-    return replace(recipe, compute=resolved), max(1.0, largest // compute.evaluate_workers)
-
-
-def cause(error: BaseException) -> BaseException:
-    """What a task raised, without Ray's frames."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
-
-
-def lost(error: Exception) -> bool:
-    """Whether a process, a machine or storage failed, not the work: worth another try. The process may be one that a
-    task waited for: a rank, or Ray Train's controller."""
-    found = cause(error)
-    return isinstance(found, (OSError, RayError)) and not isinstance(found, (RayTaskError, TaskCancelledError))
-
-
-def explain(error: BaseException) -> str:
-    """The cause in one line: what a person can act on, without Ray's frames."""
-    found = cause(error)
-    failures = getattr(found, "worker_failures", None)
-    if failures:
-        ranks = sorted(failures, key=lambda rank: (blames_another(failures[rank]), rank))
-        return f"worker {ranks[0]}: {explain(failures[ranks[0]])}"
-    name, text = type(found).__name__, blamed(str(found)) or "no message"
-    return text if text.startswith(name) or name == "RuntimeError" else f"{name}: {text}"
-
-
-def blamed(message: str) -> str:
-    """The line of a message that has the cause: its first, with what a line that only announces it (torch's compiler:
-    "backend='inductor' raised:") announces, and with the line that a C++ compiler or NCCL calls the error."""
-    lines = [text for line in message.splitlines() if (text := COLOURS.sub("", line).strip())]
-    said = [" ".join(lines[i : i + 2]) if line.endswith(":") else line for i, line in enumerate(lines)]
-    errors = [text for line, text in zip(lines, said, strict=True) if TOOL_ERROR.search(line)]
-    if errors and errors[0] not in said[0]:
-        return f"{said[0]}: {errors[0]}"
-    return said[0] if said else ""
-
-
-def blames_another(error: BaseException) -> bool:
-    return any(sign in f"{type(error).__name__} {error}" for sign in ERRORS_OF_THE_OTHERS)

@@ -15,6 +15,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipeline.failures import RAY_RETRIES
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -41,7 +43,7 @@ class Rank:
         return value
 
 
-RankActor = ray.remote(max_restarts=0)(Rank)
+RankActor = ray.remote(max_restarts=RAY_RETRIES)(Rank)
 
 
 @dataclass(frozen=True)

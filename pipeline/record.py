@@ -21,18 +21,15 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
 
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
-        from pipeline import status
+        from pipeline import status_view
 
-        code = status.main(sys.argv[1:])
+        code = status_view.main(sys.argv[1:])
         sys.stdout.flush()
         # Once Arrow has read a table, a few interpreters in a hundred abort on their way out, with another exit code.
         os._exit(code)
@@ -41,14 +38,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
         # then listen on loopback instead of on every address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-# Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
-# notice anything), and how long it waits for a node before it asks anew.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloured in a job's log too
+from pipeline.ray_session import ray_started  # first: it sets what Ray reads when it is imported
 
-import ray
+# isort: split
 import tyro
 from ray.exceptions import RayError
 from rich.console import Console
@@ -69,21 +61,20 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
-from pipeline import driver, results, runs, terminal, trackers
+from hedgemix.layout import LOCK, RECIPE
+from pipeline.console import print_results
+from pipeline.driver import drive
+from pipeline.follower import check_trackers
+from pipeline.graph import RecordPlan, data_step, keep_steps, plan_record, record_folder
 from pipeline.lease import hold
-from pipeline.results import Row
-from pipeline.rows import build_row, origin
-from pipeline.runs import SeedSteps
-from pipeline.steps import DamagedStepError, Made, Step, check, clocked, fetch, keep, perform, set_aside
+from pipeline.plan import print_plan
+from pipeline.provenance import origin
+from pipeline.recovery import clocked, set_aside
+from pipeline.row import build_row
+from pipeline.schema import Row
+from pipeline.step import DamagedStepError, Made, Step, check, fetch, keep, perform
 from pipeline.storage import Storage, open_storage
-
-OBJECT_STORE_BYTES = 256 * 2**20
-"""Of our own Ray; tasks hand each other paths, so it needs little."""
-
-ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_worker_niceness": "0"}
-"""For a Ray on this machine alone: nobody takes the machine away with a warning, so no process has to listen for one
-during training; and training, which runs in Ray's workers, gives way to other programs no more than it would outside
-(Ray starts workers with niceness 15)."""
+from pipeline.table import read_rows, table_path, write_rows
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ def main(arguments: list[str]) -> int:
         recipe, options = parse(arguments)
         recipes.validate(recipe)
         if options.plan:
-            terminal.print_plan(recipe, options.seeds, console)
+            print_plan(recipe, options.seeds, console)
             return 0
         return run(recipe, options, console)
     except RecipeError as error:
@@ -165,23 +156,23 @@ def default_recipe() -> str:
 
 def run(recipe: Recipe, options: Options, console: Console) -> int:
     storage = open_storage(options.out)
-    trackers.check(options.track, storage)
+    check_trackers(options.track, storage)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
-    folder = runs.record_folder(storage, record)
+    folder = record_folder(storage, record)
     waiting = "another driver holds this record; waiting to see whether it lives"
-    with hold(storage, folder / "record.lock", lambda: console.print(waiting)) as lost:
-        keep_recipe(storage, folder / "recipe.json", recipe, record)
+    with hold(storage, folder / LOCK, lambda: console.print(waiting)) as lost:
+        keep_recipe(storage, folder / RECIPE, recipe, record)
         dataset, data = prepare(recipe, storage, console)
-        steps = {seed: runs.seed_steps(storage, recipe, dataset, seed) for seed in options.seeds}
-        runs.keep_steps(storage, record, recipe, dataset, steps.values())
-        rows = finished(record, recipe, dataset, steps)
+        plan = plan_record(record, recipe, dataset, data, options.seeds)
+        keep_steps(plan)
+        rows = finished(plan)
         if rows:
-            results.write(storage, rows)
+            write_rows(storage, rows)
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = driver.drive(record, recipe, dataset, data, steps, console, options.profile, lost, options.track)
-        terminal.print_results(rows, storage.where(results.table_path(storage, record)), console)
+                rows = drive(plan, console, profile=options.profile, lost_record=lost, track=options.track)
+        print_results(rows, storage.where(table_path(storage, record)), console)
         if options.report:
             write_report(storage, record, console)
     return 1 if any(row.status != "done" for row in rows) else 0
@@ -189,30 +180,29 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
 
 def write_report(storage: Storage, record: str, console: Console) -> None:
     """For people; nothing that goes wrong here fails a record."""
-    from pipeline import report  # matplotlib takes a second to import, which work should not wait for
+    from pipeline import build  # matplotlib takes a second to import, which work should not wait for
     from pipeline.records import Record
 
     try:
-        rows = results.read(storage, results.table_path(storage, record))
-        path = report.write(Record(record, storage, rows))
+        rows = read_rows(storage, table_path(storage, record))
+        path = build.write(Record(record, storage, rows))
         console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
     except Exception as error:
         console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
 
 
-def finished(record: str, recipe: Recipe, dataset: Dataset, seeds: dict[int, SeedSteps]) -> list[Row]:
+def finished(plan: RecordPlan) -> list[Row]:
     """The rows of a record whose every seed is done and whose artifacts are what was written; else none."""
-    standing = {seed: steps.records() for seed, steps in seeds.items()}
-    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in seeds.items()):
+    standing = {seed: steps.records() for seed, steps in plan.seeds.items()}
+    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in plan.seeds.items()):
         return []
     try:
-        for seed, steps in seeds.items():
+        for seed, steps in plan.seeds.items():
             check(steps.quantize, stages.ARTIFACT, standing[seed]["quantize"]["files"].get(stages.ARTIFACT))
     except DamagedStepError:
         return []
-    [storage] = {steps.train.storage for steps in seeds.values()}
-    counted = runs.counts_step(storage, recipe, dataset).record()
-    return [build_row(record, recipe, dataset, steps, standing[seed], counted, None) for seed, steps in seeds.items()]
+    counted = plan.counts.record()
+    return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
 
 
 def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
@@ -229,7 +219,7 @@ def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> No
 
 def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
     """The dataset the recipe names, made once a runs folder, and checked against what one step and one window take."""
-    step = runs.data_step(storage, recipe.data)
+    step = data_step(storage, recipe.data)
 
     def work() -> Made:
         with clocked(step):
@@ -247,36 +237,6 @@ def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset
     dataset = datasets.load(step.folder)
     stages.check_data(recipe, dataset)
     return dataset, step
-
-
-@contextmanager
-def ray_started(console: Console) -> Iterator[None]:
-    """Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with ExitStack() as held:
-        if driver.on_cluster():
-            ray.init(**quiet, runtime_env={"env_vars": train_settings()})
-        else:
-            busy = "another record is at work on this machine; waiting for it"
-            held.enter_context(runs.machine_to_itself(lambda: console.print(busy)))
-            console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
-            for name, value in ALONE.items():
-                os.environ.setdefault(name, value)
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        # Ray's own handler would end this process without a word; `ray job stop` then waits three seconds.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def train_settings() -> dict[str, str]:
-    """What our processes on a cluster, which are not this one's children, are told of this one's environment: how Ray
-    Train works, and nothing else. What the job was submitted with reaches them by itself, and Ray refuses it twice."""
-    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    there = (told.get("runtime_env") or {}).get("env_vars") or {}
-    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") and name not in there}
 
 
 if __name__ == "__main__":

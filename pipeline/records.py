@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
-from pipeline import results
+from hedgemix.layout import RECORDS, STEPS
+from pipeline import schema
 from pipeline.storage import REMOTE, Storage, store, told
+from pipeline.table import table_path
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,17 @@ class Record:
     @property
     def table(self) -> str:
         """Where its parquet file lies."""
-        return self.storage.where(results.table_path(self.storage, self.name))
+        return self.storage.where(table_path(self.storage, self.name))
 
     @property
     def folder(self) -> Path:
         """Of what is written about the record."""
-        return self.storage.root / "_records" / self.name
+        return self.storage.root / RECORDS / self.name
 
     def place(self, row: dict[str, Any], column: str) -> Path | None:
         """What the row's path names, under the table's folder; None when the row has none."""
         parts = Path(row[column] or "").parts
-        return self.storage.root.joinpath(*parts[parts.index("_steps") :]) if "_steps" in parts else None
+        return self.storage.root.joinpath(*parts[parts.index(STEPS) :]) if STEPS in parts else None
 
     def content(self, row: dict[str, Any], column: str, name: str = "") -> bytes | None:
         """Of the file that the row names, or of the file called `name` in its folder; None when it is not there."""
@@ -105,7 +107,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
         found = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
         raise RecipeError(f"{run} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    lacking = [name for name in results.schema().names if name not in found.column_names]
+    lacking = [name for name in schema.schema().names if name not in found.column_names]
     if lacking:
         raise RecipeError(
             f"{run} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "

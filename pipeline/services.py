@@ -19,9 +19,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hedgemix.config import RecipeError, to_dict
-from pipeline.measures import POSITION, ROW
+from pipeline.metrics import POSITION, ROW
 from pipeline.storage import Storage
-from pipeline.trackers import Subject, Tracker, variable
+from pipeline.tracked_record import TrackedRecord
+from pipeline.tracker import Tracker, variable
 
 PROJECT = "hedgemix"
 """MLflow's experiment and W&B's project, where the environment names none."""
@@ -34,7 +35,7 @@ MLFLOW_AT_ONCE = 100
 class TensorBoard:
     """Event files under the record's folder, by seed and stage; `tensorboard --logdir` of the runs folder shows all."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: TrackedRecord) -> None:
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -102,7 +103,7 @@ class TensorBoard:
 class MLflow:
     """Points go out in one request a seed and flush."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: TrackedRecord) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         self.subject, self.Metric, self.Param, self.RunTag = subject, Metric, Param, RunTag
@@ -203,7 +204,7 @@ class Wandb:
     """Runs of one group. Offline they lie in the record's folder, for `wandb sync`, one a seed and driver: nothing
     tells there what an earlier one holds."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: TrackedRecord) -> None:
         import wandb
 
         self.subject, self.wandb = subject, wandb
@@ -270,5 +271,5 @@ def check_wandb(storage: Storage) -> None:
         raise RecipeError("--track wandb finds no key: set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline")
 
 
-SERVICES: dict[str, Callable[[Subject], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
+SERVICES: dict[str, Callable[[TrackedRecord], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
 USABLE: dict[str, Callable[[Storage], None]] = {"mlflow": check_mlflow, "wandb": check_wandb}

@@ -66,15 +66,15 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A record of seeds 1 and 2, a folder in the way of the second's lock: runs folder, exit code, output."""
     from rich.console import Console
 
-    from pipeline import record, runs
+    from pipeline import graph, record
     from pipeline.storage import Storage
 
     out = tmp_path_factory.mktemp("undisturbed")
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
     recipe, _ = record.parse(["laptop", *options])
     storage = Storage("", out)
-    dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
-    (runs.seed_steps(storage, recipe, dataset, 2).train.folder / "step.lock").mkdir(parents=True)
+    dataset, data = record.prepare(recipe, storage, Console(quiet=True))
+    (graph.plan_record("tiny", recipe, dataset, data, (2,)).seeds[2].train.folder / "step.lock").mkdir(parents=True)
     return out, *tinyrecord.run([*options, "--report"], out, tinyrecord.SECRETS)
 
 

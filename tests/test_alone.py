@@ -15,8 +15,10 @@ import tinyseed
 import torch
 
 from hedgemix import alone, script
-from hedgemix.config import Recipe, to_dict
+from hedgemix.config import Recipe, from_dict, to_dict
+from hedgemix.evaluate import EvaluateResult
 from hedgemix.files import load_tensors, read_json, sha256_of
+from hedgemix.stages import QuantizeResult, ScoreResult, TrainStageResult
 from hedgemix.train import Run
 
 CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "2", "--train.reserve-seconds", "0.8"]
@@ -93,12 +95,13 @@ def test_what_is_done_is_not_done_again(recipe: Recipe, ran: Path, capsys: pytes
 
 
 def test_over_a_limit_the_exit_code_says_so(recipe: Recipe, ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = scores(ran)
+    kinds = {"train": TrainStageResult, "score": ScoreResult, "quantize": QuantizeResult, "evaluate": EvaluateResult}
+    found = alone.Results(*(from_dict(kind, scores(ran / name)) for name, kind in kinds.items()))
     for limit, value in (("train_seconds", 0.5), ("evaluate_seconds", 0.01), ("total_bytes", 90_000)):
         limited = replace(recipe, limits=replace(recipe.limits, **{limit: value}))
-        assert alone.report(limited, 3, found, ran, print) == 1
+        assert alone.report(limited, 3, found, 80_000, ran, print) == 1
         assert "over a limit: " in capsys.readouterr().out and len(scores(ran)["over"]) == 1
-    assert alone.report(recipe, 3, found, ran, print) == 0
+    assert alone.report(recipe, 3, found, 80_000, ran, print) == 0
 
 
 def test_mistakes_are_told(

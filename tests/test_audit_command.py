@@ -12,8 +12,8 @@ import tinyrecord
 from hedgemix import cli
 from hedgemix import dataset as datasets
 from hedgemix.files import read_json
-from pipeline import record, runs
-from pipeline.rows import build_row
+from pipeline import graph, record
+from pipeline.row import build_row
 from pipeline.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -50,10 +50,9 @@ def test_a_record_is_audited_and_its_table_says_so(
     # The same record command again writes the row anew, with what was found.
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
     recipe, _ = record.parse(["laptop", *options])
-    storage = Storage("", out)
-    dataset = datasets.load(runs.data_step(storage, recipe.data).folder)
-    steps = runs.seed_steps(storage, recipe, dataset, 1)
-    row = build_row("tiny", recipe, dataset, steps, steps.records(), None, None)
+    data = graph.data_step(Storage("", out), recipe.data)
+    plan = graph.plan_record("tiny", recipe, datasets.load(data.folder), data, (1, 2))
+    row = build_row(plan, 1, plan.seeds[1].records(), None, None)
     assert row.audited is True and row.audit_failed == [] and row.audit_coded_bits == audited.audit_coded_bits[1]
     assert row.evaluate_path == audited.evaluate_path[1] and row.dataset_path == audited.dataset_path[1]
 

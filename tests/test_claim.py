@@ -15,9 +15,9 @@ from tinyrun import Record, make
 
 from hedgemix import claim, cli
 from hedgemix.config import RecipeError
-from pipeline import results
-from pipeline.results import Row
+from pipeline.schema import Row
 from pipeline.storage import Storage
+from pipeline.table import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def older_table(record: Record) -> None:
 
 
 def unfinished(record: Record) -> None:
-    results.write(
+    write_rows(
         Storage("", record.folder), [Row(record="tiny", recipe="tiny", config_hash="0", seed=7, status="failed")]
     )
 

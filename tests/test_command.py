@@ -14,7 +14,7 @@ from hedgemix import shards
 from hedgemix.config import Recipe as RecipeType
 from hedgemix.config import from_dict, to_dict
 from hedgemix.recipes import RECIPES, validate
-from pipeline import record
+from pipeline import ray_session, record
 from pipeline.storage import Storage
 
 
@@ -77,7 +77,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record.ray, "init", lambda **options: pytest.fail("Ray was started"))
+    monkeypatch.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
     assert record.main(arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and expected in printed.replace("\n", " ") and "Traceback" not in printed

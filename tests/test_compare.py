@@ -10,7 +10,7 @@ import variants
 from scipy import stats
 
 from hedgemix.config import RecipeError
-from pipeline import commands, comparison, records
+from pipeline import cli, comparison, records
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, runs: Path, one: str, other: str) -
         "sys.argv", ["hedgemix", "compare", str(runs / f"{one}.parquet"), str(runs / f"{other}.parquet")]
     )
     monkeypatch.setenv("COLUMNS", "80")
-    commands.main()
+    cli.main()
 
 
 def test_two_records_are_compared(

@@ -21,9 +21,10 @@ from ray.scripts.scripts import cli as ray_command
 
 from hedgemix import alone, experts
 from hedgemix.files import read_json
-from pipeline import commands, record, results, status
-from pipeline.results import Row
+from pipeline import cli, record, status_view
+from pipeline.schema import Row
 from pipeline.storage import Storage
+from pipeline.table import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     real = tinyrun.make(folder / "runs")
     storage = Storage("", real.folder)
-    [done, failed] = [Row(**row) for row in results.read(storage, real.table)]
+    [done, failed] = [Row(**row) for row in read_rows(storage, real.table)]
     result = read_json(real.evaluation() / "result.json")["result"]
     columns = {field.name for field in fields(Row)} & set(result)
     seconds = {f"{phase}_seconds": 2.0 for phase in ("warmup", "train", "quantize", "score")}
@@ -76,7 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bits_per_weight=4.0,
     )  # fmt: skip
     failed = replace(failed, error="train: it broke", attempts=4)
-    results.write(storage, [done, failed])
+    write_rows(storage, [done, failed])
     config = json.loads(done.config or "")
     config["evaluate"]["mixer"]["kind"] = "hedge"
     del config["evaluate"]["mixer"]["experts"]  # as an earlier version wrote it
@@ -84,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, more, text in (("hedge", 0.25, done.valid_sha256), ("elsewhere", 0.5, "0" * 64)):
         score = (done.bpb_final or 0) + more
         like = replace(done, record=name, valid_sha256=text, config=json.dumps(config), bpb_final=score)
-        results.write(storage, [like, replace(like, seed=8), replace(like, seed=9, status="pending", error=None)])
+        write_rows(storage, [like, replace(like, seed=8), replace(like, seed=9, status="pending", error=None)])
     return folder
 
 
@@ -179,9 +180,9 @@ def code(page: Path) -> Iterator[str]:
 def options(program: str, command: str) -> frozenset[str]:
     """The options that a command's help shows."""
     entry = {
-        "hedgemix": commands.main,
+        "hedgemix": cli.main,
         "record.py": lambda: record.main([command, "--help"]),
-        "--status": lambda: status.main(["--help"]),
+        "--status": lambda: status_view.main(["--help"]),
         "train_gpt.py": lambda: alone.parse(["--help"]),
     }
     shown = io.StringIO()
@@ -199,7 +200,7 @@ def of_record() -> frozenset[str]:
 
 def of_hedgemix() -> dict[str, frozenset[str]]:
     """By command."""
-    every = [re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower() for kind in commands.COMMANDS]
+    every = [re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower() for kind in cli.COMMANDS]
     return {command: options("hedgemix", command) for command in every}
 
 

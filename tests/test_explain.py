@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.driver import explain
+from pipeline.failures import explain
 
 HINT = """
 

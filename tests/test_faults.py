@@ -39,7 +39,7 @@ from ray.exceptions import RayActorError
 from benchmarks import fault
 from benchmarks.cluster import until
 from hedgemix import clock
-from pipeline import driver, tasks
+from pipeline import failures, tasks, train_job
 
 
 def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str]:
@@ -79,10 +79,14 @@ def test_a_fault_comes_at_its_event_and_once_over_all_processes(tmp_path: Path) 
 
 def test_pretended_gpus_are_a_test_s_alone() -> None:
     assert tasks.backend(1) == "nccl" and tasks.backend(0) == "gloo"
-    code = "from hedgemix import stages; from pipeline import tasks; print(tasks.backend(1), stages.pick_device(None))"
+    assert train_job.backend(1) == "nccl"
+    code = (
+        "from hedgemix import stages; from pipeline import tasks, train_job; "
+        "print(tasks.backend(1), train_job.backend(1), stages.pick_device(None))"
+    )
     environment = {**os.environ, **fault.pretend_gpus()}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["gloo", "cpu"]
+    assert told.stdout.split() == ["gloo", "gloo", "cpu"]
 
 
 def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> None:
@@ -98,10 +102,10 @@ def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> 
     task = ray.remote(num_cpus=0, max_retries=0)(wait)
     with pytest.raises(RayActorError) as caught:
         ray.get(task.remote(False))
-    assert driver.lost(caught.value)
+    assert isinstance(failures.classify(caught.value), failures.Retry)
     with pytest.raises(ValueError, match="itself") as failed:
         ray.get(task.remote(True))
-    assert not driver.lost(failed.value)
+    assert isinstance(failures.classify(failed.value), failures.Fail)
 
 
 @pytest.mark.slow

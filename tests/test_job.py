@@ -28,7 +28,7 @@ from ray.job_submission import JobSubmissionClient
 
 from benchmarks import fault
 from hedgemix import clock
-from pipeline import measures
+from pipeline import metrics
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -195,7 +195,7 @@ def test_a_job_s_table_log_package_and_exit_code(
     # half second, it saw nothing.
     assert scrape.records == {"tiny"}
     assert {column for column, _, stage in scrape.values if stage == "row"} <= set(table.columns)
-    assert {column for column, _, _ in scrape.values} <= set(table.columns) | set(measures.BESIDE)
+    assert {column for column, _, _ in scrape.values} <= set(table.columns) | set(metrics.BESIDE)
     seen = {column: scrape.values[column, "1", "row"] for column in ("steps", "train_loss_nats", "artifact_bytes")}
     assert seen == {column: table[column][1] for column in seen}
     assert scrape.values["steps", "1", "train"] == 12 and 0 < scrape.values["fraction", "1", "train"] <= 1

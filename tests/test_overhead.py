@@ -14,7 +14,7 @@ from benchmarks.timeline import Command, Mark
 from hedgemix import dataset as datasets
 from hedgemix.config import to_dict
 from hedgemix.files import write_json
-from pipeline import record, runs
+from pipeline import graph, record
 from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def test_a_step_is_the_median_over_all_ranks_without_the_first() -> None:
 def test_the_phases_are_all_of_the_time_without_work() -> None:
     marks = [
         Mark(1, "init", 3, 5, 0), Mark(2, "perform train", 8, 30, 0), Mark(3, "import ray.train", 11, 12, 0),
-        Mark(3, "import pipeline.tasks", 12, 14, 0), Mark(3, "init_process_group", 14, 14.5, 0),
+        Mark(3, "import pipeline.train_job", 12, 14, 0), Mark(3, "init_process_group", 14, 14.5, 0),
         Mark(3, "train_stage", 15, 29, 0), Mark(4, "quantize_stage", 32, 35, 0), Mark(5, "perform evaluate", 36, 45, 0),
         Mark(6, "evaluate_stage", 38, 44, 0),
     ]  # fmt: skip
@@ -74,8 +74,8 @@ def test_the_plain_side_does_a_whole_seed_and_is_marked(text: Path, tmp_path: Pa
     command = [*launch, *stages, "--recipe", str(tmp_path / "recipe.json")]
     with timeline.Sampler(f"{overhead.MARKS}={marks}", seconds=0.05) as sampler:
         subprocess.run(command, env=environment, check=True, timeout=300)
-    dataset = datasets.load(runs.data_step(Storage("", tmp_path), recipe.data).folder)
-    assert runs.seed_steps(Storage("", tmp_path), recipe, dataset, 1).done()
+    data = graph.data_step(Storage("", tmp_path), recipe.data)
+    assert graph.plan_record("tiny", recipe, datasets.load(data.folder), data, (1,)).seeds[1].done()
     found = Command(0, 1, 1, timeline.read(marks), sampler.found)
     assert len(found.named("train_step")) == recipe.train.steps
     assert {mark.name for mark in found.named(*timeline.WORK)} == set(timeline.WORK)

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from hedgemix import clock
-from pipeline import steps, tasks
-from pipeline.steps import DamagedStepError, Made, Step, clocked, fetch, keep, perform, set_aside
+from pipeline.recovery import clocked, resuming, set_aside
+from pipeline.step import DamagedStepError, Made, Step, fetch, keep, perform
 from pipeline.storage import Storage
+from pipeline.train_job import scratch
 
 
 def step(folder: Path, kind: str = "data", key: str = "x") -> Step:
@@ -164,7 +165,7 @@ def test_a_writer_that_is_thought_dead_is_waited_for(tmp_path: Path) -> None:
     mine, order = step(tmp_path), []
 
     def write(name: str, seconds: float) -> None:
-        with steps.resuming(mine):
+        with resuming(mine):
             order.append(f"{name} begins")
             time.sleep(seconds)
             order.append(f"{name} ends")
@@ -183,10 +184,10 @@ def test_a_killed_training_s_scratch_goes_with_the_next_and_others_stay(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mine, other = step(tmp_path / "runs", "train", "a"), step(tmp_path / "runs", "train", "b")
-    killed = tasks.scratch(mine)
+    killed = scratch(mine)
     left = killed.__enter__()  # and nothing after it, as by a kill
     (left / "notes").write_text("x")
-    with tasks.scratch(other) as beside, tasks.scratch(mine) as again:
+    with scratch(other) as beside, scratch(mine) as again:
         assert again == left and list(again.iterdir()) == [] and beside != again
         (again / "notes").write_text("y")
     assert list(tmp_path.glob("hedgemix-train-*")) == []

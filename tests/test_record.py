@@ -14,9 +14,9 @@ import pytest
 import tinyrecord
 
 from hedgemix import alone, script
-from hedgemix.config import to_dict
+from hedgemix.config import config_hash, to_dict
 from hedgemix.files import read_json
-from pipeline import record, runs, standing
+from pipeline import record, status
 from pipeline.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -98,12 +98,12 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     assert changed.bpb_quantized == before.bpb_quantized
 
 
-def stands(storage: Storage) -> tuple[list[standing.State], str]:
+def stands(storage: Storage) -> tuple[list[status.State], str]:
     """The states of the steps, none before they are named, and whether a driver is at work."""
     folder = storage.root / "_records" / "tiny"
-    told = standing.read(storage, folder / "steps.json")
-    found = [state for _, state in standing.states(storage, told, {})] if told else []
-    return found, standing.driver(storage, folder / "record.lock")
+    told = status.read(storage, folder / "steps.json")
+    found = [state for _, state in status.states(storage, told, {})] if told else []
+    return found, status.driver(storage, folder / "record.lock")
 
 
 def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
@@ -175,4 +175,4 @@ def test_rows_say_where_they_come_from(undisturbed: tuple[Path, int, str]) -> No
     assert done.started_at.endswith("+00:00") and done.started_at <= done.finished_at
     assert len(done.valid_sha256) == len(done.train_sha256) == len(done.tokenizer_sha256) == 64
     recipe, _ = record.parse(["laptop"])
-    assert done.config_hash != runs.config_hash(replace(recipe))
+    assert done.config_hash != config_hash(replace(recipe))

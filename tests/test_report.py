@@ -12,7 +12,8 @@ import pytest
 import variants
 
 from hedgemix.config import RecipeError
-from pipeline import commands, figures, records, report, significance, submission, verdict
+from pipeline import build, cli, figures, records, significance, summary
+from pipeline.eligibility import obstacles
 from pipeline.page import Page, Plot, Points, Section, Table, html, markdown
 
 SECTIONS = [
@@ -110,7 +111,7 @@ def test_the_parts_of_a_report_add_up(undisturbed: tuple[Path, int, str]) -> Non
 def test_several_seeds_have_a_spread_and_are_tested(runs: Path) -> None:
     variants.write(runs, "old", [2.51, 2.52, 2.50])
     new = variants.write(runs, "new", [2.41, 2.42, 2.43])
-    lead = "\n".join(verdict.lead(new, None))
+    lead = "\n".join(summary.lead(new, None))
     p = significance.against_values(
         [2.41, 2.42, 2.43], [2.51, 2.52, 2.50], 0.005 / significance.nats_per_bit(new.done[0])
     ).p
@@ -124,13 +125,13 @@ def test_several_seeds_have_a_spread_and_are_tested(runs: Path) -> None:
 
 
 def page_of(record: records.Record, against: float | None = None) -> str:
-    return Reader(html(report.compose(record, against), "")).words
+    return Reader(html(build.compose(record, against), "")).words
 
 
 def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
     variants.write(runs, "two-machines", [2.4, 2.5])
     record = variants.change(runs, "two-machines", 2, hardware="8 x NVIDIA H100")
-    lead = "\n".join(verdict.lead(record, None))
+    lead = "\n".join(summary.lead(record, None))
     assert "not one record" in lead and "different hardware" in lead and "seed 2" in lead
     told = page_of(record)
     assert (
@@ -153,8 +154,8 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
 )
 def test_what_stands_in_the_way_of_handing_in_is_told(runs: Path, values: dict[str, object], expected: str) -> None:
     sound = variants.write(runs, "sound", [2.4, 2.5], audited=True)
-    assert submission.obstacles(sound) == [] and "Can be handed in" in verdict.lead(sound, None)[-1]
-    told = submission.obstacles(variants.change(runs, "sound", 2, **values))
+    assert obstacles(sound) == [] and "Can be handed in" in summary.lead(sound, None)[-1]
+    told = obstacles(variants.change(runs, "sound", 2, **values))
     assert len(told) == 1 and expected in told[0]
     (runs / "sound.parquet").unlink()
 
@@ -205,7 +206,7 @@ def test_what_is_no_record_is_refused_in_a_line(
     pd.read_parquet(runs / "tiny.parquet").drop(columns="train_path").to_parquet("old.parquet")
     monkeypatch.setattr("sys.argv", ["hedgemix", "report", run])
     with pytest.raises(SystemExit) as ended:
-        commands.main()
+        cli.main()
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.startswith("error: ") and run.removesuffix(".parquet") in told
     assert len(told.splitlines()) == 1

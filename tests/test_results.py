@@ -13,9 +13,11 @@ import pytest
 from rich.console import Console
 
 from hedgemix.recipes import RECIPES
-from pipeline import results, terminal
-from pipeline.results import Row
+from pipeline.console import print_results
+from pipeline.plan import plan_lines
+from pipeline.schema import SCHEMA_VERSION, Row, column_docs, markdown
 from pipeline.storage import Storage
+from pipeline.table import mean_and_deviation, write_rows
 
 DONE = Row(
     record="one",
@@ -35,7 +37,7 @@ FAILED = Row(record="one", recipe="laptop", config_hash="h", seed=2, status="fai
 
 
 def test_rows_come_back_from_pandas_as_they_were_written(tmp_path: Path) -> None:
-    path = results.write(Storage("", tmp_path), [DONE, FAILED])
+    path = write_rows(Storage("", tmp_path), [DONE, FAILED])
     table = pd.read_parquet(path)
     assert table.seed.tolist() == [1, 2] and table.status.tolist() == ["done", "failed"]
     assert table.bpb_final[0] == 1.5 and math.isnan(table.bpb_final[1])
@@ -44,19 +46,19 @@ def test_rows_come_back_from_pandas_as_they_were_written(tmp_path: Path) -> None
 
 
 def test_every_column_is_typed_documented_and_versioned(tmp_path: Path) -> None:
-    stored = pq.read_schema(results.write(Storage("", tmp_path), [FAILED]))
+    stored = pq.read_schema(write_rows(Storage("", tmp_path), [FAILED]))
     assert stored.names == [field.name for field in dataclasses.fields(Row)]
-    assert stored.metadata[b"hedgemix_schema"] == str(results.SCHEMA_VERSION).encode()
-    docs = results.column_docs()
+    assert stored.metadata[b"hedgemix_schema"] == str(SCHEMA_VERSION).encode()
+    docs = column_docs()
     for name in stored.names:
         assert docs[name] and stored.field(name).metadata[b"doc"] == docs[name].encode()
     # A table with nothing but failures has the same types as one without.
-    assert stored.equals(pq.read_schema(results.write(Storage("", tmp_path), [DONE])))
+    assert stored.equals(pq.read_schema(write_rows(Storage("", tmp_path), [DONE])))
 
 
 def test_the_document_of_the_table_is_the_schema() -> None:
     document = Path(__file__).resolve().parent.parent / "docs" / "results.md"
-    assert document.read_text() == results.markdown()
+    assert document.read_text() == markdown()
 
 
 def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Path) -> None:
@@ -71,15 +73,15 @@ def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".two.parquet.host.1.tmp").write_bytes(b"half a file")
-    results.write(Storage("", tmp_path), [DONE])
-    results.write(Storage("", tmp_path), [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
+    write_rows(Storage("", tmp_path), [DONE])
+    write_rows(Storage("", tmp_path), [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
     assert sorted(pd.read_parquet(tmp_path).record) == ["one", "two", "two"]
 
 
 def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_path: Path) -> None:
     def write(record: str) -> None:
         for _ in range(20):
-            results.write(Storage("", tmp_path), [dataclasses.replace(DONE, record=record)])
+            write_rows(Storage("", tmp_path), [dataclasses.replace(DONE, record=record)])
 
     write("one")
     threads = [threading.Thread(target=write, args=(record,)) for record in ("one", "two", "three")]
@@ -91,21 +93,21 @@ def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_p
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = results.write(Storage("", tmp_path), [DONE])
+    path = write_rows(Storage("", tmp_path), [DONE])
 
     def broken(table: object, file: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(results.pq, "write_table", broken)
+    monkeypatch.setattr(pq, "write_table", broken)
     with pytest.raises(OSError):
-        results.write(Storage("", tmp_path), [DONE, FAILED])
+        write_rows(Storage("", tmp_path), [DONE, FAILED])
     assert [entry.name for entry in tmp_path.iterdir()] == ["one.parquet"]
     assert len(pd.read_parquet(path)) == 1
 
 
 def test_other_seeds_join_the_record_and_the_same_seed_is_replaced(tmp_path: Path) -> None:
-    results.write(Storage("", tmp_path), [DONE, FAILED])
-    path = results.write(
+    write_rows(Storage("", tmp_path), [DONE, FAILED])
+    path = write_rows(
         Storage("", tmp_path), [dataclasses.replace(DONE, seed=3), dataclasses.replace(FAILED, error="again")]
     )
     table = pd.read_parquet(path).set_index("seed")
@@ -113,8 +115,8 @@ def test_other_seeds_join_the_record_and_the_same_seed_is_replaced(tmp_path: Pat
 
 
 def test_mean_and_sample_deviation() -> None:
-    assert results.mean_and_deviation([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, math.sqrt(7 / 3)))
-    mean, deviation = results.mean_and_deviation([3.0])
+    assert mean_and_deviation([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, math.sqrt(7 / 3)))
+    mean, deviation = mean_and_deviation([3.0])
     assert mean == 3.0 and math.isnan(deviation)
 
 
@@ -122,7 +124,7 @@ def test_the_printed_table_fits_80_columns_and_shows_every_seed(tmp_path: Path) 
     console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
     rows = [dataclasses.replace(DONE, seed=seed, steps=1000, total_bytes=15_484_405) for seed in (1337, 42)]
     rows = [dataclasses.replace(row, train_seconds=599.9, evaluate_seconds=561.2) for row in rows]
-    terminal.print_results([*rows, FAILED], str(tmp_path / "one.parquet"), console)
+    print_results([*rows, FAILED], str(tmp_path / "one.parquet"), console)
     text = console.export_text()
     assert max(len(line) for line in text.splitlines() if "pandas" not in line and "table:" not in line) <= 80
     for expected in ("1337", "42", "15,484,405", "1.7500", "seed 2 failed: train: it broke", "sum to 40.00", "mean"):
@@ -130,8 +132,8 @@ def test_the_printed_table_fits_80_columns_and_shows_every_seed(tmp_path: Path) 
     assert "\u2026" not in text  # nothing cut
 
 
-def test_the_plan_of_the_record_is_the_reference_run() -> None:
-    plan = terminal.plan(RECIPES["record"](), (1337, 42, 7))
+def test_the_plan_lines_the_record_is_the_reference_run() -> None:
+    plan = plan_lines(RECIPES["record"](), (1337, 42, 7))
     assert plan["parameters"] == "33,317,980"
     assert plan["training job"] == "8 workers on one node: 8 GPU, 160 CPU"
     assert plan["training loop"].startswith("582 s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from hedgemix import script
 from hedgemix.config import DataConfig, Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.recipes import RECIPES
-from pipeline import runs
+from pipeline import graph
 from pipeline.storage import Storage
 
 
@@ -24,7 +26,9 @@ def dataset(**changes: Any) -> Dataset:
 
 
 def keys(recipe: Recipe, data: Dataset, seed: int = 1) -> dict[str, str]:
-    return {step.kind: step.key for step in runs.seed_steps(Storage("", Path("r")), recipe, data, seed).all()}
+    made = graph.step(Storage("", Path("r")), "data")
+    plan = graph.plan_record("small", recipe, data, made, (seed,))
+    return {step.kind: step.key for step in plan.seeds[seed].all()}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -55,30 +59,45 @@ def test_a_step_is_named_by_what_it_reads_and_nothing_else() -> None:
     assert "train" in changed(base, keys(workers, dataset()))
 
 
+@pytest.mark.parametrize("tokens", [2, 1000, 1001, 1002, 2500])
+def test_a_plan_counts_bytes_and_chunks_as_a_person_would(tokens: int) -> None:
+    recipe = RECIPES["laptop"]()
+    recipe = replace(recipe, evaluate=replace(recipe.evaluate, chunk_tokens=1000))
+    made = graph.step(Storage("", Path("r")), "data")
+    plan = graph.plan_record("small", recipe, dataset(valid_tokens=tokens), made, (3, 1))
+    assert plan.code_bytes == len(script.build(recipe)) and plan.storage == made.storage
+    pages = math.ceil(plan.code_bytes / 4096)
+    assert plan.room_bytes == recipe.limits.total_bytes - 4096 * pages
+    assert plan.chunks == len({target // 1000 for target in range(1, tokens)})  # the first token is no target
+    assert [steps.seed for steps in plan.seeds.values()] == list(plan.seeds) == [3, 1]
+    names = [step.name for steps in plan.seeds.values() for step in steps.all()]
+    assert len({*names, plan.counts.name, plan.data.name}) == 10
+
+
 def test_the_data_step_sees_its_files_change(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
     config = DataConfig(source="text", paths=(str(tmp_path),))
-    before = runs.data_step(Storage("", tmp_path), config).key
-    assert runs.data_step(Storage("", tmp_path), config).key == before
+    before = graph.data_step(Storage("", tmp_path), config).key
+    assert graph.data_step(Storage("", tmp_path), config).key == before
     file.write_text("longer")
-    assert runs.data_step(Storage("", tmp_path), config).key != before
+    assert graph.data_step(Storage("", tmp_path), config).key != before
 
 
 def test_the_data_step_looks_at_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
     shards, text = DataConfig(source="shards", shards_dir="shards"), DataConfig(source="text", paths=(".",))
-    before = runs.data_step(Storage("", tmp_path), shards).key, runs.data_step(Storage("", tmp_path), text).key
+    before = graph.data_step(Storage("", tmp_path), shards).key, graph.data_step(Storage("", tmp_path), text).key
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "one.parquet.tmp").write_text("x")
     assert (
-        runs.data_step(Storage("", tmp_path), shards).key,
-        runs.data_step(Storage("", tmp_path), text).key,
+        graph.data_step(Storage("", tmp_path), shards).key,
+        graph.data_step(Storage("", tmp_path), text).key,
     ) == before
     (tmp_path / "shards" / "a_train_000000.bin").write_text("x")
     (tmp_path / "a.jsonl.zst").write_text("x")
     assert (
-        runs.data_step(Storage("", tmp_path), shards).key != before[0]
-        and runs.data_step(Storage("", tmp_path), text).key != before[1]
+        graph.data_step(Storage("", tmp_path), shards).key != before[0]
+        and graph.data_step(Storage("", tmp_path), text).key != before[1]
     )

@@ -28,16 +28,17 @@ from rich.console import Console
 from hedgemix import artifact, claim, match, ngram, shards, stages
 from hedgemix import clock as clocks
 from hedgemix import dataset as datasets
-from hedgemix.checkpoint import Checkpoints, nothing
-from hedgemix.clock import never
+from hedgemix.checkpoint import Checkpoints
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, silent, write_json
+from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
 from hedgemix.lines import Lines
 from hedgemix.tokenizer import load as load_tokenizer
-from pipeline import record, results, standing
-from pipeline.steps import DamagedStepError, Made, Step, check, fetch, keep, perform, resuming
+from pipeline import ray_session, record, status
+from pipeline.recovery import resuming
+from pipeline.step import DamagedStepError, Made, Step, check, fetch, keep, perform
 from pipeline.storage import Storage
+from pipeline.table import read_rows, table_path
 
 ESCAPES = ["../x", "../../x", "a/../../x", "/etc/hostname", ".", "..", "", "a//b", "a\\b", "a\nb"]
 
@@ -124,10 +125,10 @@ def test_a_table_that_is_a_bomb_is_only_data(bomb: Bomb, tmp_path: Path) -> None
     notes = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": fuse}
     columns = [pa.field("seed", pa.int64()), pa.field("status", pa.binary(), metadata=notes)]
     schema = pa.schema(columns, metadata={b"pandas": fuse})
-    path = results.table_path(Storage("", tmp_path), "tiny")
+    path = table_path(Storage("", tmp_path), "tiny")
     pq.write_table(pa.table([[1], [fuse]], schema=schema), path)
-    assert results.read(Storage("", tmp_path), path)[0]["seed"] == 1
-    assert standing.rows(Storage("", tmp_path), path)[0]["status"] == fuse
+    assert read_rows(Storage("", tmp_path), path)[0]["seed"] == 1
+    assert status.rows(Storage("", tmp_path), path)[0]["status"] == fuse
     with pytest.raises(RecipeError, match="no column"):
         claim.read_rows(path)
     with contextlib.suppress(ValueError):  # pandas may refuse the notes; it must not run them
@@ -149,17 +150,24 @@ def test_a_training_begins_anew_instead_of_taking_up_a_bomb_and_weights_are_refu
     plant(folder / "checkpoint-9.pt", bomb, "zip")
     list_checkpoint(folder, 9)
     recipe = replace(recipe, train=replace(recipe.train, steps=2))
-    result = stages.train_stage(recipe, dataset, 1, folder, silent, None, nothing, never)
-    assert result["steps"] == 2
+    result = stages.train_stage(recipe=recipe, dataset=dataset, seed=1, folder=folder)
+    assert result.steps == 2
     for name in ("weights.pt", "moments.pt"):
         sound = (folder / name).read_bytes()
         plant(folder / name, bomb, "zip")
         with pytest.raises(DamagedFileError, match="run again"):
-            stages.quantize_stage(recipe, dataset, 1, folder, tmp_path / "quantize", 10**6)
+            stages.quantize_stage(
+                recipe=recipe,
+                dataset=dataset,
+                seed=1,
+                train_folder=folder,
+                folder=tmp_path / "quantize",
+                room_bytes=10**6,
+            )
         (folder / name).write_bytes(sound)
     plant(folder / "weights.pt", bomb, "legacy")
     with pytest.raises(DamagedFileError, match="run again"):
-        stages.score_stage(recipe, dataset, folder, silent)
+        stages.score_stage(recipe=recipe, dataset=dataset, train_folder=folder)
 
 
 def made(step: Step, content: bytes = b"ours") -> Callable[[], Made]:
@@ -268,11 +276,11 @@ def test_a_cluster_is_told_how_ray_train_works_and_no_secret(monkeypatch: pytest
     job = {"runtime_env": {"env_vars": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "9"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     told: dict[str, Any] = {}
-    monkeypatch.setattr(record.ray, "init", lambda **options: told.update(options))
-    monkeypatch.setattr(record.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_session.ray, "init", lambda **options: told.update(options))
+    monkeypatch.setattr(ray_session.ray, "shutdown", lambda: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with record.ray_started(Console(quiet=True)):
+        with ray_session.ray_started(Console(quiet=True)):
             pass
     finally:
         signal.signal(signal.SIGTERM, before)

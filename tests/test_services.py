@@ -13,18 +13,18 @@ import wandb
 from test_trackers import SECRET, drive, row, step
 
 from hedgemix import recipes
-from pipeline import trackers
+from pipeline.follower import check_trackers
 from pipeline.services import MLflow, Wandb
 from pipeline.storage import Storage
-from pipeline.trackers import Subject
+from pipeline.tracked_record import TrackedRecord
 
 ROW = row(1, "done", bpb_final=2.5, artifact_bytes=1000)
 FAILED = row(2, "failed", attempts=3)
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Subject:
-    return Subject(Storage("", tmp_path), "tiny", recipes.laptop())
+def subject(tmp_path: Path) -> TrackedRecord:
+    return TrackedRecord(Storage("", tmp_path), "tiny", recipes.laptop())
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def values(loss_nats: float, *numbers: int) -> list[tuple[int, float]]:
     return [(number, loss_nats) for number in numbers]
 
 
-def test_mlflow_s_database_holds_one_run_a_seed(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_s_database_holds_one_run_a_seed(subject: TrackedRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle, gone on from an earlier checkpoint; one seed ends well, one fails, one does not end."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    trackers.check(("mlflow",), subject.storage)
+    check_trackers(("mlflow",), subject.storage)
     drive(MLflow(subject), [step(number, 9.0) for number in (2, 4, 6)], die=True)
     again = [step(number, 1.0) for number in (4, 6, 8, 6, 8, 10)] + [step(2, 7.0, seed=2), step(2, 7.0, seed=3)]
     drive(MLflow(subject), again, (ROW, FAILED))
@@ -106,8 +106,8 @@ def offline_runs(folder: Path) -> dict[str, list[dict[str, object]]]:
     return found
 
 
-def test_wandb_s_offline_files_hold_one_run_a_seed_and_no_key(subject: Subject, offline: None) -> None:
-    trackers.check(("wandb",), subject.storage)
+def test_wandb_s_offline_files_hold_one_run_a_seed_and_no_key(subject: TrackedRecord, offline: None) -> None:
+    check_trackers(("wandb",), subject.storage)
     drive(Wandb(subject), [*(step(number, 9.0) for number in (2, 4, 6, 4, 6, 8)), step(2, 7.0, seed=2)], (ROW,))
     runs = offline_runs(subject.folder / "wandb")
     one, two = (told for seed in (1, 2) for name, told in runs.items() if name.endswith(f"-seed{seed}"))

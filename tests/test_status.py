@@ -22,10 +22,10 @@ from hedgemix.clock import FIELDS
 from hedgemix.config import to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.files import write_json
-from pipeline import runs, standing, status
+from pipeline import graph, status, status_view
+from pipeline.graph import SeedSteps
 from pipeline.lease import hold
-from pipeline.runs import SeedSteps
-from pipeline.steps import Step
+from pipeline.step import Step
 from pipeline.storage import Storage, open_storage
 
 RECIPE = recipes.laptop()
@@ -50,11 +50,15 @@ DATASET = Dataset(
 
 def begin(storage: Storage) -> dict[int, SeedSteps]:
     """A record of two seeds of which nothing is done."""
-    steps = {seed: runs.seed_steps(storage, RECIPE, DATASET, seed) for seed in (1, 2)}
-    folder = runs.record_folder(storage, "small")
+    plan = planned(storage, 1, 2)
+    folder = graph.record_folder(storage, "small")
     storage.write_bytes(folder / "recipe.json", json.dumps(to_dict(RECIPE)).encode())
-    runs.keep_steps(storage, "small", RECIPE, DATASET, steps.values())
-    return steps
+    graph.keep_steps(plan)
+    return plan.seeds
+
+
+def planned(storage: Storage, *seeds: int) -> graph.RecordPlan:
+    return graph.plan_record("small", RECIPE, DATASET, graph.data_step(storage, RECIPE.data), seeds)
 
 
 def finish(step: Step, **result: float) -> None:
@@ -77,13 +81,13 @@ def storage(tmp_path: Path) -> Storage:
 
 def ask(out: object, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
     """Exit code and what it prints."""
-    code = status.main(["--status", str(out), *options])
+    code = status_view.main(["--status", str(out), *options])
     told = capsys.readouterr()
     return code, told.out + told.err
 
 
-def look(step: Step, chunks: int = 4) -> standing.State:
-    return standing.look(step.storage, step.kind, step.name, to_dict(RECIPE), chunks)
+def look(step: Step, chunks: int = 4) -> status.State:
+    return status.look(step.storage, step.kind, step.name, to_dict(RECIPE), chunks)
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -92,7 +96,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_every_state_of_a_step(storage: Storage) -> None:
     steps = begin(storage)[1]
-    assert look(steps.train) == standing.State("train", "waiting")
+    assert look(steps.train) == status.State("train", "waiting")
 
     work(steps.train, seconds=RECIPE.train.budget_seconds / 3, age_seconds=5)
     checkpoints = Checkpoints(steps.train.folder)
@@ -106,7 +110,7 @@ def test_every_state_of_a_step(storage: Storage) -> None:
     assert look(steps.train).state == "stopped" and "2 h ago" in look(steps.train).note
 
     finish(steps.train)
-    assert look(steps.train) == standing.State("train", "done", "", 12.34, 2)
+    assert look(steps.train) == status.State("train", "done", "", 12.34, 2)
 
     work(steps.evaluate, seconds=1)
     (steps.evaluate.folder / "trace.jsonl").write_text('{"chunk": 0}\n')
@@ -127,7 +131,7 @@ def test_training_by_steps_tells_its_fraction_from_the_log(storage: Storage) -> 
     work(step, 1)
     (step.folder / "log.jsonl").write_text('{"fraction": 0.25}\n{"fraction": 0.5}\n{"frac')
     recipe = to_dict(RECIPE) | {"train": to_dict(RECIPE.train) | {"steps": 100}}
-    found = standing.look(storage, "train", step.name, recipe, 4)
+    found = status.look(storage, "train", step.name, recipe, 4)
     assert found.note.startswith("50 %, ")
 
 
@@ -152,7 +156,7 @@ def test_a_driver_that_holds_the_record_is_seen_and_not_hindered(
     storage: Storage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(storage)
-    lock = runs.record_folder(storage, "small") / "record.lock"
+    lock = graph.record_folder(storage, "small") / "record.lock"
     with hold(storage, lock):
         assert "small: a driver is at work" in ask(storage.root, capsys)[1]
     assert "small: no driver" in ask(storage.root, capsys)[1]
@@ -179,7 +183,7 @@ def test_damage_is_shown_and_raises_nothing(
 ) -> None:
     steps = begin(storage)
     work(steps[1].train, 1)
-    folder = runs.record_folder(storage, "small") if name in ("steps.json", "recipe.json") else steps[1].train.folder
+    folder = graph.record_folder(storage, "small") if name in ("steps.json", "recipe.json") else steps[1].train.folder
     (folder / name).write_bytes(content)
     code, output = ask(storage.root, capsys)
     assert code == 0 and output.startswith("small: no driver") and "small.parquet" in output
@@ -195,7 +199,7 @@ def test_other_damage(storage: Storage, capsys: pytest.CaptureFixture[str]) -> N
     (steps[2].train.folder / "result.json").mkdir(parents=True)
     (storage.root.parent / "secret-0").mkdir()
     (storage.root.parent / "secret-0" / "result.json").write_text('{"result": {"bpb_final": 7.0}}')
-    path = runs.record_folder(storage, "small") / "steps.json"
+    path = graph.record_folder(storage, "small") / "steps.json"
     told = json.loads(path.read_text())
     told["seeds"]["\x1b[31m3"] = {"evaluate": "../../secret-0"}
     path.write_text(json.dumps(told))
@@ -221,8 +225,8 @@ def test_what_is_not_there_is_a_user_s_mistake(
 
 def test_the_steps_of_earlier_commands_stay_named(storage: Storage) -> None:
     steps = begin(storage)
-    path = runs.record_folder(storage, "small") / "steps.json"
-    runs.keep_steps(storage, "small", RECIPE, DATASET, [runs.seed_steps(storage, RECIPE, DATASET, 3)])
+    path = graph.record_folder(storage, "small") / "steps.json"
+    graph.keep_steps(planned(storage, 3))
     told = json.loads(path.read_text())
     assert list(told["seeds"]) == ["1", "2", "3"] and told["chunks"] == 4
     assert told["seeds"]["2"]["evaluate"] == steps[2].evaluate.name
@@ -247,7 +251,7 @@ def test_a_record_on_an_object_store(
         storage.push(path)
     before = storage.names(storage.root)
     monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "reader"))
-    with hold(storage, runs.record_folder(storage, "small") / "record.lock", settle_seconds=0.1):
+    with hold(storage, graph.record_folder(storage, "small") / "record.lock", settle_seconds=0.1):
         code, output = ask(store_server.uri(), capsys)
     assert code == 0 and "a driver is at work on " in output and "renewed its lease" in output
     assert "50 %, sign of life" in output and "s3://records/runs/small.parquet (not yet)" in output

@@ -18,8 +18,9 @@ import tinyseed
 from hedgemix import alone, claim, script
 from hedgemix.config import RecipeError, to_dict
 from hedgemix.files import read_json
-from pipeline import commands, submission
-from pipeline.submission import About
+from pipeline import cli
+from pipeline.eligibility import About
+from pipeline.folder import submit
 from tests.objectstore import BUCKET, StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]
@@ -49,7 +50,7 @@ def table(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def submitted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("submitted") / "out"
-    submission.submit(str(finished), out, ABOUT)
+    submit(str(finished), out, ABOUT)
     return out
 
 
@@ -103,7 +104,7 @@ def test_the_command(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def run(*options: str) -> None:
         words = ["hedgemix", "submit", str(table), str(tmp_path / "out"), *options]
         monkeypatch.setattr(sys, "argv", [*words, "--author", "A", "--github-id", "a", "--name", "N", "--blurb", "B"])
-        commands.main()
+        cli.main()
 
     run()
     assert "of 2 seeds" in (printed := capsys.readouterr().out) and "not so: " in printed and "three seeds" in printed
@@ -122,7 +123,7 @@ def test_a_record_in_a_store_gives_the_same_folder(
             with filesystem.open_output_stream(f"{BUCKET}/runs/{path.relative_to(finished.parent)}") as file:
                 file.write(path.read_bytes())
     address, mark, query = store_server.uri().partition("?")
-    submission.submit(f"{address}/{finished.name}{mark}{query}", tmp_path / "out", ABOUT)
+    submit(f"{address}/{finished.name}{mark}{query}", tmp_path / "out", ABOUT)
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (submitted / name).read_bytes()
 
@@ -175,16 +176,16 @@ def test_what_does_not_hold_is_refused(table: Path, tmp_path: Path, spoil: Calla
     spoil(table)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(RecipeError, match=reason):
-        submission.submit(str(table), tmp_path / "out", ABOUT)
+        submit(str(table), tmp_path / "out", ABOUT)
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("field", ["author", "github_id", "name", "blurb", "track", "date"])
 def test_what_submission_json_has_to_say_is_asked_for(finished: Path, tmp_path: Path, field: str) -> None:
     with pytest.raises(RecipeError, match=f"--{field.replace('_', '-')} is empty"):
-        submission.submit(str(finished), tmp_path / "out", replace(ABOUT, **{field: " "}))
+        submit(str(finished), tmp_path / "out", replace(ABOUT, **{field: " "}))
     with pytest.raises(RecipeError, match="--date 'today' is no date"):
-        submission.submit(str(finished), tmp_path / "out", replace(ABOUT, date="today"))
+        submit(str(finished), tmp_path / "out", replace(ABOUT, date="today"))
 
 
 def test_whole_or_not_at_all(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,12 +196,12 @@ def test_whole_or_not_at_all(finished: Path, tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(Path, "write_text", full)
-        submission.submit(str(finished), tmp_path / "out", ABOUT)
+        submit(str(finished), tmp_path / "out", ABOUT)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
-    submission.submit(str(finished), tmp_path / "out", ABOUT)
+    submit(str(finished), tmp_path / "out", ABOUT)
     assert len(list((tmp_path / "out").iterdir())) == len(FILES)
     with pytest.raises(RecipeError, match="is there and not empty"):
-        submission.submit(str(finished), tmp_path / "out", ABOUT)
+        submit(str(finished), tmp_path / "out", ABOUT)
 
 
 def test_the_file_is_of_the_recipe_and_not_of_the_machine(finished: Path, submitted: Path) -> None:

@@ -17,21 +17,22 @@ import pytest
 import tinyrecord
 
 from hedgemix import recipes
-from pipeline import measures, record, trackers
-from pipeline.measures import measured
-from pipeline.progress import UNREAD, Board, Told
-from pipeline.results import Row
+from pipeline import follower, metrics, record
+from pipeline.board import UNREAD, Board, Told
+from pipeline.follower import Follower, Trackers, check_trackers
+from pipeline.metrics import measured
+from pipeline.schema import Row
 from pipeline.services import TensorBoard
 from pipeline.storage import Storage
-from pipeline.trackers import Follower, Subject, Trackers
+from pipeline.tracked_record import TrackedRecord
 
 SECRET = "5ec2e7" * 6 + "abcd"
 """As long as a key of W&B."""
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Subject:
-    return Subject(Storage("", tmp_path), "tiny", recipes.laptop())
+def subject(tmp_path: Path) -> TrackedRecord:
+    return TrackedRecord(Storage("", tmp_path), "tiny", recipes.laptop())
 
 
 def row(seed: int, status: str, **columns: Any) -> Row:
@@ -50,7 +51,7 @@ def drive(tracker: Any, told: list[Told], rows: tuple[Row, ...] = (), die: bool 
         values = measured(one.stage, one.record)
         tracker.point(one.seed, one.stage, int(values["steps"]), values, time.time())
     for each in rows:
-        tracker.row(each.seed, each.status == "done", measures.row_numbers(each))
+        tracker.row(each.seed, each.status == "done", metrics.row_numbers(each))
     tracker.flush()
     if not die:
         tracker.close()
@@ -58,14 +59,14 @@ def drive(tracker: Any, told: list[Told], rows: tuple[Row, ...] = (), die: bool 
 
 def test_what_is_told_is_named_as_the_table_s_columns() -> None:
     columns = {field.name for field in dataclasses.fields(Row)}
-    renamed = {column for names in measures.RENAMED.values() for column in names.values()}
-    assert renamed | set(measures.SO_FAR) | set(measures.POSITION.values()) <= columns
-    assert not set(measures.BESIDE) & columns and set(measures.meanings()) == columns | set(measures.BESIDE)
+    renamed = {column for names in metrics.RENAMED.values() for column in names.values()}
+    assert renamed | set(metrics.SO_FAR) | set(metrics.POSITION.values()) <= columns
+    assert not set(metrics.BESIDE) & columns and set(metrics.meanings()) == columns | set(metrics.BESIDE)
     told = measured("train", step(6, 4.5).record)
-    assert told.keys() - columns == set(measures.BESIDE)
+    assert told.keys() - columns == set(metrics.BESIDE)
     assert told["ms_per_step"] == 1000 * 512 / 2048 and told["steps"] == 6 and told["train_loss_nats"] == 4.5
     assert measured("quantize", {}) == {}
-    assert measures.row_numbers(row(1, "done", bpb_final=2.5, within_limits=True, train_loss_nats=float("nan"))) == {
+    assert metrics.row_numbers(row(1, "done", bpb_final=2.5, within_limits=True, train_loss_nats=float("nan"))) == {
         "bpb_final": 2.5,
         "within_limits": 1.0,
     }
@@ -93,7 +94,7 @@ def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int,
     folder = out / "_records" / "tiny" / "tensorboard"
     assert "track" not in output and sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
     table = pd.read_parquet(out / "tiny.parquet").set_index("seed")
-    columns = set(table.columns) | set(measures.BESIDE)
+    columns = set(table.columns) | set(metrics.BESIDE)
     found: dict[str, events.Points] = {}
     for stage in ("train", "score", "evaluate", "row"):
         told = events.scalars(folder / "seed1" / stage)
@@ -108,7 +109,7 @@ def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int,
         assert last == final == pytest.approx(table[column][1], rel=1e-6), column
     assert found["row/artifact_bytes"] == [(0, table.artifact_bytes[1])] and found["score/fraction"][-1][1] == 1
     docs = (tinyrecord.ROOT / "docs" / "watching.md").read_text()
-    for stage, position in measures.POSITION.items():
+    for stage, position in metrics.POSITION.items():
         [listed] = re.findall(rf"^\| `{stage}` \| `{position}` \| (.*) \|$", docs, re.MULTILINE)
         assert {f"{stage}/{name}" for name in [position, *re.findall(r"\w+", listed)]} == {
             tag for tag in found if tag.startswith(f"{stage}/")
@@ -121,7 +122,7 @@ def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int,
     assert table.status[2] == "failed" and "row/limit_bytes" in failed and "row/bpb_final" not in failed
 
 
-def test_a_killed_driver_leaves_no_zigzag(subject: Subject) -> None:
+def test_a_killed_driver_leaves_no_zigzag(subject: TrackedRecord) -> None:
     """Nor does a worker lost while the driver lives."""
     drive(TensorBoard(subject), [step(number, 9.0) for number in (2, 4, 6, 8, 10)], die=True)
     again = [step(number, 1.0) for number in (6, 8, 10, 8, 10, 12)]
@@ -133,7 +134,7 @@ def test_a_killed_driver_leaves_no_zigzag(subject: Subject) -> None:
 
 
 def test_a_link_leads_no_event_out_of_the_runs_folder(
-    subject: Subject, tmp_path_factory: pytest.TempPathFactory
+    subject: TrackedRecord, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     outside = tmp_path_factory.mktemp("outside")
     subject.folder.mkdir(parents=True)
@@ -206,12 +207,12 @@ def test_a_broken_tracker_is_told_once_and_holds_nothing_up(fail: str) -> None:
 
 
 def test_a_tracker_that_stands_still_costs_the_record_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "CLOSE_SECONDS", 0.2)
     gate, warnings = threading.Event(), list[str]()
     followed = Trackers([Follower("slow", lambda: Recorder(gate=gate), warnings.append)])
     began = time.monotonic()
     for _ in range(3):
-        followed.tell([step(number, 5.0) for number in range(trackers.WAITING)])
+        followed.tell([step(number, 5.0) for number in range(follower.WAITING)])
     followed.close()
     gate.set()
     assert time.monotonic() - began < 5
@@ -256,4 +257,4 @@ def test_trackers_that_cannot_work_are_refused(
     assert "WANDB_MODE=offline" in refused("wandb")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
-        trackers.check(("mlflow",), Storage("s3://bucket/runs", tmp_path))
+        check_trackers(("mlflow",), Storage("s3://bucket/runs", tmp_path))

@@ -18,9 +18,9 @@ from hedgemix import dataset as datasets
 from hedgemix.claim import Claim
 from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
 from hedgemix.files import write_json
-from pipeline import results
-from pipeline.results import Row
+from pipeline.schema import Row
 from pipeline.storage import Storage
+from pipeline.table import write_rows
 
 
 @dataclass
@@ -89,5 +89,5 @@ def make(folder: Path, config: EvaluateConfig = CONFIG) -> Record:
         dataset_path=str(data),
         config=json.dumps(to_dict(recipe)),
     )
-    results.write(Storage("", folder), [row, replace(row, seed=8, status="failed")])
+    write_rows(Storage("", folder), [row, replace(row, seed=8, status="failed")])
     return Record(folder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from rich.console import Console
 
 from hedgemix import dataset as datasets
 from hedgemix import script, stages
-from hedgemix.checkpoint import nothing
-from hedgemix.clock import never
 from hedgemix.config import Recipe, from_dict
-from hedgemix.files import silent
-from pipeline import record, results, rows, runs
-from pipeline.steps import Made, Step, clocked, keep, perform
+from pipeline import graph, record
+from pipeline.provenance import origin
+from pipeline.recovery import clocked
+from pipeline.row import build_row
+from pipeline.step import Made, Step, keep, perform
 from pipeline.storage import Storage
+from pipeline.table import write_rows
 
 
 def recipe(text: Path, folder: Path, *options: str) -> Recipe:
@@ -37,41 +37,45 @@ def score(recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:
     """Every stage's result, together, from the folder's own copy of the dataset."""
     datasets.save(datasets.prepare(recipe.data, folder, silent_line), folder)
     dataset, room = datasets.load(folder), stages.artifact_room(recipe, script.n_bytes(recipe))
-    found = stages.train_stage(recipe, dataset, seed, folder, silent, None, nothing, never)
-    found |= stages.score_stage(recipe, dataset, folder, silent)
-    found |= stages.quantize_stage(recipe, dataset, seed, folder, folder, room)
-    stages.counts_stage(recipe, dataset, folder)
-    artifact, index = folder / stages.ARTIFACT, folder / stages.INDEX
-    return found | stages.evaluate_stage(recipe, dataset, artifact, index, folder, silent, False, nothing, never)
+    given: Any = {"recipe": recipe, "dataset": dataset}
+    results: list[Any] = [
+        stages.train_stage(**given, seed=seed, folder=folder),
+        stages.score_stage(**given, train_folder=folder),
+        stages.quantize_stage(**given, seed=seed, train_folder=folder, folder=folder, room_bytes=room),
+    ]
+    stages.counts_stage(**given, folder=folder)
+    places: Any = {"artifact_path": folder / stages.ARTIFACT, "index_folder": folder / stages.INDEX}
+    results.append(stages.evaluate_stage(**given, **places, folder=folder))
+    return {name: value for result in results for name, value in asdict(result).items()}
 
 
 def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
     """A finished record as the driver leaves it, its steps done in this process; the path of its table."""
     storage, made = Storage("", folder), []
-    dataset, _ = record.prepare(recipe, storage, Console(quiet=True))
-    code, made_by = script.n_bytes(recipe), rows.origin() | {"requirements": script.requirements(recipe)}
-    counts = runs.counts_step(storage, recipe, dataset)
+    dataset, data = record.prepare(recipe, storage, Console(quiet=True))
+    plan = graph.plan_record("tiny", recipe, dataset, data, seeds)
+    made_by, counts = origin() | {"requirements": script.requirements(recipe)}, plan.counts
 
-    def do(step: Step, work: Callable[[], dict[str, Any]]) -> None:
+    def do(step: Step, work: Callable[..., Any], **arguments: Any) -> None:
+        more = {"code_bytes": plan.code_bytes} if step.kind == "evaluate" else {}
+
         def made() -> Made:
             with nullcontext() if step.kind in ("train", "evaluate") else clocked(step):  # those have their own clock
-                return keep(step, work())
+                return keep(step, asdict(work(recipe=recipe, dataset=dataset, **arguments)) | more)
 
         perform(step, made, made_by)
 
-    do(counts, lambda: stages.counts_stage(recipe, dataset, counts.folder))
-    for seed in seeds:
-        steps = runs.seed_steps(storage, recipe, dataset, seed)
+    do(counts, stages.counts_stage, folder=counts.folder)
+    for seed, steps in plan.seeds.items():
         train, quantize, evaluate = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
-        room = stages.artifact_room(recipe, code)
-        artifact, index = quantize / stages.ARTIFACT, counts.folder / stages.INDEX
-        do(steps.train, partial(stages.train_stage, recipe, dataset, seed, train, silent, None, nothing, never))
-        do(steps.score, partial(stages.score_stage, recipe, dataset, train, silent))
-        do(steps.quantize, partial(stages.quantize_stage, recipe, dataset, seed, train, quantize, room))
-        parts = recipe, dataset, artifact, index, evaluate, silent, False, nothing, never
-        do(steps.evaluate, lambda parts=parts: stages.evaluate_stage(*parts) | {"code_bytes": code})
-        made.append(rows.build_row("tiny", recipe, dataset, steps, steps.records(), counts.record(), None))
-    return results.write(storage, made)
+        do(steps.train, stages.train_stage, seed=seed, folder=train)
+        do(steps.score, stages.score_stage, train_folder=train)
+        room = plan.room_bytes
+        do(steps.quantize, stages.quantize_stage, seed=seed, train_folder=train, folder=quantize, room_bytes=room)
+        places = {"artifact_path": quantize / stages.ARTIFACT, "index_folder": counts.folder / stages.INDEX}
+        do(steps.evaluate, stages.evaluate_stage, **places, folder=evaluate)
+        made.append(build_row(plan, seed, steps.records(), counts.record(), None))
+    return write_rows(storage, made)
 
 
 def recipe_of(row: dict[str, Any]) -> Recipe:

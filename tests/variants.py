@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import records, results
+from pipeline import records
 from pipeline.records import Record
-from pipeline.results import Row
+from pipeline.schema import Row
 from pipeline.storage import Storage
+from pipeline.table import write_rows
 
 
 def folder(undisturbed: Path, place: Path) -> Path:
@@ -31,7 +32,7 @@ def write(out: Path, name: str, scores: Sequence[float], row: dict[str, Any] | N
         Row(**row | {"record": name, "seed": seed, "bpb_final": score} | other)
         for seed, score in enumerate(scores, start=1)
     ]
-    results.write(Storage("", out), rows)
+    write_rows(Storage("", out), rows)
     return records.load(str(out / f"{name}.parquet"))
 
 
@@ -39,6 +40,6 @@ def change(out: Path, name: str, seed: int, **values: Any) -> Record:
     """The record with other values in one seed's row."""
     found = records.load(str(out / f"{name}.parquet"))
     [row] = [row for row in found.rows if row["seed"] == seed]
-    results.write(Storage("", out), [Row(**row | values)])
+    write_rows(Storage("", out), [Row(**row | values)])
     assert len(pd.read_parquet(out / f"{name}.parquet")) == len(found.rows)
     return records.load(str(out / f"{name}.parquet"))

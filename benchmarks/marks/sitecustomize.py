@@ -14,12 +14,12 @@ import time
 
 WRAPPED = {
     "ray": ("init", "shutdown"),
-    "pipeline.steps": ("perform",),
+    "pipeline.step": ("perform",),
     "hedgemix.stages": ("train_stage", "score_stage", "quantize_stage", "counts_stage", "evaluate_stage"),
     "hedgemix.train": ("Run.train_step",),
     "torch.distributed.distributed_c10d": ("init_process_group",),
 }
-IMPORTS = ("torch", "ray.train", "torch._dynamo", "pipeline.tasks", "hedgemix.train", "hedgemix.stages")
+IMPORTS = ("torch", "ray.train", "torch._dynamo", "pipeline.train_job", "hedgemix.train", "hedgemix.stages")
 
 
 class Marks:

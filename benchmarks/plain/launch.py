@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ import torch.distributed as dist
 import tyro
 
 from hedgemix import dataset as datasets
-from hedgemix import ranks, script, stages
-from hedgemix.checkpoint import nothing
-from hedgemix.clock import never
+from hedgemix import ranks, stages
 from hedgemix.config import Recipe, from_dict
-from hedgemix.files import read_json, silent
-from pipeline import runs
-from pipeline.steps import Made, Step, keep, perform
+from hedgemix.files import read_json
+from pipeline import graph
+from pipeline.step import Made, Step, keep, perform
 from pipeline.storage import Storage
 
 
@@ -44,29 +42,26 @@ def main(options: Options) -> None:
     torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    storage = Storage("", options.runs)
-    dataset = datasets.load(runs.data_step(storage, recipe.data).folder)
-    steps = runs.seed_steps(storage, recipe, dataset, options.seed)
-    counts = runs.counts_step(storage, recipe, dataset)
+    data, seed = graph.data_step(Storage("", options.runs), recipe.data), options.seed
+    dataset = datasets.load(data.folder)
+    plan = graph.plan_record("plain", recipe, dataset, data, (seed,))
+    steps, counts, room = plan.seeds[seed], plan.counts, plan.room_bytes
     trained, exported, folder = steps.train.folder, steps.quantize.folder, steps.evaluate.folder
-    artifact, index = exported / stages.ARTIFACT, counts.folder / stages.INDEX
-    alone = silent, False, nothing, never
-    code = script.n_bytes(recipe)
-    room = stages.artifact_room(recipe, code)
+    places: Any = {"artifact_path": exported / stages.ARTIFACT, "index_folder": counts.folder / stages.INDEX}
+    given: Any = {"recipe": recipe, "dataset": dataset}
     work: dict[str, tuple[Step, Callable[[], dict[str, Any]]]] = {
-        "train": (
-            steps.train,
-            lambda: stages.train_stage(recipe, dataset, options.seed, trained, silent, None, nothing, never),
-        ),
+        "train": (steps.train, lambda: asdict(stages.train_stage(**given, seed=seed, folder=trained))),
         "quantize": (
             steps.quantize,
-            lambda: stages.quantize_stage(recipe, dataset, options.seed, trained, exported, room),
+            lambda: asdict(
+                stages.quantize_stage(**given, seed=seed, train_folder=trained, folder=exported, room_bytes=room)
+            ),
         ),
-        "score": (steps.score, lambda: stages.score_stage(recipe, dataset, trained, silent)),
-        "counts": (counts, lambda: stages.counts_stage(recipe, dataset, counts.folder)),
+        "score": (steps.score, lambda: asdict(stages.score_stage(**given, train_folder=trained))),
+        "counts": (counts, lambda: asdict(stages.counts_stage(**given, folder=counts.folder))),
         "evaluate": (
             steps.evaluate,
-            lambda: stages.evaluate_stage(recipe, dataset, artifact, index, folder, *alone) | {"code_bytes": code},
+            lambda: asdict(stages.evaluate_stage(**given, **places, folder=folder)) | {"code_bytes": plan.code_bytes},
         ),
     }
     for name in options.stages:

@@ -23,7 +23,8 @@ from typing import Any
 from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
-from pipeline.steps import Step
+from hedgemix.layout import RECORDS, STEP_NAMES
+from pipeline.step import Step
 from pipeline.storage import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
@@ -68,7 +69,49 @@ def same_files(parent: dict[str, Any], sums: dict[str, str]) -> bool:
     return all(parent["files"].get(name, {}).get("sha256") == sha256 for name, sha256 in sums.items())
 
 
-def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int) -> SeedSteps:
+@dataclass(frozen=True)
+class RecordPlan:
+    """What a record is before it runs; made once, and read by all that name, do or tell its steps."""
+
+    name: str
+    recipe: Recipe
+    """As it was written: no machine's share of CPUs is in it."""
+    dataset: Dataset
+    data: Step
+    """What made the dataset."""
+    seeds: dict[int, SeedSteps]
+    counts: Step
+    """The n-gram index of the validation text, for every seed."""
+    chunks: int
+    """Of an evaluation."""
+    code_bytes: int
+    """What the recipe's train_gpt.py takes."""
+    room_bytes: int
+    """Most bytes of an artifact."""
+
+    @property
+    def storage(self) -> Storage:
+        return self.data.storage
+
+
+def plan_record(name: str, recipe: Recipe, dataset: Dataset, data: Step, seeds: Iterable[int]) -> RecordPlan:
+    """Name every step of a record, in the storage of its data's step."""
+    storage, code_bytes = data.storage, script.n_bytes(recipe)
+    room_bytes = stages.artifact_room(recipe, code_bytes)
+    return RecordPlan(
+        name=name,
+        recipe=recipe,
+        dataset=dataset,
+        data=data,
+        seeds={seed: seed_steps(storage, recipe, dataset, seed, room_bytes) for seed in seeds},
+        counts=counts_step(storage, recipe, dataset),
+        chunks=len(stream.chunks(dataset.valid_tokens, recipe.evaluate.chunk_tokens)),
+        code_bytes=code_bytes,
+        room_bytes=room_bytes,
+    )
+
+
+def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int, room_bytes: int) -> SeedSteps:
     """The seed's steps. A step's key covers what it reads and its parent's key, so changing the mixer names a new
     evaluation and nothing else. The number of evaluating ranks is left out: it does not change the score."""
     compute, evaluate = recipe.compute, to_dict(recipe.evaluate)
@@ -77,7 +120,7 @@ def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int) ->
     train = step(storage, "train", recipe.model, recipe.train, machine, text, seed)
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
     score = step(storage, "score", train.key, order, dataset.valid_sha256)
-    room = stages.artifact_room(recipe, script.n_bytes(recipe)) if recipe.quantize.method == "stepped" else None
+    room = room_bytes if recipe.quantize.method == "stepped" else None
     quantize = step(storage, "quantize", train.key, recipe.quantize, room)
     evaluation = step(storage, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
     return SeedSteps(seed, train, score, quantize, evaluation)
@@ -120,22 +163,23 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
 
 
 def record_folder(storage: Storage, record: str) -> Path:
-    return storage.root / "_records" / record
+    return storage.root / RECORDS / record
 
 
-def keep_steps(storage: Storage, record: str, recipe: Recipe, dataset: Dataset, seeds: Iterable[SeedSteps]) -> None:
+def keep_steps(plan: RecordPlan) -> None:
     """Leave in steps.json what names the record's steps, for who watches it without its data: {"seeds": {seed: {kind:
     name}}, "counts": name, "chunks": of an evaluation}. Seeds of earlier commands stay."""
-    path = record_folder(storage, record) / "steps.json"
+    storage = plan.storage
+    path = record_folder(storage, plan.name) / STEP_NAMES
     try:
         begun = dict(json.loads(storage.read_bytes(path) or b"")["seeds"])
     except (ValueError, KeyError, TypeError):  # new, or damaged
         begun = {}
-    names = {str(each.seed): {step.kind: step.name for step in each.all()} for each in seeds}
+    names = {str(each.seed): {step.kind: step.name for step in each.all()} for each in plan.seeds.values()}
     told = {
         "seeds": begun | names,
-        "counts": counts_step(storage, recipe, dataset).name,
-        "chunks": len(stream.chunks(dataset.valid_tokens, recipe.evaluate.chunk_tokens)),
+        "counts": plan.counts.name,
+        "chunks": plan.chunks,
     }
     storage.write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
 

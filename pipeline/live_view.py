@@ -1,70 +1,20 @@
 """What a person watches: each seed's stage, progress, bits per byte and time left.
 
-Workers send records to one board actor, which sets Ray's metrics by them; the driver polls it. On a terminal the view
-is redrawn in place, elsewhere (a job's log, CI) it is one plain line when a seed's stage changes and one every
-`PLAIN_SECONDS` while it runs.
+On a terminal the view is redrawn in place, elsewhere (a job's log, CI) it is one plain line when a seed's stage changes
+and one every `PLAIN_SECONDS` while it runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from pipeline.gauges import Gauges
-from pipeline.measures import ROW, measured
-
 PLAIN_SECONDS = 20.0
-UNREAD = 10_000
-"""Records the board keeps for a driver that does not ask; the oldest go first."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """A progress record as it came to the board."""
-
-    at_ns: int
-    """When, by the board's clock; no two are equal."""
-    seed: int
-    stage: str
-    record: dict[str, Any]
-
-
-class Board:
-    """The last record of every seed, and those that the driver has not read."""
-
-    def __init__(self, record: str, meanings: dict[str, str]) -> None:
-        self.seeds: dict[int, dict[str, Any]] = {}
-        self.told: deque[Told] = deque(maxlen=UNREAD)
-        self.at_ns = 0
-        self.gauges = Gauges(record, meanings)
-
-    def put(self, seed: int, stage: str, record: dict[str, Any]) -> None:
-        self.seeds[seed] = {"stage": stage, **record}
-        self.at_ns = max(self.at_ns + 1, time.time_ns())
-        self.told.append(Told(self.at_ns, seed, stage, record))
-        self.gauges.set(seed, stage, measured(stage, record))
-
-    def row(self, seed: int, values: dict[str, float]) -> None:
-        """What the seed's row holds by now."""
-        self.gauges.set(seed, ROW, values)
-
-    def read(self, after_ns: int = 0) -> tuple[dict[int, dict[str, Any]], list[Told]]:
-        """The last record of every seed, and all that came after this time; earlier ones are forgotten. An answer
-        that is lost on its way is given again."""
-        while self.told and self.told[0].at_ns <= after_ns:
-            self.told.popleft()
-        return self.seeds, list(self.told)
-
-
-BoardActor = ray.remote(num_cpus=0, max_restarts=-1, resources={"node:__internal_head__": 0.001})(Board)
 
 
 class View:

@@ -1,18 +1,17 @@
 """One step of a record: a folder, done when its result.json is there, which is written last and holds the sums of what
 the step made and of what it read. Files that storage changed since are noticed before anything reads them.
 
-Work is done on files of a local folder. Where the runs folder is an object store, `fetch`, `resuming` and `keep` copy
-what has to outlive the machine; where it is a folder that all nodes share they copy nothing.
+Work is done on files of a local folder. Where the runs folder is an object store, `fetch` and `keep` copy what has to
+outlive the machine; where it is a folder that all nodes share they copy nothing. `recovery` is about unfinished steps.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -20,22 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from hedgemix import clock
-from hedgemix.checkpoint import Kept
-from hedgemix.clock import Clock
 from hedgemix.files import sha256_of, write_json
-from pipeline.mirror import Mirror
+from hedgemix.layout import CLOCK, ERROR, RESULT, STEPS
 from pipeline.objects import plain
 from pipeline.storage import Storage
 
-RESULT = "result.json"
-ERROR = "error.txt"
-"""What ended the last command's attempts at it."""
 ASIDE = "result.damaged.json"
-RESUMED = ("checkpoint*", "clock.json", "log.jsonl", "trace.jsonl")
-"""Files of a step that a later attempt goes on from."""
-NOT_MADE = (RESULT, ASIDE, "checkpoint*", "clock.json", "*.lock", ERROR, "audit*", ".*")
+NOT_MADE = (RESULT, ASIDE, "checkpoint*", CLOCK, "*.lock", ERROR, "audit*", ".*")
 """Files in a step's folder that are not what it makes."""
-BEAT_SECONDS = 1.0
 
 
 class DamagedStepError(RuntimeError):
@@ -61,7 +52,7 @@ class Step:
 
     @property
     def folder(self) -> Path:
-        return self.storage.root / "_steps" / self.name
+        return self.storage.root / STEPS / self.name
 
     def record(self) -> dict[str, Any] | None:
         """All that result.json holds, or None when the step is not done. A damaged result.json counts as not done."""
@@ -172,7 +163,7 @@ def keep(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]]
         if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in NOT_MADE):
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             step.storage.push(path)
-    return Made(result, files, clock.read(step.folder / "clock.json"), dict(reads or {}))
+    return Made(result, files, clock.read(step.folder / CLOCK), dict(reads or {}))
 
 
 def fetch(step: Step, *names: str) -> dict[str, dict[str, str]]:
@@ -203,77 +194,6 @@ def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
         return
     state = f"{path.stat().st_size:,} bytes, not the {told['bytes']:,} written" if path.is_file() else "gone"
     raise DamagedStepError(step.name, f"{path} is damaged ({state}, or with another sum)")
-
-
-def forget(step: Step) -> None:
-    """Remove the checkpoints of a step that no start may take up again."""
-    for path in step.folder.glob("checkpoint*"):
-        path.unlink(missing_ok=True)
-    if step.storage.remote:
-        step.storage.prune(step.folder, "checkpoint*", ())
-
-
-def set_aside(step: Step) -> None:
-    """Make a finished step whose files are damaged one to do: it goes on from its last checkpoint, if it has one.
-
-    The time it took was used for work that was finished; redoing what storage lost is not charged again.
-    """
-    storage, told = step.storage, step.folder / "clock.json"
-    found = storage.read_bytes(step.folder / RESULT)
-    if found is None:
-        return
-    storage.write_bytes(step.folder / ASIDE, found)
-    storage.pull(told)
-    write_json(told, {**clock.read(told), "elapsed_seconds": 0.0})
-    storage.push(told)
-    storage.remove(step.folder / RESULT)
-
-
-@contextmanager
-def resuming(step: Step) -> Iterator[Kept]:
-    """Be the only process that writes the step's files, with what an earlier attempt left; yields what keeps copies of
-    files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait for it."""
-    step.storage.ready()
-    step.folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(step.folder)
-    with held(step.folder / "writer.lock"):
-        if step.storage.remote:
-            bring(step)
-        with closing(Mirror(step.storage)) as kept:
-            yield kept
-
-
-def bring(step: Step) -> None:
-    """Take up what the store holds of an unfinished step, unless this machine is further."""
-    told = step.folder / "clock.json"
-    here, before = clock.read(told), told.read_bytes() if told.is_file() else None
-    step.storage.pull(told)
-    if before is not None and here["elapsed_seconds"] >= clock.read(told)["elapsed_seconds"]:
-        told.write_bytes(before)
-        return
-    for name in step.storage.names(step.folder):
-        if any(fnmatch(name, pattern) for pattern in RESUMED):
-            step.storage.pull(step.folder / name)
-
-
-@contextmanager
-def clocked(step: Step) -> Iterator[None]:
-    """`resuming` for a step without checkpoints, its seconds noted as they go: a lost attempt loses all of them."""
-    with resuming(step) as kept:
-        clock = Clock(step.folder / "clock.json", None, kept=kept)
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(BEAT_SECONDS):
-                clock.beat()
-
-        thread = threading.Thread(target=beat, name="clock", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hedgemix import __version__
-from pipeline import evidence, figures, page, significance, verdict
+from pipeline import figures, page, sections, significance, summary
 from pipeline.page import Page, Plot
 from pipeline.records import Record
 
@@ -17,21 +17,21 @@ PAGE, TWIN, FIGURES = "report.html", "report.md", "figures"
 def compose(record: Record, against: float | None = None) -> Page:
     """against: a published score in bits per byte to test against, on the same text. What averages over seeds is left
     out where they must not be averaged."""
-    averages = [] if significance.mixed(record.done) else [evidence.ladder(record)]
-    along = [] if significance.mixed(record.done) else [evidence.along(record), evidence.helped(record)]
-    sections = [
-        verdict.seeds(record),
-        verdict.sure(record, against),
+    averages = [] if significance.mixed(record.done) else [sections.ladder(record)]
+    along = [] if significance.mixed(record.done) else [sections.along(record), sections.helped(record)]
+    parts = [
+        summary.seeds(record),
+        summary.sure(record, against),
         *averages,
-        verdict.handed_in(record),
+        summary.handed_in(record),
         *along,
-        evidence.training(record),
-        evidence.inside(record),
-        evidence.time(record),
-        evidence.audits(record),
-        evidence.origin(record),
+        sections.training(record),
+        sections.inside(record),
+        sections.time(record),
+        sections.audits(record),
+        sections.origin(record),
     ]
-    return Page(f"Record {record.name}", verdict.lead(record, against), sections)
+    return Page(f"Record {record.name}", summary.lead(record, against), parts)
 
 
 def write(record: Record, against: float | None = None) -> Path:

@@ -6,13 +6,13 @@ from typing import Any
 
 from hedgemix import script
 from hedgemix.config import RecipeError
-from pipeline import comparison, records, significance, submission
+from pipeline import comparison, eligibility, records, significance
 from pipeline.comparison import HEADS
+from pipeline.console import cell
 from pipeline.page import Points, Section, Table
 from pipeline.records import Record
-from pipeline.results import mean_and_deviation
 from pipeline.significance import RULES
-from pipeline.terminal import cell
+from pipeline.table import mean_and_deviation
 
 SEED_COLUMNS = (
     ("final", "bpb_final", ".4f"),
@@ -84,7 +84,7 @@ def cost(record: Record) -> list[str]:
 
 
 def handing_in(record: Record) -> list[str]:
-    why = submission.obstacles(record)
+    why = eligibility.obstacles(record)
     return [f"Cannot be handed in yet: {'; '.join(why)}." if why else "Can be handed in: `hedgemix submit`."]
 
 
@@ -170,18 +170,18 @@ def handed_in(record: Record) -> Section:
     """What a submission needs, and which of it is there."""
     limits, code_bytes = record.recipe.limits, script.n_bytes(record.recipe)
     facts = [
-        (f"{len(record.done)} of {len(record.rows)} seeds done", submission.unfinished(record)),
+        (f"{len(record.done)} of {len(record.rows)} seeds done", eligibility.unfinished(record)),
         ("one configuration, text and kind of machine", significance.mixed(record.done)),
-        ("the code that ran is the code that is installed here", submission.other_code(record, code_bytes)),
+        ("the code that ran is the code that is installed here", eligibility.other_code(record, code_bytes)),
         (
             f"at most {limits.total_bytes:,} bytes, {limits.train_seconds:g} s of training, "
             f"{limits.evaluate_seconds:g} s of evaluation",
-            submission.unkept(record, code_bytes),
+            eligibility.unkept(record, code_bytes),
         ),
-        ("every check of the audit passed", submission.unaudited(record)),
+        ("every check of the audit passed", eligibility.unaudited(record)),
         (
             "every seed's logs are whole",
-            [why for seed in submission.logs(record) for why in submission.cut_short(seed)],
+            [why for seed in eligibility.logs(record) for why in eligibility.cut_short(seed)],
         ),
     ]
     marked = Points([text for text, _ in facts], [not why for _, why in facts])

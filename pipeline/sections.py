@@ -19,6 +19,7 @@ import numpy as np
 from hedgemix import anatomy, artifact, tokenizer
 from hedgemix.artifact import ArtifactError, Parts
 from hedgemix.finding import number
+from hedgemix.layout import AUDIT, LOG, RECIPE, TRACE
 from hedgemix.tally import DOCUMENTS, TOKENS
 from pipeline import figures
 from pipeline.page import Plot, Section, Table
@@ -77,10 +78,10 @@ def training(record: Record) -> Section:
     """Loss and rate of every seed, failed ones too where they left a log."""
     logs, missing = {}, []
     for row in record.rows:
-        if lines := record.lines(row, "train_path", "log.jsonl"):
+        if lines := record.lines(row, "train_path", LOG):
             logs[row["seed"]] = lines
         elif row["status"] == "done":
-            missing.append(MISSING.format("log.jsonl", row["seed"]))
+            missing.append(MISSING.format(LOG, row["seed"]))
     if not logs:
         return Section("Training", missing or ["No seed has trained."])
     caption = "Training loss (mean of the last fiftieth of the steps) and the matrices' learning rate, by the clock."
@@ -98,8 +99,8 @@ def training(record: Record) -> Section:
 
 def along(record: Record) -> Section:
     """Bits per byte and weights of the mixtures along the text."""
-    traces = {row["seed"]: record.lines(row, "evaluate_path", "trace.jsonl") for row in record.done}
-    missing = [MISSING.format("trace.jsonl", seed) for seed, lines in traces.items() if not lines]
+    traces = {row["seed"]: record.lines(row, "evaluate_path", TRACE) for row in record.done}
+    missing = [MISSING.format(TRACE, seed) for seed, lines in traces.items() if not lines]
     sound = [lines for lines in traces.values() if lines]
     if not sound or len({len(lines) for lines in sound}) != 1:
         return Section("Along the text", missing or ["The seeds were scored in different pieces."])
@@ -302,7 +303,7 @@ def audits(record: Record) -> Section:
     """What the audit of each seed found."""
     rows, missing = [], []
     for row in record.done:
-        content = record.content(row, "evaluate_path", "audit.json") if row["audited"] is not None else None
+        content = record.content(row, "evaluate_path", AUDIT) if row["audited"] is not None else None
         if content is None:
             missing.append(str(row["seed"]))
             continue
@@ -327,5 +328,5 @@ def origin(record: Record) -> Section:
         values = {number(row[name]) for row in record.rows if row[name] is not None}
         rows.append([name, ", ".join(sorted(values)) or "not known"])
     artifacts = [[f"artifact_sha256 of seed {row['seed']}", row["artifact_sha256"]] for row in record.done]
-    folder = Path(record.storage.where(record.folder)) / "recipe.json"
+    folder = Path(record.storage.where(record.folder)) / RECIPE
     return Section("To do it again", [Table(["column", "value"], rows + artifacts), f"The whole recipe: `{folder}`."])

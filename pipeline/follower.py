@@ -1,4 +1,4 @@
-"""What a record tells to TensorBoard, MLflow or Weights & Biases while it runs.
+"""Trackers at work: TensorBoard, MLflow or Weights & Biases are told of a record while it runs.
 
 A tracker (`services.py`) gets every number a stage tells, by column of the results table, and a finished seed's row.
 Each works on a thread of its own: the record neither waits for one nor fails with it.
@@ -6,24 +6,21 @@ Each works on a thread of its own: the record neither waits for one nor fails wi
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
-from hedgemix.config import Recipe, RecipeError, to_dict
-from pipeline import runs
-from pipeline.measures import POSITION, measured, row_numbers
-from pipeline.progress import Told
-from pipeline.results import Row
+from hedgemix.config import RecipeError
+from pipeline.board import Told
+from pipeline.metrics import POSITION, measured, row_numbers
+from pipeline.schema import Row
+from pipeline.services import SERVICES, USABLE
 from pipeline.storage import Storage
+from pipeline.tracked_record import TrackedRecord
+from pipeline.tracker import Tracker
 
 WAITING = 10_000
 """Points a tracker may be behind; what comes while it is further is lost to it."""
@@ -31,49 +28,6 @@ BATCH_SECONDS = 2.0
 """How often a tracker passes on what it got."""
 CLOSE_SECONDS = 20.0
 """How long the end of a record waits for its trackers."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is tracked: one record."""
-
-    storage: Storage
-    record: str
-    recipe: Recipe
-
-    @property
-    def folder(self) -> Path:
-        return runs.record_folder(self.storage, self.record)
-
-    def settings(self) -> dict[str, str]:
-        """The recipe, flat: {"train.steps": "0", ...}."""
-        return dict(flat("", to_dict(self.recipe)))
-
-    def identity(self) -> str:
-        """Random, and the record's for good: names and paths may be the same elsewhere."""
-        path = self.folder / "tracked.json"
-        try:
-            return str(json.loads(self.storage.read_bytes(path) or b"")["id"])
-        except (ValueError, KeyError, TypeError):  # new, or damaged
-            made = secrets.token_hex(8)
-            self.storage.write_bytes(path, (json.dumps({"id": made}) + "\n").encode())
-            return made
-
-
-class Tracker(Protocol):
-    """One service. `position` rises while a stage runs, and falls when lost work is done again: what then was told from
-    there on must not stand twice. Called by one thread."""
-
-    def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None: ...
-
-    def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
-        """The seed is finished, well or not."""
-
-    def flush(self) -> None:
-        """Pass on what came since."""
-
-    def close(self) -> None:
-        """The driver ends; seeds without a row are not finished."""
 
 
 class Follower:
@@ -163,36 +117,20 @@ class Trackers:
             follower.give(lambda tracker: getattr(tracker, method)(*arguments))
 
 
-def follow(names: tuple[str, ...], subject: Subject, warn: Callable[[str], None]) -> Trackers:
-    """The trackers of these names, of which `check` said that they can work."""
-    from pipeline import services
-
-    made = {name: partial(services.SERVICES[name], subject) for name in names if name != "none"}
+def follow(names: tuple[str, ...], subject: TrackedRecord, warn: Callable[[str], None]) -> Trackers:
+    """The trackers of these names, of which `check_trackers` said that they can work."""
+    made = {name: partial(SERVICES[name], subject) for name in names if name != "none"}
     return Trackers(Follower(name, make, warn) for name, make in made.items())
 
 
-def check(names: tuple[str, ...], storage: Storage) -> None:
+def check_trackers(names: tuple[str, ...], storage: Storage) -> None:
     """Raises RecipeError for a tracker that is not installed or cannot work here, before anything starts."""
     if "none" in names and len(set(names)) > 1:
         raise RecipeError(f"--track {' '.join(names)}: none goes alone")
-    from pipeline import services
-
     for name in names:
         try:
-            services.USABLE.get(name, lambda _: None)(storage)
+            USABLE.get(name, lambda _: None)(storage)
         except ImportError as error:
             raise RecipeError(
                 f"--track {name} needs a package that is not installed ({error}): pip install 'hedgemix[{name}]'"
             ) from None
-
-
-def flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(f"{prefix}{name}.", value)
-        else:
-            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
-
-
-def variable(name: str, otherwise: str) -> str:
-    return os.environ.get(name) or otherwise

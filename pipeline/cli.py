@@ -34,12 +34,12 @@ class Compare:
 
 
 def _report(command: Report) -> None:
-    from pipeline import records, report  # seconds to import, and matplotlib
+    from pipeline import build, records, summary  # seconds to import, and matplotlib
 
     record = records.load(command.run)
-    path = report.write(record, command.against)
+    path = build.write(record, command.against)
     console = Console(highlight=False)
-    for line in report.verdict.lead(record, command.against):
+    for line in summary.lead(record, command.against):
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)
     console.print(f"report: {record.storage.where(path)}", markup=False, soft_wrap=True)
 
@@ -73,7 +73,8 @@ class Submit:
 
 
 def _submit(command: Submit) -> None:
-    from pipeline.submission import About, submit
+    from pipeline.eligibility import About
+    from pipeline.folder import submit
 
     names = ("author", "github_id", "name", "blurb", "track", "date")
     told = submit(command.run, command.out, About(**{name: getattr(command, name) for name in names}))

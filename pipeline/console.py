@@ -1,17 +1,15 @@
-"""What the command prints: the plan before a record, the table after it."""
+"""The table that the command prints after a record."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hedgemix.config import Recipe
-from hedgemix.model import Model, parameter_count
-from pipeline.results import Row, mean_and_deviation
+from pipeline.schema import Row
+from pipeline.table import mean_and_deviation
 
 # Heading, column of the table, format.
 COLUMNS = (
@@ -74,34 +72,3 @@ def seed_table() -> Table:
 
 def cell(value: float | None, form: str) -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
-
-
-def print_plan(recipe: Recipe, seeds: tuple[int, ...], console: Console) -> None:
-    """The resources, batch arithmetic and sizes of a record, from the same configuration that will run it."""
-    for name, value in plan(recipe, seeds).items():
-        console.print(f"{name:14} {value}", markup=False, soft_wrap=True)
-
-
-def plan(recipe: Recipe, seeds: tuple[int, ...]) -> dict[str, str]:
-    compute, train, evaluate, limits = recipe.compute, recipe.train, recipe.evaluate, recipe.limits
-    with torch.device("meta"):
-        model = Model(recipe.model, recipe.data.vocab_size, train.sequence_tokens)
-    sequences = train.batch_tokens // train.sequence_tokens
-    share = sequences // compute.workers
-    pieces = -(-share // train.microbatch_sequences)
-    cpus = f"{compute.workers * compute.cpus_per_worker:g}" if compute.cpus_per_worker else "all"
-    loop = f"{train.budget_seconds - train.reserve_seconds:g} s, then {train.reserve_seconds:g} s for EMA, calibration"
-    return {
-        "seeds": ", ".join(map(str, seeds)),
-        "parameters": f"{parameter_count(model):,}",
-        "training job": f"{compute.workers} workers on one node: {compute.workers * compute.gpus_per_worker:g} GPU, "
-        f"{cpus} CPU",
-        "training loop": f"{train.steps} steps" if train.steps else loop,
-        "step": f"{train.batch_tokens:,} tokens = {sequences} sequences of {train.sequence_tokens:,}",
-        "each worker": f"{share * train.sequence_tokens:,} tokens a step = {share} sequences in "
-        f"{pieces} microbatch{'es' if pieces > 1 else ''}",
-        "evaluation": f"{compute.evaluate_workers} ranks, {evaluate.order}, context {evaluate.window_tokens:,}, "
-        f"chunks of {evaluate.chunk_tokens:,} tokens",
-        "limits": f"{limits.total_bytes:,} bytes, {limits.train_seconds:g} s training, "
-        f"{limits.evaluate_seconds:g} s evaluation",
-    }

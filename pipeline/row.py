@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import platform
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-
-from hedgemix import __version__, claim, script, stages
+from hedgemix import claim, stages
 from hedgemix.config import Recipe, config_hash, to_dict
-from hedgemix.dataset import Dataset
-from pipeline.results import Row
-from pipeline.runs import SeedSteps
+from pipeline.graph import RecordPlan
+from pipeline.schema import Row
+
+
+def _columns(*same: str, **renamed: str) -> dict[str, str]:
+    """Fields that are named like their column, and those that are not."""
+    return {name: name for name in same} | renamed
+
+
+RESULT_COLUMNS = {
+    "train": _columns(
+        "parameters", "steps", "train_loss_nats", "train_seconds", "loop_seconds", "calibrate_seconds",
+        "warmup_seconds", "ms_per_step", "restarts", "checkpoint_failures", "qat_steps", "peak_memory_bytes",
+        "hardware", tokens="train_tokens",
+    ),
+    "score": _columns("bpb_full"),
+    "quantize": _columns(
+        "theta", "expected_loss_nats", "gptq_seconds", "largest_damping", "artifact_bytes", "bits_per_weight",
+        "artifact_sha256",
+    ),
+    "evaluate": _columns(
+        "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published",
+        "published_mass", "nats_per_token", "evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds",
+        "expert_names", "expert_weights", "ensemble_names", "ensemble_weights", "code_bytes",
+    ),
+}  # fmt: skip
+"""Which column a field of a stage's result fills, by the kind of step; code_bytes is of the step alone. The result.json
+of an older hedgemix may lack a field: its column stays empty."""
+SECONDS_COLUMNS = {"score": "score_seconds", "quantize": "quantize_seconds"}
+"""Which column the seconds of the whole step fill; training and evaluation have clocks of their own."""
+_filled = [column for fields in RESULT_COLUMNS.values() for column in fields.values()] + [*SECONDS_COLUMNS.values()]
+assert len(set(_filled)) == len(_filled), "two stages fill one column"
 
 
 def build_row(
-    record: str,
-    recipe: Recipe,
-    dataset: Dataset,
-    steps: SeedSteps,
+    plan: RecordPlan,
+    seed: int,
     standing: dict[str, dict[str, Any]],
     counted: dict[str, Any] | None,
     error: str | None,
@@ -33,24 +53,19 @@ def build_row(
 
     standing: the records of the seed's finished steps by their kind (`SeedSteps.records`); counted: of its counts.
     """
-    records, where = list(standing.values()), steps.train.storage.where
+    recipe, dataset, steps = plan.recipe, plan.dataset, plan.seeds[seed]
+    records, where = list(standing.values()), plan.storage.where
     done = len(records) == len(steps.all())
     last = max(records, key=lambda found: found["finished_at"], default={})
     codes = {found["origin"].get("code_sha256") for found in records}
-    values: dict[str, Any] = {}
-    for found in records:
-        values.update(found["result"])
-        values[f"{found['kind']}_seconds"] = values.get(f"{found['kind']}_seconds", found["seconds"])
+    values = filled(standing)
     total = values["artifact_bytes"] + values["code_bytes"] if done else None
-    columns = {field.name for field in dataclasses.fields(Row)}
-    known = {name: value for name, value in values.items() if name in columns}
-    known |= {
+    known = values | {
         "status": "done" if done else "failed" if error else "pending",
         "error": None if done else error,
         "attempts": sum(found["attempts"] for found in records) if records else None,
         "lost_seconds": sum(found["lost_seconds"] for found in records) if records else None,
         "counts_seconds": counted["seconds"] if counted else None,
-        "train_tokens": values.get("tokens"),
         "order": recipe.evaluate.order,
         "total_bytes": total,
         "limit_bytes": recipe.limits.total_bytes,
@@ -77,39 +92,24 @@ def build_row(
     if done:
         known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
     return Row(
-        record=record,
+        record=plan.name,
         recipe=recipe.recipe,
         config_hash=config_hash(recipe),
-        seed=steps.seed,
+        seed=seed,
         config=json.dumps(to_dict(recipe)),
         **known,
     )
 
 
+def filled(standing: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what the results of these steps fill, by column."""
+    values: dict[str, Any] = {}
+    for kind, found in standing.items():
+        values |= {column: found["result"].get(name) for name, column in RESULT_COLUMNS[kind].items()}
+        if kind in SECONDS_COLUMNS:
+            values[SECONDS_COLUMNS[kind]] = found["seconds"]
+    return values
+
+
 def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int) -> bool:
     return not stages.excesses(recipe.limits, total_bytes, values["train_seconds"], values["evaluate_seconds"])
-
-
-@cache
-def origin() -> dict[str, Any]:
-    """The versions and the git state of what runs here; git is empty outside a checkout (a job's working directory)."""
-    root = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {
-        "hedgemix_version": __version__,
-        "code_sha256": script.sha256(),
-        "torch_version": torch.__version__,
-        "ray_version": ray.__version__,
-        "python_version": platform.python_version(),
-        "git_commit": commit,
-        "git_dirty": None if dirty is None else bool(dirty),
-    }

@@ -1,0 +1,31 @@
+"""Names of the files and folders of a run, where more than one part of the program has to know them."""
+
+STEPS = "_steps"
+"""Folder of the runs folder: one folder a step, named <kind>-<key>."""
+RECORDS = "_records"
+"""Folder of the runs folder: one folder a record."""
+
+# In a step's folder.
+RESULT = "result.json"
+"""Written last, whole or not at all: the step is done."""
+ERROR = "error.txt"
+"""What ended the last command's attempts at it."""
+CLOCK = "clock.json"
+"""Seconds used over all starts."""
+LOG = "log.jsonl"
+"""Training: one line a step."""
+WEIGHTS = "weights.pt"
+"""Training: the averaged weights."""
+MOMENTS = "moments.pt"
+"""Training: what quantization needs of the calibration."""
+TRACE = "trace.jsonl"
+"""Evaluation: one line a chunk."""
+AUDIT = "audit.json"
+"""Beside an evaluation, once audited."""
+
+# In a record's folder.
+RECIPE = "recipe.json"
+STEP_NAMES = "steps.json"
+"""Which steps are the record's."""
+LOCK = "record.lock"
+"""Held by the record's driver."""

@@ -1,0 +1,60 @@
+"""What every task of one record is given, and how the ranks of a task begin its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hedgemix import ranks
+from hedgemix.checkpoint import Kept, nothing
+from hedgemix.config import Recipe
+from hedgemix.files import Log
+from pipeline.graph import RecordPlan
+from pipeline.recovery import resuming
+from pipeline.step import Step, fetch
+
+HEAD = {"node:__internal_head__": 0.001}
+"""Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one record is given; small, so it travels by value."""
+
+    plan: RecordPlan
+    recipe: Recipe
+    """The plan's, with compute.cpus_per_worker resolved."""
+    evaluate_cpus: float
+    """CPUs of one evaluating rank."""
+    origin: dict[str, Any]
+    """Versions and git state of the driver's tree."""
+    profile: bool
+    """Write profiles of training and evaluation into their steps' folders."""
+    board: Any
+    """The progress board's actor handle."""
+
+    def log(self, seed: int, stage: str) -> Log:
+        """Progress of one stage, from rank 0 to the board; fire and forget."""
+        if ranks.rank() != 0:
+            return lambda record: None
+        return lambda record: self.board.put.remote(seed, stage, record)
+
+
+def use_cpus(cpus: float) -> None:
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+@contextmanager
+def one_writer(job: Job, step: Step) -> Iterator[Kept]:
+    """Every rank goes on once rank 0 alone writes the step's files and what it reads is on this machine."""
+    with ExitStack() as stack:
+        kept: Kept = nothing
+        if ranks.rank() == 0:
+            kept = stack.enter_context(resuming(step))
+            fetch(job.plan.data)
+        ranks.barrier()
+        yield kept

@@ -1,0 +1,64 @@
+"""Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone.
+
+Import this before anything that imports Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+# Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
+# notice anything), and how long it waits for a node before it asks anew.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloured in a job's log too
+
+import ray
+from rich.console import Console
+
+from pipeline.graph import machine_to_itself
+from pipeline.resources import on_cluster
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of our own Ray; tasks hand each other paths, so it needs little."""
+
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_worker_niceness": "0"}
+"""For a Ray on this machine alone: nobody takes the machine away with a warning, so no process has to listen for one
+during training; and training, which runs in Ray's workers, gives way to other programs no more than it would outside
+(Ray starts workers with niceness 15)."""
+
+
+@contextmanager
+def ray_started(console: Console) -> Iterator[None]:
+    """Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    with ExitStack() as held:
+        if on_cluster():
+            ray.init(**quiet, runtime_env={"env_vars": train_settings()})
+        else:
+            busy = "another record is at work on this machine; waiting for it"
+            held.enter_context(machine_to_itself(lambda: console.print(busy)))
+            console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
+            for name, value in ALONE.items():
+                os.environ.setdefault(name, value)
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        # Ray's own handler would end this process without a word; `ray job stop` then waits three seconds.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def train_settings() -> dict[str, str]:
+    """What our processes on a cluster, which are not this one's children, are told of this one's environment: how Ray
+    Train works, and nothing else. What the job was submitted with reaches them by itself, and Ray refuses it twice."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    there = (told.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") and name not in there}

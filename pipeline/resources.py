@@ -1,0 +1,70 @@
+"""What of a record fits the machines that are there: ranks, their CPUs and GPUs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from hedgemix.config import Recipe, RecipeError
+
+
+def fits(node: dict[str, Any], count: int, cpus: float, gpus: float) -> int:
+    """How often `count` ranks of `cpus` and `gpus` each fit the node at once."""
+    if not node["Alive"]:
+        return 0
+    here = node["Resources"]
+    times = [here.get(name, 0) // (count * each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
+    return int(min(times, default=1))
+
+
+def training_slots(recipe: Recipe) -> int:
+    """Training jobs that fit the cluster's machines at once; each has one machine's share for itself."""
+    compute = recipe.compute
+    return sum(fits(node, compute.workers, compute.cpus_per_worker, compute.gpus_per_worker) for node in ray.nodes())
+
+
+def check_capacity(recipe: Recipe, evaluate_cpus: float, console: Console) -> None:
+    """On a machine of our own, refuse at once what could only wait for ever; a cluster may still get its nodes."""
+    compute = recipe.compute
+    for purpose, ranks, cpus in (
+        ("trains a seed", compute.workers, compute.cpus_per_worker),
+        ("evaluates a seed", compute.evaluate_workers, evaluate_cpus),
+    ):
+        if any(fits(node, ranks, cpus, compute.gpus_per_worker) for node in ray.nodes()):
+            continue
+        largest = [max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("GPU", "CPU")]
+        needs = (
+            f"recipe {recipe.recipe} {purpose} on one machine with {ranks} ranks of {compute.gpus_per_worker:g} GPU "
+            f"and {cpus:g} CPU; the largest here has {largest[0]:g} GPU and {largest[1]:g} CPU"
+        )
+        if not on_cluster():
+            raise RecipeError(
+                f"{needs}. Lower compute.workers, compute.evaluate_workers, compute.gpus_per_worker or "
+                "compute.cpus_per_worker, or run on a cluster"
+            )
+        console.print(f"{needs}: waiting for such a machine", soft_wrap=True)
+
+
+def on_cluster() -> bool:
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:
+    """The recipe with cpus_per_worker 0 replaced by a worker's share of the largest machine's CPUs, and the CPUs of an
+    evaluating rank, by the same rule."""
+    compute = recipe.compute
+    if compute.cpus_per_worker:
+        return recipe, compute.cpus_per_worker
+    able = [node["Resources"] for node in ray.nodes() if fits(node, compute.workers, 0, compute.gpus_per_worker)]
+    largest = max((resources.get("CPU", 0) for resources in able), default=0)
+    if not largest:
+        raise RecipeError(
+            f"no node with {compute.workers * compute.gpus_per_worker:g} GPU is there to tell its CPUs; set "
+            "compute.cpus_per_worker"
+        )
+    resolved = replace(compute, cpus_per_worker=max(1.0, largest // compute.workers))
+    return replace(recipe, compute=resolved), max(1.0, largest // compute.evaluate_workers)

@@ -1,0 +1,80 @@
+"""`record.py --status DIR`: how far the records of a runs folder are, on one screen. It needs no Ray."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hedgemix.config import RecipeError
+from hedgemix.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
+from pipeline import status
+from pipeline.status import DamagedError, State
+from pipeline.storage import Storage, look_at
+
+STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
+
+
+def main(arguments: list[str]) -> int:
+    """`--status DIR [--record NAME]`; returns the exit code."""
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    parser = argparse.ArgumentParser(prog="pipeline/record.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--status", required=True, metavar="DIR", help="the runs folder: what --out names")
+    parser.add_argument("--record", metavar="NAME", help="only this record")
+    options = parser.parse_args(arguments)
+    try:
+        storage = look_at(options.status)
+        for name in status.names(storage, options.record):
+            show(storage, name, console)
+    except RecipeError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        return 2
+    except OSError as error:
+        errors.print(f"error: {type(error).__name__}: {error}", style="bold red", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def show(storage: Storage, record: str, console: Console) -> None:
+    def line(text: str) -> None:
+        console.print(plain(text), markup=False, soft_wrap=True)
+
+    folder = storage.root / RECORDS / record
+    line(f"{record}: {status.driver(storage, folder / LOCK)}")
+    try:
+        told = status.read(storage, folder / STEP_NAMES)
+        recipe = status.read(storage, folder / RECIPE) or {}
+        if told is None:
+            line("  no steps.json yet: its data are being prepared, or an older hedgemix began it")
+        else:
+            console.print(table(list(status.states(storage, told, recipe))))
+    except DamagedError as error:
+        line(f"  {error}; the record's command writes it again, or says what to do")
+    path = storage.root / f"{record}.parquet"
+    for row in status.rows(storage, path):
+        if row.get("status") == "failed":
+            line(f"seed {row.get('seed')} failed: {row.get('error')}")
+    line(f"table: {storage.where(path)}{'' if storage.modified(path) else ' (not yet)'}\n")
+
+
+def table(found: list[tuple[str, State]]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("seed", "step", "state", "seconds", "starts", ""):
+        right = heading in ("seed", "seconds", "starts")
+        shown.add_column(heading, justify="right" if right else "left", no_wrap=bool(heading), overflow="fold")
+    for seed, each in found:
+        style = STYLES.get(each.state, "dim")
+        seconds = "" if each.seconds is None else f"{each.seconds:,.1f}"
+        starts = "" if each.starts is None else f"{each.starts:.0f}"
+        cells = (seed, ""), (each.step, ""), (each.state, style), (seconds, ""), (starts, ""), (each.note, "")
+        shown.add_row(*(Text(plain(cell), style) for cell, style in cells))
+    return shown
+
+
+def plain(text: str) -> str:
+    """Without colours and control characters: a terminal obeys those."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)))

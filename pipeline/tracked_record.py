@@ -1,0 +1,49 @@
+"""The record that trackers are told of."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hedgemix.config import Recipe, to_dict
+from pipeline.graph import record_folder
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class TrackedRecord:
+    """One record, as what follows it sees it."""
+
+    storage: Storage
+    record: str
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        return record_folder(self.storage, self.record)
+
+    def settings(self) -> dict[str, str]:
+        """The recipe, flat: {"train.steps": "0", ...}."""
+        return dict(flat("", to_dict(self.recipe)))
+
+    def identity(self) -> str:
+        """Random, and the record's for good: names and paths may be the same elsewhere."""
+        path = self.folder / "tracked.json"
+        try:
+            return str(json.loads(self.storage.read_bytes(path) or b"")["id"])
+        except (ValueError, KeyError, TypeError):  # new, or damaged
+            made = secrets.token_hex(8)
+            self.storage.write_bytes(path, (json.dumps({"id": made}) + "\n").encode())
+            return made
+
+
+def flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
