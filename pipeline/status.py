@@ -13,7 +13,7 @@ from rich.text import Text
 from hedgemix.config import RecipeError
 from pipeline import standing
 from pipeline.standing import DamagedError, State
-from pipeline.storage import Storage, look_at
+from pipeline.storage import Storage, open_existing
 
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--record", metavar="NAME", help="only this record")
     options = parser.parse_args(arguments)
     try:
-        storage = look_at(options.status)
+        storage = open_existing(options.status)
         for name in standing.names(storage, options.record):
             show(storage, name, console)
     except RecipeError as error:
