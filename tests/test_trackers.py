@@ -21,8 +21,8 @@ from pipeline import measures, record, trackers
 from pipeline.measures import measured
 from pipeline.progress import UNREAD, Board, Told
 from pipeline.results import Row
-from pipeline.services import TensorBoard
 from pipeline.storage import Storage
+from pipeline.tensorboard_tracker import TensorBoard
 from pipeline.trackers import Follower, Subject, Trackers
 
 SECRET = "5ec2e7" * 6 + "abcd"
