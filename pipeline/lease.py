@@ -39,11 +39,12 @@ def hold(
     for longer than that; then one of them sees `lost` at its next renewal, and until it stops both run. A holder that
     cannot reach the store for `stale_seconds` may be taken for dead while it works; it sees `lost` when it can again.
     """
-    local = storage.ready() / storage.inside(path)
+    storage.ready()
+    local = storage.local_path(path)
     local.parent.mkdir(parents=True, exist_ok=True)
     with open(local, "a") as file:
-        if not locked(file):
-            raise RecipeError(refusal(storage, path))
+        if not try_flock(file):
+            raise RecipeError(refusal_message(storage, path))
         if not storage.remote:
             yield lambda: False
             return
@@ -55,8 +56,9 @@ def hold(
             lease.release()
 
 
-def locked(file: IO[str], patience_seconds: float = 0.5) -> bool:
-    """Take the lock; a status that tries it holds it for an instant, a driver until its end."""
+def try_flock(file: IO[str], patience_seconds: float = 0.5) -> bool:
+    """Take the lock, and say whether that went well; a status that tries it holds it for an instant, a driver until
+    its end."""
     until = time.monotonic() + patience_seconds
     while True:
         try:
@@ -68,41 +70,44 @@ def locked(file: IO[str], patience_seconds: float = 0.5) -> bool:
             time.sleep(0.05)
 
 
-def refusal(storage: Storage, path: Path, host: str = "") -> str:
-    on = f", on {host}" if host else ""
-    return f"another driver is at work on this record ({storage.where(path.parent)}{on}); wait for it or stop it"
+def refusal_message(storage: Storage, path: Path, host: str = "") -> str:
+    on_host = f", on {host}" if host else ""
+    return f"another driver is at work on this record ({storage.where(path.parent)}{on_host}); wait for it or stop it"
 
 
 class Lease:
-    """The object: owner (a token), host, turn (raised with each renewal)."""
+    """Holds the lock's object, JSON of: owner (a random token), host, turn (raised with each renewal)."""
 
     def __init__(self, storage: Storage, path: Path, renew_seconds: float) -> None:
         self.storage, self.path, self.renew_seconds = storage, path, renew_seconds
-        self.mine: dict[str, Any] = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "turn": 0}
+        self.own: dict[str, Any] = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "turn": 0}
         self.lost = Event()
         self._done = Event()
         self._renewing = Thread(target=self._renew, name="lease", daemon=True)
 
     def read(self) -> dict[str, Any] | None:
+        """Return what the object holds: {} when it is damaged, None when it is not there."""
         data = self.storage.read_bytes(self.path)
         try:
-            found = None if data is None else json.loads(data)
+            content = None if data is None else json.loads(data)
         except ValueError:
-            found = {}
-        return found if found is None or isinstance(found, dict) else {}
+            content = {}
+        return content if content is None or isinstance(content, dict) else {}
 
     def write(self) -> None:
-        self.mine["turn"] += 1
-        self.storage.write_bytes(self.path, json.dumps(self.mine).encode())
+        """Renew the lease, whoever holds it."""
+        self.own["turn"] += 1
+        self.storage.write_bytes(self.path, json.dumps(self.own).encode())
 
     def owned(self) -> bool:
-        found = self.read()
-        return found is not None and found.get("owner") == self.mine["owner"]
+        content = self.read()
+        return content is not None and content.get("owner") == self.own["owner"]
 
-    def refuse(self, held: dict[str, Any] | None) -> RecipeError:
-        return RecipeError(refusal(self.storage, self.path, str((held or {}).get("host", ""))))
+    def refused(self, holder: dict[str, Any] | None) -> RecipeError:
+        return RecipeError(refusal_message(self.storage, self.path, str((holder or {}).get("host", ""))))
 
     def take(self, waiting: Callable[[], None], stale_seconds: float, settle_seconds: float) -> None:
+        """Write the lease once nobody holds it, and renew it from then on. Raises RecipeError when another does."""
         seen = self.read()
         if seen is not None and (left := stale_seconds - self.age()) > 0:
             waiting()
@@ -113,21 +118,22 @@ class Lease:
                 if now is None:
                     break
                 if now != seen:
-                    raise self.refuse(now)
+                    raise self.refused(now)
         began = time.monotonic()
         if (now := self.read()) not in (None, seen):
-            raise self.refuse(now)
+            raise self.refused(now)
         self.write()
         # Slower than the others wait: we may have overwritten one that went on, and it has to notice first.
         slow = time.monotonic() - began >= settle_seconds
         time.sleep(stale_seconds if slow else settle_seconds)
         if not self.owned():
-            raise self.refuse(self.read())
+            raise self.refused(self.read())
         self._renewing.start()
 
     def age(self) -> float:
-        """Seconds since the lease was written, both ends by the store's clock: how old it is beside a new object."""
-        trial = self.path.with_name(f".{self.path.name}.{self.mine['owner']}")
+        """Return the seconds since the lease was written, both ends by the store's clock: its age beside a new
+        object's."""
+        trial = self.path.with_name(f".{self.path.name}.{self.own['owner']}")
         self.storage.write_bytes(trial, b"now")
         now, then = self.storage.modified(trial), self.storage.modified(self.path)
         self.storage.remove(trial)
@@ -136,8 +142,8 @@ class Lease:
     def _renew(self) -> None:
         while not self._done.wait(self.renew_seconds):
             with contextlib.suppress(OSError):  # the next renewal may reach the store
-                found = self.read()
-                if found is not None and found.get("owner") != self.mine["owner"]:
+                content = self.read()
+                if content is not None and content.get("owner") != self.own["owner"]:
                     self.lost.set()
                     return
                 self.write()

@@ -10,14 +10,14 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from pyarrow import fs
 
 from hedgemix.config import RecipeError
 
-OPTIONS = ("region", "scheme", "endpoint_override")
+URI_OPTIONS = ("region", "scheme", "endpoint_override")
 """What may follow the ? of a URI, named as pyarrow and pandas name it; everything else could carry a secret."""
 ACCEPTED = "give a folder, s3://bucket/prefix or gs://bucket/prefix"
 CHUNK_BYTES = 8 * 2**20
@@ -25,9 +25,17 @@ CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 4, 5, 3
 """Of an endpoint that answers nothing, three attempts to look take 15 s; to write, which waits twice, more."""
 
 
+class StoreAddress(NamedTuple):
+    scheme: str
+    """s3 or gs."""
+    base: str
+    """bucket/prefix."""
+    options: dict[str, str]
+
+
 @lru_cache
-def place(uri: str) -> tuple[str, str, dict[str, str]]:
-    """Scheme, bucket/prefix and options of a URI. Raises RecipeError, which never repeats what may be a secret."""
+def parse_uri(uri: str) -> StoreAddress:
+    """Take a URI apart. Raises RecipeError, which never repeats what may be a secret."""
     parts = urlsplit(uri)
     if parts.scheme not in ("s3", "gs") or not uri.startswith(f"{parts.scheme}://"):
         raise RecipeError(f"--out: this kind of address is not supported; {ACCEPTED}")
@@ -41,13 +49,13 @@ def place(uri: str) -> tuple[str, str, dict[str, str]]:
     if (
         parts.fragment
         or not re.fullmatch(r"(/[A-Za-z0-9_=+.-]+)*/?", parts.path)
-        or not plain(parts.path.strip("/"), True)
+        or not is_safe_relative_path(parts.path.strip("/"), True)
     ):
         raise RecipeError("--out: a prefix has names of letters, digits and ._=+- between single slashes")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if set(options) - set(OPTIONS):
+    if set(options) - set(URI_OPTIONS):
         raise RecipeError(
-            f"--out: only {', '.join(OPTIONS)} may follow the ?; credentials come from environment variables, a "
+            f"--out: only {', '.join(URI_OPTIONS)} may follow the ?; credentials come from environment variables, a "
             "profile or an instance role"
         )
     wrong = [
@@ -57,20 +65,20 @@ def place(uri: str) -> tuple[str, str, dict[str, str]]:
     ]
     if any(wrong):
         raise RecipeError("--out: after the ?, scheme is http or https, endpoint_override host:port, region a name")
-    return parts.scheme, (parts.netloc + parts.path).rstrip("/"), options
+    return StoreAddress(parts.scheme, (parts.netloc + parts.path).rstrip("/"), options)
 
 
-def plain(name: str, empty: bool = False) -> bool:
-    """Whether it is a relative path that stays where it is put."""
+def is_safe_relative_path(name: str, allow_empty: bool = False) -> bool:
+    """Say whether it is a relative path that stays where it is put."""
     if not name:
-        return empty
+        return allow_empty
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 @lru_cache
 def connect(uri: str) -> Any:
-    """pyarrow's file system, one a process, with limits under which a dead store is told in half a minute."""
-    scheme, base, options = place(uri)
+    """Return pyarrow's file system, one a process, with limits under which a dead store is told in half a minute."""
+    scheme, base, options = parse_uri(uri)
     if scheme == "gs":
         # An open wire is an emulator's: no token goes over it.
         limit = timedelta(seconds=15)
@@ -108,37 +116,38 @@ def put(filesystem: Any, key: str, file: BinaryIO) -> None:
         raise
 
 
-def apart(work: Callable[[], None]) -> None:
-    """Do it on a thread of its own, where Ctrl-C cannot fall between the opening of a stream and its care."""
-    failed: list[BaseException] = []
+def run_on_thread(work: Callable[[], None]) -> None:
+    """Do the work on a thread of its own, where Ctrl-C cannot fall between the opening of a stream and its care, and
+    raise what it raises."""
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
     thread = Thread(target=run, name="put", daemon=True)
     thread.start()
     thread.join()
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
 
 
-def cause(error: Exception, bucket: str) -> str:
-    """One line about why a store failed, without secrets."""
+def explain_failure(error: Exception, bucket: str) -> str:
+    """Say in one line why a store failed, without secrets."""
     text = str(error)
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
         if os.environ.get(name):
             text = text.replace(os.environ[name], "...")
     text = re.sub(r"\s*\(Request ID:.*", "", " ".join(text.split()))
-    said = text if len(text) <= 300 else text[:300] + "..."
+    short = text if len(text) <= 300 else text[:300] + "..."
     if "NO_SUCH_BUCKET" in text or isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket}"
     if re.search("NETWORK_CONNECTION|UNAVAILABLE|CURL error", text):
-        return f"the store does not answer ({said})"
+        return f"the store does not answer ({short})"
     if re.search(
         "ACCESS_KEY|ACCESS_DENIED|SIGNATURE|TOKEN|InvalidAccessKeyId|PERMISSION_DENIED|UNAUTHENTICATED|403", text
     ):
-        return f"the store refused the credentials, or they may not read, write, remove and list there ({said})"
-    return said
+        return f"the store refused the credentials, or they may not read, write, remove and list there ({short})"
+    return short

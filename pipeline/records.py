@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.layout import RECORDS, STEPS
 from pipeline import schema
-from pipeline.storage import REMOTE, Storage, store, told
+from pipeline.storage import REMOTE_URI, Storage, as_recipe_error, storage_at
 from pipeline.table import table_path
 
 
@@ -81,13 +81,13 @@ def load(run: str) -> Record:
 
 
 def find(run: str) -> tuple[Storage, Path]:
-    if REMOTE.match(run):
+    if REMOTE_URI.match(run):
         address, mark, query = run.partition("?")
         above, _, name = address.rpartition("/")
         if not name.endswith(".parquet"):
             raise RecipeError(f"{address} is no table; give s3://bucket/prefix/RECORD.parquet")
-        storage = store(above + mark + query)
-        with told(storage, "RUN"):
+        storage = storage_at(above + mark + query)
+        with as_recipe_error(storage, "RUN"):
             storage.ready()
             storage.modified(storage.root / name)
         return storage, storage.root / name

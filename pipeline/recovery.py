@@ -15,7 +15,7 @@ from hedgemix.checkpoint import Kept
 from hedgemix.clock import Clock
 from hedgemix.files import write_json
 from hedgemix.layout import CLOCK, LOG, RESULT, TRACE
-from pipeline.mirror import Mirror
+from pipeline.mirror import Uploader
 from pipeline.step import ASIDE, Step, held, refuse_links
 
 RESUMED = ("checkpoint*", CLOCK, LOG, TRACE)
@@ -57,7 +57,7 @@ def resuming(step: Step) -> Iterator[Kept]:
     with held(step.folder / "writer.lock"):
         if step.storage.remote:
             bring(step)
-        with closing(Mirror(step.storage)) as kept:
+        with closing(Uploader(step.storage)) as kept:
             yield kept
 
 

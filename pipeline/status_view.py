@@ -14,7 +14,7 @@ from hedgemix.config import RecipeError
 from hedgemix.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
 from pipeline import status
 from pipeline.status import DamagedError, State
-from pipeline.storage import Storage, look_at
+from pipeline.storage import Storage, open_existing
 
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--record", metavar="NAME", help="only this record")
     options = parser.parse_args(arguments)
     try:
-        storage = look_at(options.status)
+        storage = open_existing(options.status)
         for name in status.names(storage, options.record):
             show(storage, name, console)
     except RecipeError as error:

@@ -21,7 +21,7 @@ from typing import Any
 from hedgemix import clock
 from hedgemix.files import sha256_of, write_json
 from hedgemix.layout import CLOCK, ERROR, RESULT, STEPS
-from pipeline.objects import plain
+from pipeline.objects import is_safe_relative_path
 from pipeline.storage import Storage
 
 ASIDE = "result.damaged.json"
@@ -87,7 +87,7 @@ def whole(found: Any) -> bool:
         isinstance(found, dict)
         and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
         and all(isinstance(sums, dict) for sums in found["reads"].values())
-        and all(plain(name) and isinstance(told, dict) for name, told in found["files"].items())
+        and all(is_safe_relative_path(name) and isinstance(told, dict) for name, told in found["files"].items())
         and all({"bytes", "sha256"} <= told.keys() for told in found["files"].values())
     )
 
@@ -188,7 +188,7 @@ def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
     path = step.folder / name
     if told is None:
         raise DamagedStepError(step.name, f"it made no {name}")
-    if not plain(name) or not path.resolve().is_relative_to(step.folder.resolve()):
+    if not is_safe_relative_path(name) or not path.resolve().is_relative_to(step.folder.resolve()):
         raise DamagedStepError(step.name, f"{name!r} leads out of {step.folder}")
     if sound(path, told) or (step.storage.remote and step.storage.pull(path) and sound(path, told)):
         return

@@ -16,19 +16,29 @@ import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pyarrow import ArrowException, fs
 
 from hedgemix.config import RecipeError
 from hedgemix.files import replacing
-from pipeline.objects import CHUNK_BYTES, apart, cause, connect, place, plain, put, put_file
+from pipeline.objects import (
+    CHUNK_BYTES,
+    connect,
+    explain_failure,
+    is_safe_relative_path,
+    parse_uri,
+    put,
+    put_file,
+    run_on_thread,
+)
 
-REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-TRIES = 3
-"""Of reading an object that is replaced meanwhile."""
+REMOTE_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+READ_ATTEMPTS = 3
+"""How often reading begins anew when the object was replaced meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -44,80 +54,86 @@ class Storage:
     def remote(self) -> bool:
         return bool(self.uri)
 
-    def inside(self, path: Path) -> str:
-        """The path relative to root, with forward slashes."""
+    def relative_path(self, path: Path) -> str:
+        """Return the path relative to root, with forward slashes; raises ValueError when it is not under root."""
         full = path if path.is_absolute() else self.root / path
         if ".." in full.parts or not full.is_relative_to(self.root):
             raise ValueError(f"{path} is not under {self.root}")
         return "" if full == self.root else full.relative_to(self.root).as_posix()
 
+    def local_path(self, path: Path) -> Path:
+        """Return the file's place under root; raises ValueError as `relative_path` does."""
+        return self.root / self.relative_path(path)
+
     def key(self, path: Path) -> str:
-        """bucket/prefix/path, as pyarrow names it."""
-        return "/".join(part for part in (place(self.uri)[1], self.inside(path)) if part)
+        """Return bucket/prefix/path, as pyarrow names an object."""
+        return "/".join(part for part in (parse_uri(self.uri).base, self.relative_path(path)) if part)
 
     def where(self, path: Path) -> str:
-        """For people and tables: a path, or a URI without its options."""
-        return f"{place(self.uri)[0]}://{self.key(path)}" if self.remote else str(self.root / self.inside(path))
+        """Name the file for people and tables: a path, or a URI without its options."""
+        return f"{parse_uri(self.uri).scheme}://{self.key(path)}" if self.remote else str(self.local_path(path))
 
     def ready(self) -> Path:
-        """The root, made on this machine; on every node before the first file is written there."""
+        """Make the root on this machine and return it; for every node, before the first file is written there."""
         if self.remote:
-            private_folder(self.root.parent)
-            private_folder(self.root)
+            make_private_folder(self.root.parent)
+            make_private_folder(self.root)
         return self.root
 
     def push(self, path: Path) -> None:
-        """The file goes up whole or not at all; what was under its name stays until then. FileNotFoundError when it
-        is not there."""
+        """Upload the file whole or not at all; what was under its name stays until then. Raises FileNotFoundError when
+        it is not there."""
         if self.remote:
             key = self.key(path)
-            apart(lambda: put_file(connect(self.uri), key, self.root / path))
+            run_on_thread(lambda: put_file(connect(self.uri), key, self.root / path))
 
     def write_bytes(self, path: Path, data: bytes) -> None:
-        """To the store alone; of a folder, to the file. Whole or not at all."""
+        """Write to the store alone (of a folder, to the file), whole or not at all."""
         if self.remote:
             key = self.key(path)
-            apart(lambda: put(connect(self.uri), key, io.BytesIO(data)))
+            run_on_thread(lambda: put(connect(self.uri), key, io.BytesIO(data)))
         else:
-            with replacing(self.root / self.inside(path)) as file:
+            with replacing(self.local_path(path)) as file:
                 file.write(data)
 
     def read_bytes(self, path: Path) -> bytes | None:
-        """What the store holds now, for small files; None when it is not there."""
+        """Return what the store holds now, of a small file; None when it is not there."""
         if self.remote:
-            held = io.BytesIO()
-            return held.getvalue() if self._fetch(path, held) else None
+            content = io.BytesIO()
+            return content.getvalue() if self._download(path, content) else None
         try:
-            return (self.root / self.inside(path)).read_bytes()
+            return self.local_path(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def pull(self, path: Path) -> bool:
         """Fetch to its place, whole or not at all, over what is there; False when the store does not have it."""
-        local = self.root / self.inside(path)
+        local = self.local_path(path)
         if not self.remote:
             return local.exists()
         self.ready()
         if not local.parent.resolve().is_relative_to(self.root.resolve()):
             raise ValueError(f"{path} leads out of {self.root} by a link")
-        if self._seen(self.key(path)) is None:
+        if self._stat(self.key(path)) is None:
             return False
         with replacing(local) as file:
-            if self._fetch(path, file):
+            if self._download(path, file):
                 return True
             raise OSError(f"{self.where(path)} was removed while it was read")
 
-    def _seen(self, key: str) -> tuple[int, Any] | None:
+    def _stat(self, key: str) -> tuple[int, datetime] | None:
+        """Return size in bytes and time of the last write; None when there is no such object."""
         info = connect(self.uri).get_file_info(key)
         return (info.size, info.mtime) if info.type == fs.FileType.File else None
 
-    def _fetch(self, path: Path, file: BinaryIO) -> bool:
-        """Arrow asks for a range at a time, so an object replaced meanwhile would come out mixed or cut short."""
+    def _download(self, path: Path, file: BinaryIO) -> bool:
+        """Read the object into the file; False when it is not there. Arrow asks for a range at a time, so one that is
+        replaced meanwhile would come out mixed or cut short."""
         key = self.key(path)
-        for _ in range(TRIES):
+        for _ in range(READ_ATTEMPTS):
             file.seek(0)
             file.truncate()
-            before = self._seen(key)
+            before = self._stat(key)
             if before is None:
                 return False
             try:
@@ -126,35 +142,35 @@ class Storage:
                         file.write(chunk)
             except FileNotFoundError:
                 return False
-            if file.tell() == before[0] and self._seen(key) == before:
+            if file.tell() == before[0] and self._stat(key) == before:
                 return True
-        raise OSError(f"{self.where(path)} was replaced {TRIES} times while it was read")
+        raise OSError(f"{self.where(path)} was replaced {READ_ATTEMPTS} times while it was read")
 
     def modified(self, path: Path) -> float | None:
-        """When it was last written, in seconds by the store's clock (S3: whole seconds); None when not there."""
+        """Return when it was last written, in seconds by the store's clock (S3: whole seconds); None when not there."""
         if not self.remote:
-            local = self.root / self.inside(path)
+            local = self.local_path(path)
             return local.stat().st_mtime if local.exists() else None
-        seen = self._seen(self.key(path))
-        return None if seen is None else seen[1].timestamp()
+        status = self._stat(self.key(path))
+        return None if status is None else status[1].timestamp()
 
     def names(self, folder: Path) -> dict[str, int]:
-        """Files anywhere under the folder: name relative to it -> bytes. Keys that are no plain relative path, which
-        others may have written, are left out."""
+        """List the files anywhere under the folder: name relative to it -> bytes. Keys that are no safe relative path,
+        which others may have written, are left out."""
         if not self.remote:
-            under = self.root / self.inside(folder)
+            under = self.local_path(folder)
             return {
                 file.relative_to(under).as_posix(): file.stat().st_size for file in under.rglob("*") if file.is_file()
             }
         base = self.key(folder)
-        found = connect(self.uri).get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
-        files = {info.path.removeprefix(base + "/"): info.size for info in found if info.type == fs.FileType.File}
-        return {name: size for name, size in files.items() if plain(name)}
+        objects = connect(self.uri).get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        files = {info.path.removeprefix(base + "/"): info.size for info in objects if info.type == fs.FileType.File}
+        return {name: size for name, size in files.items() if is_safe_relative_path(name)}
 
     def remove(self, path: Path) -> None:
-        """From the store alone; of a folder, the file. Not there is well."""
+        """Remove from the store alone (of a folder, the file), if it is there."""
         if not self.remote:
-            (self.root / self.inside(path)).unlink(missing_ok=True)
+            self.local_path(path).unlink(missing_ok=True)
             return
         with contextlib.suppress(FileNotFoundError):
             connect(self.uri).delete_file(self.key(path))
@@ -167,54 +183,55 @@ class Storage:
 
 
 def open_storage(out: str, scratch: Path | None = None) -> Storage:
-    """The storage that --out names, tried: an object store must take, give back and remove a small object.
+    """Open the storage that --out names, and try it: an object store must take, give back and remove a small object.
 
     `scratch` (else $HEDGEMIX_SCRATCH, else the temporary folder) holds the working copy of an object store, at the same
     path on every node. Raises RecipeError with the cause; no message repeats a URI that may hold a secret.
     """
-    if not REMOTE.match(out):
-        return Storage("", local_folder(out))
-    storage = store(out, scratch)
+    if not REMOTE_URI.match(out):
+        return Storage("", make_local_folder(out))
+    storage = storage_at(out, scratch)
     storage.ready()
-    with told(storage, "--out"):
-        attempt(storage)
+    with as_recipe_error(storage, "--out"):
+        check_access(storage)
     return storage
 
 
-def look_at(out: str) -> Storage:
-    """The storage that is there already, to read small files of; makes and writes nothing. Raises RecipeError."""
-    if not REMOTE.match(out):
+def open_existing(out: str) -> Storage:
+    """Open the storage that is there already, to read small files of it; makes and writes nothing. Raises
+    RecipeError."""
+    if not REMOTE_URI.match(out):
         folder = Path(out)
         if not folder.is_dir():
             raise RecipeError(f"--status {out} is no folder; name the runs folder that --out named")
         return Storage("", folder.resolve())
-    storage = store(out)
-    with told(storage, "--status"):
+    storage = storage_at(out)
+    with as_recipe_error(storage, "--status"):
         storage.modified(storage.root / "any")
     return storage
 
 
-def store(out: str, scratch: Path | None = None) -> Storage:
-    """The storage of an address, not tried."""
+def storage_at(out: str, scratch: Path | None = None) -> Storage:
+    """Return the storage of a URI without trying it. Raises RecipeError for a URI that is none or holds a secret."""
     address, mark, query = out.partition("?")
     uri = address.rstrip("/") + mark + query
-    place(uri)
+    parse_uri(uri)
     above = scratch or Path(os.environ.get("HEDGEMIX_SCRATCH") or tempfile.gettempdir())
     return Storage(uri, above.resolve() / f"hedgemix-{os.getuid()}" / hashlib.sha256(uri.encode()).hexdigest()[:16])
 
 
 @contextlib.contextmanager
-def told(storage: Storage, option: str) -> Iterator[None]:
-    """A store that fails is a RecipeError with the cause."""
+def as_recipe_error(storage: Storage, option: str) -> Iterator[None]:
+    """Raise a RecipeError with the cause for a store that fails inside."""
     try:
         yield
     except (OSError, ArrowException) as error:
-        bucket = place(storage.uri)[1].partition("/")[0]
-        raise RecipeError(f"{option} {storage.where(storage.root)}: {cause(error, bucket)}") from None
+        bucket = parse_uri(storage.uri).base.partition("/")[0]
+        raise RecipeError(f"{option} {storage.where(storage.root)}: {explain_failure(error, bucket)}") from None
 
 
-def attempt(storage: Storage) -> None:
-    """Look, write, read and remove a small object."""
+def check_access(storage: Storage) -> None:
+    """Look at, write, read and remove a small object; raises OSError when one of that fails."""
     path, data = storage.root / f".hedgemix-{secrets.token_hex(8)}", secrets.token_bytes(16)
     try:
         storage.modified(path)
@@ -227,8 +244,9 @@ def attempt(storage: Storage) -> None:
     storage.remove(path)
 
 
-def local_folder(out: str) -> Path:
-    """Absolute, made, and refused where it would vanish with a job's working directory."""
+def make_local_folder(out: str) -> Path:
+    """Make the folder and return its absolute path. Raises RecipeError where it would vanish with a job's working
+    directory or cannot be written to."""
     folder = Path(out)
     if "working_dir_files" in Path.cwd().parts and not folder.is_absolute():
         raise RecipeError(
@@ -244,14 +262,15 @@ def local_folder(out: str) -> Path:
     return folder.resolve()
 
 
-def private_folder(folder: Path) -> None:
-    """Made for this user alone, and refused when another made it: temporary folders are everybody's."""
+def make_private_folder(folder: Path) -> None:
+    """Make the folder for this user alone. Raises RecipeError when another made it: temporary folders are
+    everybody's."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         raise RecipeError(f"scratch {folder} cannot be made ({error.strerror}); set HEDGEMIX_SCRATCH") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise RecipeError(f"scratch {folder} belongs to another user; set HEDGEMIX_SCRATCH to a folder of yours")
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         folder.chmod(0o700)

@@ -13,7 +13,7 @@ import torch
 
 from hedgemix.checkpoint import Checkpoints
 from pipeline import mirror
-from pipeline.mirror import Mirror
+from pipeline.mirror import Uploader
 from pipeline.storage import Storage, open_storage
 from tests.objectstore import StoreServer, store_process, store_server
 
@@ -57,14 +57,14 @@ def until(done: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def note(copy: Mirror, path: Path, data: bytes) -> None:
+def note(copy: Uploader, path: Path, data: bytes) -> None:
     path.write_bytes(data)
     copy(path)
 
 
 def test_a_clock_goes_up_now_and_then_and_at_the_end(gated: Gated) -> None:
     gated.gate.set()
-    copy = Mirror(gated, interval_seconds=0.3)
+    copy = Uploader(gated, interval_seconds=0.3)
     for beat in range(100):
         note(copy, gated.root / "clock.json", b"%d" % beat)
         time.sleep(0.01)
@@ -75,7 +75,7 @@ def test_a_clock_goes_up_now_and_then_and_at_the_end(gated: Gated) -> None:
 
 def test_a_list_goes_up_after_what_it_names_and_never_ahead(gated: Gated) -> None:
     """Uploads slower than checkpoints: the list that goes up is the one that was true then."""
-    copy = Mirror(gated, interval_seconds=0.0)
+    copy = Uploader(gated, interval_seconds=0.0)
     for number in range(4):
         note(copy, gated.root / f"c-{number}.pt", b"%d" % number * 200)
         note(copy, gated.root / "c.json", b"%d" % number)
@@ -97,7 +97,7 @@ def test_a_list_goes_up_after_what_it_names_and_never_ahead(gated: Gated) -> Non
 def test_a_failure_is_told_and_made_good(gated: Gated) -> None:
     gated.gate.set()
     gated.failing.append("no room")
-    copy = Mirror(gated, interval_seconds=0.0, retry_seconds=0.05)
+    copy = Uploader(gated, interval_seconds=0.0, retry_seconds=0.05)
     note(copy, gated.root / "c-1.pt", bytes(200))
     note(copy, gated.root / "c.json", b"1")
     until(lambda: copy.failure)
@@ -112,7 +112,7 @@ def test_a_failure_is_told_and_made_good(gated: Gated) -> None:
 def test_close_is_bounded(gated: Gated) -> None:
     gated.gate.set()
     gated.failing.append("gone")
-    copy = Mirror(gated)
+    copy = Uploader(gated)
     note(copy, gated.root / "clock.json", b"1")
     began = time.monotonic()
     assert not copy.close(timeout_seconds=0.3)
@@ -122,7 +122,7 @@ def test_close_is_bounded(gated: Gated) -> None:
 
 
 def test_a_folder_needs_no_copy(tmp_path: Path) -> None:
-    copy = Mirror(open_storage(str(tmp_path)))
+    copy = Uploader(open_storage(str(tmp_path)))
     note(copy, tmp_path / "clock.json", b"1")
     assert copy.close() and copy._thread is None
 
@@ -132,7 +132,7 @@ def test_checkpoints_outlive_the_machine(store_server: StoreServer, tmp_path: Pa
     here = open_storage(store_server.uri(), tmp_path / "here")
     folder = here.root / "_steps/train-1"
     folder.mkdir(parents=True)
-    copy = Mirror(here, interval_seconds=0.0)
+    copy = Uploader(here, interval_seconds=0.0)
     states = Checkpoints(folder, kept=copy)
     for number in range(5):
         states.save(number, {"weights": torch.full((400_000,), float(number))})
@@ -150,7 +150,7 @@ def test_checkpoints_outlive_the_machine(store_server: StoreServer, tmp_path: Pa
 def test_a_dead_store_does_not_end_the_work(store_server: StoreServer, tmp_path: Path) -> None:
     here = open_storage(store_server.uri(), tmp_path)
     store_server.stop()
-    copy = Mirror(here, retry_seconds=0.1)
+    copy = Uploader(here, retry_seconds=0.1)
     note(copy, here.root / "clock.json", b"1")
     until(lambda: copy.failure)
     assert "NETWORK_CONNECTION" in copy.failure

@@ -14,9 +14,10 @@ from test_trackers import SECRET, drive, row, step
 
 from hedgemix import recipes
 from pipeline.follower import check_trackers
-from pipeline.services import MLflow, Wandb
+from pipeline.mlflow_tracker import MLflow
 from pipeline.storage import Storage
 from pipeline.tracked_record import TrackedRecord
+from pipeline.wandb_tracker import Wandb
 
 ROW = row(1, "done", bpb_final=2.5, artifact_bytes=1000)
 FAILED = row(2, "failed", attempts=3)

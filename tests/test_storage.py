@@ -263,9 +263,9 @@ def test_addresses_with_secrets_or_of_other_kinds_are_refused(uri: str, tmp_path
 
 
 def test_addresses() -> None:
-    assert objects.place("gs://my-bucket") == ("gs", "my-bucket", {})
+    assert objects.parse_uri("gs://my-bucket") == ("gs", "my-bucket", {})
     options = {"region": "eu-west-1", "endpoint_override": "host.example:9000"}
-    found = objects.place("s3://my-bucket/a/b/?region=eu-west-1&endpoint_override=host.example:9000")
+    found = objects.parse_uri("s3://my-bucket/a/b/?region=eu-west-1&endpoint_override=host.example:9000")
     assert found == ("s3", "my-bucket/a/b", options)
     assert Storage("gs://b1/x", Path("/r")).where(Path("/r/t.parquet")) == "gs://b1/x/t.parquet"
 

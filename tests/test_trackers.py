@@ -22,8 +22,8 @@ from pipeline.board import UNREAD, Board, Told
 from pipeline.follower import Follower, Trackers, check_trackers
 from pipeline.metrics import measured
 from pipeline.schema import Row
-from pipeline.services import TensorBoard
 from pipeline.storage import Storage
+from pipeline.tensorboard_tracker import TensorBoard
 from pipeline.tracked_record import TrackedRecord
 
 SECRET = "5ec2e7" * 6 + "abcd"
