@@ -36,7 +36,7 @@ from hedgemix.ngram import NgramIndex
 from hedgemix.stream import chunk_rows, chunks
 from hedgemix.ttt import Adapter
 from pipeline import graph
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import mean_and_deviation
 
 MIXER = MixerConfig()

@@ -32,7 +32,7 @@ from hedgemix.files import load_tensors
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from pipeline import graph
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import mean_and_deviation
 
 NO_LIMIT = 2**62

@@ -11,8 +11,8 @@ Within one command, with `compute.max_restarts` of the recipe:
 - A lost rank ends its gang, which raises ConnectionError: a `Retry` of the evaluation, from its last checkpoint.
 - Ray tries nothing of this again by itself (`RAY_RETRIES`), so that one place counts. Only the progress board comes
   back as often as it is lost: no work is lost with it. `max_calls` of GPU tasks is no retry: their processes end.
-- Below, object stores are asked again by their clients (objects.py) and copies of checkpoints are made again
-  (mirror.py); what storage raises in the end is an OSError, a `Retry`.
+- Below, object stores are asked again by their clients (object_store.py) and copies of checkpoints are made again
+  (uploader.py); what storage raises in the end is an OSError, a `Retry`.
 
 A `Fail`, or one loss more, fails the seed: its row has the reason. The same command tries as often again.
 """

@@ -15,8 +15,8 @@ from hedgemix.checkpoint import Kept
 from hedgemix.clock import Clock
 from hedgemix.files import write_json
 from hedgemix.layout import CLOCK, LOG, RESULT, TRACE
-from pipeline.mirror import Uploader
 from pipeline.step import ASIDE, Step, held, refuse_links
+from pipeline.uploader import Uploader
 
 RESUMED = ("checkpoint*", CLOCK, LOG, TRACE)
 """Files of a step that a later attempt goes on from."""

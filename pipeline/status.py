@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.config import RecipeError
 from hedgemix.layout import CLOCK, ERROR, LOG, RECORDS, RESULT, STEPS, TRACE
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 QUIET_SECONDS = 60.0
 """Work notes its clock every second, and a store gets it every five; one without a note for longer is not at work."""
@@ -132,7 +132,7 @@ def checkpoint(storage: Storage, folder: Path, kind: str) -> str:
 
 
 def driver(storage: Storage, lock: Path) -> str:
-    """Whether a driver holds the record. A folder's lock is tried, shared and for an instant; `lease.hold` allows for
+    """Whether a driver holds the record. A folder's lock is tried, shared and for an instant; `lock.hold` allows for
     that. Only the lock of a store tells whose it is."""
     if storage.remote:
         try:

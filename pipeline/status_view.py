@@ -14,7 +14,7 @@ from hedgemix.config import RecipeError
 from hedgemix.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
 from pipeline import status
 from pipeline.status import DamagedError, State
-from pipeline.storage import Storage, open_existing
+from pipeline.store import Storage, open_existing
 
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
 

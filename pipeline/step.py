@@ -21,8 +21,8 @@ from typing import Any
 from hedgemix import clock
 from hedgemix.files import sha256_of, write_json
 from hedgemix.layout import CLOCK, ERROR, RESULT, STEPS
-from pipeline.objects import is_safe_relative_path
-from pipeline.storage import Storage
+from pipeline.object_store import is_safe_relative_path
+from pipeline.store import Storage
 
 ASIDE = "result.damaged.json"
 NOT_MADE = (RESULT, ASIDE, "checkpoint*", CLOCK, "*.lock", ERROR, "audit*", ".*")

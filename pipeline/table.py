@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hedgemix.files import replacing
 from hedgemix.layout import RECORDS
 from pipeline.schema import Row, schema
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 def table_path(storage: Storage, record: str) -> Path:

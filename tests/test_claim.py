@@ -16,7 +16,7 @@ from tinyrun import Record, make
 from hedgemix import claim, cli
 from hedgemix.config import RecipeError
 from pipeline.schema import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import write_rows
 
 

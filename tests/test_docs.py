@@ -23,7 +23,7 @@ from hedgemix import alone, experts
 from hedgemix.files import read_json
 from pipeline import cli, record, status_view
 from pipeline.schema import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,7 +37,7 @@ from hedgemix.tokenizer import load as load_tokenizer
 from pipeline import ray_session, record, status
 from pipeline.recovery import resuming
 from pipeline.step import DamagedStepError, Made, Step, check, fetch, keep, perform
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import read_rows, table_path
 
 ESCAPES = ["../x", "../../x", "a/../../x", "/etc/hostname", ".", "..", "", "a//b", "a\\b", "a\nb"]

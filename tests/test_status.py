@@ -24,9 +24,9 @@ from hedgemix.dataset import Dataset
 from hedgemix.files import write_json
 from pipeline import graph, status, status_view
 from pipeline.graph import SeedSteps
-from pipeline.lease import hold
+from pipeline.lock import hold
 from pipeline.step import Step
-from pipeline.storage import Storage, open_storage
+from pipeline.store import Storage, open_storage
 
 RECIPE = recipes.laptop()
 DATASET = Dataset(

@@ -19,7 +19,7 @@ from hedgemix.claim import Claim
 from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
 from hedgemix.files import write_json
 from pipeline.schema import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import write_rows
 
 

@@ -20,7 +20,7 @@ from pipeline.provenance import origin
 from pipeline.recovery import clocked
 from pipeline.row import build_row
 from pipeline.step import Made, Step, keep, perform
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.table import write_rows
 
 

@@ -24,7 +24,7 @@ from hedgemix.config import Recipe, from_dict
 from hedgemix.files import read_json
 from pipeline import graph
 from pipeline.step import Made, Step, keep, perform
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 @dataclass(frozen=True)
