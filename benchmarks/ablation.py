@@ -36,7 +36,7 @@ from hedgemix.ngram import NgramIndex
 from hedgemix.stream import chunk_rows, chunks
 from hedgemix.ttt import Adapter
 from pipeline import results, runs
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 MIXER = MixerConfig()
 """The default under test; a record's own mixer settings are not used."""

@@ -32,7 +32,7 @@ from hedgemix.files import load_tensors
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from pipeline import results, runs
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 NO_LIMIT = 2**62
 PUBLISHED = QuantizeConfig(method="reference", scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22)

@@ -36,7 +36,7 @@ from benchmarks import disturbance, fault, leaks, machine, verdict
 from benchmarks.disturbed import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
 from hedgemix import __version__
 from pipeline import results
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 SETTLE_SECONDS = 60.0
 """So long a process may take to end after what it worked for has."""

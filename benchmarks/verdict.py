@@ -15,7 +15,7 @@ from hedgemix import script, stages
 from hedgemix.files import read_json, sha256_of, write_json
 from pipeline import record
 from pipeline.steps import RESULT
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 BITS = ("bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published")
 STEPS = ("train", "score", "quantize", "evaluate")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from hedgemix.config import RecipeError
 from pipeline.measures import POSITION, ROW
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.trackers import Subject, variable
 
 EXPERIMENT = "hedgemix"

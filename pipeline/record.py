@@ -63,12 +63,12 @@ from hedgemix.config import (
 )
 from hedgemix.dataset import Dataset
 from pipeline import driver, results, runs, terminal, trackers
-from pipeline.lease import hold
+from pipeline.lock import hold
 from pipeline.results import Row
 from pipeline.rows import build_row, origin
 from pipeline.runs import SeedSteps
 from pipeline.steps import DamagedStepError, Made, Step, check, clocked, fetch, keep, perform, set_aside
-from pipeline.storage import Storage, open_storage
+from pipeline.store import Storage, open_storage
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""

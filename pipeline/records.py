@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
 from pipeline import results
-from pipeline.storage import REMOTE_URI, Storage, as_recipe_error, storage_at
+from pipeline.store import REMOTE_URI, Storage, as_recipe_error, storage_at
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.files import replacing
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 SCHEMA_VERSION = 5
 

@@ -24,7 +24,7 @@ from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
 from pipeline.steps import Step
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
 VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 7}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.mlflow_tracker import MLflow, check_mlflow
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.tensorboard_tracker import TensorBoard
 from pipeline.trackers import Subject, Tracker
 from pipeline.wandb_tracker import Wandb, check_wandb

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import RecipeError
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 QUIET_SECONDS = 60.0
 """Work notes its clock every second, and a store gets it every five; one without a note for longer is not at work."""
@@ -131,7 +131,7 @@ def checkpoint(storage: Storage, folder: Path, kind: str) -> str:
 
 
 def driver(storage: Storage, lock: Path) -> str:
-    """Whether a driver holds the record. A folder's lock is tried, shared and for an instant; `lease.hold` allows for
+    """Whether a driver holds the record. A folder's lock is tried, shared and for an instant; `lock.hold` allows for
     that. Only the lock of a store tells whose it is."""
     if storage.remote:
         try:

@@ -13,7 +13,7 @@ from rich.text import Text
 from hedgemix.config import RecipeError
 from pipeline import standing
 from pipeline.standing import DamagedError, State
-from pipeline.storage import Storage, open_existing
+from pipeline.store import Storage, open_existing
 
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
 

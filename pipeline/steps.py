@@ -23,9 +23,9 @@ from hedgemix import clock
 from hedgemix.checkpoint import Kept
 from hedgemix.clock import Clock
 from hedgemix.files import sha256_of, write_json
-from pipeline.mirror import Uploader
-from pipeline.objects import is_safe_relative_path
-from pipeline.storage import Storage
+from pipeline.object_store import is_safe_relative_path
+from pipeline.store import Storage
+from pipeline.uploader import Uploader
 
 RESULT = "result.json"
 ERROR = "error.txt"

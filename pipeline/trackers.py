@@ -23,7 +23,7 @@ from pipeline import runs
 from pipeline.measures import POSITION, measured, row_numbers
 from pipeline.progress import Told
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 WAITING = 10_000
 """Points a tracker may be behind; what comes while it is further is lost to it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from hedgemix.config import RecipeError, to_dict
 from pipeline.measures import POSITION, ROW
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.trackers import Subject, variable
 
 PROJECT = "hedgemix"

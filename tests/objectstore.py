@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline import objects
+from pipeline import object_store
 
 BUCKET = "records"
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIAOFTHETESTS000000", "AWS_SECRET_ACCESS_KEY": "secret/of+the+tests"}
@@ -126,7 +126,7 @@ def store_server(
     server.wipe()
     server.make()
     yield server
-    objects.connect.cache_clear()
+    object_store.connect.cache_clear()
     if server.process.poll() is not None:
         RUNNING.remove(server)
     else:

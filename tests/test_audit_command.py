@@ -14,7 +14,7 @@ from hedgemix import dataset as datasets
 from hedgemix.files import read_json
 from pipeline import record, runs
 from pipeline.rows import build_row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 pytestmark = pytest.mark.slow
 

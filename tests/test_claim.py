@@ -17,7 +17,7 @@ from hedgemix import claim, cli
 from hedgemix.config import RecipeError
 from pipeline import results
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 @pytest.fixture(scope="module")

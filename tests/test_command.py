@@ -15,7 +15,7 @@ from hedgemix.config import Recipe as RecipeType
 from hedgemix.config import from_dict, to_dict
 from hedgemix.recipes import RECIPES, validate
 from pipeline import record
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 @pytest.mark.parametrize("name", RECIPES)

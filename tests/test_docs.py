@@ -23,7 +23,7 @@ from hedgemix import alone, experts
 from hedgemix.files import read_json
 from pipeline import commands, record, results, status
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,7 +15,7 @@ from hedgemix import dataset as datasets
 from hedgemix.config import to_dict
 from hedgemix.files import write_json
 from pipeline import record, runs
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 

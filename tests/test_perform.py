@@ -16,7 +16,7 @@ import pytest
 from hedgemix import clock
 from pipeline import steps, tasks
 from pipeline.steps import DamagedStepError, Made, Step, clocked, fetch, keep, perform, set_aside
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 def step(folder: Path, kind: str = "data", key: str = "x") -> Step:

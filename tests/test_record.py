@@ -17,7 +17,7 @@ from hedgemix import alone, script
 from hedgemix.config import to_dict
 from hedgemix.files import read_json
 from pipeline import record, runs, standing
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 pytestmark = pytest.mark.slow
 

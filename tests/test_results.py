@@ -15,7 +15,7 @@ from rich.console import Console
 from hedgemix.recipes import RECIPES
 from pipeline import results, terminal
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 DONE = Row(
     record="one",

@@ -13,7 +13,7 @@ from hedgemix.config import DataConfig, Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.recipes import RECIPES
 from pipeline import runs
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 def dataset(**changes: Any) -> Dataset:

@@ -37,7 +37,7 @@ from hedgemix.lines import Lines
 from hedgemix.tokenizer import load as load_tokenizer
 from pipeline import record, results, standing
 from pipeline.steps import DamagedStepError, Made, Step, check, fetch, keep, perform, resuming
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 ESCAPES = ["../x", "../../x", "a/../../x", "/etc/hostname", ".", "..", "", "a//b", "a\\b", "a\nb"]
 

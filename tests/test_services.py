@@ -15,7 +15,7 @@ from test_trackers import SECRET, drive, row, step
 from hedgemix import recipes
 from pipeline import trackers
 from pipeline.mlflow_tracker import MLflow
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.trackers import Subject
 from pipeline.wandb_tracker import Wandb
 

@@ -23,10 +23,10 @@ from hedgemix.config import to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.files import write_json
 from pipeline import runs, standing, status
-from pipeline.lease import hold
+from pipeline.lock import hold
 from pipeline.runs import SeedSteps
 from pipeline.steps import Step
-from pipeline.storage import Storage, open_storage
+from pipeline.store import Storage, open_storage
 
 RECIPE = recipes.laptop()
 DATASET = Dataset(

@@ -21,7 +21,7 @@ from pipeline import measures, record, trackers
 from pipeline.measures import measured
 from pipeline.progress import UNREAD, Board, Told
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 from pipeline.tensorboard_tracker import TensorBoard
 from pipeline.trackers import Follower, Subject, Trackers
 

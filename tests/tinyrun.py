@@ -20,7 +20,7 @@ from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to
 from hedgemix.files import write_json
 from pipeline import results
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 @dataclass

@@ -21,7 +21,7 @@ from hedgemix.config import Recipe, from_dict
 from hedgemix.files import silent
 from pipeline import record, results, rows, runs
 from pipeline.steps import Made, Step, clocked, keep, perform
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 def recipe(text: Path, folder: Path, *options: str) -> Recipe:

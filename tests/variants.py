@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline import records, results
 from pipeline.records import Record
 from pipeline.results import Row
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 def folder(undisturbed: Path, place: Path) -> Path:

@@ -26,7 +26,7 @@ from hedgemix.config import Recipe, from_dict
 from hedgemix.files import read_json, silent
 from pipeline import runs
 from pipeline.steps import Made, Step, keep, perform
-from pipeline.storage import Storage
+from pipeline.store import Storage
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from hedgemix.checkpoint import Checkpoints
-from pipeline import mirror
-from pipeline.mirror import Uploader
-from pipeline.storage import Storage, open_storage
+from pipeline import uploader
+from pipeline.store import Storage, open_storage
+from pipeline.uploader import Uploader
 from tests.objectstore import StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]
@@ -46,7 +46,7 @@ class Gated(Storage):
 
 @pytest.fixture
 def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gated:
-    monkeypatch.setattr(mirror, "SMALL_BYTES", 100)
+    monkeypatch.setattr(uploader, "SMALL_BYTES", 100)
     return Gated("s3://bucket/x", tmp_path)
 
 

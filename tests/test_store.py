@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 
 from hedgemix.config import RecipeError
-from pipeline import objects, storage
-from pipeline.storage import Storage, open_storage
+from pipeline import object_store, store
+from pipeline.store import Storage, open_storage
 from tests.objectstore import BUCKET, KEYS, StoreServer, free_port, store_process, store_server
 
 PACKED = gzip.compress(b"a" * 1000)
@@ -119,7 +119,7 @@ def test_an_upload_that_breaks_off_leaves_what_was_there(store_server: StoreServ
     held.write_bytes(held.root / "kept", b"before")
     for name in ("kept", "new"):
         with pytest.raises(KeyboardInterrupt):
-            objects.put(objects.connect(held.uri), held.key(held.root / name), Broken(bytes(20 * 2**20)))
+            object_store.put(object_store.connect(held.uri), held.key(held.root / name), Broken(bytes(20 * 2**20)))
     assert held.read_bytes(held.root / "kept") == b"before"
     assert held.names(held.root) == {"kept": 6}
 
@@ -127,14 +127,14 @@ def test_an_upload_that_breaks_off_leaves_what_was_there(store_server: StoreServ
 BREAKS_OFF = """
 import io, sys
 from pathlib import Path
-from pipeline import objects
+from pipeline import object_store
 class Broken(io.BytesIO):
     def read(self, size=-1):
         if self.tell() > 12 * 2**20:
             raise OSError("disk")
         return super().read(size)
 try:
-    objects.put(objects.connect(sys.argv[1]), sys.argv[2], Broken(bytes(20 * 2**20)))
+    object_store.put(object_store.connect(sys.argv[1]), sys.argv[2], Broken(bytes(20 * 2**20)))
 except OSError as error:
     print(error)
 """
@@ -154,19 +154,19 @@ def test_a_pull_that_breaks_off_leaves_what_was_there(
     here, there = opened(store_server, tmp_path / "here"), opened(store_server, tmp_path / "there")
     here.push(written(here, "big", os.urandom(20 * 2**20)))
     path = written(there, "big", b"before")
-    connect = objects.connect(there.uri)
+    connect = object_store.connect(there.uri)
 
     class Dying:
         get_file_info = connect.get_file_info
 
         def open_input_stream(self, key: str, compression: None) -> object:
             stream = connect.open_input_stream(key, compression=compression)
-            read = io.BytesIO(stream.read(storage.CHUNK_BYTES))
+            read = io.BytesIO(stream.read(store.CHUNK_BYTES))
             store_server.stop()
             assert read.getvalue()
             return stream
 
-    monkeypatch.setattr(storage, "connect", lambda uri: Dying())
+    monkeypatch.setattr(store, "connect", lambda uri: Dying())
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):
         there.pull(path)
     assert path.read_bytes() == b"before"
@@ -263,9 +263,9 @@ def test_addresses_with_secrets_or_of_other_kinds_are_refused(uri: str, tmp_path
 
 
 def test_addresses() -> None:
-    assert objects.parse_uri("gs://my-bucket") == ("gs", "my-bucket", {})
+    assert object_store.parse_uri("gs://my-bucket") == ("gs", "my-bucket", {})
     options = {"region": "eu-west-1", "endpoint_override": "host.example:9000"}
-    found = objects.parse_uri("s3://my-bucket/a/b/?region=eu-west-1&endpoint_override=host.example:9000")
+    found = object_store.parse_uri("s3://my-bucket/a/b/?region=eu-west-1&endpoint_override=host.example:9000")
     assert found == ("s3", "my-bucket/a/b", options)
     assert Storage("gs://b1/x", Path("/r")).where(Path("/r/t.parquet")) == "gs://b1/x/t.parquet"
 
@@ -302,7 +302,7 @@ def test_scratch_is_this_users_alone(
     held.root.parent.chmod(0o777)
     held.ready()
     assert held.root.parent.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(storage.os, "getuid", lambda: 12345678)
+    monkeypatch.setattr(store.os, "getuid", lambda: 12345678)
     with pytest.raises(RecipeError, match="belongs to another user"):
         held.ready()
 
@@ -336,7 +336,7 @@ def test_google_storage(google_emulator: str, tmp_path: Path) -> None:
     assert there.read_bytes(there.root / "x.gz") == PACKED
     assert (there.modified(there.root / "x.gz") or 0) > time.time() - 60
     with pytest.raises(KeyboardInterrupt):
-        objects.put(objects.connect(here.uri), here.key(here.root / "x.gz"), Broken(big))
+        object_store.put(object_store.connect(here.uri), here.key(here.root / "x.gz"), Broken(big))
     assert there.read_bytes(there.root / "x.gz") == PACKED
     here.remove(here.root / "x.gz")
     assert not there.pull(there.root / "x.gz") and there.read_bytes(there.root / "x.gz") is None

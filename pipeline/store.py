@@ -25,7 +25,7 @@ from pyarrow import ArrowException, fs
 
 from hedgemix.config import RecipeError
 from hedgemix.files import replacing
-from pipeline.objects import (
+from pipeline.object_store import (
     CHUNK_BYTES,
     connect,
     explain_failure,
