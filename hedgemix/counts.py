@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hedgemix import ngram
+from hedgemix.validate import check_orders
 
 
 class Counts:
     """Counts of the tokens told so far, of every order, and the rows they give the next one."""
 
     def __init__(self, orders: tuple[int, ...], vocab_size: int) -> None:
-        """Raises RecipeError as `ngram.check_orders` does."""
-        ngram.check_orders(orders)
+        """Raises RecipeError as `check_orders` does."""
+        check_orders(orders)
         self.orders, self.vocab_size = orders, vocab_size
         self.count_V = torch.zeros(vocab_size, dtype=torch.int32)
         self.tokens: list[int] = []

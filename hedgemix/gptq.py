@@ -22,12 +22,11 @@ from torch import Tensor
 
 from hedgemix.config import RecipeError
 from hedgemix.stored import Stored, dequantize
+from hedgemix.validate import LARGEST_DAMPING, LARGEST_STEP, check_rounding
 
-__all__ = ["Quantized", "add_inputs", "check_settings", "dequantize", "prune", "quantize", "round_rows"]
+__all__ = ["Quantized", "add_inputs", "dequantize", "prune", "quantize", "round_rows"]
 
 TINY_STEP = 2.0**-24  # the smallest positive float16
-LARGEST_STEP = 65504.0
-LARGEST_DAMPING = 10.0
 ROUNDER = 1.5 * 2.0**23  # float32 numbers next to this are integers
 PIVOT_FLOOR = 1e-7  # of the mean diagonal: below this a pivot is the float32 noise of the accumulated sum
 
@@ -80,7 +79,7 @@ def quantize(
     for weights or Hessians that are not finite, not usable or of other shapes.
     """
     levels = _levels(bits)
-    check_settings(damping, block_columns, clip_quantiles, scale_floor)
+    check_rounding(damping, block_columns, clip_quantiles, scale_floor)
     batched = weight_RC.ndim == 3
     weight_BRC = (weight_RC if batched else weight_RC[None]).float()
     sum_BCC = hessian_sum_CC if batched else hessian_sum_CC[None]
@@ -119,7 +118,7 @@ def round_rows(
     Raises as `quantize` does.
     """
     levels = _levels(bits)
-    check_settings(0.0, 1, clip_quantiles, 0.0)
+    check_rounding(0.0, 1, clip_quantiles, 0.0)
     weight_RC = weight_RC.float()
     if not finite(weight_RC):
         raise ValueError(f"{name}: its weights are not all finite")
@@ -140,18 +139,6 @@ def _levels(bits: int) -> int:
     if not 2 <= bits <= 8:
         raise RecipeError(f"bits is {bits}; codes are stored as int8, so choose 2 to 8")
     return 2 ** (bits - 1) - 1
-
-
-def check_settings(damping: float, block_columns: int, clip_quantiles: tuple[float, ...], scale_floor: float) -> None:
-    """Raises RecipeError, its message beginning with the field, for settings that cannot work."""
-    if not 0 <= damping <= LARGEST_DAMPING:
-        raise RecipeError(f"damping is {damping}; choose 0 to {LARGEST_DAMPING:g}")
-    if block_columns < 1:
-        raise RecipeError(f"block_columns is {block_columns}; it must be positive")
-    if not clip_quantiles or not all(0 < quantile <= 1 for quantile in clip_quantiles):
-        raise RecipeError(f"clip_quantiles is {clip_quantiles}; give at least one, each above 0 and at most 1")
-    if not 0 <= scale_floor <= LARGEST_STEP:
-        raise RecipeError(f"scale_floor is {scale_floor}; float16 steps reach from 0 to {LARGEST_STEP:g}")
 
 
 def _check_tensors(weight_BRC: Tensor, sum_BCC: Tensor, count: int, name: str) -> None:

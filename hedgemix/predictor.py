@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import bpb, experts, hedge, match, mixer, stream, tokenizer, ttt
+from hedgemix import bpb, experts, hedge, match, stream, tokenizer
 from hedgemix.artifact import Artifact
 from hedgemix.attention import Cache
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
@@ -28,6 +28,7 @@ from hedgemix.counts import Counts
 from hedgemix.evaluate import load_model
 from hedgemix.model import Model
 from hedgemix.ttt import Adapter
+from hedgemix.validate import check_evaluate, check_mixer, check_ttt
 
 
 class Predictor:
@@ -39,9 +40,9 @@ class Predictor:
         model = load_model(found)
         if n_tokens < 1 or not 0 <= first_token < model.vocab_size:
             raise ValueError(f"{n_tokens} tokens beginning with {first_token}: not a text of {model.vocab_size} tokens")
-        mixer.check(config.mixer)
-        stream.validate(config, model.context_tokens)
-        ttt.validate(config.ttt, model.context_tokens)
+        check_mixer(config.mixer, experts.EXPERTS)
+        check_evaluate(config, model.context_tokens)
+        check_ttt(config.ttt, model.context_tokens)
         self.config, self.vocab_size, self.position = config, model.vocab_size, 1
         self.tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
         self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)

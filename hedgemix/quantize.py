@@ -214,22 +214,3 @@ def reference_tensors(model: Model, moments: Moments, config: QuantizeConfig) ->
         else:
             tensors[name] = weight.half() if weight.dim() == 2 and min(weight.shape) >= 16 else weight
     return tensors, damping
-
-
-def validate(config: QuantizeConfig) -> None:
-    """Raise RecipeError, naming the field, for settings that cannot work."""
-    for name in ("matrix_bits", "table_bits"):
-        if not 2 <= getattr(config, name) <= 8:
-            raise RecipeError(f"quantize.{name} is {getattr(config, name)}; it must be between 2 and 8")
-    if not 0 < config.loss_nats < math.inf:
-        raise RecipeError(f"quantize.loss_nats is {config.loss_nats}; it must be above 0, such as 0.0005")
-    if config.target_bytes < 0:
-        raise RecipeError(f"quantize.target_bytes is {config.target_bytes}; 0 means what the limit leaves")
-    if not 0 <= config.prune_fraction < 1:
-        raise RecipeError("quantize.prune_fraction must be at least 0 and below 1")
-    if not 1 <= config.zstd_level <= 22:
-        raise RecipeError("quantize.zstd_level must be between 1 and 22")
-    try:
-        gptq.check_settings(config.damping, config.block_columns, config.clip_quantiles, config.scale_floor)
-    except RecipeError as error:
-        raise RecipeError(f"quantize.{error}") from None

@@ -62,6 +62,9 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
+from hedgemix.experts import EXPERTS
+from hedgemix.model import QAT_LEVELS
+from hedgemix.validate import check_recipe
 from pipeline import driver, results, runs, terminal, trackers
 from pipeline.lease import hold
 from pipeline.results import Row
@@ -111,7 +114,7 @@ def main(arguments: list[str]) -> int:
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         recipe, options = parse(arguments)
-        recipes.validate(recipe)
+        check_recipe(recipe, QAT_LEVELS, EXPERTS)
         if options.plan:
             terminal.print_plan(recipe, options.seeds, console)
             return 0
