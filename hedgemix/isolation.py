@@ -32,7 +32,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MAKERS = ("train", "quantize", "gptq", "calibrate", "batches", "schedule", "corpus", "dataset", "recipes")
+MAKERS = (
+    *("train", "calibrate", "batches", "schedule", "recipes"),
+    *("quantize", "allocate", "gptq", "fit_to_size", "published_export"),
+    *("corpus", "dataset", "fineweb"),
+)
+"""Modules of hedgemix that train, that quantize and that prepare text: a score needs none of them."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")

@@ -11,11 +11,11 @@ import torch
 from tinytrained import LENGTH, SEQUENCES, VOCAB, Trained, make, restored
 from torch import Tensor
 
-from hedgemix import artifact, gptq, quantize
+from hedgemix import artifact, published_export, quantize
 from hedgemix.config import QuantizeConfig
 from hedgemix.evaluate import load_model
-from hedgemix.gptq import Quantized
 from hedgemix.model import Model
+from hedgemix.published_export import Quantized
 
 TABLES = ("bigram.table.weight",)
 LARGE = (*TABLES, *(f"blocks.{block}.mlp.{part}.weight" for block in (0, 1) for part in ("up", "down")))
@@ -99,7 +99,7 @@ def test_matrices_of_a_batch_equal_matrices_alone(trained: Trained) -> None:
     tensors, model = quantized(trained), trained.model
     for owner, names in model.inputs().items():
         for name in names:
-            alone = gptq.quantize(
+            alone = published_export.quantize_matrices(
                 model.get_parameter(name), trained.moments.columns[owner], 1, bits=5, damping=CONFIG.damping,
                 block_columns=CONFIG.block_columns, clip_quantiles=CONFIG.clip_quantiles, scale_floor=0.0,
             )  # fmt: skip
@@ -111,7 +111,7 @@ def test_matrices_of_a_batch_equal_matrices_alone(trained: Trained) -> None:
 def test_gptq_costs_less_than_rounding_to_nearest(trained: Trained, bits: int) -> None:
     tensors = quantized(trained, matrix_bits=bits)
     rounded = tensors | {
-        name: gptq.round_rows(trained.model.get_parameter(name), bits, CONFIG.clip_quantiles)
+        name: published_export.round_rows(trained.model.get_parameter(name), bits, CONFIG.clip_quantiles)
         for name in trained.model.matrices()
     }
     exact = loss(trained, trained.model)
@@ -153,7 +153,7 @@ def test_the_smallest_weights_of_large_tensors_are_pruned(trained: Trained, frac
             smallest = parameter.abs().flatten().argsort()[: int(fraction * parameter.numel())]
             before = before.index_fill(0, smallest, 0)
         assert torch.equal(after, before), name
-        assert (name in LARGE) == (parameter.dim() == 2 and parameter.numel() > quantize.TABLE_ELEMENTS), name
+        assert (name in LARGE) == (parameter.dim() == 2 and parameter.numel() > published_export.TABLE_ELEMENTS), name
 
 
 def test_the_model_itself_is_left_alone(trained: Trained) -> None:
