@@ -51,7 +51,7 @@ class Run:
 
 def lanes_for(n_symbols: int) -> int:
     """Lanes that cost about 0.003 bits a symbol or less: a power of two, from 1 to 1024."""
-    return 1 << min(n_symbols // SYMBOLS_A_LANE, MOST_LANES).bit_length() - 1 if n_symbols >= SYMBOLS_A_LANE else 1
+    return 1 << (min(n_symbols // SYMBOLS_A_LANE, MOST_LANES).bit_length() - 1) if n_symbols >= SYMBOLS_A_LANE else 1
 
 
 def encode(runs: Sequence[Run], lanes: int) -> bytes:
@@ -60,7 +60,7 @@ def encode(runs: Sequence[Run], lanes: int) -> bytes:
     words: list[Ints] = []
     for run in reversed(runs):
         starts = np.cumsum(run.frequencies, axis=1, dtype=np.int64) - run.frequencies
-        packed = (run.frequencies.astype(np.int64) | starts << 16).ravel()
+        packed = (run.frequencies.astype(np.int64) | (starts << 16)).ravel()
         alphabet, n = run.frequencies.shape[1], len(run.symbols)
         block = max(BLOCK // lanes, 1) * lanes
         for first in reversed(range(0, n, block)):
@@ -74,7 +74,7 @@ def encode(runs: Sequence[Run], lanes: int) -> bytes:
 def _push(states: Ints, words: list[Ints], entries: Ints, lanes: int) -> None:
     """Codes the block of (frequency | start << 16) entries, last first, into the states, in place, and the words."""
     frequencies, starts = entries & 0xFFFF, entries >> 16
-    limits = frequencies << 32 - BITS
+    limits = frequencies << (32 - BITS)
     for first in reversed(range(0, len(entries), lanes)):
         frequency = frequencies[first : first + lanes]
         state = states[: len(frequency)]
@@ -111,7 +111,7 @@ class Decoder:
         assert (wanted.sum(axis=1) == SLOTS).all(), "frequencies do not sum to 2^14"
         slots = np.repeat(np.tile(np.arange(alphabet, dtype=np.uint8), len(used)), wanted.ravel())
         starts = np.cumsum(frequencies, axis=1, dtype=np.int64) - frequencies
-        packed = (frequencies.astype(np.int64) | starts << 16).ravel()
+        packed = (frequencies.astype(np.int64) | (starts << 16)).ravel()
         symbols = np.empty(len(contexts), np.uint8)
         block = max(BLOCK // self._lanes, 1) * self._lanes
         for first in range(0, len(contexts), block):
@@ -125,7 +125,7 @@ class Decoder:
         for first in range(0, len(symbols), lanes):
             found = symbols[first : first + lanes]
             state = states[: len(found)]
-            slot = state & SLOTS - 1
+            slot = state & (SLOTS - 1)
             np.take(slots, slot + places[first : first + lanes], out=found, mode="clip")  # raise would buffer
             entry = packed.take(rows[first : first + lanes] + found)
             state >>= BITS
@@ -136,7 +136,7 @@ class Decoder:
             end = self._position + len(empty)
             if end > len(words):
                 raise CoderError("the coded data ends too early; it was cut or altered")
-            state[empty] = state[empty] << 16 | words[self._position : end]
+            state[empty] = (state[empty] << 16) | words[self._position : end]
             self._position = end
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray
         earlier[len(values)] = values
         mode, mean, residual = min(candidates, key=lambda candidate: _width(candidate[2]))
         width = _width(residual)
-        header += _varint(256 * mode + width - NARROWEST) + _varint(2 * mean if mean >= 0 else -2 * mean - 1)
+        header += _varint(256 * mode + width - NARROWEST) + _varint(widths.zigzag(mean))
         residuals.append(residual)
         spread.append(np.full(len(values), width, np.int16))
     return bytes(header), np.concatenate(residuals), np.concatenate(spread)
@@ -76,7 +76,7 @@ def read(data: bytes, lengths: Sequence[int], further: int = 0) -> tuple[Decoder
         mode, width = plan >> 8, (plan & 255) + NARROWEST
         if mode >= MODES or width > WIDEST:
             raise CoderError(f"a vector of mode {mode} and width {width}; the data was altered")
-        plans.append((mode, folded >> 1 ^ -(folded & 1)))
+        plans.append((mode, widths.unzigzag(folded)))
         spread.append(np.full(length, width, np.int16))
     decoder = Decoder(data[position:], rans.lanes_for(sum(lengths) + further))
     residuals = widths.decode(decoder, np.concatenate(spread)).astype(np.int64)
@@ -113,7 +113,7 @@ def _width(residual: NDArray[np.int64]) -> int:
 def _varint(number: int) -> bytes:
     content = bytearray()
     while number > 127:
-        content.append(number & 127 | 128)
+        content.append((number & 127) | 128)
         number >>= 7
     return bytes([*content, number])
 
@@ -122,7 +122,7 @@ def _parse(data: bytes, position: int) -> tuple[int, int]:
     """The varint at the position, and the position after it."""
     number = 0
     for k, byte in enumerate(data[position : position + VARINT_BYTES]):
-        number |= (byte & 127) << 7 * k
+        number |= (byte & 127) << (7 * k)
         if byte < 128:
             return number, position + k + 1
     raise CoderError("a number of the header does not end; the data was cut or altered")

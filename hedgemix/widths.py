@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from hedgemix.rans import SLOTS, Decoder, Ints, Run
 
 Bits = NDArray[np.float64]
+Signed = TypeVar("Signed", int, NDArray[np.int64])
 
 NARROWEST, WIDEST_TABLE, WIDEST = -32, 32, 200
 """Widths lie between NARROWEST and WIDEST; above WIDEST_TABLE low bits are split off."""
@@ -51,7 +53,7 @@ def prior() -> NDArray[np.int64]:
         widths = row + NARROWEST, row + NARROWEST + WIDE_EIGHTHS
         cells = [_density(points, width).reshape(-1, SAMPLES).sum(1) for width in widths]
         narrow, wide = ((cell << 20) // (2 * cell.sum() - cell[0]) for cell in cells)
-        mixed = ((WIDE_SHARE - 1) * narrow + wide) // WIDE_SHARE >> 20 - PRIOR_BITS
+        mixed = (((WIDE_SHARE - 1) * narrow + wide) // WIDE_SHARE) >> (20 - PRIOR_BITS)
         masses[row, CENTRE : 2 * CENTRE + 1] = mixed
         masses[row, : CENTRE + 1] = mixed[::-1]
         masses[row, ESCAPE] = 1
@@ -62,8 +64,8 @@ def prior() -> NDArray[np.int64]:
 def _density(points: Ints, width: int) -> NDArray[np.int64]:
     """2^30 * exp(-x^2 / (2 * 4^(width/8))) at x = points / (2 * SAMPLES), without a float."""
     octaves = _root(240 - width, 2)  # 2^(60 - width/4)
-    factor = 7213475204 * octaves // 10**10 >> 30  # 1 / (2 ln 2) = 0.7213475204
-    exponents = np.minimum(points**2 * factor >> 30, 40 << 8)  # to base 2, in units of 2^-8
+    factor = (7213475204 * octaves // 10**10) >> 30  # 1 / (2 ln 2) = 0.7213475204
+    exponents = np.minimum((points**2 * factor) >> 30, 40 << 8)  # to base 2, in units of 2^-8
     return _powers()[exponents & 255] >> (exponents >> 8)
 
 
@@ -117,7 +119,7 @@ def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
         _count(counts, tables[part], symbols[part])
         runs.append(Run(symbols[part], tables[part], current))
     plain = symbols[wide] != ESCAPE
-    runs += _encode_bits(values[wide][plain] + (1 << shifts[plain] >> 1), shifts[plain])
+    runs += _encode_bits(values[wide][plain] + half(shifts[plain]), shifts[plain])
     escaped = values[symbols == ESCAPE]
     if len(escaped):
         bounds, lengths = _gamma(escaped)
@@ -139,11 +141,11 @@ def decode(decoder: Decoder, widths: NDArray[np.int16]) -> NDArray[np.int32]:
     escaped = np.concatenate(escapes)
     plain = values[wide] != ESCAPE - CENTRE
     wide, shifts = wide[plain], shifts[plain]
-    values[wide] = (values[wide].astype(np.int64) << shifts) + _decode_bits(decoder, shifts) - (1 << shifts >> 1)
+    values[wide] = (values[wide].astype(np.int64) << shifts) + _decode_bits(decoder, shifts) - half(shifts)
     if len(escaped):
         lengths = decoder.take(np.full(len(escaped), LENGTH_BITS, np.uint8), _uniform()).astype(np.int64)
-        bounds = (1 << lengths >> 1) + _decode_bits(decoder, lengths - 1)
-        values[escaped] = bounds >> 1 ^ -(bounds & 1)
+        bounds = half(lengths) + _decode_bits(decoder, lengths - 1)
+        values[escaped] = unzigzag(bounds)
     return values
 
 
@@ -182,7 +184,22 @@ def tables_of(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.
 
 def rounded(values: Ints, shifts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Integers (W,) without their low shifts (W,) bits."""
-    return values + (1 << shifts >> 1) >> shifts
+    return (values + half(shifts)) >> shifts
+
+
+def half(shifts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give half of what shifts (W,) bits count, 2^(shift - 1), rounded down: 0 for no bits."""
+    return (1 << shifts) >> 1
+
+
+def zigzag(value: Signed) -> Signed:
+    """Number integers (int64, or one of Python's) in the order 0, -1, 1, -2, ... from 0."""
+    return (value << 1) ^ (value >> 63)
+
+
+def unzigzag(number: Signed) -> Signed:
+    """Give the integers of `zigzag`'s numbers."""
+    return (number >> 1) ^ -(number & 1)
 
 
 def _symbols(values: Ints) -> NDArray[np.uint8]:
@@ -216,9 +233,8 @@ def _count(counts: NDArray[np.int64], tables: Ints, symbols: Ints) -> None:
 
 
 def _gamma(values: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The integers as 0, -1, 1, -2, ... numbered from 0, and the bit lengths of these numbers."""
-    wide = values.astype(np.int64)
-    bounds = wide << 1 ^ wide >> 63
+    """The integers' places in 0, -1, 1, -2, ..., and the bit lengths of these numbers."""
+    bounds = zigzag(values.astype(np.int64))
     return bounds, np.frexp(bounds)[1].astype(np.int64)
 
 
@@ -228,7 +244,7 @@ def _encode_bits(values: Ints, lengths: Ints) -> list[Run]:
     for first in range(0, int(lengths.max(initial=0)), PIECE_BITS):
         here = np.flatnonzero(lengths > first)
         sizes = np.minimum(lengths[here] - first, PIECE_BITS)
-        runs.append(Run(values[here] >> first & (1 << sizes) - 1, sizes, _uniform()))
+        runs.append(Run((values[here] >> first) & ((1 << sizes) - 1), sizes, _uniform()))
     return runs
 
 
