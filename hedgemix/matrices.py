@@ -83,8 +83,10 @@ def decode(data: bytes, shapes: Sequence[Shape], steps: Steps | None = None) -> 
 
 
 def sizes(matrices: Sequence[Ints], steps: Steps | None = None) -> list[Sizes]:
-    """Count the bits that each matrix takes in `encode`, and those it ideally would. Raises ValueError as `encode`
-    does."""
+    """Count the bits that each matrix takes in `encode`, and those it ideally would.
+
+    Raises ValueError as `encode` does.
+    """
     numbers, bases = _fitted(matrices, steps)
     _, residuals, residual_widths = vectors.describe(numbers)
     spent, _ = widths.code_lengths(residuals, residual_widths, widths.encode(residuals, residual_widths))

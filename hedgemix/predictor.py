@@ -32,7 +32,8 @@ from hedgemix.validate import check_evaluate, check_mixer, check_ttt
 
 
 class Predictor:
-    """Give it the artifact, the text's length (schedules of test-time training depend on it) and its first token."""
+    """Predicts a text token by token. Give it the artifact, the text's length (schedules of test-time training depend
+    on it) and its first token."""
 
     def __init__(self, found: Artifact, n_tokens: int, first_token: int, config: EvaluateConfig) -> None:
         """Raises ArtifactError for an artifact that holds no model, RecipeError for settings that do not fit it,
@@ -57,13 +58,13 @@ class Predictor:
         self.row: np.ndarray | None = None
 
     def predict(self) -> np.ndarray:
-        """Probabilities (V,), float64, of the next token; asked again, the same."""
+        """Give the probabilities (V,), float64, of the next token; asked again, the same."""
         if self.row is None:
             self.row = self.mixture.predict(self._neural_row()).double().softmax(0).numpy()
         return self.row
 
     def update(self, token: int) -> None:
-        """Tell the token that `predict` is about."""
+        """Learn the token that `predict` is about; raises ValueError for one that cannot be."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token {token} is outside 0..{self.vocab_size - 1}")
         self.predict()
@@ -96,7 +97,7 @@ class Predictor:
 
 @torch.inference_mode()
 def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> Tensor:
-    """The row (V,) behind the last of `tokens`, which follow those the cache holds; see `stream.piece_rows`."""
+    """Compute the row (V,) behind the last of `tokens`, which follow those the cache holds; see `stream.piece_rows`."""
     band = config.window_tokens if config.order == "streaming" else None
     with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if len(tokens) > 1:
@@ -106,7 +107,7 @@ def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig)
 
 
 class Mixture:
-    """What `mixer.Mixer` does for a whole text, for the one mixture that is the score."""
+    """Does what `mixer.Mixer` does for a whole text, for the one mixture that is the score."""
 
     def __init__(self, config: EvaluateConfig, vocab_size: int, first_token: int) -> None:
         self.config = config.mixer
@@ -123,7 +124,7 @@ class Mixture:
         self.block: list[tuple[Mixed, int]] = []
 
     def predict(self, neural_V: Tensor) -> Tensor:
-        """The mixed log row (V,), float32, of the next token."""
+        """Mix the log row (V,), float32, of the next token."""
         self.said = self.blend.mix(self._position(neural_V))
         self.team_BRKV = self._team(self.said)
         return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]

@@ -34,12 +34,12 @@ BLOCK = 1 << 20
 
 
 class CoderError(ValueError):
-    """Coded bytes that were cut or altered, or that belong to other shapes."""
+    """Tells that coded bytes were cut or altered, or belong to other shapes."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Symbols that are coded with one set of tables: symbol n under table contexts[n]."""
+    """Holds symbols that are coded with one set of tables: symbol n under table contexts[n]."""
 
     symbols: Ints
     """(N,), below the alphabet A."""
@@ -50,12 +50,12 @@ class Run:
 
 
 def lanes_for(n_symbols: int) -> int:
-    """Lanes that cost about 0.003 bits a symbol or less: a power of two, from 1 to 1024."""
+    """Choose lanes that cost about 0.003 bits a symbol or less: a power of two, from 1 to 1024."""
     return 1 << (min(n_symbols // SYMBOLS_A_LANE, MOST_LANES).bit_length() - 1) if n_symbols >= SYMBOLS_A_LANE else 1
 
 
 def encode(runs: Sequence[Run], lanes: int) -> bytes:
-    """The runs, to be decoded in this order, each by one `Decoder.take`."""
+    """Code the runs, to be decoded in this order, each by one `Decoder.take`."""
     states = np.full(lanes, LOW, np.int64)
     words: list[Ints] = []
     for run in reversed(runs):
@@ -102,7 +102,8 @@ class Decoder:
         self._lanes, self._position = lanes, 0
 
     def take(self, contexts: Ints, frequencies: Ints) -> NDArray[np.uint8]:
-        """The next symbols (N,), coded under these contexts (N,) and tables (T, A)."""
+        """Decode the next symbols uint8 (N,), coded under these contexts (N,) and tables (T, A); raises CoderError
+        where the data ends."""
         tables, alphabet = frequencies.shape
         used = np.flatnonzero(np.bincount(contexts, minlength=tables))
         place = np.zeros(tables, np.int64)
@@ -140,6 +141,6 @@ class Decoder:
             self._position = end
 
     def close(self) -> None:
-        """Raises CoderError unless everything was taken and the states are what the encoder began with."""
+        """Raise CoderError unless everything was taken and the states are what the encoder began with."""
         if self._position != len(self._words) or (self._states != LOW).any():
             raise CoderError("the coded data does not end where its symbols do; it was altered or is of other shapes")

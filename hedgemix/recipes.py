@@ -20,7 +20,7 @@ LONG_BLOCKS = MixerConfig(block_tokens=512)
 
 
 def laptop() -> Recipe:
-    """Real text in minutes on two CPU cores: 2.7 M parameters, one worker that has the machine to itself."""
+    """Train on real text in minutes on two CPU cores: 2.7 M parameters, one worker that has the machine to itself."""
     return Recipe(
         recipe="laptop",
         data=DataConfig(packages=("torch", "numpy", "pandas"), valid_fraction=0.03, max_valid_tokens=98_304),
@@ -65,7 +65,7 @@ def laptop() -> Recipe:
 
 
 def single_gpu() -> Recipe:
-    """One GPU, ten minutes a seed: the record's model and half its batch, on the FineWeb shards in data/fineweb."""
+    """Train the record's model at half its batch on one GPU, ten minutes a seed, on the shards in data/fineweb."""
     return Recipe(
         recipe="single_gpu",
         data=fineweb(),
@@ -77,7 +77,7 @@ def single_gpu() -> Recipe:
 
 
 def record() -> Recipe:
-    """The reference's training: 8 GPUs a seed, 600 s, 33,317,980 parameters, FineWeb with 1,024 tokens."""
+    """Train as the reference does: 8 GPUs a seed, 600 s, 33,317,980 parameters, FineWeb with 1,024 tokens."""
     reference = TTTConfig(
         rate=1e-4, epochs=3, last_blocks=2, byte_weighted=True, cosine=True, ramp=3.0, ramp_fraction=0.3, polyak=0.998
     )
@@ -90,7 +90,7 @@ def record() -> Recipe:
 
 
 def fineweb() -> DataConfig:
-    """What `hedgemix download --folder data/fineweb` leaves."""
+    """Read what `hedgemix download --folder data/fineweb` leaves."""
     return DataConfig(source="shards", shards_dir="data/fineweb", vocab_size=1024)
 
 

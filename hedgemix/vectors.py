@@ -28,13 +28,13 @@ VARINT_BYTES = 5
 
 
 def encode(vectors: Sequence[Ints]) -> bytes:
-    """Integer vectors (N,) of any lengths. Raises ValueError for magnitudes above LARGEST."""
+    """Code integer vectors (N,) of any lengths. Raises ValueError for magnitudes above LARGEST."""
     header, residuals, residual_widths = describe(vectors)
     return header + rans.encode(widths.encode(residuals, residual_widths), rans.lanes_for(len(residuals)))
 
 
 def decode(data: bytes, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
-    """What `encode` was given, with its lengths.
+    """Decode what `encode` was given, int64 (N,), with its lengths.
 
     For data that was cut or altered it raises CoderError or returns other integers: keep a checksum.
     """
@@ -44,7 +44,10 @@ def decode(data: bytes, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
 
 
 def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray[np.int16]]:
-    """The header, and all that `widths.encode` must code of the vectors: integers (N,) and their widths (N,)."""
+    """Make the header, and all that `widths.encode` must code of the vectors: integers (N,) and their widths (N,).
+
+    Raises ValueError for magnitudes above LARGEST.
+    """
     header, residuals, spread = bytearray(), [np.empty(0, np.int64)], [np.empty(0, np.int16)]
     earlier: dict[int, NDArray[np.int64]] = {}
     for vector in vectors:
@@ -66,7 +69,11 @@ def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray
 
 
 def read(data: bytes, lengths: Sequence[int], further: int = 0) -> tuple[Decoder, list[NDArray[np.int64]]]:
-    """The decoder, past the vectors, of a stream in which `further` more integers follow them, and the vectors."""
+    """Decode the vectors of a stream in which `further` more integers follow them: the decoder, past them, and the
+    vectors.
+
+    Raises CoderError for data that was cut or altered.
+    """
     plans: list[tuple[int, int]] = []
     spread = [np.empty(0, np.int16)]
     position = 0

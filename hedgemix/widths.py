@@ -46,7 +46,7 @@ LENGTH_BITS = 5
 
 @functools.cache
 def prior() -> NDArray[np.int64]:
-    """(TABLES, 256) masses, each row summing to 2^16: where every table begins."""
+    """Give where every table begins: masses int64 (TABLES, 256), each row summing to 2^16."""
     points = 2 * np.arange((CENTRE + 1) * SAMPLES) + 1 - SAMPLES
     masses = np.zeros((TABLES, 256), np.int64)
     for row in range(TABLES):
@@ -84,7 +84,7 @@ def _root(exponent: int, halvings: int) -> int:
 
 
 def frequencies(counts: Ints) -> NDArray[np.int64]:
-    """Tables (TABLES, 256) for `rans` after these counts (TABLES, 256) of coded symbols.
+    """Make tables int64 (TABLES, 256) for `rans` after these counts (TABLES, 256) of coded symbols.
 
     Symbols that would get less than an eighth of a slot get none and are escaped.
     """
@@ -107,7 +107,7 @@ def _uniform() -> NDArray[np.int64]:
 
 
 def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
-    """Runs for integers (N,) of given widths (N,); `decode` takes them in this order."""
+    """Make runs for integers (N,) of given widths (N,), which `decode` takes in this order."""
     tables, wide, shifts = tables_of(widths)
     shifted = rounded(values[wide], shifts)
     symbols = _symbols(values)
@@ -129,7 +129,8 @@ def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
 
 
 def decode(decoder: Decoder, widths: NDArray[np.int16]) -> NDArray[np.int32]:
-    """The integers (N,) of given widths (N,) that come next; wrong ones, or CoderError, if the data was altered."""
+    """Decode the integers int32 (N,) of given widths (N,) that come next; wrong ones, or CoderError, if the data was
+    altered."""
     tables, wide, shifts = tables_of(widths)
     values, counts = np.empty(len(widths), np.int32), np.zeros((TABLES, 256), np.int64)
     escapes = [np.empty(0, np.int64)]
@@ -150,7 +151,8 @@ def decode(decoder: Decoder, widths: NDArray[np.int16]) -> NDArray[np.int32]:
 
 
 def code_lengths(values: Ints, widths: NDArray[np.int16], runs: list[Run]) -> tuple[Bits, Bits]:
-    """Bits of each integer (N,) in its `encode`d runs: as its tables charge, and under the histograms of all N.
+    """Count the bits of each integer (N,) in its `encode`d runs, float64: as its tables charge, and under the
+    histograms of all N.
 
     The second is what a decoder that knew the histograms would need; escapes and bits split off are in both.
     """
@@ -174,7 +176,8 @@ def code_lengths(values: Ints, widths: NDArray[np.int16], runs: list[Run]) -> tu
 
 
 def tables_of(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """The table of each width (any shape), where in the flat array bits are split off (W,), and how many there (W,)."""
+    """Find the table of each width (any shape), where in the flat array bits are split off (W,), and how many there
+    (W,)."""
     wide = np.flatnonzero(widths > WIDEST_TABLE)
     shifts = (widths.ravel()[wide].astype(np.int64) - WIDEST_TABLE + 7) >> 3
     tables = (widths - NARROWEST).astype(np.uint8)
@@ -183,7 +186,7 @@ def tables_of(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def rounded(values: Ints, shifts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Integers (W,) without their low shifts (W,) bits."""
+    """Round integers (W,) to those without their low shifts (W,) bits."""
     return (values + half(shifts)) >> shifts
 
 
