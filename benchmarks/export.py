@@ -42,7 +42,7 @@ def subject(bench: Bench) -> tuple[Model, dict[str, Tensor], Moments]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
-    weights = {name: each.detach() for name, each in model.named_parameters() if quantize.quantized(each)}
+    weights = {name: each.detach() for name, each in model.named_parameters() if quantize.is_quantized(each)}
     owner = {name: shared for shared, names in model.inputs().items() for name in names}
     for name, weight in weights.items():
         size, key = weight.shape[1], owner.get(name, name)
@@ -60,7 +60,7 @@ def codes_at(model: Model, weights: dict[str, Tensor], moments: Moments, theta: 
     """The library's way for one theta: factors, steps and codes of all tensors."""
     config = QuantizeConfig()
     known, _ = quantize.sensitivities(model, moments, list(weights), config.damping)
-    return quantize.rounded(weights, known, theta, config.block_columns)
+    return quantize.round_to_integers(weights, known, theta, config.block_columns)
 
 
 def usual_theta(model: Model, weights: dict[str, Tensor], moments: Moments) -> float:

@@ -31,7 +31,8 @@ TABLE_SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a tensor (R, C): an error E costs about 1/2 sum_r rows_r e_r H e_r^T, with H = back' diag(pivots) back."""
+    """Holds what a tensor's weights (R, C) matter: an error E costs about 1/2 sum_r rows_r e_r H e_r^T nats a token,
+    with H = back' diag(pivots) back."""
 
     rows_R: Tensor
     """G, float32, positive."""
@@ -42,22 +43,22 @@ class Sensitivity:
 
 
 def smooth(rows_R: Tensor, share: float = SMOOTHING) -> Tensor:
-    """Row weights without zeros."""
+    """Add a share of their mean to row weights (R,), so that none is zero."""
     return rows_R + share * rows_R.mean().clamp_min(1e-30)
 
 
 def loss_of(theta: float, weights: int) -> float:
-    """Nats a token that quantizing this many weights is expected to add."""
+    """Tell the nats a token that quantizing this many weights is expected to add."""
     return weights * theta**2 / 24
 
 
 def theta_for(loss_nats: float, weights: int) -> float:
-    """The inverse of `loss_of`."""
+    """Find the theta of a loss in nats a token; the inverse of `loss_of`."""
     return math.sqrt(24 * loss_nats / weights)
 
 
 def indices(sensitivity: Sensitivity, theta: float) -> tuple[Tensor, Tensor]:
-    """Step indices of the rows and of the columns, int8: step_rc = 2^((i_r + j_c) / OCTAVE)."""
+    """Choose the steps: indices int8 of the rows (R,) and of the columns (C,), step_rc = 2^((i_r + j_c) / OCTAVE)."""
     rows, columns = sensitivity.rows_R.double().log2() / -2, sensitivity.pivots_C.double().log2() / -2
     middle = columns.mean()  # the columns' indices stay near zero, the rows carry the level
 

@@ -23,7 +23,7 @@ from hedgemix.stored import OCTAVE, Stepped
 
 @dataclass(frozen=True)
 class Organ:
-    """One tensor of an artifact."""
+    """Tells the room that one tensor of an artifact takes."""
 
     name: str
     kind: str
@@ -38,11 +38,12 @@ class Organ:
 
     @property
     def weights(self) -> int:
+        """Count its elements."""
         return math.prod(self.shape)
 
 
 def organs(parts: Parts) -> list[Organ]:
-    """Every tensor, in the file's order; their bytes add up to those of the five sections of tensors."""
+    """Measure every tensor, in the file's order; their bytes add up to those of the five sections of tensors."""
     stepped = iter(_stepped(parts))
     codes = torch.frombuffer(bytearray(parts.codes or b"\0"), dtype=torch.int8)
     halves = torch.frombuffer(bytearray(parts.halves or b"\0\0"), dtype=torch.float16)
@@ -68,7 +69,7 @@ def organs(parts: Parts) -> list[Organ]:
 
 
 def entropy_bits(codes: Tensor) -> float:
-    """Of all codes under their own histogram."""
+    """Count the bits of integer codes (any shape) under their own histogram."""
     counts = torch.unique(codes, return_counts=True)[1].double()
     return float(-(counts * (counts / counts.sum()).log2()).sum()) if len(counts) else 0.0
 
@@ -149,6 +150,6 @@ def _tensors(found: list[Organ]) -> Table:
 
 
 def bar(value: float, largest: float, longest: int = 32) -> Text:
-    """A bar of eighths of a character."""
+    """Draw a bar of eighths of a character."""
     eighths = round(8 * longest * value / largest) if largest else 0
     return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), style="cyan")

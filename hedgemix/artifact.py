@@ -61,7 +61,7 @@ KINDS = {"stepped": 0, "quantized": 1, "float16": 2, "float32": 4}
 
 
 class ArtifactError(ValueError):
-    """A file that is not a sound artifact, or contents that cannot become one; the message names both and the fix."""
+    """Tells that a file is no sound artifact, or that contents cannot become one; the message names it and the fix."""
 
 
 Table = list[tuple[str, str, tuple[int, ...]]]
@@ -69,6 +69,8 @@ Table = list[tuple[str, str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Artifact:
+    """Holds a sound artifact, its weights dequantized."""
+
     header: dict[str, Any]
     tokenizer: bytes
     tensors: dict[str, Tensor]
@@ -80,7 +82,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Parts:
-    """A sound artifact as it is stored, before weights are made of it."""
+    """Holds a sound artifact as it is stored, before weights are made of it."""
 
     header: dict[str, Any]
     tokenizer: bytes
@@ -102,7 +104,7 @@ Tensors = Mapping[str, "Stepped | Stored | Tensor"]
 
 
 def write(path: str | Path, header: dict[str, Any], tokenizer: bytes, tensors: Tensors, zstd_level: int) -> int:
-    """Writes the artifact atomically and returns its bytes; see `pack`."""
+    """Write the artifact atomically and return its bytes; raises ArtifactError as `pack` does."""
     content = pack(header, tokenizer, tensors, zstd_level, str(path))
     _, _, *lengths = PREFIX.unpack_from(content)
     shapes = [(each.codes.shape[0], each.codes.shape[1]) for each in tensors.values() if isinstance(each, Stepped)]
@@ -115,7 +117,7 @@ def write(path: str | Path, header: dict[str, Any], tokenizer: bytes, tensors: T
 def pack(
     header: dict[str, Any], tokenizer: bytes, tensors: Tensors, zstd_level: int, name_of_file: str = "artifact"
 ) -> bytes:
-    """The bytes of an artifact; the same contents give the same bytes.
+    """Make the bytes of an artifact; the same contents give the same bytes.
 
     header: anything JSON. tensors: stepped or quantized ones, or plain ones in float16 or float32, which is how they
     are stored. Raises ArtifactError, beginning with the file's name, for other types, values that are not finite, or a
@@ -172,7 +174,7 @@ def pack(
 
 
 def read(path: str | Path) -> Artifact:
-    """Reads and checks an artifact; raises ArtifactError unless it is exactly what `write` made.
+    """Read and check an artifact; raises ArtifactError unless it is exactly what `write` made.
 
     Nothing is decompressed before the checksum and the declared sizes (at most 1 GiB a section) were checked.
     """
@@ -181,7 +183,7 @@ def read(path: str | Path) -> Artifact:
 
 
 def read_parts(path: str | Path) -> Parts:
-    """The same as `read`, but for the tensors, which stay codes and steps."""
+    """Read and check an artifact as `read` does, but leave its tensors codes and steps."""
     path = Path(path)
     with path.open("rb") as file:
         n_bytes = os.fstat(file.fileno()).st_size

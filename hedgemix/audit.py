@@ -41,7 +41,7 @@ ROWS_A_PIECE = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is looked at, and what does the work."""
+    """Says how much is looked at, and what does the work."""
 
     first_tokens: int = 0
     """Audit this many tokens from the start, rounded up to whole chunks (0: all)."""
@@ -65,7 +65,7 @@ class Plan:
 
 @dataclass
 class Audit:
-    """One audit at work; findings are told as they come."""
+    """Holds one audit at work; findings are handed on as they come."""
 
     claim: Claim
     plan: Plan
@@ -79,16 +79,18 @@ class Audit:
     progress: Callable[[str], None] = lambda text: None
 
     def find(self, found: Finding) -> None:
+        """Take a finding, unless there is one of its name, and hand it on."""
         if found.name not in [earlier.name for earlier in self.findings]:
             self.findings.append(found)
             self.told(found)
 
     def readable(self) -> list[Path]:
+        """List the files that the replay may open: artifact and validation shards."""
         return [self.claim.artifact, *map(Path, self.claim.dataset.valid_shards)]
 
 
 def start(claim: Claim, plan: Plan, told: Callable[[Finding], None]) -> Audit:
-    """Raises RecipeError for a plan that cannot be carried out."""
+    """Begin an audit; raises RecipeError for a plan that cannot be carried out."""
     if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
         raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
     total, config = claim.dataset.valid_tokens, claim.recipe.evaluate
@@ -134,7 +136,8 @@ def run(
     told: Callable[[Finding], None] = lambda found: None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Finding]:
-    """All checks of one claim, told one by one; writes audit.json, audit.md and, for the score, the table's columns."""
+    """Make all checks of one claim, handed on one by one; writes audit.json, audit.md and, for the score, the table's
+    columns."""
     work = start(claim, plan, told)
     work.progress = progress
     coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
@@ -151,7 +154,7 @@ def run(
 
 
 def repeat(work: Audit, coded_stop: int) -> None:
-    """The replay and its copies, isolated; without isolation when that fails, so that the rest can still be told."""
+    """Run the replay and its copies, isolated; without isolation when that fails, so that the rest can be told."""
     plan, source = work.plan, work.source
     arguments = {
         "source": asdict(source),
@@ -189,7 +192,7 @@ def repeat(work: Audit, coded_stop: int) -> None:
 
 
 def judge(work: Audit, name: str) -> None:
-    """The findings that became due with the part of this name."""
+    """Make the findings that became due with the part of this name."""
     claim, plan, parts = work.claim, work.plan, work.parts[name]
     if name == "replay":
         work.find(checks.normalised(claim, parts[0]))
@@ -200,7 +203,7 @@ def judge(work: Audit, name: str) -> None:
 
 
 def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]:
-    """The first target, the last, and others from pieces spread evenly over the text, a few a piece."""
+    """Draw positions: the first target, the last, and others from pieces spread evenly over the text, a few a piece."""
     config = work.claim.recipe.evaluate
     found = [piece for chunk in spans for piece in pieces(chunk, config)]
     generator = np.random.default_rng(work.plan.seed)
@@ -212,7 +215,7 @@ def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]
 
 
 def draw_cuts(spans: Sequence[Piece], cuts: int, seed: int) -> list[int]:
-    """Positions spread over the text, the last after the first chunk when there is a second."""
+    """Draw positions spread over the text, the last after the first chunk when there is a second."""
     stop = spans[-1].stop - 1  # the future of a cut has a token at least
     edges = np.linspace(1, stop, cuts + 1).astype(int)
     if len(spans) > 1:
@@ -222,7 +225,7 @@ def draw_cuts(spans: Sequence[Piece], cuts: int, seed: int) -> list[int]:
 
 
 def ranks_agree(work: Audit) -> None:
-    """Two ranks score the first chunks; the replay is what one scored."""
+    """Score the first chunks with two ranks and compare with the replay, which one scored."""
     if not work.parts.get("replay"):
         work.find(checks.not_done("world-size", "there is no replay to compare with"))
         return
@@ -248,7 +251,7 @@ def ranks_agree(work: Audit) -> None:
 
 
 def really_coded(work: Audit, stop: int) -> Finding:
-    """The beginning of the text through the codec, there and back in two processes."""
+    """Take the beginning of the text through the codec, there and back in two processes."""
     if not work.parts.get("replay"):
         return checks.not_done("coded", "there is no replay to compare with")
     source = replace(work.source, tokens=stop)
@@ -266,8 +269,8 @@ def really_coded(work: Audit, stop: int) -> Finding:
 
 
 def reported_bits(work: Audit, stop: int) -> float:
-    """Bits that the record reports for the targets before `stop`: its trace's for whole chunks, and for the beginning
-    of a chunk the same share of them as in the replay."""
+    """Count the bits that the record reports for the targets before `stop`: its trace's for whole chunks, and for the
+    beginning of a chunk the same share of them as in the replay."""
     claim, replay = work.claim, work.parts["replay"][0]
     total, mine = 0.0, 0.0
     for chunk, line, told in zip(work.spans, claim.trace, replay["lines"], strict=False):
@@ -278,6 +281,7 @@ def reported_bits(work: Audit, stop: int) -> float:
 
 
 def write(work: Audit) -> None:
+    """Write audit.md, audit.json and, for the score, the table's columns; raises RecipeError where that fails."""
     claim, findings = work.claim, work.findings
     figures = {found.name: found.figures for found in findings}
     rows = figures["normalised"]

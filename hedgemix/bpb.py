@@ -20,7 +20,7 @@ PIECE_TOKENS = 1 << 22  # tokens looked at in one go
 
 @dataclass(frozen=True)
 class ByteTables:
-    """What the bytes of a token depend on; arrays over the vocabulary."""
+    """Holds what the bytes of a token depend on; arrays (V,) over the vocabulary."""
 
     bytes_without_space: np.ndarray
     """int16: UTF-8 bytes of the piece without its leading space."""
@@ -31,7 +31,7 @@ class ByteTables:
 
 
 def byte_tables(processor: SentencePieceProcessor) -> ByteTables:
-    """The tables of a tokenizer."""
+    """Make the tables of a tokenizer."""
     size = processor.vocab_size()
     tables = ByteTables(np.zeros(size, np.int16), np.zeros(size, bool), np.zeros(size, bool))
     for token in range(size):
@@ -48,7 +48,8 @@ def byte_tables(processor: SentencePieceProcessor) -> ByteTables:
 
 
 def token_bytes(tables: ByteTables, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """Bytes of each current token, given the token before it: integer arrays of one shape in, int16 of it out.
+    """Count the bytes of each current token, given the token before it: integer arrays of one shape in, int16 of it
+    out.
 
     int16 keeps 62 M tokens small; NumPy's sum of it is 64-bit, torch's too.
     """
@@ -57,7 +58,7 @@ def token_bytes(tables: ByteTables, previous: np.ndarray, current: np.ndarray) -
 
 
 def count_bytes(tables: ByteTables, tokens: np.ndarray) -> int:
-    """Bytes of text that tokens[1:] stand for: what is scored when the first token is only context."""
+    """Count the bytes of text that tokens[1:] (N,) stand for: what is scored when the first token is only context."""
     total = 0
     for start in range(1, len(tokens), PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, len(tokens))
@@ -66,7 +67,7 @@ def count_bytes(tables: ByteTables, tokens: np.ndarray) -> int:
 
 
 def bits_per_byte(nll_nats_sum: float, n_bytes: int) -> float:
-    """Bits per byte of text from the summed negative log likelihood in nats; raises ValueError without bytes."""
+    """Turn the summed negative log likelihood in nats into bits per byte of text; raises ValueError without bytes."""
     if n_bytes <= 0:
         raise ValueError(f"bits per byte of {n_bytes} bytes of text is not defined")
     return nll_nats_sum / math.log(2.0) / n_bytes

@@ -20,7 +20,8 @@ READ_TOKENS = 1 << 22
 
 
 def limits(claim: Claim) -> Finding:
-    """Bytes, from the artifact file and the code bundled anew, and the row's seconds, against the recipe's limits."""
+    """Check bytes, from the artifact file and the code bundled anew, and the row's seconds, against the recipe's
+    limits."""
     row, allowed = claim.row, claim.recipe.limits
     size, code = claim.artifact.stat().st_size, script.n_bytes(claim.recipe)
     wrong = []
@@ -46,8 +47,8 @@ def limits(claim: Claim) -> Finding:
 
 
 def unseen(claim: Claim, windows: int, seed: int) -> Finding:
-    """The texts are those of the row, no validation shard is among the training shards, and drawn windows of the
-    validation text do not occur in the training text."""
+    """Check that the texts are those of the row, that no validation shard is among the training shards, and that drawn
+    windows of the validation text do not occur in the training text."""
     data = claim.dataset
     train, valid = [Path(shard) for shard in data.train_shards], [Path(shard) for shard in data.valid_shards]
     wrong = other_text(claim)
@@ -79,7 +80,7 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
 
 
 def other_text(claim: Claim) -> list[str]:
-    """Which hashes of texts and tokenizer, taken from the files, are not those that the row and dataset.json name."""
+    """Find which hashes of texts and tokenizer, taken from the files, are not the row's and dataset.json's."""
     data, digest = claim.dataset, hashlib.sha256()
     stream = datasets.valid_stream(data)
     for start in range(1, len(stream), READ_TOKENS):
@@ -98,7 +99,7 @@ def other_text(claim: Claim) -> list[str]:
 
 
 def shared(train: Sequence[Path], valid: Sequence[Path]) -> list[tuple[str, str]]:
-    """(training, validation) names of shards that are one file, or have equal tokens."""
+    """Find shards, as (training, validation) names, that are one file, or have equal tokens."""
     pairs = []
     for mine in train:
         for theirs in valid:

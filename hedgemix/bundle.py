@@ -25,8 +25,8 @@ INDENT = 4
 
 @cache
 def sources(entry: str) -> Mapping[str, str]:
-    """By their names, sorted, the modules of entry's own top-level package that entry can import, and the packages they
-    are in: each source as `squeezed` leaves it.
+    """Collect by their names, sorted, the modules of entry's own top-level package that entry can import, and the
+    packages they are in: each source as `squeezed` leaves it.
 
     Raises RecipeError where a module of the package is missing or does not parse.
     """
@@ -59,17 +59,17 @@ def sources(entry: str) -> Mapping[str, str]:
 
 
 def imports(source: str) -> set[str]:
-    """The dotted names of the modules that a source imports, at its top or deeper."""
+    """Find the dotted names of the modules that a source imports, at its top or deeper."""
     return {module for module, _ in _imports(ast.parse(source), "")}
 
 
 def digest(entry: str) -> str:
-    """SHA-256 of `sources`, in hex: equal for two versions that do the same, however they are documented."""
+    """Hash `sources`, SHA-256 in hex: equal for two versions that do the same, however they are documented."""
     return hashlib.sha256(json.dumps(sources(entry)).encode()).hexdigest()
 
 
 def squeezed(text: str, tree: ast.Module) -> str:
-    """The source without docstrings and other statements that are only a string, comments and blank lines, indented by
+    """Strip a source of docstrings and other statements that are only a string, comments and blank lines, indented by
     one space. tree: of the text. What is left says the same, in the same order, and can be read."""
     lines = text.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

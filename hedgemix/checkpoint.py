@@ -25,11 +25,12 @@ Kept = Callable[[Path], None]
 
 
 def nothing(path: Path) -> None:
-    """Keeps no copy."""
+    """Keep no copy."""
 
 
 class Checkpoints:
-    """The checkpoints of one piece of work in `folder`, numbered by how far it is. Rank 0 writes, every rank loads."""
+    """Keeps the checkpoints of one piece of work in `folder`, numbered by how far it is. Rank 0 writes, every rank
+    loads."""
 
     def __init__(self, folder: Path, name: str = "checkpoint", kept: Kept = nothing) -> None:
         self.folder, self.name, self.kept = folder, name, kept
@@ -42,9 +43,11 @@ class Checkpoints:
 
     @property
     def pointer(self) -> Path:
+        """Name the file that lists the sound ones."""
         return self.folder / f"{self.name}.json"
 
     def file(self, number: int) -> Path:
+        """Name the file of the checkpoint with this number."""
         return self.folder / f"{self.name}-{number}.pt"
 
     def _read(self) -> list[dict[str, Any]]:
@@ -58,7 +61,7 @@ class Checkpoints:
             return []
 
     def load(self, device: torch.device | str = "cpu", agree: Callable[[float], list[float]] | None = None) -> Any:
-        """The newest sound state, or None. Those passed over are named in `damaged` and forgotten.
+        """Load the newest sound state; None when there is none. Those passed over are named in `damaged` and forgotten.
 
         agree: gives rank 0's number to every rank, which then loads that very state. Raises OSError when storage fails,
         DamagedFileError on a rank that cannot read what rank 0 took up.
@@ -114,7 +117,7 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Until what is being written is on disk, or has failed."""
+        """Wait until what is being written is on disk, or has failed."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -128,7 +131,7 @@ class Checkpoints:
 
 
 def host_copy(state: Any) -> Any:
-    """The same nest with every tensor copied into the host's memory."""
+    """Copy a nest of dicts, lists and tensors with every tensor in the host's memory."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

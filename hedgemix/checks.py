@@ -23,7 +23,7 @@ Told = Mapping[str, Any]
 
 
 def normalised(claim: Claim, replay: Told) -> Finding:
-    """Every row looked at is a distribution, and what was charged is its value at the token."""
+    """Check that every row looked at is a distribution, and that what was charged is its value at the token."""
     rows = replay["rows"]
     sums = [row["log_sum"] for row in rows]
     log_sum = max((abs(value) if math.isfinite(value) else math.inf for value in sums), default=math.inf)
@@ -51,7 +51,8 @@ def normalised(claim: Claim, replay: Told) -> Finding:
 
 
 def order(claim: Claim, replay: Told, tokens: int) -> Finding:
-    """Each target is scored once, in order, before anything learned from it; the counts are the text's."""
+    """Check that each target is scored once, in order, before anything learned from it, and that the counts are the
+    text's."""
     wrong = disorder(replay["events"], tokens)
     expected = {"tokens": tokens - 1, "charged": tokens - 1, "bytes": replay["text_bytes"]}
     wrong += [f"{name}: {replay[name]} instead of {value}" for name, value in expected.items() if replay[name] != value]
@@ -79,7 +80,7 @@ def order(claim: Claim, replay: Told, tokens: int) -> Finding:
 
 
 def disorder(events: Sequence[Told], tokens: int) -> list[str]:
-    """What is wrong with the order of events in a text of so many tokens; empty when nothing is."""
+    """Find what is wrong with the order of events in a text of so many tokens; empty when nothing is."""
     wrong: list[str] = []
     done, learned, weights, opened = 1, 1, None, None
     for event in events:
@@ -117,7 +118,7 @@ def disorder(events: Sequence[Told], tokens: int) -> list[str]:
 
 
 def bits(claim: Claim, replay: Told, tolerance: float) -> Finding:
-    """The re-derived bits are the claim's: of every chunk and name in the trace, of result.json, of the row."""
+    """Check that the re-derived bits are the claim's: every chunk and name of the trace, result.json and the row."""
     lines, trace, wrong = replay["lines"], claim.trace, []
     worst, equal = 0.0, True
     for mine, theirs in zip(lines, trace, strict=False):
@@ -165,7 +166,8 @@ def bits(claim: Claim, replay: Told, tolerance: float) -> Finding:
 
 
 def self_contained(confined: Confined | None, error: str, allowed: int, seconds: float) -> Finding:
-    """confined: what the guards of the replay's process saw; None when it failed with `error`."""
+    """Check that the replay opened nothing else. confined: what the guards of its process saw; None when it failed with
+    `error`."""
     refused = confined.refused if confined else [error]
     kernel = confined.landlock if confined else 0
     statement = (
@@ -184,7 +186,8 @@ def self_contained(confined: Confined | None, error: str, allowed: int, seconds:
 
 
 def blind(what: str, copies: Sequence[Told]) -> Finding:
-    """what: target or future, the part that was changed in each copy."""
+    """Check that copies of the text charge the same up to where they differ. what: target or future, the part that was
+    changed in each."""
     wrong = []
     for told in copies:
         place = f"position {told['position']:,}"
@@ -216,7 +219,7 @@ def blind(what: str, copies: Sequence[Told]) -> Finding:
 
 
 def world_size(replay: Told, ranks: Sequence[Told], tolerance: float) -> Finding:
-    """One process (the replay) and these ranks charge the same."""
+    """Check that one process (the replay) and these ranks charge the same."""
     wrong, worst = [], 0.0
     chunks = len(ranks[0]["bits"])
     for mine, theirs in zip(replay["lines"], ranks[0]["bits"], strict=False):
@@ -246,7 +249,8 @@ def world_size(replay: Told, ranks: Sequence[Told], tolerance: float) -> Finding
 
 
 def coded(told: Told, back: Told, tokens: int, sha256: str, reported_bits: float) -> Finding:
-    """told: what the compressor wrote; back: what the decompressor read; sha256: of the tokens that went in."""
+    """Check that real coding takes the reported bits and gives the text back. written: what the compressor wrote; back:
+    what the decompressor read; sha256: of the tokens that went in."""
     allowed = 0.001 * reported_bits + 64
     same = back["sha256"] == sha256 and back["tokens"] == tokens
     off = told["payload_bits"] - reported_bits
@@ -271,10 +275,12 @@ def coded(told: Told, back: Told, tokens: int, sha256: str, reported_bits: float
 
 
 def not_done(name: str, error: str) -> Finding:
+    """Report a check that could not be made, and why: it failed."""
     return Finding(name, False, error, f"Could not be checked: {error}.")
 
 
 def wrong_or(wrong: Sequence[str], statement: str) -> str:
+    """Say the first violation and how many more there are, or else the statement."""
     if not wrong:
         return statement
     more = f" ({len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
@@ -282,12 +288,12 @@ def wrong_or(wrong: Sequence[str], statement: str) -> str:
 
 
 def relative(one: float, other: float) -> float:
-    """|one - other| as a share of the larger; infinite when either is no number."""
+    """Compare: |one - other| as a share of the larger; infinite when either is no number."""
     if not (math.isfinite(one) and math.isfinite(other)):
         return math.inf
     return abs(one - other) / max(abs(one), abs(other), 1e-300)
 
 
 def apart(one: float, other: float) -> float:
-    """|one - other|, infinite when that is no number."""
+    """Subtract: |one - other|, infinite when that is no number."""
     return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf

@@ -39,6 +39,8 @@ AUDITED = {
 
 @dataclass(frozen=True)
 class Claim:
+    """Holds a row of a table, what it says of itself in its files, and the number that is taken for its score."""
+
     table: Path
     seed: int
     name: str
@@ -55,17 +57,20 @@ class Claim:
 
     @property
     def score(self) -> float:
-        """Bits per byte, as the evaluation reports them."""
+        """Give the bits per byte that the evaluation reports."""
         return float(self.result[f"bpb_{self.name}"])
 
     def path(self, suffix: str) -> Path:
-        """Where findings go: audit.json, audit.md beside the result; those about another number than the score are
+        """Say where findings go: audit.json, audit.md beside the result; those about another number than the score are
         named after it."""
         return self.evaluation / (f"audit{suffix}" if self.name == "final" else f"audit_{self.name}{suffix}")
 
 
 def claims(table: Path, seeds: Sequence[int] = (), name: str = "final") -> list[Claim]:
-    """The claims of the table's finished rows, or of these seeds'. Raises RecipeError when one cannot be audited."""
+    """Read the claims of the table's finished rows, or of these seeds'.
+
+    Raises RecipeError when one cannot be audited.
+    """
     rows = read_rows(table)
     if name not in NAMES:
         raise RecipeError(f"--claim {name!r}: one of {', '.join(NAMES)}")
@@ -80,6 +85,7 @@ def claims(table: Path, seeds: Sequence[int] = (), name: str = "final") -> list[
 
 
 def read_rows(table: Path) -> list[dict[str, Any]]:
+    """Read a results table, a dictionary a row; raises RecipeError for a file that is none, or lacks columns."""
     try:
         found = pq.read_table(table) if table.is_file() else None
     except (OSError, pa.ArrowInvalid) as error:
@@ -96,7 +102,8 @@ def read_rows(table: Path) -> list[dict[str, Any]]:
 
 
 def load(table: Path, row: dict[str, Any], name: str) -> Claim:
-    """The claim of one row, its files found and the artifact's checksum compared."""
+    """Load the claim of one row, its files found and the artifact's checksum compared; raises RecipeError where that
+    fails."""
     seed = row["seed"]
     places = {column: find(table, row, column) for column in PATHS}
     evaluation, file = places["evaluate_path"], places["artifact_path"]
@@ -126,7 +133,7 @@ def load(table: Path, row: dict[str, Any], name: str) -> Claim:
 
 
 def find(table: Path, row: dict[str, Any], column: str) -> Path:
-    """The row's path, or the same place under the table's own folder."""
+    """Find the row's path, or the same place under the table's own folder."""
     path = Path(row[column] or "")
     if row[column] and path.exists():
         return path
@@ -139,13 +146,13 @@ def find(table: Path, row: dict[str, Any], column: str) -> Path:
 
 
 def columns(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """The audit columns of a row, from the content of audit.json."""
+    """Make the audit columns of a row from the content of audit.json."""
     return {column: verdict[name] for column, name in AUDITED.items()}
 
 
 def kept(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The audit columns from the audit.json in the folder of an evaluation; empty when there is none, or when it is
-    about another artifact or another result."""
+    """Read the audit columns from the audit.json in the folder of an evaluation; empty when there is none, or when it
+    is about another artifact or another result."""
     try:
         verdict = read_json(evaluation / AUDIT)
         same = verdict["artifact_sha256"] == artifact_sha256 and verdict["result"] == result

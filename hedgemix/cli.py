@@ -124,7 +124,7 @@ Commands = dict[type, Callable[[Any], None]]
 
 
 def main(commands: Commands | None = None) -> None:
-    """Entry point, of these commands or the library's own; exits with 2 after a user's mistake."""
+    """Run the command line, of these commands or the library's own; exits with 2 after a user's mistake."""
     commands = commands or COMMANDS
     either: Any = Union[tuple(commands)]  # noqa: UP007
     command = tyro.cli(either, prog="hedgemix", description=__doc__)

@@ -17,15 +17,14 @@ FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
 
 
 def never() -> bool:
-    """No notice comes."""
+    """Say that no notice came."""
     return False
 
 
 class Clock:
-    """Rank 0 notes on disk every second what was used, so that a killed run cannot win back the time since its last
-    checkpoint. `clock.json`: elapsed_seconds (used, over restarts), starts, discarded_seconds (used before the work
-    last began anew), lost_seconds (those, and the time from a checkpoint to the kill after it).
-    """
+    """Notes on disk every second, on rank 0, what was used, so that a killed run cannot win back the time since its
+    last checkpoint. `clock.json`: elapsed_seconds (used, over restarts), starts, discarded_seconds (used before the
+    work last began anew), lost_seconds (those, and the time from a checkpoint to the kill after it)."""
 
     def __init__(
         self,
@@ -52,9 +51,11 @@ class Clock:
         self.note()
 
     def elapsed(self) -> float:
+        """Count the seconds used by the work that goes on, over restarts."""
         return self.used_before + self.now() - self.began
 
     def note(self) -> None:
+        """Write the clock down; raises OSError when storage fails."""
         self.beaten = self.now()
         if ranks.rank() == 0:
             seconds = self.elapsed(), self.starts, self.discarded_seconds, self.lost_seconds
@@ -62,7 +63,7 @@ class Clock:
             self.kept(self.path)
 
     def beat(self) -> None:
-        """`note`, once a second; storage that fails for a moment does not end the work."""
+        """Do as `note`, once a second; storage that fails for a moment does not end the work."""
         if self.now() - self.beaten >= BEAT_SECONDS:
             with contextlib.suppress(OSError):
                 self.note()
@@ -88,7 +89,7 @@ class Due:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a clock noted; zeros when there is none, or none that can be read."""
+    """Read what a clock noted; zeros when there is none, or none that can be read."""
     try:
         found = read_json(path)
         return {name: float(found[name]) for name in FIELDS}

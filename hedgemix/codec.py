@@ -58,11 +58,13 @@ LOG_EVERY_TOKENS = 256
 
 
 class CodecError(ValueError):
-    """A coded file that is damaged, or that this artifact, or this machine, cannot decode."""
+    """Tells that a coded file is damaged, or that this artifact, or this machine, cannot decode it."""
 
 
 @dataclass(frozen=True)
 class Coded:
+    """Holds a coded text."""
+
     data: bytes
     """The whole file."""
     payload_bits: int
@@ -75,8 +77,8 @@ class Coded:
 
 
 def settings_for(found: Artifact) -> EvaluateConfig:
-    """Evaluation settings that suit an artifact of any size, in proportion to the context it was trained at (those of
-    recipe laptop, for its artifacts). Others can be given; the coded file carries what was used."""
+    """Choose evaluation settings that suit an artifact of any size, in proportion to the context it was trained at
+    (those of recipe laptop, for its artifacts). Others can be given; the coded file carries what was used."""
     context = load_model(found).context_tokens
     base = EvaluateConfig(
         window_tokens=context, overlap_tokens=context, segment_tokens=8 * context, chunk_tokens=32 * context,
@@ -86,7 +88,7 @@ def settings_for(found: Artifact) -> EvaluateConfig:
 
 
 def conditions(config: EvaluateConfig) -> dict[str, Any]:
-    """What must be equal for two machines to compute the same probabilities to the last bit."""
+    """List what must be equal for two machines to compute the same probabilities to the last bit."""
     return {
         "hedgemix": bundle.digest("hedgemix.predictor")[:16],
         "torch": torch.__version__,
@@ -131,7 +133,7 @@ def compress_tokens(
 
 
 def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log: Log = silent) -> np.ndarray:
-    """The tokens, uint16 (N,), that `compress_tokens` coded.
+    """Decode the tokens, uint16 (N,), that `compress_tokens` coded.
 
     force: try although the conditions differ; the text's checksum still decides. Raises CodecError, before any work,
     for a file that is cut or altered, of another artifact, or coded under other conditions; and after it when the text
@@ -198,13 +200,14 @@ def decompress(artifact_path: Path, coded_path: Path, out: Path, force: bool, lo
 
 
 def header_bytes(data: bytes) -> int:
-    """Bytes of a coded file that are not range-coded tokens; raises CodecError as `decompress_tokens` does."""
+    """Count the bytes of a coded file beside its range-coded tokens; raises CodecError as `decompress_tokens` does."""
     return len(data) - len(_parse(data)[2])
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums are split among threads, and how they are split shows in their last bits."""
+    """Work on one thread inside the block: sums are split among threads, and how they are split shows in their last
+    bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -17,11 +17,13 @@ Config = TypeVar("Config")
 
 
 class RecipeError(ValueError):
-    """A recipe field, or a combination of fields, that cannot work; the message names the field and the fix."""
+    """Tells that a recipe field, or a combination of fields, cannot work; the message names the field and the fix."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Choose the text that is read, and how it becomes tokens."""
+
     source: Literal["docs", "text", "shards"] = "docs"
     """docs: documentation inside installed Python packages. text: your own files. shards: tokenized shards on disk."""
     packages: tuple[str, ...] = ("torch", "ray", "sympy", "pandas", "numpy", "networkx")
@@ -46,6 +48,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Set the sizes and parts of the network; widths are in channels."""
+
     layers: int = 11
     width: int = 512
     heads: int = 8
@@ -86,6 +90,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Set how long a seed is trained, on what batches, and by which rates."""
+
     budget_seconds: float = 600.0
     """Wall clock for the training loop, EMA and calibration together, summed over restarts."""
     reserve_seconds: float = 18.0
@@ -133,6 +139,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
+    """Set how trained weights become the artifact."""
+
     method: Literal["stepped", "reference"] = "stepped"
     """stepped: steps by row and column from what weights matter, entropy coded. reference: the published export, for
     comparison (fields marked so are its own)."""
@@ -160,6 +168,8 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class TTTConfig:
+    """Set how the model trains on what it has scored."""
+
     enabled: bool = True
     """Train on each chunk after it was scored."""
     rate: float = 2e-4
@@ -184,6 +194,8 @@ class TTTConfig:
 
 @dataclass(frozen=True)
 class MixerConfig:
+    """Choose which experts are mixed, and how fast the mixtures learn."""
+
     kind: Literal["none", "hedge", "linear", "logistic", "ensemble"] = "ensemble"
     """The mixture whose bits are the final score. hedge: over the experts. linear: the first of linear_gates.
     logistic: the first of gates. ensemble: Hedge over the neural model and every logistic mixer."""
@@ -217,6 +229,8 @@ class MixerConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Set in which order, and with how much context, tokens are scored."""
+
     order: Literal["streaming", "sliding"] = "streaming"
     """streaming: one pass, banded attention. sliding: windows of window_tokens, each scoring its last stride_tokens."""
     window_tokens: int = 2048
@@ -241,6 +255,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
+    """Set how many processes a seed gets, and what of a machine each."""
+
     workers: int = 8
     """Ray Train workers of one seed's training job, all on one node."""
     gpus_per_worker: float = 1
@@ -256,6 +272,8 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
+    """Set what a record's rules allow a seed."""
+
     total_bytes: int = 16_000_000
     """Artifact and code together."""
     train_seconds: float = 600.0
@@ -264,6 +282,8 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class Recipe:
+    """Holds all that decides a run but its seed."""
+
     recipe: str
     """Name of the recipe this configuration started from."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -276,12 +296,12 @@ class Recipe:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types (tuples become lists)."""
+    """Turn a configuration into plain JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; raises RecipeError on an unknown or missing field."""
+    """Make a configuration of what `to_dict` gave; raises RecipeError on an unknown or missing field."""
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
@@ -302,7 +322,7 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
 
 
 def config_hash(*parts: Any) -> str:
-    """First 12 hex digits of the SHA-256 of the parts (dataclasses or JSON values) in canonical JSON."""
+    """Name a run: first 12 hex digits of the SHA-256 of the parts (dataclasses or JSON values) in canonical JSON."""
     plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -30,7 +30,7 @@ BLANK_LINE = re.compile(rb"\n\s*\n")
 
 
 def collect(config: DataConfig) -> list[str]:
-    """All documents of a docs or text source, without duplicates, in an order that only their contents decide.
+    """Collect all documents of a docs or text source, without duplicates, in an order that only their contents decide.
 
     With `max_text_bytes`, docs keeps an even sample over the packages and text keeps what comes first in the files.
     Raises RecipeError when a source cannot be read or holds no text.
@@ -51,7 +51,7 @@ def collect(config: DataConfig) -> list[str]:
 
 
 def split(documents: Iterable[str], valid_fraction: float) -> tuple[list[str], list[str]]:
-    """(training, validation) documents, without duplicates and in the given order.
+    """Split documents into (training, validation), without duplicates and in the given order.
 
     A document is validation when its SHA-256, read as a fraction of 2**256, is below `valid_fraction`.
     Raises RecipeError when the fraction is not inside (0, 1) or a side stays empty.
@@ -71,7 +71,7 @@ def split(documents: Iterable[str], valid_fraction: float) -> tuple[list[str], l
 
 
 def docs_documents(packages: Sequence[str]) -> Iterator[str]:
-    """The docstrings of at least 200 characters in the packages' sources, in path order; nothing is imported.
+    """Read the docstrings of at least 200 characters in the packages' sources, in path order; nothing is imported.
 
     Raises RecipeError when a package is not installed or has no Python source.
     """
@@ -81,7 +81,7 @@ def docs_documents(packages: Sequence[str]) -> Iterator[str]:
 
 
 def text_documents(paths: Sequence[str | Path], text_field: str = "text") -> Iterator[str]:
-    """Documents of files and folders (recursed, sorted): a text file, a line of .jsonl, a row of .parquet.
+    """Read documents of files and folders (recursed, sorted): a text file, a line of .jsonl, a row of .parquet.
 
     Text files above 64 KB become documents of about 16 KB, cut at blank lines; joined, they are the file again. Files
     are streamed. Empty documents are left out. Raises RecipeError naming the file and the place of what is wrong.

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hedgemix import ngram
+from hedgemix.validate import check_orders
 
 
 class Counts:
-    """Counts of the tokens told so far, of every order, and the rows they give the next one."""
+    """Counts the tokens so far, in every order, and makes the rows they give the next one."""
 
     def __init__(self, orders: tuple[int, ...], vocab_size: int) -> None:
-        """Raises RecipeError as `ngram.check_orders` does."""
-        ngram.check_orders(orders)
+        """Raises RecipeError as `check_orders` does."""
+        check_orders(orders)
         self.orders, self.vocab_size = orders, vocab_size
         self.count_V = torch.zeros(vocab_size, dtype=torch.int32)
         self.tokens: list[int] = []
@@ -25,7 +25,7 @@ class Counts:
         """For each order and context, how often each token followed it."""
 
     def rows(self) -> list[Tensor]:
-        """Probability rows (V,), float32, of the next token, one for each of `orders`; see `ngram.rows`."""
+        """Make probability rows (V,), float32, of the next token, one for each of `orders`; see `ngram.rows`."""
         total = len(self.tokens)
         distinct = int((self.count_V > 0).sum()) if total else 1
         p_V = (self.count_V + torch.tensor(float(distinct)) / self.vocab_size) / torch.tensor(float(total + distinct))
@@ -41,7 +41,7 @@ class Counts:
         return out
 
     def longest_class(self) -> int:
-        """1 + the place, among the orders above 1, of the longest whose context was seen before; 0 when none was."""
+        """Find 1 + the place, among the orders above 1, of the longest whose context was seen; 0 when none was."""
         return max((at for at, n in enumerate(self.followers, start=1) if self._seen(n)), default=0)
 
     def add(self, token: int) -> None:

@@ -30,6 +30,8 @@ FILE_NAME = "dataset.json"
 
 @dataclass(frozen=True)
 class Dataset:
+    """Says what a run reads: shards, tokenizer, and what they hold."""
+
     source: str
     """docs, text or shards."""
     train_shards: tuple[str, ...]
@@ -70,12 +72,12 @@ def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print
 
 
 def train_stream(dataset: Dataset) -> shards.TokenStream:
-    """All training tokens."""
+    """Open all training tokens."""
     return shards.TokenStream(dataset.train_shards)
 
 
 def valid_stream(dataset: Dataset) -> shards.TokenStream:
-    """The validation tokens, cut to max_valid_tokens; all but the first are scored."""
+    """Open the validation tokens, cut to max_valid_tokens; all but the first are scored."""
     return shards.TokenStream(dataset.valid_shards, dataset.max_valid_tokens)
 
 
@@ -280,7 +282,7 @@ def _write_shards(folder: Path, name: str, batches: Iterable[np.ndarray]) -> lis
 
 
 def edges_sha256(paths: Iterable[Path]) -> str:
-    """Of each file's name, size, first and last megabyte."""
+    """Hash each file's name, size, first and last megabyte: SHA-256, in hex."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix.config import RecipeError
-
 SUM_TOLERANCE = 1e-4
 """How far a float32 row may be from 1, in sum."""
 
@@ -83,14 +81,6 @@ def backed_off(count_V: Tensor, p_V: Tensor, prior: float) -> Tensor:
 
 EXPERTS: dict[str, Callable[[int], Expert]] = {"recency": Recency}
 """How each begins, given the vocabulary's size."""
-
-
-def check(names: Sequence[str]) -> None:
-    """Raises RecipeError unless every name is one of `EXPERTS`, given once."""
-    if unknown := [name for name in names if name not in EXPERTS]:
-        raise RecipeError(f"evaluate.mixer.experts has {unknown[0]!r}; choose from {', '.join(EXPERTS)}")
-    if len(set(names)) != len(names):
-        raise RecipeError(f"evaluate.mixer.experts is {tuple(names)}; name each once")
 
 
 def start(names: Sequence[str], vocab_size: int) -> dict[str, Expert]:

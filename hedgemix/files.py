@@ -16,7 +16,7 @@ import torch
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well, and leaves no trace when it does not."""
+    """Open a binary file that becomes `path` when the block ends well, and leaves no trace when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
@@ -32,32 +32,34 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value of JSON types as a whole file."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
+    """Read a file of JSON; raises OSError, or ValueError for what is none."""
     return json.loads(path.read_text())
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Hash a file's bytes: SHA-256, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """`value`: nested dicts and lists of tensors and numbers."""
+    """Write nested dicts and lists of tensors and numbers as a whole file."""
     with replacing(path) as file:
         torch.save(value, file)
 
 
 class DamagedFileError(ValueError):
-    """A file of ours that cannot be read back."""
+    """Tells that a file of ours cannot be read back."""
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What `save_tensors` wrote; only tensors and plain containers are ever unpickled. Raises DamagedFileError."""
+    """Load what `save_tensors` wrote; only tensors and plain containers are ever unpickled. Raises DamagedFileError."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except OSError:
@@ -71,4 +73,4 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def silent(record: dict[str, Any]) -> None:
-    """A log that keeps nothing."""
+    """Log nothing."""

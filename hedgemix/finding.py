@@ -16,6 +16,8 @@ HEADLINE = 66
 
 @dataclass(frozen=True)
 class Finding:
+    """Holds what one check found."""
+
     name: str
     passed: bool
     headline: str
@@ -27,25 +29,26 @@ class Finding:
 
 
 def timed(check: Callable[[], Finding]) -> Finding:
-    """The check's finding with the seconds that it took added."""
+    """Make a check, and add the seconds that it took to its finding."""
     began = time.monotonic()
     found = check()
     return replace(found, seconds=found.seconds + time.monotonic() - began)
 
 
 def failed(findings: Sequence[Finding]) -> list[str]:
+    """List the names of the checks that failed."""
     return [found.name for found in findings if not found.passed]
 
 
 def print_finding(found: Finding, console: Console) -> None:
-    """One line: name, pass or FAIL, the figure, seconds."""
+    """Print one line: name, pass or FAIL, the figure, seconds."""
     verdict = Text("pass", "green") if found.passed else Text("FAIL", "bold red")
     line = Text.assemble(f"  {found.name:17}", verdict, f"  {found.headline[:HEADLINE]:{HEADLINE}}")
     console.print(line + Text(f" {found.seconds:5.1f} s"), soft_wrap=True)
 
 
 def markdown(title: str, facts: dict[str, Any], findings: Sequence[Finding]) -> str:
-    """A report: what was audited, a table of the checks, and a sentence and the figures of each."""
+    """Write a report: what was audited, a table of the checks, and a sentence and the figures of each."""
     bad, verdict = failed(findings), "**Every check passed.**"
     if bad:
         verdict = f"**{len(bad)} of {len(findings)} checks FAILED: {', '.join(bad)}.**"
@@ -62,7 +65,7 @@ def markdown(title: str, facts: dict[str, Any], findings: Sequence[Finding]) -> 
 
 
 def number(value: Any) -> str:
-    """A value as a reader wants it: thousands with commas, fractions in six digits."""
+    """Show a value as a reader wants it: thousands with commas, fractions in six digits."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int):

@@ -32,7 +32,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MAKERS = ("train", "quantize", "gptq", "calibrate", "batches", "schedule", "corpus", "dataset", "recipes")
+MAKERS = (
+    *("train", "calibrate", "batches", "schedule", "recipes"),
+    *("quantize", "allocate", "gptq", "fit_to_size", "published_export"),
+    *("corpus", "dataset", "fineweb"),
+)
+"""Modules of hedgemix that train, that quantize and that prepare text: a score needs none of them."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
@@ -48,7 +53,8 @@ WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir
 
 @dataclass
 class Confined:
-    """What the guards did: the data files opened, what was refused, and Landlock's version (0: the kernel has none)."""
+    """Tells what the guards did: the data files opened, what was refused, and Landlock's version (0: the kernel has
+    none)."""
 
     opened: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -57,6 +63,8 @@ class Confined:
 
 @dataclass(frozen=True)
 class Outcome:
+    """Holds what the work came to."""
+
     value: Any
     """What the work returned, through JSON."""
     confined: Confined
@@ -65,7 +73,7 @@ class Outcome:
 
 
 class WorkError(RuntimeError):
-    """The work raised, or its process died; `refused` is what the guards had refused by then."""
+    """Tells that the work raised, or its process died; `refused` is what the guards had refused by then."""
 
     def __init__(self, message: str, refused: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -78,7 +86,7 @@ def run(
     readable: Sequence[Path] | None,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Outcome:
-    """`function(**arguments, log=log)` of work = "module:function" in a fresh process; JSON both ways.
+    """Call `function(**arguments, log=log)` of work = "module:function" in a fresh process; JSON both ways.
 
     readable: the files it may open; None: an ordinary process, without guards. log receives the records that the work
     logs, as they come. Raises WorkError when the work fails.
@@ -123,7 +131,8 @@ def run(
 
 
 def serve(spec: dict[str, Any]) -> None:
-    """The fresh process: one JSON line on standard output for the start, each record logged, and the end."""
+    """Do the work, as the fresh process: one JSON line on standard output for the start, each record logged, and the
+    end."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the work prints goes to the error text
 

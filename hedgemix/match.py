@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hedgemix import grams
-from hedgemix.config import RecipeError
+from hedgemix.validate import check_match_lengths
 
 PRIOR_HITS, PRIOR_TRIES = 0.5, 1.0
 _COLUMNS = ("predicted_N", "class_N", "tries_N", "hits_N")
@@ -44,12 +44,6 @@ class MatchIndex:
     """At how many of those the prediction came true."""
 
 
-def check_lengths(lengths: tuple[int, ...]) -> None:
-    """Raises RecipeError unless lengths rise from 1 or more to 4096 at most; no length means no expert."""
-    if list(lengths) != sorted(set(lengths)) or any(not 1 <= m <= 4096 for m in lengths):
-        raise RecipeError(f"evaluate.mixer.match_lengths {lengths}: give rising lengths from 1 to 4096, or none")
-
-
 def confidence(hits: Any, tries: Any) -> Any:
     """Probability given to the predicted token, below 1, for integers or arrays of them."""
     return (hits + PRIOR_HITS) / (tries + PRIOR_TRIES)
@@ -57,7 +51,7 @@ def confidence(hits: Any, tries: Any) -> Any:
 
 def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> MatchIndex:
     """Matches at every position of a text, in memory; `ngram.build_index` finds them beside its pairs."""
-    check_lengths(lengths)
+    check_match_lengths(lengths)
     found = grams.Grams(tokens_N, vocab_size, grams.Arrays(None))
     index = start(len(tokens_N), lengths, found.arrays)
     for m in lengths:
@@ -128,7 +122,7 @@ class Follower:
     """The expert one token after another; memory grows with every token and length."""
 
     def __init__(self, lengths: tuple[int, ...], vocab_size: int) -> None:
-        check_lengths(lengths)
+        check_match_lengths(lengths)
         self.lengths, self.vocab_size = lengths, vocab_size
         self.tries, self.hits = [0] * len(lengths), [0] * len(lengths)
         self._history = array("i")

@@ -40,7 +40,7 @@ SLOPE_UNITS, CURVATURE_UNITS = 256, 16384
 
 @dataclass(frozen=True)
 class Sizes:
-    """Where the bits of one matrix go."""
+    """Tells where the bits of one matrix go."""
 
     weights: int
     ideal_bits: float
@@ -52,7 +52,7 @@ class Sizes:
 
 
 def encode(matrices: Sequence[Ints], steps: Steps | None = None) -> bytes:
-    """Integer matrices (R, C) of any sizes and magnitudes up to 2^24; the same ones give the same bytes.
+    """Code integer matrices (R, C) of any sizes and magnitudes up to 2^24; the same ones give the same bytes.
 
     steps: what the decoder will know before. Raises ValueError for other magnitudes or steps of other lengths.
     """
@@ -65,7 +65,7 @@ def encode(matrices: Sequence[Ints], steps: Steps | None = None) -> bytes:
 
 
 def decode(data: bytes, shapes: Sequence[Shape], steps: Steps | None = None) -> list[NDArray[np.int32]]:
-    """What `encode` was given, with the shapes and steps of that call.
+    """Decode what `encode` was given, int32 (R, C), with the shapes and steps of that call.
 
     For data that was cut or altered it raises CoderError or returns other integers: keep a checksum.
     """
@@ -83,7 +83,10 @@ def decode(data: bytes, shapes: Sequence[Shape], steps: Steps | None = None) -> 
 
 
 def sizes(matrices: Sequence[Ints], steps: Steps | None = None) -> list[Sizes]:
-    """The bits that each matrix takes in `encode`, and those it ideally would."""
+    """Count the bits that each matrix takes in `encode`, and those it ideally would.
+
+    Raises ValueError as `encode` does.
+    """
     numbers, bases = _fitted(matrices, steps)
     _, residuals, residual_widths = vectors.describe(numbers)
     spent, _ = widths.code_lengths(residuals, residual_widths, widths.encode(residuals, residual_widths))
@@ -150,22 +153,21 @@ def _fit(matrix: Ints, base: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
     """The numbers of rows (R,) and columns (C,): from mean squares first, then Newton steps on the code length."""
     if not matrix.size:
         return np.zeros(matrix.shape[0], np.int64), np.zeros(matrix.shape[1], np.int64)
-    units, table = _units(matrix.shape), _derivatives()
+    units = _units(matrix.shape)
+    slopes, curvatures = _derivatives()
     numbers = [np.rint(width / unit).astype(np.int64) for width, unit in zip(_start(matrix, base), units, strict=True)]
-    plain = np.minimum(np.abs(matrix), CENTRE).astype(np.uint8)
+    magnitudes = np.minimum(np.abs(matrix), CENTRE).astype(np.uint8)
     for _ in range(ROUNDS):
         for axis in (0, 1):
             tables, wide, shifts = widths.tables_of(_spread(base, *numbers))
-            entries = tables * np.int64(CENTRE + 1)
-            entries += plain
+            entries = tables * np.int64(CENTRE + 1)  # places in the flat table of slopes
+            entries += magnitudes
             if len(wide):
                 shifted = np.minimum(np.abs(widths.rounded(matrix.ravel()[wide], shifts)), CENTRE)
-                entries.ravel()[wide] += shifted - plain.ravel()[wide]
-            joint = table.take(entries).sum(1 - axis)
-            held = numbers[axis] * units[axis]
-            slope = (joint >> 32) / SLOPE_UNITS + RIDGE * (held - np.median(held))
-            curvature = (joint & 2**32 - 1) / CURVATURE_UNITS + RIDGE
-            moved = held - np.clip(slope / curvature, -LONGEST_MOVE, LONGEST_MOVE)
+                entries.ravel()[wide] += shifted - magnitudes.ravel()[wide]
+            slope = slopes.take(entries).sum(1 - axis) / SLOPE_UNITS
+            curvature = curvatures.take(entries).sum(1 - axis) / CURVATURE_UNITS
+            moved = _newton_step(numbers[axis] * units[axis], slope, curvature)
             numbers[axis] = np.rint(moved / units[axis]).astype(np.int64)
     return numbers[0], numbers[1]
 
@@ -183,10 +185,21 @@ def _start(matrix: Ints, base: tuple[Ints, Ints]) -> tuple[NDArray[np.float64], 
     return rows - sum(middles), columns - np.average(columns)
 
 
+def _newton_step(held: Ints, slope: NDArray[np.float64], curvature: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Widths (N,), in eighths, a Newton step further down the code length; the ridge holds them near their median."""
+    slope = slope + RIDGE * (held - np.median(held))
+    move: NDArray[np.float64] = np.clip(slope / (curvature + RIDGE), -LONGEST_MOVE, LONGEST_MOVE)
+    return held - move
+
+
 @functools.cache
-def _derivatives() -> NDArray[np.int64]:
-    """(TABLES * 128,) by table and magnitude: 2^32 * the first derivative of the bits by the width, in 1/256 bit, plus
-    the expected second derivative, in 1/16384 bit. Only the fit uses it, so it may be computed in floating point."""
+def _derivatives() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Flat tables (TABLES * 128,), by table and magnitude, of a symbol's bits derived by the width: the slope, in 1/256
+    bit, and the expected curvature, in 1/16384 bit, equal for all magnitudes of a table.
+
+    Only the fit uses them, so they may be computed in floating point; they are integers so that no order of summation
+    shows in the bytes.
+    """
     deviations = [2 ** (width / 8) for width in range(NARROWEST - 1, NARROWEST + TABLES + 1 + WIDE_EIGHTHS)]
     edges = [[math.erf((2 * a - 1) / (8**0.5 * deviation)) for a in range(CENTRE + 2)] for deviation in deviations]
     cells = np.diff(edges) / 2
@@ -195,5 +208,6 @@ def _derivatives() -> NDArray[np.int64]:
     slopes = (bits[2:] - bits[:-2]) / 2
     shares = mixed[1:-1] * np.where(np.arange(CENTRE + 1), 2, 1)
     curvatures = (shares * slopes**2).sum(1, keepdims=True) * math.log(2)
-    whole = np.rint(slopes * SLOPE_UNITS).astype(np.int64) << 32
-    return (whole + np.rint(curvatures * CURVATURE_UNITS).astype(np.int64)).ravel()
+    curvatures = np.broadcast_to(curvatures, slopes.shape)
+    whole = np.rint(slopes * SLOPE_UNITS), np.rint(curvatures * CURVATURE_UNITS)
+    return whole[0].astype(np.int64).ravel(), whole[1].astype(np.int64).ravel()

@@ -22,6 +22,7 @@ from hedgemix import experts, hedge, match, ngram
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.shards import PIECE_TOKENS
+from hedgemix.validate import check_mixer
 
 SPAN_TOKENS = {"cpu": 512, "cuda": 4096}
 """Positions whose n-gram rows are made at once: cache size on a CPU, launches on a GPU. Changes no score."""
@@ -64,7 +65,7 @@ class Mixer:
         """span_tokens: positions whose n-gram rows are made at once, which changes no score (0: what suits the device).
 
         Raises RecipeError when the configuration contradicts itself or the index."""
-        check(config)
+        check_mixer(config, experts.EXPERTS)
         known = index.orders, index.match.lengths, index.vocab_size
         if known != (config.orders, config.match_lengths, vocab_size):
             raise RecipeError(
@@ -217,24 +218,3 @@ class Mixer:
             rows.append(match.rows_at(self.index.match, rows[-1], start, stop))
         further = experts.rows(self._state.further, self.index.tokens_N[start:stop], self.index.vocab_size)
         return rows + [rows_BV.to(self.device) for rows_BV in further]
-
-
-def check(config: MixerConfig) -> None:
-    """Raises RecipeError, naming the field, when a value cannot work."""
-
-    def require(fits: bool, field: str, rule: str) -> None:
-        if not fits:
-            raise RecipeError(f"evaluate.mixer.{field} is {getattr(config, field)}; it must be {rule}")
-
-    share = config.hedge_share
-    require(share == 0 or 1e-6 <= share < 1, "hedge_share", "0, or from 1e-6 to below 1")
-    require(len(config.gates) > 0, "gates", "one or more")
-    require(config.kind != "linear" or len(config.linear_gates) > 0, "linear_gates", "one or more for this kind")
-    require(0 < config.linear_rate < 1, "linear_rate", "above 0 and below 1")
-    require(len(config.memory_tokens) == len(config.gates), "memory_tokens", "one number for each of gates")
-    require(all(memory > 0 for memory in config.memory_tokens), "memory_tokens", "above 0")
-    require(0 <= config.bias_rate < 1, "bias_rate", "at least 0 and below 1")
-    require(config.logistic_ridge > 0, "logistic_ridge", "above 0")
-    require(config.block_tokens >= 1, "block_tokens", "at least 1")
-    require(config.entropy_sets >= 1, "entropy_sets", "at least 1")
-    experts.check(config.experts)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from hedgemix import kernels
 from hedgemix.attention import Cache, attention
-from hedgemix.config import ModelConfig, RecipeError
+from hedgemix.config import ModelConfig
 from hedgemix.kernels import leaky_square, normalised_rotary, rms_norm, without_projection
+from hedgemix.validate import check_model
 
 # Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
 HASH_CURRENT, HASH_PREVIOUS = 36313, 27191
@@ -180,7 +181,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, context_tokens: int, draw: bool = True) -> None:
         super().__init__()
-        validate(config)
+        check_model(config)
         self.config, self.vocab_size, self.context_tokens = config, vocab_size, context_tokens
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
@@ -303,40 +304,3 @@ class Model(nn.Module):
 
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def validate(config: ModelConfig) -> None:
-    """Raise RecipeError for shapes that cannot be built, naming the field and the fix."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise RecipeError(message)
-
-    positive = [
-        "layers",
-        "width",
-        "heads",
-        "kv_heads",
-        "mlp_hidden",
-        "rope_base",
-        "rope_scaled_beyond_tokens",
-        "logit_cap",
-    ]
-    positive += ["bigram_width"] if config.bigram_buckets else []
-    positive += ["value_embedding_width"] if config.value_embedding_layers else []
-    for field in positive:
-        require(getattr(config, field) > 0, f"model.{field} is {getattr(config, field)}; it must be above 0")
-    require(config.width % config.heads == 0, f"model.width {config.width} is not a multiple of model.heads")
-    require(config.heads % config.kv_heads == 0, f"model.kv_heads {config.kv_heads} does not divide model.heads")
-    head_width = config.width // config.heads
-    require(
-        config.rope_dims % 2 == 0 and 0 <= config.rope_dims <= head_width,
-        f"model.rope_dims {config.rope_dims} must be even and at most the head width {head_width}",
-    )
-    require(
-        config.bigram_buckets >= 0 and config.bigram_buckets != 1, "model.bigram_buckets must be 0 (none) or at least 2"
-    )
-    require(
-        0 <= config.value_embedding_layers <= config.layers,
-        f"model.value_embedding_layers {config.value_embedding_layers} must be between 0 and model.layers",
-    )

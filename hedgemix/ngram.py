@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hedgemix import grams, match
-from hedgemix.config import RecipeError
 from hedgemix.shards import PIECE_TOKENS, TokenStream
+from hedgemix.validate import check_match_lengths, check_orders
 
 _COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
 
@@ -66,12 +66,6 @@ class NgramState:
     token_P: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
 
-def check_orders(orders: tuple[int, ...]) -> None:
-    """Raises RecipeError when an order is not in 1..6 or when orders do not rise."""
-    if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 6:
-        raise RecipeError(f"evaluate.mixer.orders {orders}: give rising orders from 1 to 6")
-
-
 def build_index(
     tokens: np.ndarray | TokenStream,
     orders: tuple[int, ...],
@@ -85,10 +79,10 @@ def build_index(
     Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
     .json of `folder`, which `load` maps, or into memory when it is None; beside them `grams.Grams` says what memory is
     used. A folder holds 13 bytes a token more during the work.
-    Raises RecipeError as `check_orders` and `match.check_lengths` do, and for tokens that do not fit.
+    Raises RecipeError as `check_orders` and `check_match_lengths` do, and for tokens that do not fit.
     """
     check_orders(orders)
-    match.check_lengths(match_lengths)
+    check_match_lengths(match_lengths)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     arrays = grams.Arrays(folder)

@@ -20,14 +20,14 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows (W, 64) of validation tokens, uint16, and the shard that each was drawn from (W,)."""
+    """Holds windows (W, 64) of validation tokens, uint16, and the shard that each was drawn from (W,)."""
 
     tokens: np.ndarray
     shard: np.ndarray
 
 
 def draw(shards: Sequence[np.ndarray], count: int, seed: int) -> Windows:
-    """`count` windows of each shard, evenly spread with a drawn start; of a shorter shard all there are."""
+    """Draw `count` windows of each shard, evenly spread with a drawn start; of a shorter shard all there are."""
     generator = np.random.default_rng(seed)
     tokens: list[np.ndarray] = []
     origin: list[int] = []
@@ -42,7 +42,7 @@ def draw(shards: Sequence[np.ndarray], count: int, seed: int) -> Windows:
 
 
 def occurring(windows: Windows, shards: Sequence[np.ndarray]) -> np.ndarray:
-    """Which windows occur in one of the training shards (uint16 arrays, mapped files too): bool (W,)."""
+    """Find which windows occur in one of the training shards (uint16 arrays, mapped files too): bool (W,)."""
     count = len(windows.tokens)
     found = np.zeros(count, bool)
     if not count:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import bpb, experts, hedge, match, mixer, stream, tokenizer, ttt
+from hedgemix import bpb, experts, hedge, match, stream, tokenizer
 from hedgemix.artifact import Artifact
 from hedgemix.attention import Cache
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
@@ -28,10 +28,12 @@ from hedgemix.counts import Counts
 from hedgemix.evaluate import load_model
 from hedgemix.model import Model
 from hedgemix.ttt import Adapter
+from hedgemix.validate import check_evaluate, check_mixer, check_ttt
 
 
 class Predictor:
-    """Give it the artifact, the text's length (schedules of test-time training depend on it) and its first token."""
+    """Predicts a text token by token. Give it the artifact, the text's length (schedules of test-time training depend
+    on it) and its first token."""
 
     def __init__(self, found: Artifact, n_tokens: int, first_token: int, config: EvaluateConfig) -> None:
         """Raises ArtifactError for an artifact that holds no model, RecipeError for settings that do not fit it,
@@ -39,9 +41,9 @@ class Predictor:
         model = load_model(found)
         if n_tokens < 1 or not 0 <= first_token < model.vocab_size:
             raise ValueError(f"{n_tokens} tokens beginning with {first_token}: not a text of {model.vocab_size} tokens")
-        mixer.check(config.mixer)
-        stream.validate(config, model.context_tokens)
-        ttt.validate(config.ttt, model.context_tokens)
+        check_mixer(config.mixer, experts.EXPERTS)
+        check_evaluate(config, model.context_tokens)
+        check_ttt(config.ttt, model.context_tokens)
         self.config, self.vocab_size, self.position = config, model.vocab_size, 1
         self.tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
         self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)
@@ -56,13 +58,13 @@ class Predictor:
         self.row: np.ndarray | None = None
 
     def predict(self) -> np.ndarray:
-        """Probabilities (V,), float64, of the next token; asked again, the same."""
+        """Give the probabilities (V,), float64, of the next token; asked again, the same."""
         if self.row is None:
             self.row = self.mixture.predict(self._neural_row()).double().softmax(0).numpy()
         return self.row
 
     def update(self, token: int) -> None:
-        """Tell the token that `predict` is about."""
+        """Learn the token that `predict` is about; raises ValueError for one that cannot be."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token {token} is outside 0..{self.vocab_size - 1}")
         self.predict()
@@ -95,7 +97,7 @@ class Predictor:
 
 @torch.inference_mode()
 def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> Tensor:
-    """The row (V,) behind the last of `tokens`, which follow those the cache holds; see `stream.piece_rows`."""
+    """Compute the row (V,) behind the last of `tokens`, which follow those the cache holds; see `stream.piece_rows`."""
     band = config.window_tokens if config.order == "streaming" else None
     with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if len(tokens) > 1:
@@ -105,7 +107,7 @@ def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig)
 
 
 class Mixture:
-    """What `mixer.Mixer` does for a whole text, for the one mixture that is the score."""
+    """Does what `mixer.Mixer` does for a whole text, for the one mixture that is the score."""
 
     def __init__(self, config: EvaluateConfig, vocab_size: int, first_token: int) -> None:
         self.config = config.mixer
@@ -122,7 +124,7 @@ class Mixture:
         self.block: list[tuple[Mixed, int]] = []
 
     def predict(self, neural_V: Tensor) -> Tensor:
-        """The mixed log row (V,), float32, of the next token."""
+        """Mix the log row (V,), float32, of the next token."""
         self.said = self.blend.mix(self._position(neural_V))
         self.team_BRKV = self._team(self.said)
         return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]

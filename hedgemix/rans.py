@@ -34,12 +34,12 @@ BLOCK = 1 << 20
 
 
 class CoderError(ValueError):
-    """Coded bytes that were cut or altered, or that belong to other shapes."""
+    """Tells that coded bytes were cut or altered, or belong to other shapes."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Symbols that are coded with one set of tables: symbol n under table contexts[n]."""
+    """Holds symbols that are coded with one set of tables: symbol n under table contexts[n]."""
 
     symbols: Ints
     """(N,), below the alphabet A."""
@@ -50,17 +50,17 @@ class Run:
 
 
 def lanes_for(n_symbols: int) -> int:
-    """Lanes that cost about 0.003 bits a symbol or less: a power of two, from 1 to 1024."""
-    return 1 << min(n_symbols // SYMBOLS_A_LANE, MOST_LANES).bit_length() - 1 if n_symbols >= SYMBOLS_A_LANE else 1
+    """Choose lanes that cost about 0.003 bits a symbol or less: a power of two, from 1 to 1024."""
+    return 1 << (min(n_symbols // SYMBOLS_A_LANE, MOST_LANES).bit_length() - 1) if n_symbols >= SYMBOLS_A_LANE else 1
 
 
 def encode(runs: Sequence[Run], lanes: int) -> bytes:
-    """The runs, to be decoded in this order, each by one `Decoder.take`."""
+    """Code the runs, to be decoded in this order, each by one `Decoder.take`."""
     states = np.full(lanes, LOW, np.int64)
     words: list[Ints] = []
     for run in reversed(runs):
         starts = np.cumsum(run.frequencies, axis=1, dtype=np.int64) - run.frequencies
-        packed = (run.frequencies.astype(np.int64) | starts << 16).ravel()
+        packed = (run.frequencies.astype(np.int64) | (starts << 16)).ravel()
         alphabet, n = run.frequencies.shape[1], len(run.symbols)
         block = max(BLOCK // lanes, 1) * lanes
         for first in reversed(range(0, n, block)):
@@ -74,7 +74,7 @@ def encode(runs: Sequence[Run], lanes: int) -> bytes:
 def _push(states: Ints, words: list[Ints], entries: Ints, lanes: int) -> None:
     """Codes the block of (frequency | start << 16) entries, last first, into the states, in place, and the words."""
     frequencies, starts = entries & 0xFFFF, entries >> 16
-    limits = frequencies << 32 - BITS
+    limits = frequencies << (32 - BITS)
     for first in reversed(range(0, len(entries), lanes)):
         frequency = frequencies[first : first + lanes]
         state = states[: len(frequency)]
@@ -102,7 +102,8 @@ class Decoder:
         self._lanes, self._position = lanes, 0
 
     def take(self, contexts: Ints, frequencies: Ints) -> NDArray[np.uint8]:
-        """The next symbols (N,), coded under these contexts (N,) and tables (T, A)."""
+        """Decode the next symbols uint8 (N,), coded under these contexts (N,) and tables (T, A); raises CoderError
+        where the data ends."""
         tables, alphabet = frequencies.shape
         used = np.flatnonzero(np.bincount(contexts, minlength=tables))
         place = np.zeros(tables, np.int64)
@@ -111,7 +112,7 @@ class Decoder:
         assert (wanted.sum(axis=1) == SLOTS).all(), "frequencies do not sum to 2^14"
         slots = np.repeat(np.tile(np.arange(alphabet, dtype=np.uint8), len(used)), wanted.ravel())
         starts = np.cumsum(frequencies, axis=1, dtype=np.int64) - frequencies
-        packed = (frequencies.astype(np.int64) | starts << 16).ravel()
+        packed = (frequencies.astype(np.int64) | (starts << 16)).ravel()
         symbols = np.empty(len(contexts), np.uint8)
         block = max(BLOCK // self._lanes, 1) * self._lanes
         for first in range(0, len(contexts), block):
@@ -125,7 +126,7 @@ class Decoder:
         for first in range(0, len(symbols), lanes):
             found = symbols[first : first + lanes]
             state = states[: len(found)]
-            slot = state & SLOTS - 1
+            slot = state & (SLOTS - 1)
             np.take(slots, slot + places[first : first + lanes], out=found, mode="clip")  # raise would buffer
             entry = packed.take(rows[first : first + lanes] + found)
             state >>= BITS
@@ -136,10 +137,10 @@ class Decoder:
             end = self._position + len(empty)
             if end > len(words):
                 raise CoderError("the coded data ends too early; it was cut or altered")
-            state[empty] = state[empty] << 16 | words[self._position : end]
+            state[empty] = (state[empty] << 16) | words[self._position : end]
             self._position = end
 
     def close(self) -> None:
-        """Raises CoderError unless everything was taken and the states are what the encoder began with."""
+        """Raise CoderError unless everything was taken and the states are what the encoder began with."""
         if self._position != len(self._words) or (self._states != LOW).any():
             raise CoderError("the coded data does not end where its symbols do; it was altered or is of other shapes")

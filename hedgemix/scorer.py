@@ -40,14 +40,20 @@ NATS = 1e-6
 
 
 class Scorer(Protocol):
-    def predict(self) -> np.ndarray: ...
+    """Predicts each token of a text before it is told it: the interface of what is audited."""
 
-    def update(self, token: int) -> None: ...
+    def predict(self) -> np.ndarray:
+        """Give the probabilities (V,), floating point, of the next token; asked again, the same."""
+        ...
+
+    def update(self, token: int) -> None:
+        """Learn the token that `predict` was about."""
+        ...
 
 
 @dataclass
 class Walk:
-    """What a scorer said on its way through a text; index t is position t, 0 is unused."""
+    """Holds what a scorer said on its way through a text; index t is position t, 0 is unused."""
 
     nats_N: np.ndarray
     sums_N: np.ndarray
@@ -63,7 +69,7 @@ class Walk:
 
 
 def load(name: str) -> Callable[[np.ndarray], Scorer]:
-    """The callable of "module:object", looked for from the working folder too; raises RecipeError."""
+    """Load the callable of "module:object", looked for from the working folder too; raises RecipeError."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -74,7 +80,8 @@ def load(name: str) -> Callable[[np.ndarray], Scorer]:
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """The tokens of a shard in the official format (.bin) or of a NumPy file (.npy), int64 (N,)."""
+    """Read the tokens of a shard in the official format (.bin) or of a NumPy file (.npy), int64 (N,); raises
+    RecipeError for other files."""
     if path.suffix == ".bin":
         tokens = np.array(map_shard(path), np.int64)
     elif path.suffix == ".npy":
@@ -125,7 +132,7 @@ def run(
     seed: int,
     told: Callable[[Finding], None] = lambda found: None,
 ) -> tuple[list[Finding], float]:
-    """The four findings, told one by one, and the bits a token of the scorer's rows."""
+    """Make the four findings, handed on one by one, and the bits a token of the scorer's rows."""
     generator, size = np.random.default_rng(seed), len(tokens_N)
     asked = {1, size - 1, *(int(t) for t in generator.integers(1, size, draws))}
     edges = np.linspace(1, size - 1, cuts + 1).astype(int)
@@ -161,7 +168,7 @@ def walk(make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, last: int, 
 
 
 def step(scorer: Scorer, out: Walk, t: int, token: int, asked: bool) -> None:
-    """One prediction, looked at before the scorer is told the token."""
+    """Ask for one prediction, look at it, and tell the scorer the token."""
     row_V = np.array(scorer.predict())
     if row_V.ndim != 1 or row_V.dtype.kind != "f" or token >= len(row_V):
         raise RecipeError(f"predict() gave {row_V.dtype} of shape {row_V.shape} before token {token}: not a row")
@@ -176,6 +183,7 @@ def step(scorer: Scorer, out: Walk, t: int, token: int, asked: bool) -> None:
 
 
 def normalised(base: Walk, seconds: float) -> Finding:
+    """Check that every row sums to one and has no negative entry."""
     sums, least = base.sums_N[1:], base.least_N[1:]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_sums = np.nan_to_num(np.abs(np.log(sums)), nan=math.inf)
@@ -198,7 +206,8 @@ def normalised(base: Walk, seconds: float) -> Finding:
 
 
 def order(base: Walk, asked: Collection[int]) -> Finding:
-    """Predicting changes nothing, and the scorer's own total is that of the rows it gave before each update."""
+    """Check that predicting changes nothing, and that the scorer's own total is that of the rows it gave before each
+    update."""
     off = {t: relative(own, total) for t, (own, total) in base.totals.items() if own != total}
     first = min((t for t, value in off.items() if not value <= NATS), default=None)
     wrong = [f"a second predict() at position {base.unsteady[0]:,} gave another row"] if base.unsteady else []
@@ -221,6 +230,7 @@ def order(base: Walk, asked: Collection[int]) -> Finding:
 def changed_copies(
     make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk
 ) -> Finding:
+    """Check that new scorers, on copies of the text changed at these places, say the same up to there."""
     copies = []
     for cut in places:
         row_V = base.rows[cut]

@@ -52,22 +52,22 @@ FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
 
 def build(recipe: Recipe) -> bytes:
-    """The file of a recipe."""
+    """Build the file of a recipe."""
     return _build(json.dumps(to_dict(recipe), separators=(",", ":")))
 
 
 def n_bytes(recipe: Recipe) -> int:
-    """What the recipe's file takes."""
+    """Count the bytes of the recipe's file."""
     return len(build(recipe))
 
 
 def sha256() -> str:
-    """Of the library code in every file that is built now; the recipe is not part of it."""
+    """Hash the library code in every file that is built now, SHA-256 in hex; the recipe is not part of it."""
     return bundle.digest(ENTRY)
 
 
 def requirements(recipe: Recipe) -> list[str]:
-    """What the recipe's file needs beside Python, pinned to what is installed here: `name==version`, sorted."""
+    """List what the recipe's file needs beside Python, pinned to what is installed here: `name==version`, sorted."""
     names = {*PACKAGES, "pyarrow"} if recipe.data.source == "text" else set(PACKAGES)
     if recipe.data.source == "docs":
         names.update(name for package in recipe.data.packages for name in distributions().get(package, []))
@@ -77,7 +77,7 @@ def requirements(recipe: Recipe) -> list[str]:
 
 @cache
 def distributions() -> Mapping[str, list[str]]:
-    """What is installed, by the packages that it imports as."""
+    """Find what is installed, by the packages that it imports as."""
     return metadata.packages_distributions()
 
 

@@ -36,7 +36,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 
 def map_shard(path: str | Path) -> np.memmap:
-    """The tokens of a shard, read-only uint16 of shape (n,), after checking that the header fits the file.
+    """Map the tokens of a shard, read-only uint16 of shape (n,), after checking that the header fits the file.
 
     Raises RecipeError saying what was found, what was expected and what to do.
     """
@@ -72,7 +72,8 @@ def map_shard(path: str | Path) -> np.memmap:
 
 
 def open_shard(path: str | Path, vocab_size: int) -> np.memmap:
-    """`map_shard`, and every token id is checked to be below `vocab_size`; raises RecipeError otherwise."""
+    """Map a shard as `map_shard` does, and check that every token id is below `vocab_size`; raises RecipeError
+    otherwise."""
     tokens = map_shard(path)
     for start in range(0, len(tokens), PIECE_TOKENS):
         piece = tokens[start : start + PIECE_TOKENS]
@@ -86,7 +87,7 @@ def open_shard(path: str | Path, vocab_size: int) -> np.memmap:
 
 
 class TokenStream:
-    """Several shards read as one row of tokens, from the start up to `limit` tokens (0: all)."""
+    """Reads several shards as one row of tokens, from the start up to `limit` tokens (0: all)."""
 
     def __init__(self, shards: Sequence[str | Path | np.ndarray], limit: int = 0) -> None:
         self._shards = [shard if isinstance(shard, np.ndarray) else map_shard(shard) for shard in shards]
@@ -97,7 +98,7 @@ class TokenStream:
         return self._length
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """A copy of tokens start..start+count as uint16 of shape (count,); raises IndexError outside the stream."""
+        """Copy tokens start..start+count as uint16 of shape (count,); raises IndexError outside the stream."""
         if start < 0 or count < 0 or start + count > self._length:
             raise IndexError(f"tokens {start}..{start + count} of a stream of {self._length}")
         tokens = np.empty(count, np.uint16)

@@ -18,7 +18,7 @@ PARTS = torch.tensor(
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized tensor: codes int8 (..., R, C), scale float16 (..., R)."""
+    """Holds a quantized tensor: codes int8 (..., R, C), scale float16 (..., R)."""
 
     codes: Tensor
     scale: Tensor
@@ -26,7 +26,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A matrix as integers: codes int32 (R, C), step indices int8 (R,) and (C,)."""
+    """Holds a matrix as integers: codes int32 (R, C), step indices int8 (R,) and (C,)."""
 
     codes: Tensor
     row_index: Tensor
@@ -34,16 +34,16 @@ class Stepped:
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes (..., R, C) * scale (..., R) in float32."""
+    """Multiply codes (..., R, C) by their rows' scale (..., R), in float32."""
     return codes.float() * scale.float()[..., None]
 
 
 def steps(index: Tensor) -> Tensor:
-    """Float32 steps of int8 indices: a power of two times one of `PARTS`, exact."""
+    """Make float32 steps of int8 indices (any shape): a power of two times one of `PARTS`, exact."""
     octave = torch.div(index.int(), OCTAVE, rounding_mode="floor")
     return torch.ldexp(PARTS.to(index.device)[(index.int() - OCTAVE * octave).long()], octave)
 
 
 def stepped_weights(tensor: Stepped) -> Tensor:
-    """The float32 weights (R, C) that decoding gives."""
+    """Make the float32 weights (R, C) that decoding gives."""
     return tensor.codes.float() * steps(tensor.row_index)[:, None] * steps(tensor.column_index)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hedgemix import ranks
-from hedgemix.config import EvaluateConfig, RecipeError
+from hedgemix.config import EvaluateConfig
 from hedgemix.model import Model
 from hedgemix.text import Text
 
@@ -124,20 +124,3 @@ def gather_rows(rows: Tensor | None, largest: int, vocab_size: int, device: torc
     if rows is not None:
         padded[: len(rows)] = rows
     return ranks.gather(padded)
-
-
-def validate(config: EvaluateConfig, context_tokens: int | None = None) -> None:
-    """Raise RecipeError, naming the field, for an evaluation order that cannot work."""
-    counts = "window_tokens", "stride_tokens", "segment_tokens", "batch_windows", "chunk_tokens", "published_ranks"
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise RecipeError(f"evaluate.{name} must be at least 1")
-    if config.overlap_tokens < 0:
-        raise RecipeError("evaluate.overlap_tokens must not be negative")
-    if config.order == "sliding" and config.stride_tokens > config.window_tokens:
-        raise RecipeError("evaluate.stride_tokens is larger than evaluate.window_tokens; tokens would lack context")
-    if context_tokens is not None and config.window_tokens > context_tokens:
-        raise RecipeError(
-            f"evaluate.window_tokens {config.window_tokens} is longer than the training context "
-            f"(train.sequence_tokens {context_tokens}); the model has never seen positions so far apart"
-        )

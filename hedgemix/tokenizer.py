@@ -72,7 +72,10 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> Senten
 
 
 def load(source: str | Path | bytes) -> SentencePieceProcessor:
-    """The processor of a SentencePiece model, given its file or its bytes; raises RecipeError when it is not one."""
+    """Load the processor of a SentencePiece model, given its file or its bytes.
+
+    Raises RecipeError when it is not one.
+    """
     name = "the tokenizer" if isinstance(source, bytes) else str(source)
     try:
         model = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -95,7 +98,7 @@ def load(source: str | Path | bytes) -> SentencePieceProcessor:
 
 
 def encode(processor: SentencePieceProcessor, text: str) -> list[int]:
-    """Tokens of one document, beginning with BOS. `decode` gives the text back, whatever it holds.
+    """Tokenize one document, beginning with BOS. `decode` gives the text back, whatever it holds.
 
     That holds for tokenizers made by `train`; one that normalises text (the official one does: nmt_nfkc) gives back
     the normalised text. Raises UnicodeEncodeError for text with lone surrogates.
@@ -104,7 +107,7 @@ def encode(processor: SentencePieceProcessor, text: str) -> list[int]:
 
 
 def encode_exact(processor: SentencePieceProcessor, text: str) -> list[int]:
-    """Tokens that `decode` turns into exactly this text, beginning with BOS, also where the tokenizer would normalise
+    """Tokenize a text so that `decode` gives exactly it, beginning with BOS, also where the tokenizer would normalise
     it: what it would change is written in byte tokens. Raises RecipeError when it cannot write this text so."""
     tokens = encode(processor, text)
     if decode(processor, tokens) != text.encode():
@@ -120,7 +123,7 @@ def encode_exact(processor: SentencePieceProcessor, text: str) -> list[int]:
 
 
 def encode_batch(processor: SentencePieceProcessor, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-    """Tokens of each document as uint16 arrays, each beginning with BOS; what `encode` gives, but fast."""
+    """Tokenize each document: uint16 arrays (n,), each beginning with BOS; what `encode` gives, but fast."""
     arrays = processor.encode(list(texts), return_type="numpy", add_bos=True, num_threads=threads)
     encoded = [array.astype(np.uint16) for array in arrays]
     for index, text in enumerate(texts):
@@ -130,7 +133,7 @@ def encode_batch(processor: SentencePieceProcessor, texts: Sequence[str], thread
 
 
 def decode(processor: SentencePieceProcessor, tokens: Iterable[int]) -> bytes:
-    """The UTF-8 bytes of tokens; control, unknown and unused tokens stand for none, and a space right after one is
+    """Give the UTF-8 bytes of tokens; control, unknown and unused tokens stand for none, and a space right after one is
     the prefix that `encode` put there. Any run of tokens can be decoded, also one that cuts a character in two."""
     text = bytearray()
     after_control = False

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, FlatGradient, Optimizers
 from hedgemix.profiler import tracing
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.validate import check_train
 
 ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
 
@@ -103,7 +104,7 @@ def train(
     Raises RecipeError for a recipe the data cannot serve and DivergedError when the loss is no longer a number.
     """
     config = recipe.train
-    validate(recipe)
+    check_train(recipe, ranks.world_size(), QAT_LEVELS)
     built = time.monotonic()
     deterministic(config, device)
     torch.manual_seed(seed)
@@ -367,30 +368,3 @@ def deterministic(config: TrainConfig, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(bool(config.steps))
         torch.set_float32_matmul_precision("high")
-
-
-def validate(recipe: Recipe, workers: int | None = None) -> None:
-    """Raise RecipeError for batch arithmetic or a budget that cannot work."""
-    config, workers = recipe.train, workers or ranks.world_size()
-    for name, value in asdict(config).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or not math.isfinite(value)):
-            raise RecipeError(f"train.{name} is {value}; it must be finite and not negative")
-    for name in ("batch_tokens", "sequence_tokens", "microbatch_sequences", "log_every_steps", "calibration_sequences"):
-        if getattr(config, name) < 1:
-            raise RecipeError(f"train.{name} must be at least 1")
-    if config.batch_tokens % (config.sequence_tokens * workers):
-        raise RecipeError(
-            f"train.batch_tokens {config.batch_tokens} is not a multiple of train.sequence_tokens "
-            f"{config.sequence_tokens} times {workers} workers; use "
-            f"{max(1, config.batch_tokens // (config.sequence_tokens * workers)) * config.sequence_tokens * workers}"
-        )
-    export = recipe.quantize
-    if config.late_qat and export.method == "reference" and 2 ** (export.matrix_bits - 1) - 1 != QAT_LEVELS:
-        raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {export.matrix_bits}")
-    if config.late_qat and config.compile and config.warmup_steps < 2:
-        raise RecipeError("train.warmup_steps must be at least 2 with late_qat: each kind of step is compiled once")
-    if not config.steps and config.budget_seconds <= config.reserve_seconds:
-        raise RecipeError(
-            f"train.budget_seconds {config.budget_seconds:g} leaves nothing after train.reserve_seconds "
-            f"{config.reserve_seconds:g}"
-        )

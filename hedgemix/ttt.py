@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hedgemix import ranks
-from hedgemix.config import RecipeError, TTTConfig
+from hedgemix.config import TTTConfig
 from hedgemix.model import Model
 from hedgemix.optim import FlatGradient
 from hedgemix.stream import Piece
@@ -133,23 +133,3 @@ def sequences(
     weights = sizes[positions].clone()
     weights[-1, : max(0, length - (stop - start - length * (len(stops) - 1)))] = 0
     return text[positions], text[positions + 1], weights
-
-
-def validate(config: TTTConfig, context_tokens: int) -> None:
-    """Raise RecipeError, naming the field, for test-time training that cannot work."""
-    if not config.enabled:
-        return
-
-    def require(fits: bool, field: str, rule: str) -> None:
-        if not fits:
-            raise RecipeError(f"evaluate.ttt.{field} is {getattr(config, field)}; it must be {rule}")
-
-    for field in ("epochs", "batch_sequences", "sequence_tokens"):
-        require(getattr(config, field) >= 1, field, "at least 1")
-    require(0 < config.rate < math.inf, "rate", "positive")
-    for field in ("gradient_clip", "last_blocks", "ramp", "ramp_fraction"):
-        require(0 <= getattr(config, field) < math.inf, field, "finite and not negative")
-    require(0 <= config.polyak < 1, "polyak", "at least 0 and below 1")
-    require(
-        config.sequence_tokens <= context_tokens, "sequence_tokens", f"at most train.sequence_tokens, {context_tokens}"
-    )

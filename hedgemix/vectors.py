@@ -28,13 +28,13 @@ VARINT_BYTES = 5
 
 
 def encode(vectors: Sequence[Ints]) -> bytes:
-    """Integer vectors (N,) of any lengths. Raises ValueError for magnitudes above LARGEST."""
+    """Code integer vectors (N,) of any lengths. Raises ValueError for magnitudes above LARGEST."""
     header, residuals, residual_widths = describe(vectors)
     return header + rans.encode(widths.encode(residuals, residual_widths), rans.lanes_for(len(residuals)))
 
 
 def decode(data: bytes, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
-    """What `encode` was given, with its lengths.
+    """Decode what `encode` was given, int64 (N,), with its lengths.
 
     For data that was cut or altered it raises CoderError or returns other integers: keep a checksum.
     """
@@ -44,7 +44,10 @@ def decode(data: bytes, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
 
 
 def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray[np.int16]]:
-    """The header, and all that `widths.encode` must code of the vectors: integers (N,) and their widths (N,)."""
+    """Make the header, and all that `widths.encode` must code of the vectors: integers (N,) and their widths (N,).
+
+    Raises ValueError for magnitudes above LARGEST.
+    """
     header, residuals, spread = bytearray(), [np.empty(0, np.int64)], [np.empty(0, np.int16)]
     earlier: dict[int, NDArray[np.int64]] = {}
     for vector in vectors:
@@ -59,14 +62,18 @@ def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray
         earlier[len(values)] = values
         mode, mean, residual = min(candidates, key=lambda candidate: _width(candidate[2]))
         width = _width(residual)
-        header += _varint(256 * mode + width - NARROWEST) + _varint(2 * mean if mean >= 0 else -2 * mean - 1)
+        header += _varint(256 * mode + width - NARROWEST) + _varint(widths.zigzag(mean))
         residuals.append(residual)
         spread.append(np.full(len(values), width, np.int16))
     return bytes(header), np.concatenate(residuals), np.concatenate(spread)
 
 
 def read(data: bytes, lengths: Sequence[int], further: int = 0) -> tuple[Decoder, list[NDArray[np.int64]]]:
-    """The decoder, past the vectors, of a stream in which `further` more integers follow them, and the vectors."""
+    """Decode the vectors of a stream in which `further` more integers follow them: the decoder, past them, and the
+    vectors.
+
+    Raises CoderError for data that was cut or altered.
+    """
     plans: list[tuple[int, int]] = []
     spread = [np.empty(0, np.int16)]
     position = 0
@@ -76,7 +83,7 @@ def read(data: bytes, lengths: Sequence[int], further: int = 0) -> tuple[Decoder
         mode, width = plan >> 8, (plan & 255) + NARROWEST
         if mode >= MODES or width > WIDEST:
             raise CoderError(f"a vector of mode {mode} and width {width}; the data was altered")
-        plans.append((mode, folded >> 1 ^ -(folded & 1)))
+        plans.append((mode, widths.unzigzag(folded)))
         spread.append(np.full(length, width, np.int16))
     decoder = Decoder(data[position:], rans.lanes_for(sum(lengths) + further))
     residuals = widths.decode(decoder, np.concatenate(spread)).astype(np.int64)
@@ -113,7 +120,7 @@ def _width(residual: NDArray[np.int64]) -> int:
 def _varint(number: int) -> bytes:
     content = bytearray()
     while number > 127:
-        content.append(number & 127 | 128)
+        content.append((number & 127) | 128)
         number >>= 7
     return bytes([*content, number])
 
@@ -122,7 +129,7 @@ def _parse(data: bytes, position: int) -> tuple[int, int]:
     """The varint at the position, and the position after it."""
     number = 0
     for k, byte in enumerate(data[position : position + VARINT_BYTES]):
-        number |= (byte & 127) << 7 * k
+        number |= (byte & 127) << (7 * k)
         if byte < 128:
             return number, position + k + 1
     raise CoderError("a number of the header does not end; the data was cut or altered")

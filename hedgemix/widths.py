@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from hedgemix.rans import SLOTS, Decoder, Ints, Run
 
 Bits = NDArray[np.float64]
+Signed = TypeVar("Signed", int, NDArray[np.int64])
 
 NARROWEST, WIDEST_TABLE, WIDEST = -32, 32, 200
 """Widths lie between NARROWEST and WIDEST; above WIDEST_TABLE low bits are split off."""
@@ -44,14 +46,14 @@ LENGTH_BITS = 5
 
 @functools.cache
 def prior() -> NDArray[np.int64]:
-    """(TABLES, 256) masses, each row summing to 2^16: where every table begins."""
+    """Give where every table begins: masses int64 (TABLES, 256), each row summing to 2^16."""
     points = 2 * np.arange((CENTRE + 1) * SAMPLES) + 1 - SAMPLES
     masses = np.zeros((TABLES, 256), np.int64)
     for row in range(TABLES):
         widths = row + NARROWEST, row + NARROWEST + WIDE_EIGHTHS
         cells = [_density(points, width).reshape(-1, SAMPLES).sum(1) for width in widths]
         narrow, wide = ((cell << 20) // (2 * cell.sum() - cell[0]) for cell in cells)
-        mixed = ((WIDE_SHARE - 1) * narrow + wide) // WIDE_SHARE >> 20 - PRIOR_BITS
+        mixed = (((WIDE_SHARE - 1) * narrow + wide) // WIDE_SHARE) >> (20 - PRIOR_BITS)
         masses[row, CENTRE : 2 * CENTRE + 1] = mixed
         masses[row, : CENTRE + 1] = mixed[::-1]
         masses[row, ESCAPE] = 1
@@ -62,8 +64,8 @@ def prior() -> NDArray[np.int64]:
 def _density(points: Ints, width: int) -> NDArray[np.int64]:
     """2^30 * exp(-x^2 / (2 * 4^(width/8))) at x = points / (2 * SAMPLES), without a float."""
     octaves = _root(240 - width, 2)  # 2^(60 - width/4)
-    factor = 7213475204 * octaves // 10**10 >> 30  # 1 / (2 ln 2) = 0.7213475204
-    exponents = np.minimum(points**2 * factor >> 30, 40 << 8)  # to base 2, in units of 2^-8
+    factor = (7213475204 * octaves // 10**10) >> 30  # 1 / (2 ln 2) = 0.7213475204
+    exponents = np.minimum((points**2 * factor) >> 30, 40 << 8)  # to base 2, in units of 2^-8
     return _powers()[exponents & 255] >> (exponents >> 8)
 
 
@@ -82,7 +84,7 @@ def _root(exponent: int, halvings: int) -> int:
 
 
 def frequencies(counts: Ints) -> NDArray[np.int64]:
-    """Tables (TABLES, 256) for `rans` after these counts (TABLES, 256) of coded symbols.
+    """Make tables int64 (TABLES, 256) for `rans` after these counts (TABLES, 256) of coded symbols.
 
     Symbols that would get less than an eighth of a slot get none and are escaped.
     """
@@ -105,7 +107,7 @@ def _uniform() -> NDArray[np.int64]:
 
 
 def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
-    """Runs for integers (N,) of given widths (N,); `decode` takes them in this order."""
+    """Make runs for integers (N,) of given widths (N,), which `decode` takes in this order."""
     tables, wide, shifts = tables_of(widths)
     shifted = rounded(values[wide], shifts)
     symbols = _symbols(values)
@@ -117,7 +119,7 @@ def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
         _count(counts, tables[part], symbols[part])
         runs.append(Run(symbols[part], tables[part], current))
     plain = symbols[wide] != ESCAPE
-    runs += _encode_bits(values[wide][plain] + (1 << shifts[plain] >> 1), shifts[plain])
+    runs += _encode_bits(values[wide][plain] + half(shifts[plain]), shifts[plain])
     escaped = values[symbols == ESCAPE]
     if len(escaped):
         bounds, lengths = _gamma(escaped)
@@ -127,7 +129,8 @@ def encode(values: Ints, widths: NDArray[np.int16]) -> list[Run]:
 
 
 def decode(decoder: Decoder, widths: NDArray[np.int16]) -> NDArray[np.int32]:
-    """The integers (N,) of given widths (N,) that come next; wrong ones, or CoderError, if the data was altered."""
+    """Decode the integers int32 (N,) of given widths (N,) that come next; wrong ones, or CoderError, if the data was
+    altered."""
     tables, wide, shifts = tables_of(widths)
     values, counts = np.empty(len(widths), np.int32), np.zeros((TABLES, 256), np.int64)
     escapes = [np.empty(0, np.int64)]
@@ -139,16 +142,17 @@ def decode(decoder: Decoder, widths: NDArray[np.int16]) -> NDArray[np.int32]:
     escaped = np.concatenate(escapes)
     plain = values[wide] != ESCAPE - CENTRE
     wide, shifts = wide[plain], shifts[plain]
-    values[wide] = (values[wide].astype(np.int64) << shifts) + _decode_bits(decoder, shifts) - (1 << shifts >> 1)
+    values[wide] = (values[wide].astype(np.int64) << shifts) + _decode_bits(decoder, shifts) - half(shifts)
     if len(escaped):
         lengths = decoder.take(np.full(len(escaped), LENGTH_BITS, np.uint8), _uniform()).astype(np.int64)
-        bounds = (1 << lengths >> 1) + _decode_bits(decoder, lengths - 1)
-        values[escaped] = bounds >> 1 ^ -(bounds & 1)
+        bounds = half(lengths) + _decode_bits(decoder, lengths - 1)
+        values[escaped] = unzigzag(bounds)
     return values
 
 
 def code_lengths(values: Ints, widths: NDArray[np.int16], runs: list[Run]) -> tuple[Bits, Bits]:
-    """Bits of each integer (N,) in its `encode`d runs: as its tables charge, and under the histograms of all N.
+    """Count the bits of each integer (N,) in its `encode`d runs, float64: as its tables charge, and under the
+    histograms of all N.
 
     The second is what a decoder that knew the histograms would need; escapes and bits split off are in both.
     """
@@ -172,7 +176,8 @@ def code_lengths(values: Ints, widths: NDArray[np.int16], runs: list[Run]) -> tu
 
 
 def tables_of(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """The table of each width (any shape), where in the flat array bits are split off (W,), and how many there (W,)."""
+    """Find the table of each width (any shape), where in the flat array bits are split off (W,), and how many there
+    (W,)."""
     wide = np.flatnonzero(widths > WIDEST_TABLE)
     shifts = (widths.ravel()[wide].astype(np.int64) - WIDEST_TABLE + 7) >> 3
     tables = (widths - NARROWEST).astype(np.uint8)
@@ -181,8 +186,23 @@ def tables_of(widths: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def rounded(values: Ints, shifts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Integers (W,) without their low shifts (W,) bits."""
-    return values + (1 << shifts >> 1) >> shifts
+    """Round integers (W,) to those without their low shifts (W,) bits."""
+    return (values + half(shifts)) >> shifts
+
+
+def half(shifts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give half of what shifts (W,) bits count, 2^(shift - 1), rounded down: 0 for no bits."""
+    return (1 << shifts) >> 1
+
+
+def zigzag(value: Signed) -> Signed:
+    """Number integers (int64, or one of Python's) in the order 0, -1, 1, -2, ... from 0."""
+    return (value << 1) ^ (value >> 63)
+
+
+def unzigzag(number: Signed) -> Signed:
+    """Give the integers of `zigzag`'s numbers."""
+    return (number >> 1) ^ -(number & 1)
 
 
 def _symbols(values: Ints) -> NDArray[np.uint8]:
@@ -216,9 +236,8 @@ def _count(counts: NDArray[np.int64], tables: Ints, symbols: Ints) -> None:
 
 
 def _gamma(values: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The integers as 0, -1, 1, -2, ... numbered from 0, and the bit lengths of these numbers."""
-    wide = values.astype(np.int64)
-    bounds = wide << 1 ^ wide >> 63
+    """The integers' places in 0, -1, 1, -2, ..., and the bit lengths of these numbers."""
+    bounds = zigzag(values.astype(np.int64))
     return bounds, np.frexp(bounds)[1].astype(np.int64)
 
 
@@ -228,7 +247,7 @@ def _encode_bits(values: Ints, lengths: Ints) -> list[Run]:
     for first in range(0, int(lengths.max(initial=0)), PIECE_BITS):
         here = np.flatnonzero(lengths > first)
         sizes = np.minimum(lengths[here] - first, PIECE_BITS)
-        runs.append(Run(values[here] >> first & (1 << sizes) - 1, sizes, _uniform()))
+        runs.append(Run((values[here] >> first) & ((1 << sizes) - 1), sizes, _uniform()))
     return runs
 
 

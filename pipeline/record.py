@@ -61,7 +61,10 @@ from hedgemix.config import (
     to_dict,
 )
 from hedgemix.dataset import Dataset
+from hedgemix.experts import EXPERTS
 from hedgemix.layout import LOCK, RECIPE
+from hedgemix.model import QAT_LEVELS
+from hedgemix.validate import check_recipe
 from pipeline.console import print_results
 from pipeline.driver import drive
 from pipeline.follower import check_trackers
@@ -109,7 +112,7 @@ def main(arguments: list[str]) -> int:
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         recipe, options = parse(arguments)
-        recipes.validate(recipe)
+        check_recipe(recipe, QAT_LEVELS, EXPERTS)
         if options.plan:
             print_plan(recipe, options.seeds, console)
             return 0

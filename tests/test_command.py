@@ -13,15 +13,14 @@ import tinyrecord
 from hedgemix import shards
 from hedgemix.config import Recipe as RecipeType
 from hedgemix.config import from_dict, to_dict
-from hedgemix.recipes import RECIPES, validate
+from hedgemix.recipes import RECIPES
 from pipeline import ray_session, record
 from pipeline.store import Storage
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_validates_and_survives_json(name: str) -> None:
+def test_every_recipe_survives_json(name: str) -> None:
     recipe = RECIPES[name]()
-    validate(recipe)
     assert recipe.recipe == name
     assert from_dict(RecipeType, to_dict(recipe)) == recipe
 

@@ -127,6 +127,14 @@ def test_the_bytes_never_change() -> None:
     assert same(matrices.decode(bytes.fromhex(GOLDEN), SHAPES, steps()), examples())
 
 
+def test_zigzag_numbers_integers_by_magnitude() -> None:
+    values = [0, -1, 1, -2, 2, -3, 3]
+    assert [widths.zigzag(value) for value in values] == widths.zigzag(np.array(values)).tolist() == list(range(7))
+    edges = np.array([0, -1, 1, -(2**24), 2**24, -(2**62), 2**62 - 1])
+    assert widths.unzigzag(widths.zigzag(edges)).tolist() == edges.tolist()
+    assert [widths.unzigzag(widths.zigzag(edge)) for edge in edges.tolist()] == edges.tolist()
+
+
 def test_the_tables_never_change() -> None:
     counts = np.arange(widths.TABLES * 256).reshape(-1, 256) % 977
     tables = widths.frequencies(counts)

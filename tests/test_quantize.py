@@ -1,4 +1,4 @@
-"""The reference export: what each tensor becomes, and that nothing is lost after it; settings of all exports."""
+"""The reference export: what each tensor becomes, and that nothing is lost after it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from tinytrained import LENGTH, SEQUENCES, VOCAB, Trained, make, restored
 from torch import Tensor
 
-from hedgemix import artifact, gptq, quantize
-from hedgemix.config import QuantizeConfig, RecipeError
+from hedgemix import artifact, published_export, quantize
+from hedgemix.config import QuantizeConfig
 from hedgemix.evaluate import load_model
-from hedgemix.gptq import Quantized
 from hedgemix.model import Model
+from hedgemix.published_export import Quantized
 
 TABLES = ("bigram.table.weight",)
 LARGE = (*TABLES, *(f"blocks.{block}.mlp.{part}.weight" for block in (0, 1) for part in ("up", "down")))
@@ -99,7 +99,7 @@ def test_matrices_of_a_batch_equal_matrices_alone(trained: Trained) -> None:
     tensors, model = quantized(trained), trained.model
     for owner, names in model.inputs().items():
         for name in names:
-            alone = gptq.quantize(
+            alone = published_export.quantize_matrices(
                 model.get_parameter(name), trained.moments.columns[owner], 1, bits=5, damping=CONFIG.damping,
                 block_columns=CONFIG.block_columns, clip_quantiles=CONFIG.clip_quantiles, scale_floor=0.0,
             )  # fmt: skip
@@ -111,7 +111,7 @@ def test_matrices_of_a_batch_equal_matrices_alone(trained: Trained) -> None:
 def test_gptq_costs_less_than_rounding_to_nearest(trained: Trained, bits: int) -> None:
     tensors = quantized(trained, matrix_bits=bits)
     rounded = tensors | {
-        name: gptq.round_rows(trained.model.get_parameter(name), bits, CONFIG.clip_quantiles)
+        name: published_export.round_rows(trained.model.get_parameter(name), bits, CONFIG.clip_quantiles)
         for name in trained.model.matrices()
     }
     exact = loss(trained, trained.model)
@@ -153,7 +153,7 @@ def test_the_smallest_weights_of_large_tensors_are_pruned(trained: Trained, frac
             smallest = parameter.abs().flatten().argsort()[: int(fraction * parameter.numel())]
             before = before.index_fill(0, smallest, 0)
         assert torch.equal(after, before), name
-        assert (name in LARGE) == (parameter.dim() == 2 and parameter.numel() > quantize.TABLE_ELEMENTS), name
+        assert (name in LARGE) == (parameter.dim() == 2 and parameter.numel() > published_export.TABLE_ELEMENTS), name
 
 
 def test_the_model_itself_is_left_alone(trained: Trained) -> None:
@@ -170,31 +170,3 @@ def test_the_report_names_the_largest_damping(trained: Trained) -> None:
         moments = with_columns(trained, given).moments
         _, report = quantize.quantize_model(trained.model, moments, config, 0, len)
         assert least <= report["largest_damping"] <= most and report["gptq_seconds"] > 0
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"matrix_bits": 1},
-        {"matrix_bits": 9},
-        {"table_bits": 1},
-        {"prune_fraction": 1.0},
-        {"prune_fraction": float("nan")},
-        {"zstd_level": 23},
-        {"damping": -0.1},
-        {"block_columns": 0},
-        {"clip_quantiles": ()},
-        {"clip_quantiles": (0.0, 1.0)},
-        {"scale_floor": -1.0},
-        {"loss_nats": 0.0},
-        {"loss_nats": float("nan")},
-        {"target_bytes": -1},
-    ],
-)
-def test_settings_that_cannot_work_are_refused_by_name(changes: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=rf"quantize\.{next(iter(changes))} "):
-        quantize.validate(QuantizeConfig(**changes))
-
-
-def test_settings_at_the_edge_are_accepted() -> None:
-    quantize.validate(QuantizeConfig(matrix_bits=2, table_bits=8, prune_fraction=0.0, zstd_level=22, damping=0.0))

@@ -17,7 +17,8 @@ from hedgemix import allocate, artifact, quantize, stored
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, RecipeError
 from hedgemix.evaluate import load_model
-from hedgemix.quantize import CLOSE_ENOUGH, quantize_model
+from hedgemix.fit_to_size import CLOSE_ENOUGH, MOST_TRIES, fit_to_size
+from hedgemix.quantize import quantize_model
 from hedgemix.stored import Stepped
 
 UNBOUND = 10**9
@@ -194,14 +195,14 @@ def falling(floor: int, weights: int) -> Callable[[float], tuple[dict[str, Any],
 def test_the_search_for_a_size_is_short_and_stays_below(floor: int, share: float) -> None:
     at = falling(floor, 1_000_000)
     target = floor + int(share * (at(1e-4)[1] - floor))
-    theta, tensors, tries = quantize.fitting(1e-4, falling(floor, 1_000_000), target, 1_000_000)
+    theta, tensors, tries = fit_to_size(1e-4, falling(floor, 1_000_000), target, 1_000_000)
     assert tensors["theta"] == theta == tensors["calls"][-1] and len(tensors["calls"]) == tries
     assert (1 - CLOSE_ENOUGH) * target <= at(theta)[1] <= target
     assert tries <= (4 if share >= 0.4 else 6)
 
 
 def test_the_search_begins_with_what_fits() -> None:
-    theta, _, tries = quantize.fitting(1e-4, falling(0, 1_000_000), UNBOUND, 1_000_000)
+    theta, _, tries = fit_to_size(1e-4, falling(0, 1_000_000), UNBOUND, 1_000_000)
     assert (theta, tries) == (pytest.approx(1e-4), 1)
 
 
@@ -211,15 +212,15 @@ def test_the_search_takes_what_fits_of_a_size_with_jumps() -> None:
     def at(theta: float) -> tuple[dict[str, Any], int]:
         return {"size": 90 if theta < 0.1 else 50}, 90 if theta < 0.1 else 50
 
-    theta, tensors, tries = quantize.fitting(0.01, at, 70, 100)
-    assert tensors["size"] == 50 and theta >= 0.1 and tries == quantize.MOST_TRIES
+    theta, tensors, tries = fit_to_size(0.01, at, 70, 100)
+    assert tensors["size"] == 50 and theta >= 0.1 and tries == MOST_TRIES
 
 
 def test_the_search_gives_up_on_what_never_fits() -> None:
     with pytest.raises(RecipeError, match=r"quantize\.target_bytes or limits\.total_bytes"):
-        quantize.fitting(1e-4, falling(10_000, 1_000_000), 9_999, 1_000_000)
+        fit_to_size(1e-4, falling(10_000, 1_000_000), 9_999, 1_000_000)
 
 
 def test_moments_of_a_model_cover_every_matrix(trained: Trained) -> None:
-    quantized = {name for name, each in trained.model.named_parameters() if quantize.quantized(each)}
+    quantized = {name for name, each in trained.model.named_parameters() if quantize.is_quantized(each)}
     assert isinstance(trained.moments, Moments) and trained.moments.rows.keys() == quantized

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError
+from hedgemix.config import EvaluateConfig, ModelConfig
 from hedgemix.model import Model
-from hedgemix.stream import Piece, chunk_rows, chunks, cut, piece_rows, pieces, validate
+from hedgemix.stream import Piece, chunk_rows, chunks, cut, piece_rows, pieces
 
 VOCAB, WINDOW = 61, 16
 
@@ -223,30 +223,3 @@ def test_bfloat16_rows_are_close_and_still_normalised_in_float32(model: Model) -
     exact, rough = (all_rows(model, text, EvaluateConfig(dtype=kind)) for kind in ("float32", "bfloat16"))
     assert rough.dtype == torch.float32 and rough.double().logsumexp(1).abs().max() < 1e-5
     assert 0 < (exact - rough).abs().mean() < 0.05
-
-
-@pytest.mark.parametrize("name", ["window_tokens", "stride_tokens", "segment_tokens", "batch_windows", "chunk_tokens"])
-def test_sizes_below_one_are_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"evaluate\.{name} must"):
-        validate(evaluation("streaming", **{name: 0}))
-
-
-@pytest.mark.parametrize(
-    ("order", "changes", "named"),
-    [
-        ("streaming", {"overlap_tokens": -1}, r"evaluate\.overlap_tokens"),
-        ("sliding", {"stride_tokens": WINDOW + 1}, r"evaluate\.stride_tokens .* evaluate\.window_tokens"),
-        ("streaming", {"window_tokens": 65}, r"evaluate\.window_tokens 65 .*train\.sequence_tokens 64"),
-    ],
-)
-def test_orders_that_cannot_work_are_refused(order: str, changes: dict[str, int], named: str) -> None:
-    with pytest.raises(RecipeError, match=named):
-        validate(evaluation(order, **changes), 64)
-
-
-@pytest.mark.parametrize(
-    ("order", "changes"),
-    [("streaming", {"overlap_tokens": 0, "stride_tokens": 99}), ("sliding", {"stride_tokens": WINDOW})],
-)
-def test_orders_at_the_edge_are_accepted(order: str, changes: dict[str, int]) -> None:
-    validate(evaluation(order, **changes), WINDOW)

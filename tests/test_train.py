@@ -280,24 +280,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_kept(data: Dataset, tm
     assert checkpoint(tmp_path)["step"] == 1 and not (tmp_path / "weights.pt").exists()
 
 
-@pytest.mark.parametrize(
-    ("message", "overrides"),
-    [
-        ("train.batch_tokens 250 .* use 224", {"batch_tokens": 250}),
-        ("train.batch_tokens 16 .* use 32", {"batch_tokens": 16}),
-        ("train.budget_seconds 5 .* train.reserve_seconds 5", {"steps": 0, "budget_seconds": 5, "reserve_seconds": 5}),
-        ("train.matrix_rate is nan", {"matrix_rate": math.nan}),
-        ("train.gradient_clip is -1", {"gradient_clip": -1}),
-        ("train.log_every_steps", {"log_every_steps": 0}),
-        ("train.microbatch_sequences", {"microbatch_sequences": 0}),
-        ("train.calibration_sequences", {"calibration_sequences": 0}),
-    ],
-)
-def test_a_recipe_that_cannot_train_is_named(
-    start: Start, tmp_path: Path, message: str, overrides: dict[str, Any]
-) -> None:
-    with pytest.raises(RecipeError, match=message):
-        start(tmp_path, recipe(**overrides))
+def test_a_recipe_that_cannot_train_is_named(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="train.batch_tokens 250 .* use 224"):
+        start(tmp_path, recipe(batch_tokens=250))
     assert not list(tmp_path.iterdir())
 
 

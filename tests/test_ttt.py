@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hedgemix import recipes, ttt
-from hedgemix.config import ModelConfig, RecipeError, TTTConfig
+from hedgemix.config import ModelConfig, TTTConfig
 from hedgemix.model import Model, parameter_count
 from hedgemix.stream import Piece
 from hedgemix.ttt import Adapter
@@ -203,27 +203,3 @@ def test_nothing_is_learned_by_whoever_scores(model: Model) -> None:
     assert all(torch.equal(parameter, model.get_parameter(n)) for n, parameter in learner.scorer.named_parameters())
     learner.learn(tokens(), weights(), Piece(1, 100))
     assert all(parameter.grad is None for parameter in [*learner.scorer.parameters(), *model.parameters()])
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"rate": 0.0}, "rate"),
-        ({"epochs": 0}, "epochs"),
-        ({"batch_sequences": 0}, "batch_sequences"),
-        ({"sequence_tokens": 0}, "sequence_tokens"),
-        ({"sequence_tokens": 33}, r"sequence_tokens is 33; .* train\.sequence_tokens, 32"),
-        ({"rate": float("nan")}, "rate is nan"),
-        ({"last_blocks": -1}, "last_blocks"),
-        ({"gradient_clip": -1.0}, "gradient_clip"),
-        ({"ramp": float("inf")}, "ramp"),
-        ({"polyak": 1.0}, r"evaluate\.ttt\.polyak"),
-        ({"polyak": -0.1}, r"evaluate\.ttt\.polyak"),
-    ],
-)
-def test_what_cannot_work_is_refused_unless_it_is_off(changes: dict[str, Any], named: str) -> None:
-    config = {"sequence_tokens": 32, **changes}
-    with pytest.raises(RecipeError, match=named):
-        ttt.validate(TTTConfig(**config), 32)
-    ttt.validate(TTTConfig(enabled=False, **config), 32)
-    ttt.validate(TTTConfig(sequence_tokens=32), 32)
