@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +146,7 @@ class Blend:
         """What every mixer says; moves nothing."""
         weights_BRLK = hedge.linear_weights(self.linear, at.gate_BRG[..., : self.linears])
         linear = hedge.linear_rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
-        torch.log(linear, out=at.log_BRJV[:, :, : self.linears])
+        at.log_BRJV[:, :, : self.linears] = linear.log_()  # torch.compile takes no view for `out`
         rows_BRMV = hedge.logistic_rows(self.logistic, at.log_BRJV, at.gate_BRG[..., self.linears :])
         return Mixed(at.p_BKV, at.log_BRJV, at.gate_BRG, weights_BRLK, rows_BRMV)
 
@@ -157,8 +156,8 @@ class Blend:
         hedge.learn_linear(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
         hedge.learn_logistic(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `learn` moved."""
+    def learned(self) -> dict[str, Tensor]:
+        """What `learn` moves, in the memory that it moves it in, which stays the same."""
         logistic = self.logistic
         return {
             "linear": self.linear.weights,
@@ -167,12 +166,14 @@ class Blend:
             "bias": logistic.bias_RMV,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Put in place, not copied over: other strides could round otherwise.
-        device, logistic = self.linear.weights.device, self.logistic
-        self.linear.weights = state["linear"].to(device)
-        logistic.weights, logistic.curvature = state["logistic"].to(device), state["curvature"].to(device)
-        logistic.bias_RMV = state["bias"].to(device)
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of what `learn` moved."""
+        return {name: value.clone() for name, value in self.learned().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy a `state_dict` over what was learned."""
+        for name, value in self.learned().items():
+            value.copy_(state[name])
 
 
 def gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:

@@ -29,17 +29,18 @@ _MAX_WEIGHT = 4.0
 _MAX_BIAS = 4.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class LinearState:
-    """Weights (R, L, S, K), float64, of each set adding up to 1; rate a token."""
+    """Weights (R, L, S, K), float64, of each set adding up to 1; rate a token. Learning moves them in place."""
 
     weights: Tensor
     rate: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogisticState:
-    """Weights (R, M, S, K) and curvature (R, M, S, K, K), float64; memory_M in tokens of one set. Bias (R, M, V)."""
+    """Weights (R, M, S, K) and curvature (R, M, S, K, K), float64; memory_M in tokens of one set. Bias (R, M, V).
+    Learning moves them in place."""
 
     weights: Tensor
     curvature: Tensor
@@ -146,7 +147,7 @@ def learn_linear(state: LinearState, weights_BRLK: Tensor, p_BRK: Tensor, gate_B
     count_RLS1 = member_BRLS.sum(0)[..., None]
     mean_RLSK = _sums(member_BRLS, share_BRLK) / count_RLS1.clamp_min(1)
     moved = torch.lerp(mean_RLSK, state.weights, (1 - state.rate) ** count_RLS1).clamp_min_(LINEAR_FLOOR)
-    state.weights = moved / moved.sum(-1, keepdim=True)
+    torch.div(moved, moved.sum(-1, keepdim=True), out=state.weights)
 
 
 def start_logistic(
@@ -191,19 +192,19 @@ def learn_logistic(
     gradient_RMSK = _sums(member_BRMS, gradient_BRMK)
     seen_RMSQ = _sums(member_BRMS[some], covariance.double().flatten(3))
     kept = torch.exp(member_BRMS.sum(0) / -state.memory_M[:, None])[..., None, None]
-    state.curvature = torch.add(kept * state.curvature, seen_RMSQ.view_as(state.curvature), alpha=CURVATURE_STRIDE)
+    state.curvature.mul_(kept).add_(seen_RMSQ.view_as(state.curvature), alpha=CURVATURE_STRIDE)
     # solve_ex does not wait for the device; a system it cannot solve gives no step.
     ridge = _ridge(experts, state.ridge, p_BRMV.device)
     step, _ = torch.linalg.solve_ex(state.curvature + ridge, gradient_RMSK[..., None])
     step = step[..., 0].nan_to_num(0.0, 0.0, 0.0)
     length = step.norm(dim=-1, keepdim=True).clamp_min_(_MAX_STEP)
-    state.weights = torch.addcdiv(state.weights, step, length, value=_MAX_STEP).clamp_(-_MAX_WEIGHT, _MAX_WEIGHT)
+    state.weights.addcdiv_(step, length, value=_MAX_STEP).clamp_(-_MAX_WEIGHT, _MAX_WEIGHT)
     if state.bias_rate:
         occurred_V = torch.zeros_like(state.bias_RMV[0, 0]).index_add_(0, token_B, p_BRMV.new_ones(size))
         expected_RMV = p_BRMV.sum(0)
         more_RMV = occurred_V - expected_RMV
         step_RMV = more_RMV.div_(expected_RMV.add_(1 / state.bias_rate))
-        state.bias_RMV = step_RMV.add_(state.bias_RMV).clamp_(-_MAX_BIAS, _MAX_BIAS)
+        state.bias_RMV.add_(step_RMV).clamp_(-_MAX_BIAS, _MAX_BIAS)
 
 
 def _second_moments(p_BRMV: Tensor, log_rows_BRKV: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ def rows_at(index: MatchIndex, top_BV: Tensor, start: int, stop: int) -> Tensor:
     """`rows` of the positions start..stop-1 of the text."""
     here = slice(start, stop)
     share = confidence(np.asarray(index.hits_N[here]), np.asarray(index.tries_N[here])).astype(np.float32)
-    predicted_B = torch.from_numpy(index.predicted_N[here].astype(np.int64)).to(top_BV.device)
-    return rows(top_BV, predicted_B, torch.from_numpy(share).to(top_BV.device))
+    predicted_B = torch.from_numpy(index.predicted_N[here].astype(np.int64))
+    return rows(top_BV, predicted_B, torch.from_numpy(share))
 
 
 def load(folder: Path, lengths: tuple[int, ...]) -> MatchIndex:

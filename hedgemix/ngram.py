@@ -58,7 +58,7 @@ class NgramIndex:
 
 @dataclass
 class NgramState:
-    """Counts of the tokens before `position`, on one device."""
+    """Counts of the tokens before `position`."""
 
     unigram_V: Tensor
     pair_count: dict[int, Tensor]
@@ -171,18 +171,18 @@ def load(folder: Path) -> NgramIndex:
     return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables, matches)
 
 
-def start_state(index: NgramIndex, device: torch.device | str = "cpu") -> NgramState:
-    """Counts before the first token, 8 bytes a pair on a GPU.
+def start_state(index: NgramIndex) -> NgramState:
+    """Counts before the first token, on the CPU; `resident.Resident` has them on a GPU.
 
-    On a CPU a mapped index has its counts mapped too, from a file without a name in the folder for temporary ones:
-    4 bytes a pair there, and none of memory that the kernel cannot take back.
+    A mapped index has its counts mapped too, from a file without a name in the folder for temporary ones: 4 bytes a
+    pair there, and none of memory that the kernel cannot take back.
     """
     arrays = grams.Arrays(None)
-    if torch.device(device).type == "cpu" and any(isinstance(t.token_P, np.memmap) for t in index.tables.values()):
+    if any(isinstance(t.token_P, np.memmap) for t in index.tables.values()):
         arrays = grams.Arrays(Path(gettempdir()))
-    tokens = {n: torch.from_numpy(table.token_P).to(device) for n, table in index.tables.items()}
-    counts = {n: torch.from_numpy(arrays.zeros(len(table.token_P))).to(device) for n, table in index.tables.items()}
-    return NgramState(torch.zeros(index.vocab_size, dtype=torch.int32, device=device), counts, 0, tokens)
+    tokens = {n: torch.from_numpy(table.token_P) for n, table in index.tables.items()}
+    counts = {n: torch.from_numpy(arrays.zeros(len(table.token_P))) for n, table in index.tables.items()}
+    return NgramState(torch.zeros(index.vocab_size, dtype=torch.int32), counts, 0, tokens)
 
 
 def rows(state: NgramState, index: NgramIndex, start: int, stop: int) -> list[Tensor]:
@@ -195,8 +195,7 @@ def rows(state: NgramState, index: NgramIndex, start: int, stop: int) -> list[Te
     """
     if state.position != start or not start <= stop <= len(index.tokens_N):
         raise ValueError(f"rows {start}..{stop} asked of counts that stand at {state.position}")
-    device = state.unigram_V.device
-    p_BV = _unigram_rows(state.unigram_V, _tensor(index.tokens_N[start:stop], device), start)
+    p_BV = _unigram_rows(state.unigram_V, _tensor(index.tokens_N[start:stop]), start)
     out = [p_BV] if index.orders[0] == 1 else []
     for n, table in index.tables.items():
         p_BV = _interpolate(p_BV, table, state.pair_count[n], state.token_P[n], start, stop)
@@ -208,45 +207,38 @@ def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:
     size, vocab_size = len(token_B), len(count_V)
     count_BV = _running(count_V, token_B)
     distinct_B1 = (count_BV > 0).sum(1, keepdim=True)
-    total_B1 = torch.arange(start, start + size, device=count_V.device)[:, None]
+    total_B1 = torch.arange(start, start + size)[:, None]
     backoff_B1 = torch.where(total_B1 > 0, distinct_B1, 1).float()
     return (count_BV + backoff_B1 / vocab_size) / (total_B1 + backoff_B1)
 
 
 def _running(count_V: Tensor, token_B: Tensor) -> Tensor:
     """The counts (B, V), int32, before each token; a sum in float32 would lose single ones beyond 2**24."""
-    size, vocab_size = len(token_B), len(count_V)
-    if count_V.device.type == "cpu":
-        # Measured, 512 rows of 1,024: 0.4 ms; a cumulative sum down the columns takes 3 ms.
-        rows, now_V = np.empty((size, vocab_size), np.int32), count_V.numpy().copy()
-        for row_V, token in zip(rows, token_B.tolist(), strict=True):
-            row_V[:] = now_V
-            now_V[token] += 1
-        return torch.from_numpy(rows)
-    count_BV = torch.zeros(size, vocab_size, dtype=torch.int32, device=count_V.device)
-    count_BV[:1] = count_V
-    count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
-    return count_BV.cumsum(0, dtype=torch.int32)
+    # Measured, 512 rows of 1,024: 0.4 ms; a cumulative sum down the columns takes 3 ms.
+    rows, now_V = np.empty((len(token_B), len(count_V)), np.int32), count_V.numpy().copy()
+    for row_V, token in zip(rows, token_B.tolist(), strict=True):
+        row_V[:] = now_V
+        now_V[token] += 1
+    return torch.from_numpy(rows)
 
 
 def _interpolate(p_BV: Tensor, table: OrderIndex, pair_count: Tensor, token_P: Tensor, start: int, stop: int) -> Tensor:
-    device = p_BV.device
     vocab_size = p_BV.shape[1]
     first_host, pair_host = table.first_N[start:stop], table.pair_N[start:stop]
     distinct_host = table.distinct_N[start:stop].astype(np.int64)
-    first_B, distinct_B = _tensor(first_host, device), _tensor(distinct_host, device)
-    total_B = _tensor(table.count_N[start:stop], device) + distinct_B
+    first_B, distinct_B = _tensor(first_host), _tensor(distinct_host)
+    total_B = _tensor(table.count_N[start:stop]) + distinct_B
     open_B = distinct_B.cumsum(0) - distinct_B
     pairs = int(distinct_host.sum())
     row_R = torch.repeat_interleave(distinct_B, output_size=pairs)
-    pair_R = (first_B - open_B)[row_R] + torch.arange(pairs, device=device)
+    pair_R = (first_B - open_B)[row_R] + torch.arange(pairs)
     count_R = pair_count[pair_R]
     later_host, earlier_host = _repeats(first_host, pair_host)
-    later, pair = _tensor(later_host, device), _tensor(pair_host[earlier_host], device)
+    later, pair = _tensor(later_host), _tensor(pair_host[earlier_host])
     count_R.index_add_(0, open_B[later] + pair - first_B[later], torch.ones_like(later, dtype=torch.int32))
     scale_B = 1.0 / total_B.clamp_min(1)
     out_BV = p_BV * torch.where(total_B > 0, distinct_B * scale_B, 1.0)[:, None]
-    # Each (row, token) occurs once, so adding is order-free and repeats bitwise on a GPU too.
+    # Each (row, token) occurs once, so adding is order-free.
     out_BV.view(-1).scatter_add_(0, row_R * vocab_size + token_P[pair_R], count_R * scale_B[row_R])
     return out_BV
 
@@ -266,16 +258,25 @@ def advance(state: NgramState, index: NgramIndex, start: int, stop: int) -> None
     """Count the tokens start..stop-1, after they were scored. Raises ValueError unless the state stands at start."""
     if state.position != start or not start <= stop <= len(index.tokens_N):
         raise ValueError(f"tokens {start}..{stop} given to counts that stand at {state.position}")
-    device = state.unigram_V.device
-    _count(state.unigram_V, _tensor(index.tokens_N[start:stop], device))
-    for n, table in index.tables.items():
-        pair_host = table.pair_N[start:stop]
-        _count(state.pair_count[n], _tensor(pair_host[pair_host >= 0], device))
+    _count(state, index, start, stop, 1)
     state.position = stop
 
 
-def _count(counts: Tensor, ids: Tensor) -> None:
-    counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
+def retreat(state: NgramState, index: NgramIndex, start: int) -> None:
+    """Take the tokens from start on back out of the counts. Raises ValueError when the state stands before start."""
+    if not 0 <= start <= state.position:
+        raise ValueError(f"tokens from {start} on taken out of counts that stand at {state.position}")
+    _count(state, index, start, state.position, -1)
+    state.position = start
+
+
+def _count(state: NgramState, index: NgramIndex, start: int, stop: int, by: int) -> None:
+    token_B = _tensor(index.tokens_N[start:stop])
+    state.unigram_V.index_add_(0, token_B, torch.full_like(token_B, by, dtype=torch.int32))
+    for n, table in index.tables.items():
+        pair_host = table.pair_N[start:stop]
+        pair_B = _tensor(pair_host[pair_host >= 0])
+        state.pair_count[n].index_add_(0, pair_B, torch.full_like(pair_B, by, dtype=torch.int32))
 
 
 def longest_class(index: NgramIndex, start: int, stop: int) -> np.ndarray:
@@ -288,6 +289,6 @@ def longest_class(index: NgramIndex, start: int, stop: int) -> np.ndarray:
     return np.where(matched_B > 0, len(index.tables) + matched_B, class_B)
 
 
-def _tensor(values: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+def _tensor(values: np.ndarray) -> Tensor:
     # A copy: mapped files are read-only, which torch does not know.
-    return torch.from_numpy(np.array(values)).to(device=device, dtype=dtype)
+    return torch.from_numpy(np.array(values)).long()

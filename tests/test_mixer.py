@@ -179,3 +179,16 @@ def test_positions_mixed_one_by_one_are_the_batch(text: np.ndarray) -> None:
         for name, value in vars(join(alone)).items():
             torch.testing.assert_close(value, getattr(together, name), rtol=1e-5, atol=1e-6, msg=name)
         blend.learn(together, token)
+
+
+@pytest.mark.parametrize("changes", [{}, {"linear_gates": ()}])
+def test_mixing_compiles_whole_and_computes_the_same(changes: dict) -> None:
+    blend, rng = Blend(replace(CONFIG, **changes), 2, VOCAB, "cpu"), torch.manual_seed(0)
+    neural = torch.randn(40, 2, VOCAB, generator=rng)
+    rows = torch.randn(40, len(expert_names(CONFIG)) - 1, VOCAB, generator=rng).softmax(-1)
+    longest = torch.arange(40) % classes(CONFIG)
+    blend.learn(blend.mix(blend.positions(neural, rows, longest)), torch.arange(40) % VOCAB)
+    compiled = torch.compile(blend.mix, backend="aot_eager", fullgraph=True)
+    mine, theirs = (mix(blend.positions(neural, rows, longest)) for mix in (blend.mix, compiled))
+    for name, value in vars(mine).items():
+        assert torch.equal(value, getattr(theirs, name)), name
