@@ -1,0 +1,176 @@
+"""What was predicted for one H100 before any GPU ran this, beside what is measured: computed from shapes, bytes and
+operation counts (benchmarks/plan.py has the rates), never measured. The reference's own figures are of its 8 H100."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.plan import Rates
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Between these, or this text; and what the reference had."""
+
+    low: float = 0.0
+    high: float = 0.0
+    said: str = ""
+    unit: str = ""
+    reference: str = ""
+
+    def __str__(self) -> str:
+        if self.said:
+            return self.said
+        numbers = " to ".join(dict.fromkeys(number(value) for value in (self.low, self.high)))
+        return f"{numbers} {self.unit}".strip()
+
+
+US = 1e6
+RATES = Rates()
+FIRST: dict[str, dict[str, Prediction]] = {
+    "environment": {
+        "attention order": Prediction(said="cudnn_attention first"),
+        "copy": Prediction(3.0, 3.0, unit="TB/s"),
+        "product, bfloat16": Prediction(790, 800, unit="TFLOP/s"),
+    },
+    "smoke": {
+        "2 steps and calibration": Prediction(5, 15, unit="s"),
+        "peak memory of 2 steps and calibration": Prediction(15, 17, unit="GiB"),
+        "quantization": Prediction(3, 25, unit="s"),
+    },
+    "agreement": {
+        "rows, device against CPU": Prediction(0, 1e-5, unit="nats"),
+        "mixture, device against CPU": Prediction(0, 1e-5, unit="nats"),
+        "GPTQ codes that differ": Prediction(0, 1e-3, unit="of all"),
+    },
+    "training": {
+        "first step, compiling": Prediction(40, 70, unit="s"),
+        "ms a step": Prediction(100, 120, unit="ms", reference="97 ms for as many tokens a GPU"),
+        "share of 989 TFLOP/s": Prediction(22, 26, unit="%", reference="27 %"),
+        "peak memory of compiled steps": Prediction(32, 32, unit="GiB", reference="26.2 GB"),
+        "profile: attention": Prediction(24, 27, unit="ms"),
+        "profile: matrix products": Prediction(34, 34, unit="ms"),
+        "profile: element-wise": Prediction(45, 46, unit="ms"),
+        "eager, ms a step": Prediction(200, 300, unit="ms"),
+    },
+    "kernels": {
+        "attention, cudnn_attention": Prediction(2.2, 2.5, unit="ms"),
+        "attention, flash_attention": Prediction(3.3, 3.7, unit="ms"),
+        "attention, strict mode": Prediction(3.3, 6.0, unit="ms"),
+        "banded attention, window": Prediction(said="half of the mask's"),
+    },
+    "scoring": {
+        "streaming": Prediction(1e6, 1e6, unit="tokens/s"),
+        "sliding": Prediction(15_000, 15_000, unit="tokens/s", reference="47,000 (62 M in 165 s on 8 GPUs)"),
+    },
+    "mixing": {
+        "blocks of 512": Prediction(2.9, 2.9, unit="us a token"),
+        "blocks of 128": Prediction(6.6, 6.6, unit="us a token"),
+        "us a launch, blocks of 512": Prediction(RATES.launch_seconds * US, RATES.launch_seconds * US, unit="us"),
+        "device at work, blocks of 512": Prediction(2, 25, unit="%"),
+    },
+    "adapting": {
+        "step of test-time training": Prediction(200, 260, unit="ms"),
+        "peak memory of test-time training": Prediction(15, 16, unit="GiB"),
+        "2 strict steps, twice: difference": Prediction(0, 0),
+        "evaluated twice, as recorded: difference": Prediction(0, 1e-4, unit="of the nats"),
+    },
+}
+RECORD: dict[str, dict[str, Prediction]] = {
+    "train": {
+        "before the clock": Prediction(20, 70, unit="s"),
+        "steps": Prediction(850, 1000),
+        "ms a step": Prediction(200, 240, unit="ms", reference="97 ms for half as many tokens a GPU"),
+        "tokens": Prediction(170, 195, unit="M"),
+        "calibration": Prediction(1, 4, unit="s", reference="1.9 s"),
+    },
+    "quantize": {
+        "artifact": Prediction(0, 16_000_000, unit="bytes", reference="15,387,977 bytes of weights"),
+        "quantization": Prediction(3, 25, unit="s"),
+    },
+    "evaluate": {
+        "index": Prediction(5, 5, unit="s"),
+        "scoring seconds": Prediction(8, 8, unit="s"),
+        "ttt seconds": Prediction(18, 25, unit="s"),
+        "mixing seconds": Prediction(11, 12, unit="s"),
+    },
+    "vary": {
+        "final, blocks of 128": Prediction(said="0.004 bpb less than with 512"),
+        "sliding": Prediction(said="streaming's within 0.005 bpb"),
+    },
+    "audit": {
+        "refused": Prediction(said="nothing"),
+        "audit against evaluation": Prediction(1e-6, 1e-4, unit="of the nats"),
+        "target changed: other nats": Prediction(0, 0),
+        "future changed: other nats": Prediction(0, 0),
+    },
+    "replay": {
+        "loss of the first steps: difference": Prediction(1e-6, 1e-3, unit="nats"),
+    },
+}
+PREDICTED = {"first": FIRST, "record": RECORD}
+GPU_ONLY = (
+    "peak memory of",
+    "attention, cudnn",
+    "attention, flash",
+    "banded attention, window",
+    "us a launch",
+    "device at",
+)
+"""Begin names of figures that a CPU has not."""
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return (
+        "0"
+        if value == 0
+        else f"{value:,.0f}"
+        if abs(value) >= 1000
+        else f"{value:.1e}"
+        if abs(value) < 1e-3
+        else f"{value:.4g}"
+    )
+
+
+def wrong(line: dict[str, Any]) -> bool:
+    """Whether a figure is over the most that is right; NaN is."""
+    return line.get("most") is not None and not line["value"] <= line["most"]
+
+
+def measured(line: dict[str, Any]) -> str:
+    value = line["value"]
+    text = value if isinstance(value, str) else f"{number(value)} {line['unit']}".strip()
+    return text + (f" (TOO MUCH: at most {number(line['most'])})" if wrong(line) else "")
+
+
+def table(lines: Iterable[dict[str, Any]], calls: Sequence[str] = tuple(PREDICTED)) -> str:
+    """Markdown: of each call and section every figure that was predicted or measured, the latest of each."""
+    latest = {(line["call"], line["section"], line.get("name", "")): line for line in lines}
+    out = [
+        "| section | figure | measured | predicted for an H100 | the reference's | |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for call in calls:
+        told = [key for key in latest if key[0] == call]
+        for section in dict.fromkeys([*PREDICTED[call], *(key[1] for key in told)]):
+            expected = PREDICTED[call].get(section, {})
+            found = [key[2] for key in told if key[1] == section and key[2]]
+            for name in dict.fromkeys([*expected, *found]):
+                line, known = latest.get((call, section, name)), expected.get(name, Prediction(said=""))
+                cells = [
+                    f"{call}: {section}",
+                    name,
+                    measured(line) if line else "",
+                    str(known) if name in expected else "",
+                ]
+                out.append("| " + " | ".join([*cells, known.reference, line["note"] if line else ""]) + " |")
+            end = latest.get((call, section, ""))
+            if end and end["status"] != "ended":
+                error = " ".join(end["error"].replace("|", "/").split())
+                out.append(f"| {call}: {section} | **{end['status']}** after {end['seconds']:.0f} s | | | | {error} |")
+            elif end:
+                out.append(f"| {call}: {section} | seconds | {end['seconds']:.1f} s | | | |")
+    return "\n".join(out)
