@@ -34,10 +34,10 @@ RECORD = (
             "the artifact fits 16,000,000 bytes with its code, and what its weights scored before"),
     Section("evaluate", 120, record.evaluate,
             "bits per byte of every stage in one pass over held-out text, and its seconds", least_seconds=30),
-    Section("vary", 60, record.vary,
-            "what shorter blocks and other test-time training bring; streaming against windows"),
     Section("audit", 60, record.audit,
             "the audit's closed process works with a GPU, and how near its bits come", least_seconds=20),
+    Section("vary", 60, record.vary,
+            "what shorter blocks and other test-time training bring; streaming against windows"),
     Section("replay", 60, record.replay,
             "how near a clocked run's first steps come when they are repeated", least_seconds=30),
 )  # fmt: skip

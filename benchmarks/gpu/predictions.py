@@ -1,5 +1,8 @@
-"""What was predicted for one H100 before any GPU ran this, beside what is measured: computed from shapes, bytes and
-operation counts (benchmarks/plan.py has the rates), never measured. The reference's own figures are of its 8 H100."""
+"""What was predicted for one H100 before any GPU ran this, beside what is measured.
+
+Computed from shapes, bytes and counts of operations at the rates of benchmarks/plan.py, never measured; only of the card
+itself it is what others measured. The reference's own figures are of its 8 H100.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +69,8 @@ FIRST: dict[str, dict[str, Prediction]] = {
         "sliding": Prediction(15_000, 15_000, unit="tokens/s", reference="47,000 (62 M in 165 s on 8 GPUs)"),
     },
     "mixing": {
-        "blocks of 512": Prediction(2.9, 2.9, unit="us a token"),
-        "blocks of 128": Prediction(6.6, 6.6, unit="us a token"),
+        "blocks of 512": Prediction(2.7, 2.7, unit="us a token"),
+        "blocks of 128": Prediction(6.4, 6.4, unit="us a token"),
         "us a launch, blocks of 512": Prediction(RATES.launch_seconds * US, RATES.launch_seconds * US, unit="us"),
         "device at work, blocks of 512": Prediction(2, 25, unit="%"),
     },
@@ -96,15 +99,15 @@ RECORD: dict[str, dict[str, Prediction]] = {
         "ttt seconds": Prediction(18, 25, unit="s"),
         "mixing seconds": Prediction(11, 12, unit="s"),
     },
-    "vary": {
-        "final, blocks of 128": Prediction(said="0.004 bpb less than with 512"),
-        "sliding": Prediction(said="streaming's within 0.005 bpb"),
-    },
     "audit": {
         "refused": Prediction(said="nothing"),
         "audit against evaluation": Prediction(1e-6, 1e-4, unit="of the nats"),
         "target changed: other nats": Prediction(0, 0),
         "future changed: other nats": Prediction(0, 0),
+    },
+    "vary": {
+        "final, blocks of 128": Prediction(said="0.004 bpb less than with 512"),
+        "sliding": Prediction(said="streaming's within 0.005 bpb"),
     },
     "replay": {
         "loss of the first steps: difference": Prediction(1e-6, 1e-3, unit="nats"),
@@ -119,20 +122,16 @@ GPU_ONLY = (
     "us a launch",
     "device at",
 )
-"""Begin names of figures that a CPU has not."""
+"""What names of figures that a CPU has not begin with."""
 
 
 def number(value: float) -> str:
     """Four digits."""
-    return (
-        "0"
-        if value == 0
-        else f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.1e}"
-        if abs(value) < 1e-3
-        else f"{value:.4g}"
-    )
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def wrong(line: dict[str, Any]) -> bool:
@@ -149,28 +148,25 @@ def measured(line: dict[str, Any]) -> str:
 def table(lines: Iterable[dict[str, Any]], calls: Sequence[str] = tuple(PREDICTED)) -> str:
     """Markdown: of each call and section every figure that was predicted or measured, the latest of each."""
     latest = {(line["call"], line["section"], line.get("name", "")): line for line in lines}
-    out = [
-        "| section | figure | measured | predicted for an H100 | the reference's | |",
-        "|---|---|---:|---:|---:|---|",
-    ]
+    cards = sorted({line["card"] for line in latest.values()})
+    out = [f"Measured on: {'; '.join(cards)}.", ""] if cards else []
+    out += [row(*HEAD), row(*("---:" if head in HEAD[2:5] else "---" for head in HEAD))]
     for call in calls:
-        told = [key for key in latest if key[0] == call]
-        for section in dict.fromkeys([*PREDICTED[call], *(key[1] for key in told)]):
-            expected = PREDICTED[call].get(section, {})
-            found = [key[2] for key in told if key[1] == section and key[2]]
+        told = [(section, name) for of, section, name in latest if of == call]
+        for section in dict.fromkeys([*PREDICTED[call], *(section for section, _ in told)]):
+            expected, where = PREDICTED[call].get(section, {}), f"{call}: {section}"
+            found = [name for of, name in told if of == section and name]
             for name in dict.fromkeys([*expected, *found]):
-                line, known = latest.get((call, section, name)), expected.get(name, Prediction(said=""))
-                cells = [
-                    f"{call}: {section}",
-                    name,
-                    measured(line) if line else "",
-                    str(known) if name in expected else "",
-                ]
-                out.append("| " + " | ".join([*cells, known.reference, line["note"] if line else ""]) + " |")
-            end = latest.get((call, section, ""))
-            if end and end["status"] != "ended":
-                error = " ".join(end["error"].replace("|", "/").split())
-                out.append(f"| {call}: {section} | **{end['status']}** after {end['seconds']:.0f} s | | | | {error} |")
-            elif end:
-                out.append(f"| {call}: {section} | seconds | {end['seconds']:.1f} s | | | |")
+                line, known = latest.get((call, section, name)), expected.get(name)
+                value, note = (measured(line), line["note"]) if line else ("", "")
+                out.append(row(where, name, value, str(known or ""), known.reference if known else "", note))
+            if end := latest.get((call, section, "")):
+                out.append(row(where, end["status"], f"{end['seconds']:.1f} s", "", "", end["error"]))
     return "\n".join(out)
+
+
+HEAD = "section", "figure", "measured", "predicted for an H100", "the reference's", ""
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |"
