@@ -26,7 +26,7 @@ from benchmarks.gpu.text import Text
 
 GRACE_SECONDS = 5.0
 """From the alarm to the kill."""
-CLOSING_SECONDS = 5.0
+CLOSING_SECONDS = 10.0
 """Of the whole run's time, for the table at the end."""
 RECORDED = 0, 1
 """Exit codes of a section that wrote its own last line: it ended, it failed."""
@@ -160,14 +160,14 @@ def inside(section: Section, job: Job, limit: float) -> int:
 
     began = time.monotonic()
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit, 1.0)  # again each second, should someone swallow it
+    signal.setitimer(signal.ITIMER_REAL, limit, 0.5)  # and again, should someone swallow it
     try:
         section.work(job)
         status, error = "ended", ""
     except (TimeLimit, Exception) as problem:
         signal.setitimer(signal.ITIMER_REAL, 0)
         traceback.print_exc()
-        place = traceback.extract_tb(problem.__traceback__)[-1]
+        place = [each for each in traceback.extract_tb(problem.__traceback__) if each.name != stop.__name__][-1]
         over = isinstance(problem, TimeLimit)
         status = "stopped" if over else "failed"
         what = f"over its {limit:.0f} s" if over else f"{type(problem).__name__}: {problem}"

@@ -39,7 +39,8 @@ def environment(job: Job) -> None:
     for name in ("gpu", "gpu_gib", "cpu", "cores", "memory_gib", "load", "torch", "python"):
         job.tell(name, about[name])
     job.tell("numpy", np.__version__)
-    job.tell("attention order", attention_order())
+    job.tell("attention", chosen_attention(job, masked=False))
+    job.tell("attention with a mask", chosen_attention(job, masked=True))
     if job.device.type == "cuda":
         job.tell("CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
         asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
@@ -51,11 +52,14 @@ def environment(job: Job) -> None:
     job.tell("product, bfloat16", limits.bfloat16 / 1e12, "TFLOP/s")
 
 
-def attention_order() -> str:
-    """The kernels of scaled dot product attention in the order in which torch tries them."""
-    backend = torch.nn.attention.SDPBackend
-    names = {int(value): name for name, value in backend.__members__.items()}
-    return ", ".join(names.get(number, str(number)) for number in torch._C._get_sdp_priority_order()).lower()
+def chosen_attention(job: Job, masked: bool) -> str:
+    """The kernel that torch takes for training's shapes, or with a mask, as scoring has one."""
+    model, dtype = job.sizes.recipe.model, getattr(torch, job.sizes.recipe.train.dtype)
+    q = torch.zeros(2, model.heads, 256, model.width // model.heads, device=job.device, dtype=dtype, requires_grad=True)
+    mask = torch.ones(256, 256, device=job.device, dtype=torch.bool).tril() if masked else None
+    number = torch._fused_sdp_choice(q, q, q, attn_mask=mask, is_causal=not masked)
+    names = {int(value): name for name, value in torch.nn.attention.SDPBackend.__members__.items()}
+    return names[number].lower()
 
 
 def smoke(job: Job) -> None:

@@ -17,7 +17,7 @@ KINDS = {
     "element-wise": r"^triton_(?!tem|mm|bmm)",  # Inductor names its kernels after all that they came from
     "attention": r"flash|fmha|sdpa|attention|attn",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|matmul|::(add|b|badd)*mm$|triton_(tem|mm|bmm)",
-    "copies": r"^mem(cpy|set)|::copy_$",
+    "copies": r"^[Mm]em(cpy|set)|::copy_$",
 }
 """What a kernel's name says of it, the first that fits; the rest is element-wise too."""
 LAUNCHES = re.compile(r"cu(da)?Launch(Cooperative)?Kernel|cudaGraphLaunch")
