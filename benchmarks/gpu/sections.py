@@ -108,8 +108,8 @@ class Section:
     """Not begun with less than this left."""
 
 
-def run(sections: Sequence[Section], job: Job, seconds: float) -> bool:
-    """Run them within so many seconds in all; returns whether every one ended."""
+def run(sections: Sequence[Section], job: Job, seconds: float, stretch: float = 1.0) -> bool:
+    """Run them within so many seconds in all, their own limits times `stretch`; returns whether every one ended."""
     deadline, sound = time.monotonic() + seconds - CLOSING_SECONDS, True
     for section in sections:
         left = deadline - time.monotonic()
@@ -119,7 +119,7 @@ def run(sections: Sequence[Section], job: Job, seconds: float) -> bool:
             )
             sound = False
             continue
-        limit = min(section.limit_seconds, left)
+        limit = min(stretch * section.limit_seconds, left)
         print(f"{section.name} (at most {limit:.0f} s)", flush=True)
         sound &= attempt(section, job, limit)
     return sound
