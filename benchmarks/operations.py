@@ -67,3 +67,13 @@ def mixing_costs(vocab_size: int, config: MixerConfig) -> tuple[float, float]:
     inputs = linears + len(logistic_experts(config))
     products = linears * experts + logistics * inputs + logistics * inputs**2
     return 2.0 * vocab_size * products, 4.0 * vocab_size * (experts + 2 * inputs + logistics)
+
+
+RULE_PASSES = 29
+"""Times that the published rule reads or writes a row over the vocabulary: two softmaxes, two entropies, a division,
+and the counts of three orders looked up and summed."""
+
+
+def rule_bytes(vocab_size: int) -> float:
+    """Of the published rule, a position."""
+    return 4.0 * vocab_size * RULE_PASSES

@@ -1,7 +1,8 @@
 """What recipe `record` should take on a node of 8 GPUs, stage by stage, from one device's rates.
 
-Operations and bytes come from the recipe; rates are measured where this machine has the device, and assumed elsewhere.
-The plan says which is which, and which assumption it rests on most.
+Operations, bytes, launches and waits come from the recipe and the code; rates are measured where this machine has the
+device, and assumed elsewhere. The plan says which is which, and which assumption it rests on most. Every document's
+figure for a GPU is computed here, from these rates and no others.
 """
 
 from __future__ import annotations
@@ -18,12 +19,22 @@ from benchmarks import operations
 from benchmarks.machine import Limits
 from benchmarks.subject import Row
 from hedgemix import ngram
-from hedgemix.config import MixerConfig, Recipe
+from hedgemix.bpb import ByteTables
+from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
+from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import SPAN_TOKENS, Mixer
 from hedgemix.model import Model, parameter_count
+from hedgemix.stream import Piece
+from hedgemix.text import Text
 
 VALID_TOKENS = 62_021_846
 """FineWeb's validation shard with this tokenizer."""
+SPAN_WAITS = 36
+"""Columns of the index that the mixer copies to a GPU for each span of 4,096 tokens; each copy is a wait."""
+PIECE_WAITS = 18
+"""Sums and counts that are read, and tokens that are copied, for each piece of 8,192 tokens beside the mixer."""
+EVALUATION = ("scoring", "test-time training", "mixing", "published rule and sums")
+"""Stages inside the evaluation's clock."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +43,28 @@ class Rates:
 
     peak: float = 989e12
     """bfloat16 operations a second, dense, as the vendor states"""
-    train_share: float = 0.35
-    """share of it that training reaches; 512 columns are few"""
-    score_share: float = 0.35
-    """share of it that scoring reaches"""
+    train_share: float = 0.27
+    """share of it that compiled training reaches: what the reference did, at 97 ms for 98,304 tokens a GPU"""
+    eager_share: float = 0.15
+    """share of it that scoring and test-time training reach: not compiled, they wait for memory, not for products"""
     double: float = 20e12
     """float64 operations a second of Cholesky factors"""
     bandwidth: float = 2.5e12
     """bytes a second from and to memory"""
     link: float = 200e9
     """bytes a second of an all-reduce or all-gather over the node"""
-    launch_seconds: float = 5e-6
-    """from one small array operation to the next"""
+    launch_seconds: float = 8e-6
+    """from one small array operation to the next: 6.3 us of torch's own work on a CPU core, and a launch"""
+    wait_seconds: float = 1.1e-5
+    """each time the host waits for what it queued: a copy from pageable memory, or a number that is read"""
+    host_seconds: float = 5.6e-7
+    """CPU: the mixer's own numpy a token, between launches; 2.3 ms a span of 4,096 tokens of prose, on one CPU core"""
     coding: float = 3e6
     """CPU: weights a second through the entropy coder"""
     indexing: float = 1e6
     """CPU: tokens a second into the n-gram index"""
     measured: tuple[str, ...] = field(default=(), compare=False)
+    """Names of the rates above that a device or this machine gave."""
 
     def assumed(self) -> list[str]:
         return [each.name for each in fields(self) if each.name not in (*self.measured, "measured")]
@@ -75,20 +91,30 @@ def rates_from(rows: Iterable[Row], limits: Limits, cuda: bool, indexing: float)
         if cuda and row.stage == "training":
             found |= {"peak": limits.bfloat16, "train_share": min(1.0, row.operations / row.seconds / limits.bfloat16)}
         if cuda and row.stage == "streaming":
-            found["score_share"] = min(1.0, row.operations / row.seconds / limits.bfloat16)
+            found["eager_share"] = min(1.0, row.operations / row.seconds / limits.bfloat16)
     if cuda:
         found["bandwidth"] = limits.bandwidth
     return replace(Rates(), **found, measured=tuple(found))
 
 
-def plan(recipe: Recipe, rates: Rates, block_launches: float, valid_tokens: int = VALID_TOKENS) -> list[Stage]:
-    """Predicted seconds of each stage; block_launches: array operations of one block of the mixer."""
+@dataclass(frozen=True)
+class Launches:
+    """Array operations that one device queues one after the other while it mixes; see `count_launches`."""
+
+    block: float
+    """Of one of the mixer's blocks, its share of a span's and a piece's included."""
+    rule: float
+    """Of one piece beside the mixer: the published rule and the sums."""
+
+
+def plan(recipe: Recipe, rates: Rates, counted: Launches, valid_tokens: int = VALID_TOKENS) -> list[Stage]:
+    """Predicted seconds of each stage."""
     model, train, evaluate, V = recipe.model, recipe.train, recipe.evaluate, recipe.data.vocab_size
     world, scorers = recipe.compute.workers, recipe.compute.evaluate_workers
     shell = built(recipe)
     parameters = parameter_count(shell)
     shapes = operations.matrix_shapes(model)
-    forward = rates.peak * rates.score_share
+    forward = rates.peak * rates.eager_share
     step = operations.train_operations(model, train, V)
     muon = operations.muon_operations(shapes, train.newton_schulz_steps)
     exchange = 2 * 4 * parameters + 4 * sum(r * c for r, c in shapes)
@@ -120,16 +146,26 @@ def plan(recipe: Recipe, rates: Rates, block_launches: float, valid_tokens: int 
     if evaluate.ttt.enabled:
         adapt = 3 * evaluate.ttt.epochs * valid_tokens
         adapt *= operations.token_operations(model, evaluate.ttt.sequence_tokens / 2, V)
-        stages.append(Stage("test-time training", adapt, 0, 0, adapt / (scorers * rates.peak * rates.train_share),
+        stages.append(Stage("test-time training", adapt, 0, 0, adapt / (scorers * forward),
                             f"{evaluate.ttt.epochs} epochs; backward through all blocks counted"))  # fmt: skip
     mixer = evaluate.mixer
     products, n_bytes = operations.mixing_costs(V, mixer)
-    launches = block_launches * valid_tokens / mixer.block_tokens
+    launches = counted.block * valid_tokens / mixer.block_tokens
+    waits = SPAN_WAITS * valid_tokens / SPAN_TOKENS["cuda"]
     n_bytes *= row_sets * valid_tokens
     products *= row_sets * valid_tokens
-    seconds = launches * rates.launch_seconds + n_bytes / rates.bandwidth
-    what = f"{block_launches:.0f} array operations a block of {mixer.block_tokens}; every rank mixes all"
+    host = valid_tokens * rates.host_seconds
+    seconds = launches * rates.launch_seconds + waits * rates.wait_seconds + host + n_bytes / rates.bandwidth
+    what = f"{counted.block:.0f} array operations a block of {mixer.block_tokens}, {waits:,.0f} waits"
+    what += f", {host:.0f} s of numpy; every rank mixes all"
     stages.append(Stage("mixing", products, n_bytes, launches, seconds, what))
+    pieces = valid_tokens / evaluate.segment_tokens
+    n_bytes, waits = valid_tokens * operations.rule_bytes(V), PIECE_WAITS * pieces
+    seconds = counted.rule * pieces * rates.launch_seconds + waits * rates.wait_seconds + n_bytes / rates.bandwidth
+    what = (
+        f"{counted.rule:.0f} array operations a piece of {evaluate.segment_tokens:,}, {waits:,.0f} waits; on every rank"
+    )
+    stages.append(Stage("published rule and sums", 0, n_bytes, counted.rule * pieces, seconds, what))
     return stages
 
 
@@ -140,16 +176,16 @@ def built(recipe: Recipe) -> Model:
 
 
 def evaluation_seconds(stages: Sequence[Stage]) -> float:
-    return sum(stage.seconds for stage in stages if stage.name in ("scoring", "test-time training", "mixing"))
+    return sum(stage.seconds for stage in stages if stage.name in EVALUATION)
 
 
-def weakest(recipe: Recipe, rates: Rates, block_launches: float) -> tuple[str, float]:
+def weakest(recipe: Recipe, rates: Rates, counted: Launches) -> tuple[str, float]:
     """The assumption that, twice as bad, adds most to the evaluation, and the seconds it adds."""
-    base = evaluation_seconds(plan(recipe, rates, block_launches))
+    base = evaluation_seconds(plan(recipe, rates, counted))
 
     def added(name: str) -> float:
-        worse = getattr(rates, name) * (2 if name == "launch_seconds" else 0.5)
-        return evaluation_seconds(plan(recipe, replace(rates, **{name: worse}), block_launches)) - base
+        worse = getattr(rates, name) * (2 if name.endswith("_seconds") else 0.5)
+        return evaluation_seconds(plan(recipe, replace(rates, **{name: worse}), counted)) - base
 
     return max(((name, added(name)) for name in rates.assumed()), key=lambda pair: pair[1])
 
@@ -164,15 +200,29 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_block_launches(config: MixerConfig, vocab_size: int) -> float:
-    """Array operations of one of the mixer's blocks, its share of a span's included, at two row sets; counted on a CPU
-    on random tokens, where they are those of a GPU."""
-    size = SPAN_TOKENS["cuda"]
+def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
+    """Of one piece of an evaluation with two row sets, counted on a CPU on random tokens; a GPU's are the same but for
+    a few of the n-gram rows."""
+    size = config.segment_tokens
     tokens = np.random.default_rng(0).integers(0, vocab_size, size).astype(np.uint16)
-    index = ngram.build_index(tokens, config.orders, vocab_size, config.match_lengths)
-    mixer = Mixer(config, vocab_size, index, names=("frozen", "adapted"), span_tokens=size)
-    rows = {name: torch.randn(size - 1, vocab_size) for name in mixer.names}
-    return counted(lambda: mixer.score(rows, 1, size)) / (size / config.block_tokens)
+    index = ngram.build_index(tokens, config.mixer.orders, vocab_size, config.mixer.match_lengths)
+    rows = {name: torch.randn(size - 1, vocab_size) for name in ("frozen", "adapted")}
+
+    def mix(mixer: Mixer) -> int:
+        return counted(lambda: mixer.score(rows, 1, size))
+
+    block = mix(Mixer(config.mixer, vocab_size, index, names=tuple(rows), span_tokens=SPAN_TOKENS["cuda"]))
+    tables = ByteTables(*(np.ones(vocab_size, kind) for kind in (np.int16, bool, bool)))
+    shape = ModelConfig(
+        layers=1, width=64, heads=1, kv_heads=1, mlp_hidden=64, bigram_buckets=0, value_embedding_layers=0
+    )
+    model = Model(shape, vocab_size, 64, draw=False)
+    settings = replace(config, ttt=replace(config.ttt, enabled=True))
+    work = Evaluation(model, Text(tokens, torch.device("cpu")), tables, index, settings)
+    work.published.counted = size**2  # long past its beginning, when it has nothing to do
+    all_of_it = counted(lambda: work.score(Piece(1, size), rows))
+    alone = mix(Mixer(config.mixer, vocab_size, index, names=tuple(rows)))
+    return Launches(block / (size / config.mixer.block_tokens), all_of_it - alone)
 
 
 def counted(work: Callable[[], Any]) -> int:

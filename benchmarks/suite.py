@@ -98,7 +98,7 @@ def plan_part(rows: list[Row], bench: Bench, quick: bool) -> str:
         )
     )  # fmt: skip
     rates = plan.rates_from(rows, bench.limits, cuda, count / seconds)
-    launches = plan.count_block_launches(mixer, recipe.data.vocab_size)
+    launches = plan.count_launches(recipe.evaluate, recipe.data.vocab_size)
     found = plan.plan(recipe, rates, launches)
     return report.plan_text(found, rates, plan.weakest(recipe, rates, launches), cuda)
 

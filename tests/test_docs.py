@@ -206,7 +206,7 @@ def of_hedgemix() -> dict[str, frozenset[str]]:
 
 @cache
 def of_others() -> frozenset[str]:
-    """Options of Ray's commands and of a train_gpt.py, and whatever benchmarks have a field for."""
+    """Options of Ray's commands and of a train_gpt.py, and whatever benchmarks have a field or an option for."""
 
     def under(command: Any) -> Iterator[Any]:
         yield command
@@ -214,10 +214,12 @@ def of_others() -> frozenset[str]:
             yield from under(each)
 
     rays = {name for command in under(ray_command) for option in command.params for name in option.opts}
-    sources = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*.py"))
     fields_of_benchmarks = re.findall(r"^    ([a-z_]+): ", sources, re.MULTILINE)
     return options("train_gpt.py", "") | frozenset(
-        rays | {"--" + name.replace("_", "-") for name in fields_of_benchmarks}
+        rays
+        | {"--" + name.replace("_", "-") for name in fields_of_benchmarks}
+        | {*re.findall(r'"(--[a-z-]+)"', sources)}
     )
 
 

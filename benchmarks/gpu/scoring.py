@@ -1,0 +1,183 @@
+"""Scoring, mixing and test-time training: the seconds of an evaluation, and whether its numbers repeat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import plan
+from benchmarks.gpu.sections import Job
+from benchmarks.gpu.sizes import seeded
+from benchmarks.gpu.timing import LAUNCHES, WAITS, Profile, milliseconds
+from benchmarks.gpu.training import strict
+from benchmarks.timing import once
+from hedgemix import artifact, ngram, stages
+from hedgemix import dataset as datasets
+from hedgemix.batches import Batches
+from hedgemix.config import EvaluateConfig
+from hedgemix.evaluate import Evaluation
+from hedgemix.mixer import Mixer
+from hedgemix.model import Model
+from hedgemix.stream import Piece, chunk_rows, cut
+from hedgemix.train import Run, deterministic
+from hedgemix.ttt import Adapter
+
+ROW_SETS = ("frozen", "adapted")
+
+
+def scoring(job: Job) -> None:
+    """Rows of one model for every token: one streaming pass, and sliding windows."""
+    sizes, recipe = job.sizes, job.sizes.recipe
+    model, config = fresh(job), recipe.evaluate
+    text_N = held_out(job, sizes.streamed_tokens + 1)
+    streaming, sliding = replace(config, order="streaming"), replace(config, order="sliding")
+    rows(model, text_N[: 2 * config.segment_tokens], 1, streaming)  # kernels and plans, not counted
+    seconds, _ = once(lambda: rows(model, text_N, 1, streaming))
+    job.tell("streaming", (len(text_N) - 1) / seconds, "tokens/s", note=f"{len(text_N) - 1:,} tokens, one model")
+    job.peak("streaming")
+    begin, stop = config.window_tokens + 1, config.window_tokens + 1 + sizes.slid_tokens
+    first = begin + config.stride_tokens * config.batch_windows
+    rows(model, text_N[:first], begin, sliding)
+    seconds, _ = once(lambda: rows(model, text_N[:stop], begin, sliding))
+    name = f"sliding {config.window_tokens}/{config.stride_tokens}"
+    job.tell("sliding", sizes.slid_tokens / seconds, "tokens/s", note=f"{name}, {sizes.slid_tokens:,} tokens")
+    job.peak("sliding")
+
+
+def fresh(job: Job) -> Model:
+    """A new model: what its rows say does not change how long they take."""
+    recipe = job.sizes.recipe
+    torch.manual_seed(1)
+    return (
+        Model(recipe.model, recipe.data.vocab_size, recipe.train.sequence_tokens).to(job.device).requires_grad_(False)
+    )
+
+
+def held_out(job: Job, tokens: int) -> Tensor:
+    """The first held-out tokens, int64, on the device."""
+    stream = datasets.valid_stream(job.text.wait())
+    return torch.from_numpy(stream.read(0, min(tokens, len(stream))).astype(np.int64)).to(job.device)
+
+
+def rows(model: Model, text_N: Tensor, start: int, config: EvaluateConfig) -> None:
+    for _ in chunk_rows({"model": model}, text_N, Piece(start, len(text_N)), config):
+        pass
+
+
+def mixing(job: Job) -> None:
+    """All mixtures of two row sets over the held-out text, in blocks of several sizes."""
+    sizes, recipe, device = job.sizes, job.sizes.recipe, job.device
+    config, V = recipe.evaluate.mixer, recipe.data.vocab_size
+    tokens = held_out(job, sizes.mixed_tokens + 1).cpu().numpy().astype(np.uint16)
+    seconds, index = once(lambda: ngram.build_index(tokens, config.orders, V, config.match_lengths))
+    job.tell("index", (len(tokens) - 1) / seconds, "tokens/s", note="on the CPU")
+    generator = seeded(6)
+    pieces = cut(1, len(tokens), recipe.evaluate.segment_tokens)
+    logits = 2 * torch.randn(len(ROW_SETS), recipe.evaluate.segment_tokens, V, generator=generator).to(device)
+    for block in sizes.blocks:
+
+        def begin(block: int = block) -> Mixer:
+            return Mixer(replace(config, block_tokens=block), V, index, device, names=ROW_SETS)
+
+        def mixed(mixer: Mixer, some: list[Piece]) -> None:
+            for piece in some:
+                given = logits[:, : piece.stop - piece.start]
+                mixer.score(dict(zip(ROW_SETS, given, strict=True)), piece.start, piece.stop)
+
+        mixed(begin(), pieces[:1])
+        mixer = begin()
+        seconds, _ = once(partial(mixed, mixer, pieces))
+        each = 1e6 * seconds / (len(tokens) - 1)
+        job.tell(f"blocks of {block}", each, "us a token", note=f"{len(tokens) - 1:,} tokens, two row sets")
+        profiled_mixing(job, block, begin(), mixed, pieces[:3], each)
+        job.peak(f"mixing, blocks of {block}")
+
+
+def profiled_mixing(
+    job: Job, block: int, mixer: Mixer, mixed: Callable[..., None], pieces: list[Piece], each: float
+) -> None:
+    """Of a block: array operations, launches, waits of the host, and how much of the time the device works; over all
+    pieces but the first. each: microseconds a token without the profiler."""
+    mixed(mixer, pieces[:1])
+    tokens = pieces[-1].stop - pieces[1].start
+    blocks = tokens / block
+    if job.device.type == "cpu":
+        job.tell(f"operations a block of {block}", plan.counted(partial(mixed, mixer, pieces[1:])) / blocks)
+        return
+    found = Profile(partial(mixed, mixer, pieces[1:]), job.device)
+    launches, microseconds = found.count(LAUNCHES), each * tokens
+    job.tell(f"launches a block of {block}", launches / blocks)
+    job.tell(f"waits a block of {block}", found.count(WAITS) / blocks)
+    job.tell(f"us a launch, blocks of {block}", microseconds / launches, "us", note="wall clock over launches")
+    busy = 1000 * sum(found.kinds().values())
+    job.tell(f"device at work, blocks of {block}", 100 * busy / microseconds, "%")
+
+
+def adapting(job: Job) -> None:
+    """A step of test-time training; then, what repeats to the bit and what does not."""
+    adapter_step(job)
+    repeated_steps(job)
+    repeated_evaluations(job)
+
+
+def adapter_step(job: Job) -> None:
+    config = job.sizes.recipe.evaluate
+    ttt = config.ttt
+    adapter = Adapter(fresh(job), ttt, 2, config.dtype)
+    size = ttt.batch_sequences * ttt.sequence_tokens
+    text_N = held_out(job, size + 1)
+    inputs, targets = (text_N[at : at + size].view(-1, ttt.sequence_tokens) for at in (0, 1))
+    weights = torch.ones_like(inputs, dtype=torch.float32)
+    spent = milliseconds(lambda: adapter.step(inputs, targets, weights), job.device, job.sizes.repeats)
+    job.tell("step of test-time training", spent, "ms", note=f"{size:,} tokens, all on this device")
+    job.peak("test-time training")
+
+
+def repeated_steps(job: Job) -> None:
+    """Two eager steps in strict mode, twice from the same seed."""
+    recipe, sequences = job.sizes.recipe, job.sizes.smoke_sequences
+    config = replace(
+        recipe.train, steps=2, compile=False, microbatch_sequences=sequences,
+        batch_tokens=sequences * recipe.train.sequence_tokens,
+    )  # fmt: skip
+    stream = datasets.train_stream(job.text.wait())
+    found: list[list[Tensor]] = []
+    for _ in range(2):
+        deterministic(config, job.device)
+        torch.manual_seed(2)
+        model = Model(recipe.model, recipe.data.vocab_size, config.sequence_tokens).to(job.device)
+        run = Run(model, config, Batches(stream, config.sequence_tokens, sequences, seed=1), job.device)
+        began = time.monotonic()
+        for _ in range(2):
+            float(run.train_step(0.1))
+        seconds = time.monotonic() - began
+        run.read.close()
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    torch.use_deterministic_algorithms(False)
+    apart = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    job.tell("2 strict steps, twice: difference", apart, "", most=0.0, note=f"{500 * seconds:.0f} ms a step")
+
+
+def repeated_evaluations(job: Job) -> None:
+    """The smoke test's artifact evaluated twice on the held-out text; test-time training moves it in between."""
+    path = job.work / "smoke" / stages.ARTIFACT
+    found = artifact.read(path)
+    tokens = held_out(job, job.sizes.repeated_tokens + 1).cpu().numpy()
+    config = replace(job.sizes.recipe.evaluate, chunk_tokens=job.sizes.repeated_tokens // 2)
+    for name, wanted in (("as recorded", False), ("as audited", True)):
+        with strict(wanted):
+            nats = [final_nats(found, tokens, config, job.device) for _ in range(2)]
+        job.tell(f"evaluated twice, {name}: difference", abs(nats[0] / nats[1] - 1), "of the nats")
+
+
+def final_nats(found: artifact.Artifact, tokens: np.ndarray, config: EvaluateConfig, device: torch.device) -> float:
+    work = Evaluation.begin(found, tokens, config, device)
+    for number, chunk in enumerate(work.chunks):
+        work.run_chunk(number, chunk)
+    return work.nats["final"]
