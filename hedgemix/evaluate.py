@@ -24,8 +24,9 @@ from torch import Tensor
 from hedgemix import artifact, bpb, ngram, published, ranks, tokenizer
 from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
 from hedgemix.files import Log, silent
-from hedgemix.mixer import Mixer
+from hedgemix.mixer import SPAN_TOKENS, Mixer
 from hedgemix.model import Model
+from hedgemix.phases import Phases
 from hedgemix.profiler import tracing
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
@@ -210,17 +211,22 @@ class Evaluation:
         self.adapter = Adapter(model, config.ttt, scheduled, config.dtype) if config.ttt.enabled else None
         names = ("frozen", "adapted") if self.adapter else ("frozen",)
         self.best = names[-1]
-        self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names)
+        # On a GPU pieces of whole spans: what they take is known, and they are replayed.
+        span = 0 if device.type == "cpu" else min(SPAN_TOKENS["cuda"], config.segment_tokens)
+        self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names, span_tokens=span)
         self.published = published.start(model.vocab_size, device, ranks=config.published_ranks)
         self.weights_N = self.bytes_N if config.ttt.byte_weighted else Ones(tokens_N)
         self.nats: dict[str, float] = dict.fromkeys(
             ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0
         )
         self.seconds = {"scoring": 0.0, "mixing": 0.0, "ttt": 0.0}
+        self.phases = Phases(self.seconds, device)
         self.mass, self.tokens, self.bytes = 0.0, 0, 0
         self.tally = Tally(("quantized", "mixed", "ttt", "final"), model.vocab_size, tables.is_control)
         self.charges: list[tuple[slice, Tensor]] = []
         """What the tally will be told at the end of the chunk."""
+        self.owed: list[tuple[str, Tensor]] = []
+        """Sums of the chunk's pieces, not read from the device yet, under names of `nats` or as the mass."""
         self.finished = 0  # chunks
         self.weights: dict[str, dict[str, Tensor]] = {}
 
@@ -256,6 +262,7 @@ class Evaluation:
         while (item := self.timed("scoring", partial(next, source, None))) is not None:
             self.timed("mixing", partial(self.score, *item))
         self.count(chunk)
+        self.settle()
         chunk_bytes = int(self.bytes_N.read(slice(chunk.start, chunk.stop)).sum())
         for span, nats_SB in self.charges:
             self.tally.add(self.tokens_N.read(span), self.bytes_N.read(span), nats_SB.cpu().numpy())
@@ -264,6 +271,7 @@ class Evaluation:
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
             self.timed("ttt", partial(self.adapter.learn, self.tokens_N, self.weights_N, chunk))
+        self.phases.settle()
         self.finished = number + 1
         return {
             "chunk": number,
@@ -304,7 +312,7 @@ class Evaluation:
             self.add(name, nats)
         span = slice(piece.start, piece.stop)
         self.charges.append((span, torch.stack([charges[name] for name in self.tally.names])))
-        self.mass += float(mass.sum())
+        self.owed.append(("mass", mass.sum()))
 
     def count(self, chunk: Piece) -> None:
         """Count a chunk that was scored, for the published rule."""
@@ -312,7 +320,17 @@ class Evaluation:
 
     def add(self, name: str, nats_B: Tensor) -> None:
         """Charge the piece's targets under one of the names of `nats`."""
-        self.nats[name] += float(nats_B.sum())
+        self.owed.append((name, nats_B.sum()))
+
+    def settle(self) -> None:
+        """Add up what the chunk's pieces owe, in their order: one read of the device."""
+        names, sums = zip(*self.owed, strict=True)
+        for name, value in zip(names, torch.stack([each.double() for each in sums]).tolist(), strict=True):
+            if name == "mass":
+                self.mass += value
+            else:
+                self.nats[name] += value
+        self.owed = []
 
     def history(self, piece: Piece) -> Tensor:
         """The two tokens before each target, oldest first, (B, 2); token 0 stands in before the text's start."""
@@ -321,11 +339,7 @@ class Evaluation:
         return torch.cat([*missing, before]).unfold(0, 2, 1)
 
     def timed(self, phase: str, work: Callable[[], Any]) -> Any:
-        began = time.monotonic()
-        value = work()
-        if self.tokens_N.device.type == "cuda":
-            torch.cuda.synchronize(self.tokens_N.device)
-        self.seconds[phase] += time.monotonic() - began
+        value = self.phases.timed(phase, work)
         self.start.beat()
         return value
 
@@ -361,7 +375,8 @@ class Evaluation:
         self.tally.load_state_dict(state["tally"])
         for chunk in self.chunks[: self.finished]:
             self.count(chunk)
-        self.nats, self.seconds = dict(state["nats"]), dict(state["seconds"])
+        self.nats = dict(state["nats"])
+        self.seconds.update(state["seconds"])
         self.mass, self.tokens, self.bytes = (state["sums"][name] for name in ("mass", "tokens", "bytes"))
 
     def result(self) -> EvaluateResult:

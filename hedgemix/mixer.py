@@ -73,8 +73,8 @@ class Mixer:
         whose n-gram rows are made at once. resident: the index is copied to the device. graph: whole spans, which start
         at multiples of span_tokens, are mixed by replaying a CUDA graph.
 
-        Raises RecipeError when the configuration contradicts itself or the index, ValueError for an index that is not
-        on a GPU that mixes, or a graph without a GPU."""
+        Raises RecipeError when the configuration contradicts itself or the index, ValueError for a graph on a CPU or an
+        index that is not on the GPU."""
         check_mixer(config, experts.EXPERTS)
         known = index.orders, index.match.lengths, index.vocab_size
         if known != (config.orders, config.match_lengths, vocab_size):
@@ -85,8 +85,10 @@ class Mixer:
         self.config, self.index, self.names = config, index, names
         self.device = torch.device(device)
         on_host = self.device.type == "cpu"
-        if (resident is False and not on_host) or (graph and on_host):
-            raise ValueError(f"on {self.device}: resident {resident}, graph {graph}")
+        if graph and on_host:
+            raise ValueError("graph=True: a CPU has no CUDA graphs; give graph=None")
+        if resident is False and not on_host:
+            raise ValueError(f"resident=False: {self.device} needs the index in its memory; give resident=None")
         self.experts = expert_names(config)
         linear = ("linear",) if config.linear_gates else ()
         self.kinds = (*self.experts, "hedge", *linear, "logistic", "ensemble")
@@ -193,6 +195,8 @@ class Mixer:
         """Log probabilities (B, R, kinds), float64, of what occurred and, if kept, log rows (B, R, kinds, V)."""
         if set(log_rows) != set(self.names):
             raise ValueError(f"rows of {sorted(log_rows)}, mixer of {sorted(self.names)}")
+        if any(len(rows) != stop - start for rows in log_rows.values()):
+            raise ValueError(f"rows of {[len(rows) for rows in log_rows.values()]} positions for {start}..{stop}")
         parts, kept = [], []
         left = start
         while left < stop:

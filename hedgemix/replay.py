@@ -30,32 +30,34 @@ class Replay:
         self.unchecked = CHECKED
 
     def __call__(self) -> None:
-        if self.replay is None:
-            before = copies(self.state)
-            try:
-                self.replay = self.record(self.work, self.result.device)
-            except RuntimeError as error:
-                self._give_up(f"cannot be recorded as a CUDA graph ({error})")
-            restore(self.state, before)
-        if self.unchecked and self.replay is not self.work:
-            self._check()
+        replay = self.replay or self._recorded()
+        if self.unchecked and replay is not self.work:
+            self._check(replay)
         else:
-            self.replay()
+            replay()
 
-    def _check(self) -> None:
-        assert self.replay is not None
+    def _recorded(self) -> Callable[[], object]:
+        before = copies(self.state)
+        try:
+            self.replay = self.record(self.work, self.result.device)
+        except RuntimeError as error:
+            self._give_up(f"cannot be recorded as a CUDA graph ({error})")
+        restore(self.state, before)
+        return self.replay or self.work
+
+    def _check(self, replay: Callable[[], object]) -> None:
         before = copies(self.state)
         self.work()
         expected = copies([*self.state, self.result])
         restore(self.state, before)
-        self.replay()
+        replay()
         self.unchecked -= 1
         if not all(map(torch.equal, expected, [*self.state, self.result])):
             restore([*self.state, self.result], expected)
             self._give_up("differs from its CUDA graph")
 
     def _give_up(self, why: str) -> None:
-        warnings.warn(f"the mixture {why}: it goes on without one, more slowly", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"the mixture {why}: it goes on without one, more slowly", RuntimeWarning, stacklevel=4)
         self.replay = self.work
 
 

@@ -1,4 +1,5 @@
-"""A text that stays where it is, in mapped files say, and comes to a device in slices: memory does not grow with it.
+"""A text that stays where it is, in mapped files say: memory does not grow with it. A GPU has it whole, 4 bytes a
+token, so that no slice waits for the host.
 
 Slices are what a tensor (N,) gives; a plain tensor serves wherever these types are taken.
 """
@@ -6,13 +7,14 @@ Slices are what a tensor (N,) gives; a plain tensor serves wherever these types 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hedgemix import bpb
-from hedgemix.shards import TokenStream
+from hedgemix.shards import PIECE_TOKENS, TokenStream
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,26 @@ class Text:
 
     tokens_N: np.ndarray | TokenStream
     device: torch.device
+    resident: bool | None = None
+    """Whether the device has the whole text; None: where it is no CPU."""
 
     def __len__(self) -> int:
         return len(self.tokens_N)
 
     def __getitem__(self, span: slice) -> Tensor:
         """int64, on the device."""
+        if self.device.type != "cpu" if self.resident is None else self.resident:
+            return self._copy_N[span].long()
         return torch.from_numpy(self.read(span).astype(np.int64)).to(self.device)
+
+    @cached_property
+    def _copy_N(self) -> Tensor:
+        """int32."""
+        copy_N = torch.empty(len(self), dtype=torch.int32, device=self.device)
+        for at in range(0, len(self), PIECE_TOKENS):
+            piece = self.read(slice(at, at + PIECE_TOKENS))
+            copy_N[at : at + len(piece)] = torch.from_numpy(piece.astype(np.int32))
+        return copy_N
 
     def read(self, span: slice) -> np.ndarray:
         start, stop, _ = span.indices(len(self))

@@ -20,6 +20,7 @@ import torch
 from textdata import processor
 from tinyartifact import CONFIG, CONTEXT, Case
 from torch import Tensor
+from unattended import unattended
 
 from hedgemix import artifact, ngram, published, tokenizer
 from hedgemix.artifact import ArtifactError
@@ -29,6 +30,7 @@ from hedgemix.isolation import FORBIDDEN
 from hedgemix.mixer import Mixer
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunks, piece_rows, pieces
+from hedgemix.text import Text
 from hedgemix.ttt import Adapter
 
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
@@ -205,6 +207,25 @@ def unchanged(case: Case) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         return run(case.begin()), recorder.nats()
+
+
+def test_host_and_device_leave_each_other_alone_while_a_piece_is_scored(case: Case, unchanged: Any) -> None:
+    """As on a GPU: text and index resident. The bits are the same, and the device is read at the end of a chunk."""
+    work = case.begin()
+    work.tokens_N = Text(case.tokens, torch.device("cpu"), resident=True)
+    # Spans of one block: chunks of 320 tokens end where spans do.
+    work.mixer = Mixer(CONFIG.mixer, 512, work.mixer.index, names=work.mixer.names, span_tokens=32, resident=True)
+    score, counts = work.score, []
+
+    def watched(piece: Piece, rows: dict[str, Tensor]) -> None:
+        if work.finished == 0:  # what is kept from piece to piece is made here
+            return score(piece, rows)
+        with unattended() as operations:
+            score(piece, rows)
+        counts.append(operations.count)
+
+    work.score = watched  # type: ignore[method-assign]
+    assert run(work) == unchanged[0] and len(counts) > 3 and min(counts) > 100
 
 
 @pytest.mark.parametrize("t", [1, 319, 320, 500, 641, 1100])

@@ -134,6 +134,13 @@ def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
         Mixer(replace(CONFIG, **bad), VOCAB, index_of(text))
 
 
+@pytest.mark.parametrize("rows", [1, 63, 65])
+def test_another_number_of_rows_is_refused(text: np.ndarray, rows: int) -> None:
+    """One row for all positions would fit their memory."""
+    with pytest.raises(ValueError, match="rows of"):
+        Mixer(CONFIG, VOCAB, index_of(text)).score({"neural": neural_rows(text)[1 : 1 + rows]}, 1, 65)
+
+
 def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
     config = replace(CONFIG, gates=("order", "both", "none", "entropy"), memory_tokens=(1.0, 1.0, 1.0, 1.0))
     rows, longest = neural_rows(text).log_softmax(-1), ngram.longest_class(index_of(text), 0, len(text))

@@ -158,5 +158,5 @@ def test_what_cannot_work_says_so(text: np.ndarray) -> None:
     with pytest.raises(ValueError, match="stand at 0"):
         resident_rows(Resident(index, "cpu", 16), index, 5, 9)
     config = MixerConfig(orders=(1, 2), match_lengths=())
-    with pytest.raises(ValueError, match="graph True"):
+    with pytest.raises(ValueError, match="graph=True"):
         Mixer(config, 512, index, graph=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from textdata import documents, processor
+from unattended import unattended
 
 from hedgemix import bpb, text, tokenizer
 from hedgemix.shards import TokenStream
@@ -17,11 +18,12 @@ TOKENS = np.concatenate(tokenizer.encode_batch(processor(), documents()[10:14]))
 
 @pytest.mark.parametrize("tokens", [TOKENS, TokenStream([TOKENS[:7], TOKENS[7:]])], ids=["array", "stream"])
 @pytest.mark.parametrize("span", SPANS, ids=str)
-def test_slices_are_those_of_a_tensor(tokens: np.ndarray | TokenStream, span: slice) -> None:
+@pytest.mark.parametrize("resident", [None, True])
+def test_slices_are_those_of_a_tensor(tokens: np.ndarray | TokenStream, span: slice, resident: bool | None) -> None:
     whole = torch.from_numpy(TOKENS.astype(np.int64))
     lengths = [len(tokenizer.decode(processor(), TOKENS[:stop])) for stop in range(1, len(TOKENS) + 1)]
     sizes_N = torch.tensor([0.0, *np.diff(lengths).tolist()])
-    found = text.Text(tokens, CPU)
+    found = text.Text(tokens, CPU, resident)
     sizes = text.Sizes(found, bpb.byte_tables(processor()))
     assert found[span].dtype == torch.int64 and torch.equal(found[span], whole[span])
     assert sizes[span].dtype == torch.float32 and torch.equal(sizes[span], sizes_N[span])
@@ -36,3 +38,14 @@ def test_another_text_is_not_the_same(change: object) -> None:
     last = TOKENS.copy()
     last[-1] ^= 1
     assert not text.same(TOKENS, TokenStream([last]), piece_tokens=30)
+
+
+def test_a_resident_text_asks_the_host_for_nothing() -> None:
+    found = text.Text(TOKENS, CPU, resident=True)
+    whole = torch.from_numpy(TOKENS.astype(np.int64))
+    assert len(found[0:1]) == 1  # here it is copied
+    with unattended():
+        slices = [found[span] for span in SPANS]
+    assert all(torch.equal(mine, whole[span]) for mine, span in zip(slices, SPANS, strict=True))
+    with pytest.raises(AssertionError, match="host"), unattended():
+        text.Text(TOKENS, CPU)[0:1]
