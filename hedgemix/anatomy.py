@@ -48,12 +48,12 @@ def organs(parts: Parts) -> list[Organ]:
     codes = torch.frombuffer(bytearray(parts.codes or b"\0"), dtype=torch.int8)
     halves = torch.frombuffer(bytearray(parts.halves or b"\0\0"), dtype=torch.float16)
     first_code = first_scale = 0
-    found = []
+    measured = []
     for name, kind, shape in parts.table:
         weights = math.prod(shape)
         if kind == "stepped":
             n_bytes, ideal, step = next(stepped)
-            found.append(Organ(name, kind, shape, n_bytes, ideal, step))
+            measured.append(Organ(name, kind, shape, n_bytes, ideal, step))
             continue
         ideal_bits = median = None
         n_bytes = weights * artifact.KINDS[kind] * _rate(parts, _section(kind))
@@ -64,8 +64,8 @@ def organs(parts: Parts) -> list[Organ]:
             scales = halves[first_scale : first_scale + rows]
             median = float(scales.float().median()) if rows else None
             first_code, first_scale = first_code + weights, first_scale + rows
-        found.append(Organ(name, kind, shape, n_bytes, ideal_bits, median))
-    return found
+        measured.append(Organ(name, kind, shape, n_bytes, ideal_bits, median))
+    return measured
 
 
 def entropy_bits(codes: Tensor) -> float:
@@ -105,14 +105,14 @@ def _indices(tensor: Stepped) -> tuple[np.ndarray, np.ndarray]:
 def show(path: Path, console: Console) -> None:
     """Print what the artifact holds; raises ArtifactError as reading it does."""
     parts = artifact.read_parts(path)
-    found = organs(parts)
-    weights = sum(organ.weights for organ in found)
+    measured = organs(parts)
+    weights = sum(organ.weights for organ in measured)
     console.print(
         f"{path}: {parts.n_bytes:,} bytes, {weights:,} weights, {8 * parts.n_bytes / max(1, weights):.3f} bits each; "
         f"recipe {parts.header.get('recipe')}, seed {parts.header.get('seed')}; sha256 {parts.sha256[:16]}"
     )
     console.print(_sections(parts))
-    console.print(_tensors(found))
+    console.print(_tensors(measured))
 
 
 def _sections(parts: Parts) -> Table:
@@ -128,15 +128,15 @@ def _sections(parts: Parts) -> Table:
     return table
 
 
-def _tensors(found: list[Organ]) -> Table:
+def _tensors(measured: list[Organ]) -> Table:
     """Fits 80 columns: a tensor that has no steps says there how it is stored."""
     table = Table(box=None, title="tensors (coded, ideal: bits a weight; step: the median)", title_justify="left")
     table.add_column("tensor", no_wrap=True)
     for name in ("shape", "bytes", "coded", "ideal", "step"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    largest = max((organ.n_bytes for organ in found), default=0.0)
-    for organ in found:
+    largest = max((organ.n_bytes for organ in measured), default=0.0)
+    for organ in measured:
         table.add_row(
             organ.name.removesuffix(".weight"),
             "x".join(map(str, organ.shape)) or "1",

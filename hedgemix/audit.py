@@ -69,7 +69,7 @@ class Audit:
 
     claim: Claim
     plan: Plan
-    told: Callable[[Finding], None]
+    on_finding: Callable[[Finding], None]
     source: Source
     spans: list[Piece]
     """The chunks audited."""
@@ -78,25 +78,25 @@ class Audit:
     """What the witness logged."""
     progress: Callable[[str], None] = lambda text: None
 
-    def find(self, found: Finding) -> None:
+    def find(self, finding: Finding) -> None:
         """Take a finding, unless there is one of its name, and hand it on."""
-        if found.name not in [earlier.name for earlier in self.findings]:
-            self.findings.append(found)
-            self.told(found)
+        if finding.name not in [earlier.name for earlier in self.findings]:
+            self.findings.append(finding)
+            self.on_finding(finding)
 
     def readable(self) -> list[Path]:
         """List the files that the replay may open: artifact and validation shards."""
         return [self.claim.artifact, *map(Path, self.claim.dataset.valid_shards)]
 
 
-def start(claim: Claim, plan: Plan, told: Callable[[Finding], None]) -> Audit:
+def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None]) -> Audit:
     """Begin an audit; raises RecipeError for a plan that cannot be carried out."""
     if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
         raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
     total, config = claim.dataset.valid_tokens, claim.recipe.evaluate
-    found = chunks(total, config.chunk_tokens)
+    all_chunks = chunks(total, config.chunk_tokens)
     wanted = plan.first_tokens or total
-    spans = [chunk for chunk in found if chunk.start < wanted]
+    spans = [chunk for chunk in all_chunks if chunk.start < wanted]
     if spans[-1].stop < 4:
         raise RecipeError(f"{spans[-1].stop} tokens are too few to audit")
     on_gpu = claim.recipe.compute.gpus_per_worker > 0 and torch.cuda.is_available()
@@ -111,20 +111,20 @@ def start(claim: Claim, plan: Plan, told: Callable[[Finding], None]) -> Audit:
         device="cuda" if on_gpu else "cpu",
         threads=torch.get_num_threads(),
     )
-    return Audit(claim, plan, told, source, spans)
+    return Audit(claim, plan, on_finding, source, spans)
 
 
 def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Console) -> int:
     """Audit the table's claims, a line a check; returns 0 when every check passed, else 1. Raises RecipeError."""
-    found, bad = claims(table, seeds, name), []
-    for claim in found:
+    audited, bad = claims(table, seeds, name), []
+    for claim in audited:
         total = f"{claim.dataset.valid_tokens:,} tokens"
         console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total}", highlight=False)
         with console.status("starting") as status:
             findings = run(claim, plan, lambda finding: print_finding(finding, console), status.update)
         bad += [f"{finding} (seed {claim.seed})" for finding in failed(findings)]
         console.print(f"  report: {claim.path('.md')}", soft_wrap=True, highlight=False)
-    sound = f"every check passed: seed {', '.join(str(claim.seed) for claim in found)}"
+    sound = f"every check passed: seed {', '.join(str(claim.seed) for claim in audited)}"
     verdict = f"FAILED: {', '.join(bad)}" if bad else sound
     console.print(verdict, style="bold red" if bad else "bold green", soft_wrap=True, highlight=False)
     return 1 if bad else 0
@@ -133,12 +133,12 @@ def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Co
 def run(
     claim: Claim,
     plan: Plan,
-    told: Callable[[Finding], None] = lambda found: None,
+    on_finding: Callable[[Finding], None] = lambda finding: None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Finding]:
     """Make all checks of one claim, handed on one by one; writes audit.json, audit.md and, for the score, the table's
     columns."""
-    work = start(claim, plan, told)
+    work = start(claim, plan, on_finding)
     work.progress = progress
     coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
     repeat(work, coded_stop)
@@ -205,11 +205,11 @@ def judge(work: Audit, name: str) -> None:
 def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]:
     """Draw positions: the first target, the last, and others from pieces spread evenly over the text, a few a piece."""
     config = work.claim.recipe.evaluate
-    found = [piece for chunk in spans for piece in pieces(chunk, config)]
+    all_pieces = [piece for chunk in spans for piece in pieces(chunk, config)]
     generator = np.random.default_rng(work.plan.seed)
-    count = min(len(found), -(-draws // ROWS_A_PIECE))
-    edges = np.linspace(0, len(found), count + 1).astype(int)
-    chosen = [found[generator.integers(low, high)] for low, high in itertools.pairwise(edges)]
+    count = min(len(all_pieces), -(-draws // ROWS_A_PIECE))
+    edges = np.linspace(0, len(all_pieces), count + 1).astype(int)
+    chosen = [all_pieces[generator.integers(low, high)] for low, high in itertools.pairwise(edges)]
     drawn = [generator.integers(piece.start, piece.stop, -(-draws // count)) for piece in chosen]
     return sorted({1, spans[-1].stop - 1, *(int(t) for part in drawn for t in part)})
 
@@ -242,10 +242,10 @@ def ranks_agree(work: Audit) -> None:
                 pool.submit(isolation.run, work.plan.rank, shared | {"rank": rank}, None) for rank in range(RANKS)
             ]
             try:
-                told = [each.result().value for each in running]
+                outcomes = [each.result().value for each in running]
             except WorkError as error:
                 return checks.not_done("world-size", str(error))
-        return checks.world_size(work.parts["replay"][0], told, work.plan.tolerance)
+        return checks.world_size(work.parts["replay"][0], outcomes, work.plan.tolerance)
 
     work.find(timed(check))
 
@@ -258,14 +258,14 @@ def really_coded(work: Audit, stop: int) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "coded"
         try:
-            told = isolation.run(work.plan.coder, {"source": asdict(source)}, work.readable()).value
-            file.write_bytes(base64.b64decode(told["data"]))
+            written = isolation.run(work.plan.coder, {"source": asdict(source)}, work.readable()).value
+            file.write_bytes(base64.b64decode(written["data"]))
             given = {"artifact_path": source.artifact, "data_path": str(file), "threads": source.threads}
             back = isolation.run(work.plan.decoder, given, [work.claim.artifact, file]).value
         except WorkError as error:
             return checks.not_done("coded", str(error))
     sha256 = hashlib.sha256(source.read().astype("<u2").tobytes()).hexdigest()
-    return checks.coded(told, back, stop, sha256, reported_bits(work, stop))
+    return checks.coded(written, back, stop, sha256, reported_bits(work, stop))
 
 
 def reported_bits(work: Audit, stop: int) -> float:
@@ -273,17 +273,17 @@ def reported_bits(work: Audit, stop: int) -> float:
     beginning of a chunk the same share of them as in the replay."""
     claim, replay = work.claim, work.parts["replay"][0]
     total, mine = 0.0, 0.0
-    for chunk, line, told in zip(work.spans, claim.trace, replay["lines"], strict=False):
+    for chunk, line, replayed in zip(work.spans, claim.trace, replay["lines"], strict=False):
         if chunk.start < stop:
             total += line["bits"][claim.name]
-            mine += told["bits"][claim.name]
+            mine += replayed["bits"][claim.name]
     return total * (replay["marks"][str(stop)] / math.log(2) / mine)
 
 
 def write(work: Audit) -> None:
     """Write audit.md, audit.json and, for the score, the table's columns; raises RecipeError where that fails."""
     claim, findings = work.claim, work.findings
-    figures = {found.name: found.figures for found in findings}
+    figures = {finding.name: finding.figures for finding in findings}
     rows = figures["normalised"]
     verdict = {
         "passed": not failed(findings),
@@ -301,7 +301,7 @@ def write(work: Audit) -> None:
         "hedgemix_version": __version__,
         "torch_version": torch.__version__,
         "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "findings": [asdict(found) for found in findings],
+        "findings": [asdict(finding) for finding in findings],
     }
     facts = {
         f"bpb_{claim.name}": claim.score,

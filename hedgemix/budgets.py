@@ -54,28 +54,28 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
     wrong = other_text(claim)
     wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
     drawn = overlap.draw([map_shard(path) for path in valid], windows, seed)
-    found = overlap.occurring(drawn, [map_shard(path) for path in train])
+    occurs = overlap.occurring(drawn, [map_shard(path) for path in train])
     counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
-    shares = [float(found[drawn.shard == number].mean()) if count else 0.0 for number, count in enumerate(counts)]
+    shares = [float(occurs[drawn.shard == number].mean()) if count else 0.0 for number, count in enumerate(counts)]
     for path, share in zip(valid, shares, strict=True):
         if share >= KNOWN_SHARE:
             wrong.append(f"{share:.0%} of the windows of {path.name} occur in the training text")
     largest = max(shares, default=0.0)
     statement = (
         f"The texts have the hashes of the row, none of {len(valid)} validation shards is among {len(train)} training "
-        f"shards, and of {len(found)} drawn windows of {overlap.WINDOW} validation tokens {int(found.sum())} occur "
+        f"shards, and of {len(occurs)} drawn windows of {overlap.WINDOW} validation tokens {int(occurs.sum())} occur "
         f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)."
     )
     figures = {
         "train_shards": len(train),
         "valid_shards": len(valid),
-        "windows": len(found),
-        "windows_in_training_text": int(found.sum()),
+        "windows": len(occurs),
+        "windows_in_training_text": int(occurs.sum()),
         "largest_share_of_a_shard": largest,
         "violation_from_share": KNOWN_SHARE,
         "violations": wrong[:8],
     }
-    headline = wrong[0] if wrong else f"{int(found.sum())} of {len(found)} windows occur in the training text"
+    headline = wrong[0] if wrong else f"{int(occurs.sum())} of {len(occurs)} windows occur in the training text"
     return Finding("unseen", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
 
 
@@ -85,16 +85,16 @@ def other_text(claim: Claim) -> list[str]:
     stream = datasets.valid_stream(data)
     for start in range(1, len(stream), READ_TOKENS):
         digest.update(stream.read(start, min(READ_TOKENS, len(stream) - start)).astype("<u2").tobytes())
-    found = {
+    hashes = {
         "valid_sha256": digest.hexdigest(),
         "train_sha256": datasets.edges_sha256(Path(shard) for shard in data.train_shards),
         "tokenizer_sha256": hashlib.sha256(artifact.read(claim.artifact).tokenizer).hexdigest(),
     }
     wrong = []
-    for name, value in found.items():
-        for where, told in (("the row", claim.row[name]), ("dataset.json", getattr(data, name))):
-            if told != value:
-                wrong.append(f"{name} is {value[:16]}…, {where} says {str(told)[:16]}…")
+    for name, value in hashes.items():
+        for where, named in (("the row", claim.row[name]), ("dataset.json", getattr(data, name))):
+            if named != value:
+                wrong.append(f"{name} is {value[:16]}…, {where} says {str(named)[:16]}…")
     return wrong
 
 

@@ -32,11 +32,11 @@ def sources(entry: str) -> Mapping[str, str]:
     """
     package = entry.partition(".")[0]
     root = _root(package)
-    found: dict[str, str] = {}
+    squeezed_by_name: dict[str, str] = {}
     open_ends = [entry]
     while open_ends:
         name = open_ends.pop()
-        if name in found:
+        if name in squeezed_by_name:
             continue
         path = _file(root, name)
         if path is None:
@@ -47,7 +47,7 @@ def sources(entry: str) -> Mapping[str, str]:
             tree = ast.parse(text)
         except SyntaxError as error:
             raise RecipeError(f"{path} cannot be bundled: {error}") from None
-        found[name] = squeezed(text, tree)
+        squeezed_by_name[name] = squeezed(text, tree)
         for module, attribute in [(name, ""), *_imports(tree, here)]:
             if module.partition(".")[0] != package:
                 continue
@@ -55,7 +55,7 @@ def sources(entry: str) -> Mapping[str, str]:
             open_ends += [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
             if attribute and _file(root, f"{module}.{attribute}"):
                 open_ends.append(f"{module}.{attribute}")
-    return {name: found[name] for name in sorted(found)}
+    return {name: squeezed_by_name[name] for name in sorted(squeezed_by_name)}
 
 
 def imports(source: str) -> set[str]:
@@ -90,13 +90,13 @@ def squeezed(text: str, tree: ast.Module) -> str:
             if strings and len(strings) == len(statements):
                 dropped.remove(strings[0].lineno - 1)
                 lines[strings[0].lineno - 1] = " " * strings[0].col_offset + "pass"
-    kept = []
+    remaining = []
     for number, line in enumerate(lines):
         if number in dropped or (number not in inside and not line.strip()):
             continue
         code = line if number in inside else line.lstrip()
-        kept.append(" " * ((len(line) - len(code)) // INDENT) + code + "\n")
-    return "".join(kept)
+        remaining.append(" " * ((len(line) - len(code)) // INDENT) + code + "\n")
+    return "".join(remaining)
 
 
 def _is_string(statement: ast.stmt) -> bool:

@@ -112,8 +112,8 @@ class Checkpoints:
         except OSError as error:
             self.failures.append(f"{type(error).__name__}: {error}")
 
-    def _remove(self, kept: set[Path]) -> None:
-        for old in set(self.folder.glob(f"{self.name}-*.pt")) - kept:
+    def _remove(self, keep: set[Path]) -> None:
+        for old in set(self.folder.glob(f"{self.name}-*.pt")) - keep:
             old.unlink(missing_ok=True)
 
     def close(self) -> None:

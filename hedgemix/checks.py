@@ -19,10 +19,10 @@ LOG_SUM = 1e-5
 CHARGE_NATS = 1e-4
 SAME_MACHINE = 1e-9
 
-Told = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-def normalised(claim: Claim, replay: Told) -> Finding:
+def normalised(claim: Claim, replay: Record) -> Finding:
     """Check that every row looked at is a distribution, and that what was charged is its value at the token."""
     rows = replay["rows"]
     sums = [row["log_sum"] for row in rows]
@@ -50,7 +50,7 @@ def normalised(claim: Claim, replay: Told) -> Finding:
     return Finding("normalised", passed, headline, statement, figures, replay["row_seconds"])
 
 
-def order(claim: Claim, replay: Told, tokens: int) -> Finding:
+def order(claim: Claim, replay: Record, tokens: int) -> Finding:
     """Check that each target is scored once, in order, before anything learned from it, and that the counts are the
     text's."""
     wrong = disorder(replay["events"], tokens)
@@ -79,7 +79,7 @@ def order(claim: Claim, replay: Told, tokens: int) -> Finding:
     )
 
 
-def disorder(events: Sequence[Told], tokens: int) -> list[str]:
+def disorder(events: Sequence[Record], tokens: int) -> list[str]:
     """Find what is wrong with the order of events in a text of so many tokens; empty when nothing is."""
     wrong: list[str] = []
     done, learned, weights, opened = 1, 1, None, None
@@ -117,7 +117,7 @@ def disorder(events: Sequence[Told], tokens: int) -> list[str]:
     return wrong
 
 
-def bits(claim: Claim, replay: Told, tolerance: float) -> Finding:
+def bits(claim: Claim, replay: Record, tolerance: float) -> Finding:
     """Check that the re-derived bits are the claim's: every chunk and name of the trace, result.json and the row."""
     lines, trace, wrong = replay["lines"], claim.trace, []
     worst, equal = 0.0, True
@@ -185,40 +185,40 @@ def self_contained(confined: Confined | None, error: str, allowed: int, seconds:
     return Finding("self-contained", not refused, headline, statement, figures, seconds)
 
 
-def blind(what: str, copies: Sequence[Told]) -> Finding:
+def blind(what: str, copies: Sequence[Record]) -> Finding:
     """Check that copies of the text charge the same up to where they differ. what: target or future, the part that was
     changed in each."""
     wrong = []
-    for told in copies:
-        place = f"position {told['position']:,}"
-        if not told["row_equal"]:
-            wrong.append(f"{place}: its row moved by up to {told['row_difference']:.2g}")
-        if told["nats_different"]:
+    for copy in copies:
+        place = f"position {copy['position']:,}"
+        if not copy["row_equal"]:
+            wrong.append(f"{place}: its row moved by up to {copy['row_difference']:.2g}")
+        if copy["nats_different"]:
             wrong.append(
-                f"{place}: {told['nats_different']:,} charges up to it changed, from {told['first_different']:,} on"
+                f"{place}: {copy['nats_different']:,} charges up to it changed, from {copy['first_different']:,} on"
             )
     part = "only the token there" if what == "target" else "every token after it"
-    compared = sum(told["nats_compared"] for told in copies)
+    compared = sum(copy["nats_compared"] for copy in copies)
     statement = (
         f"With {part} replaced and the evaluation run anew, indexing, mixing and test-time training included, the row "
         f"at each of {len(copies)} positions and all charges up to it ({compared:,}) are the same to the bit."
     )
     figures = {
-        "positions": [told["position"] for told in copies],
-        "chunks_learned_before": [told["chunks_learned"] for told in copies],
+        "positions": [copy["position"] for copy in copies],
+        "chunks_learned_before": [copy["chunks_learned"] for copy in copies],
         "charges_compared": compared,
-        "charges_different": sum(told["nats_different"] for told in copies),
-        "largest_row_difference": max((told["row_difference"] for told in copies), default=math.nan),
+        "charges_different": sum(copy["nats_different"] for copy in copies),
+        "largest_row_difference": max((copy["row_difference"] for copy in copies), default=math.nan),
         "violations": wrong[:8],
     }
     headline = wrong[0] if wrong else f"{len(copies)} rows and {compared:,} charges bitwise the same"
-    seconds = sum(told["seconds"] for told in copies)
+    seconds = sum(copy["seconds"] for copy in copies)
     return Finding(
         f"blind-to-{what}", bool(copies) and not wrong, headline, wrong_or(wrong, statement), figures, seconds
     )
 
 
-def world_size(replay: Told, ranks: Sequence[Told], tolerance: float) -> Finding:
+def world_size(replay: Record, ranks: Sequence[Record], tolerance: float) -> Finding:
     """Check that one process (the replay) and these ranks charge the same."""
     wrong, worst = [], 0.0
     chunks = len(ranks[0]["bits"])
@@ -248,27 +248,27 @@ def world_size(replay: Told, ranks: Sequence[Told], tolerance: float) -> Finding
     return Finding("world-size", not wrong, headline, wrong_or(wrong, statement), figures)
 
 
-def coded(told: Told, back: Told, tokens: int, sha256: str, reported_bits: float) -> Finding:
+def coded(written: Record, back: Record, tokens: int, sha256: str, reported_bits: float) -> Finding:
     """Check that real coding takes the reported bits and gives the text back. written: what the compressor wrote; back:
     what the decompressor read; sha256: of the tokens that went in."""
     allowed = 0.001 * reported_bits + 64
     same = back["sha256"] == sha256 and back["tokens"] == tokens
-    off = told["payload_bits"] - reported_bits
+    off = written["payload_bits"] - reported_bits
     passed = same and abs(off) <= allowed
     statement = (
-        f"{tokens:,} tokens really compressed take {told['payload_bits']:,} bits, the evaluation reports "
+        f"{tokens:,} tokens really compressed take {written['payload_bits']:,} bits, the evaluation reports "
         f"{reported_bits:,.1f} for them, and a process that could open the artifact and the coded file only "
         f"{'got them back' if same else 'did NOT get them back'}."
     )
     figures = {
         "tokens": tokens,
-        "coded_bits": told["payload_bits"],
+        "coded_bits": written["payload_bits"],
         "reported_bits": reported_bits,
         "difference_bits": off,
         "allowed_difference_bits": allowed,
         "decoded_equal": same,
     }
-    headline = f"{told['payload_bits']:,} bits coded, {reported_bits:,.1f} reported, " + (
+    headline = f"{written['payload_bits']:,} bits coded, {reported_bits:,.1f} reported, " + (
         "decoded equal" if same else "NOT decoded"
     )
     return Finding("coded", passed, headline, statement, figures)
@@ -287,13 +287,13 @@ def wrong_or(wrong: Sequence[str], statement: str) -> str:
     return f"Violated: {wrong[0]}{more}."
 
 
-def relative(one: float, other: float) -> float:
-    """Compare: |one - other| as a share of the larger; infinite when either is no number."""
-    if not (math.isfinite(one) and math.isfinite(other)):
+def relative(value: float, other: float) -> float:
+    """Compare: |value - other| as a share of the larger; infinite when either is no number."""
+    if not (math.isfinite(value) and math.isfinite(other)):
         return math.inf
-    return abs(one - other) / max(abs(one), abs(other), 1e-300)
+    return abs(value - other) / max(abs(value), abs(other), 1e-300)
 
 
-def apart(one: float, other: float) -> float:
-    """Subtract: |one - other|, infinite when that is no number."""
-    return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf
+def apart(value: float, other: float) -> float:
+    """Subtract: |value - other|, infinite when that is no number."""
+    return abs(value - other) if math.isfinite(value) and math.isfinite(other) else math.inf

@@ -87,18 +87,18 @@ def claims(table: Path, seeds: Sequence[int] = (), name: str = "final") -> list[
 def read_rows(table: Path) -> list[dict[str, Any]]:
     """Read a results table, a dictionary a row; raises RecipeError for a file that is none, or lacks columns."""
     try:
-        found = pq.read_table(table) if table.is_file() else None
+        content = pq.read_table(table) if table.is_file() else None
     except (OSError, pa.ArrowInvalid) as error:
         raise RecipeError(f"{table} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    if found is None:
+    if content is None:
         raise RecipeError(f"{table} is no file; give the parquet file that the record prints as its table")
-    lacking = [column for column in (*PATHS, *AUDITED, "config") if column not in found.column_names]
+    lacking = [column for column in (*PATHS, *AUDITED, "config") if column not in content.column_names]
     if lacking:
         raise RecipeError(
             f"{table} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "
             "record command again, which repeats no finished step"
         )
-    return found.to_pylist()
+    return content.to_pylist()
 
 
 def load(table: Path, row: dict[str, Any], name: str) -> Claim:
@@ -116,12 +116,12 @@ def load(table: Path, row: dict[str, Any], name: str) -> Claim:
     if not trace or not isinstance(claimed[0], float):
         raise RecipeError(f"seed {seed}: {evaluation} reports no bpb_{name} and no chunks")
     try:
-        found = artifact.read(file)
+        loaded = artifact.read(file)
     except (artifact.ArtifactError, OSError) as error:
         raise RecipeError(f"seed {seed}: {error}") from None
-    if found.sha256 != row["artifact_sha256"]:
+    if loaded.sha256 != row["artifact_sha256"]:
         raise RecipeError(
-            f"seed {seed}: {file} is not the artifact of the row: its sha256 is {found.sha256[:16]}…, the row's "
+            f"seed {seed}: {file} is not the artifact of the row: its sha256 is {loaded.sha256[:16]}…, the row's "
             f"{str(row['artifact_sha256'])[:16]}…"
         )
     recipe = from_dict(Recipe, json.loads(row["config"]))
@@ -163,7 +163,7 @@ def kept(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> d
 
 def write_columns(table: Path, seed: int, values: Mapping[str, Any]) -> None:
     """Set columns of a seed's row; the table stays whole whatever happens."""
-    found = pq.read_table(table)
-    rows = [row | values if row["seed"] == seed else row for row in found.to_pylist()]
+    content = pq.read_table(table)
+    rows = [row | values if row["seed"] == seed else row for row in content.to_pylist()]
     with replacing(table) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=found.schema), file)
+        pq.write_table(pa.Table.from_pylist(rows, schema=content.schema), file)

@@ -91,7 +91,7 @@ class Due:
 def read(path: Path) -> dict[str, Any]:
     """Read what a clock noted; zeros when there is none, or none that can be read."""
     try:
-        found = read_json(path)
-        return {name: float(found[name]) for name in FIELDS}
+        noted = read_json(path)
+        return {name: float(noted[name]) for name in FIELDS}
     except (OSError, ValueError, KeyError, TypeError):
         return dict.fromkeys(FIELDS, 0.0)

@@ -41,8 +41,9 @@ import constriction
 import numpy as np
 import torch
 
-from hedgemix import artifact, bundle, tokenizer
+from hedgemix import bundle, tokenizer
 from hedgemix.artifact import Artifact
+from hedgemix.artifact import read as read_artifact
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
 from hedgemix.evaluate import load_model
 from hedgemix.files import Log, replacing, silent
@@ -76,10 +77,10 @@ class Coded:
     """Coded tokens, the first included."""
 
 
-def settings_for(found: Artifact) -> EvaluateConfig:
+def settings_for(artifact: Artifact) -> EvaluateConfig:
     """Choose evaluation settings that suit an artifact of any size, in proportion to the context it was trained at
     (those of recipe laptop, for its artifacts). Others can be given; the coded file carries what was used."""
-    context = load_model(found).context_tokens
+    context = load_model(artifact).context_tokens
     base = EvaluateConfig(
         window_tokens=context, overlap_tokens=context, segment_tokens=8 * context, chunk_tokens=32 * context,
         stride_tokens=max(1, context // 8), dtype="float32",
@@ -102,21 +103,21 @@ def conditions(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def compress_tokens(
-    found: Artifact, tokens_N: np.ndarray, config: EvaluateConfig, *, schedule_tokens: int = 0, log: Log = silent
+    artifact: Artifact, tokens_N: np.ndarray, config: EvaluateConfig, *, schedule_tokens: int = 0, log: Log = silent
 ) -> Coded:
     """Code integer tokens (N,), N >= 1; the first is written as it is. On one thread.
 
     schedule_tokens: length of the whole text when these tokens are only its beginning. Raises RecipeError for settings
     that do not fit the artifact, ValueError for tokens that it does not know.
     """
-    processor = tokenizer.load(found.tokenizer)
+    processor = tokenizer.load(artifact.tokenizer)
     if not len(tokens_N) or tokens_N.min() < 0 or tokens_N.max() >= processor.vocab_size():
         raise ValueError(f"no tokens, or some outside 0..{processor.vocab_size() - 1}: not a text of this artifact")
     text = tokenizer.decode(processor, tokens_N.tolist())
     total, schedule = len(tokens_N), schedule_tokens or len(tokens_N)
     encoder, ideal_nats = RangeEncoder(), 0.0
     with one_thread():
-        predictor = Predictor(found, schedule, int(tokens_N[0]), config)
+        predictor = Predictor(artifact, schedule, int(tokens_N[0]), config)
         for token in _progress(tokens_N[1:].tolist(), total - 1, log):
             row_V = predictor.predict()
             encoder.encode(token, Categorical(row_V, perfect=False))
@@ -125,14 +126,14 @@ def compress_tokens(
     words = np.asarray(encoder.get_compressed(), "<u4").tobytes()
     settings = {"conditions": conditions(config), "evaluate": to_dict(config)}
     packed = zlib.compress(json.dumps(settings, separators=(",", ":")).encode(), 9)
-    digests = bytes.fromhex(found.sha256), hashlib.sha256(text).digest()
+    digests = bytes.fromhex(artifact.sha256), hashlib.sha256(text).digest()
     prefix = PREFIX.pack(MAGIC, VERSION, *digests, len(text), total, schedule, int(tokens_N[0]), len(packed))
     content = prefix + packed + words
     data = content + hashlib.sha256(content).digest()
     return Coded(data, 8 * len(words), ideal_nats / math.log(2), len(text), total)
 
 
-def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log: Log = silent) -> np.ndarray:
+def decompress_tokens(artifact: Artifact, data: bytes, *, force: bool = False, log: Log = silent) -> np.ndarray:
     """Decode the tokens, uint16 (N,), that `compress_tokens` coded.
 
     force: try although the conditions differ; the text's checksum still decides. Raises CodecError, before any work,
@@ -141,9 +142,9 @@ def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log:
     """
     prefix, settings, words = _parse(data)
     _, _, artifact_sha256, text_sha256, text_bytes, total, schedule, first, _ = prefix
-    if artifact_sha256.hex() != found.sha256:
+    if artifact_sha256.hex() != artifact.sha256:
         raise CodecError(
-            f"coded with the artifact of sha256 {artifact_sha256.hex()[:16]}, this one has {found.sha256[:16]}; "
+            f"coded with the artifact of sha256 {artifact_sha256.hex()[:16]}, this one has {artifact.sha256[:16]}; "
             "give the artifact it was coded with"
         )
     config = from_dict(EvaluateConfig, settings["evaluate"])
@@ -157,7 +158,7 @@ def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log:
     tokens_N = np.zeros(total, np.uint16)
     tokens_N[0] = first
     with one_thread():
-        predictor = Predictor(found, schedule, first, config)
+        predictor = Predictor(artifact, schedule, first, config)
         for at in _progress(range(1, total), total - 1, log):
             try:
                 token = int(decoder.decode(Categorical(predictor.predict(), perfect=False)))
@@ -165,7 +166,7 @@ def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log:
                 raise CodecError(_lost(differ)) from None
             tokens_N[at] = token
             predictor.update(token)
-    text = tokenizer.decode(tokenizer.load(found.tokenizer), tokens_N.tolist())
+    text = tokenizer.decode(tokenizer.load(artifact.tokenizer), tokens_N.tolist())
     if len(text) != text_bytes or hashlib.sha256(text).digest() != text_sha256:
         raise CodecError(_lost(differ))
     return tokens_N
@@ -174,13 +175,13 @@ def decompress_tokens(found: Artifact, data: bytes, *, force: bool = False, log:
 def compress(artifact_path: Path, text_path: Path, out: Path, config: EvaluateConfig | None, log: Log) -> Coded:
     """Code a UTF-8 text file. config None: `settings_for` the artifact. Raises CodecError for bytes that are not
     UTF-8, what `artifact.read` raises, and RecipeError as `compress_tokens` does."""
-    found = artifact.read(artifact_path)
+    artifact = read_artifact(artifact_path)
     try:
         text = text_path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise CodecError(f"{text_path} is not UTF-8 at byte {error.start:,}; convert it (iconv) first") from None
-    tokens = np.array(tokenizer.encode_exact(tokenizer.load(found.tokenizer), text))
-    coded = compress_tokens(found, tokens, config or settings_for(found), log=log)
+    tokens = np.array(tokenizer.encode_exact(tokenizer.load(artifact.tokenizer), text))
+    coded = compress_tokens(artifact, tokens, config or settings_for(artifact), log=log)
     with replacing(out) as file:
         file.write(coded.data)
     return coded
@@ -188,12 +189,12 @@ def compress(artifact_path: Path, text_path: Path, out: Path, config: EvaluateCo
 
 def decompress(artifact_path: Path, coded_path: Path, out: Path, force: bool, log: Log) -> int:
     """Write the text that `compress` coded, and return its bytes; raises as `decompress_tokens` does."""
-    found = artifact.read(artifact_path)
+    artifact = read_artifact(artifact_path)
     try:
-        tokens = decompress_tokens(found, coded_path.read_bytes(), force=force, log=log)
+        tokens = decompress_tokens(artifact, coded_path.read_bytes(), force=force, log=log)
     except CodecError as error:
         raise CodecError(f"{coded_path}: {error}") from None
-    text = tokenizer.decode(tokenizer.load(found.tokenizer), tokens.tolist())
+    text = tokenizer.decode(tokenizer.load(artifact.tokenizer), tokens.tolist())
     with replacing(out) as file:
         file.write(text)
     return len(text)

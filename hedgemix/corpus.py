@@ -37,8 +37,8 @@ def collect(config: DataConfig) -> list[str]:
     """
     limit = config.max_text_bytes
     if config.source == "docs":
-        found = _sorted(_distinct(docs_documents(config.packages)))
-        documents = list(_up_to(found, limit))
+        docstrings = _sorted(_distinct(docs_documents(config.packages)))
+        documents = list(_up_to(docstrings, limit))
     elif config.source == "text":
         documents = _sorted(_up_to(_distinct(text_documents(config.paths, config.text_field)), limit))
     else:
@@ -134,12 +134,12 @@ def _sources(package: str) -> list[Path]:
         raise RecipeError(f"data.packages: {package!r} is not installed; install it or leave it out")
     if spec.submodule_search_locations is not None:
         folders = map(Path, spec.submodule_search_locations)
-        found = sorted(path for folder in folders for path in folder.rglob("*.py") if not _is_test(path, folder))
+        sources = sorted(path for folder in folders for path in folder.rglob("*.py") if not _is_test(path, folder))
     else:
-        found = [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
-    if not found:
+        sources = [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
+    if not sources:
         raise RecipeError(f"data.packages: {package!r} has no Python source to read; leave it out")
-    return found
+    return sources
 
 
 def _is_test(path: Path, root: Path) -> bool:
@@ -192,10 +192,10 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
     kinds = f"{', '.join(SUFFIXES)} (all but parquet also .zst or .gz)"
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
-            if not found:
+            files = sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
+            if not files:
                 raise RecipeError(f"data.paths: folder {path} holds no file that can be read: {kinds}")
-            yield from found
+            yield from files
         elif not path.exists():
             raise RecipeError(f"data.paths: {path} does not exist; name a file or folder that does")
         elif not _kind(path):

@@ -186,13 +186,13 @@ def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
 
 
 def _only_tokenizer(folder: Path) -> Path:
-    found = sorted(folder.glob("*.model"))
-    if len(found) != 1:
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
         raise RecipeError(
-            f"data.shards_dir: {folder} has {len(found)} .model files; name the one the shards were made with in "
+            f"data.shards_dir: {folder} has {len(models)} .model files; name the one the shards were made with in "
             "data.tokenizer"
         )
-    return found[0]
+    return models[0]
 
 
 def _describe(

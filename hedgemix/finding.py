@@ -31,20 +31,20 @@ class Finding:
 def timed(check: Callable[[], Finding]) -> Finding:
     """Make a check, and add the seconds that it took to its finding."""
     began = time.monotonic()
-    found = check()
-    return replace(found, seconds=found.seconds + time.monotonic() - began)
+    finding = check()
+    return replace(finding, seconds=finding.seconds + time.monotonic() - began)
 
 
 def failed(findings: Sequence[Finding]) -> list[str]:
     """List the names of the checks that failed."""
-    return [found.name for found in findings if not found.passed]
+    return [finding.name for finding in findings if not finding.passed]
 
 
-def print_finding(found: Finding, console: Console) -> None:
+def print_finding(finding: Finding, console: Console) -> None:
     """Print one line: name, pass or FAIL, the figure, seconds."""
-    verdict = Text("pass", "green") if found.passed else Text("FAIL", "bold red")
-    line = Text.assemble(f"  {found.name:17}", verdict, f"  {found.headline[:HEADLINE]:{HEADLINE}}")
-    console.print(line + Text(f" {found.seconds:5.1f} s"), soft_wrap=True)
+    verdict = Text("pass", "green") if finding.passed else Text("FAIL", "bold red")
+    line = Text.assemble(f"  {finding.name:17}", verdict, f"  {finding.headline[:HEADLINE]:{HEADLINE}}")
+    console.print(line + Text(f" {finding.seconds:5.1f} s"), soft_wrap=True)
 
 
 def markdown(title: str, facts: dict[str, Any], findings: Sequence[Finding]) -> str:
@@ -55,12 +55,12 @@ def markdown(title: str, facts: dict[str, Any], findings: Sequence[Finding]) -> 
     lines = [f"# {title}", "", verdict, ""]
     lines += [f"- {name}: {number(value)}" for name, value in facts.items()]
     lines += ["", "| check | result | figure | seconds |", "|---|---|---|---|"]
-    for found in findings:
-        cells = found.name, "pass" if found.passed else "**FAIL**", found.headline.replace("|", "\\|")
-        lines.append(f"| {' | '.join(cells)} | {found.seconds:.1f} |")
-    for found in findings:
-        lines += ["", f"## {found.name}: {'pass' if found.passed else 'FAIL'}", "", found.statement, ""]
-        lines += [f"- {name.replace('_', ' ')}: {number(value)}" for name, value in found.figures.items()]
+    for finding in findings:
+        cells = finding.name, "pass" if finding.passed else "**FAIL**", finding.headline.replace("|", "\\|")
+        lines.append(f"| {' | '.join(cells)} | {finding.seconds:.1f} |")
+    for finding in findings:
+        lines += ["", f"## {finding.name}: {'pass' if finding.passed else 'FAIL'}", "", finding.statement, ""]
+        lines += [f"- {name.replace('_', ' ')}: {number(value)}" for name, value in finding.figures.items()]
     return "\n".join(lines) + "\n"
 
 

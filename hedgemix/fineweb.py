@@ -44,18 +44,18 @@ def download(
     root, vocab_size = Path(folder), int(size[1])
     prefix = f"datasets/datasets/fineweb10B_{variant}"
     listed = _ask(repo, lambda: HfApi().list_repo_files(repo, repo_type="dataset"))
-    found = {
+    paths = {
         name: sorted(path for path in listed if re.fullmatch(rf"{prefix}/fineweb_{name}_\d+\.bin", path))
         for name in ("val", "train")
     }
-    if not found["val"]:
+    if not paths["val"]:
         raise RecipeError(f"{repo} has no validation shards of variant {variant!r}; name another variant or repo")
-    if len(found["train"]) < train_shards:
+    if len(paths["train"]) < train_shards:
         raise RecipeError(
-            f"{repo} has {len(found['train'])} training shards of variant {variant!r}, not {train_shards}; "
+            f"{repo} has {len(paths['train'])} training shards of variant {variant!r}, not {train_shards}; "
             "lower train_shards"
         )
-    for path in found["val"] + found["train"][:train_shards]:
+    for path in paths["val"] + paths["train"][:train_shards]:
         _fetch(repo, path, root, lambda file: shards.open_shard(file, vocab_size), log)
     model = f"datasets/tokenizers/fineweb_{vocab_size}_bpe.model"
     _fetch(repo, model, root, lambda file: _check_size(tokenizer.load(file).vocab_size(), vocab_size, model), log)
@@ -82,9 +82,9 @@ def _fetch(repo: str, name: str, root: Path, check: Callable[[Path], object], lo
     os.replace(fetched, final)
 
 
-def _check_size(found: int, expected: int, name: str) -> None:
-    if found != expected:
-        raise RecipeError(f"tokenizer {name} has {found} pieces, expected {expected}; name another variant")
+def _check_size(size: int, expected: int, name: str) -> None:
+    if size != expected:
+        raise RecipeError(f"tokenizer {name} has {size} pieces, expected {expected}; name another variant")
 
 
 def _ask(repo: str, request: Callable[[], Result]) -> Result:

@@ -111,13 +111,13 @@ def run(
             child.stdin.write(json.dumps(spec).encode() + b"\n")
             child.stdin.close()
             for line in child.stdout:
-                told = json.loads(line)
-                if "log" in told:
-                    log(told["log"])
-                elif "started" in told:
+                reply = json.loads(line)
+                if "log" in reply:
+                    log(reply["log"])
+                elif "started" in reply:
                     start_seconds = time.monotonic() - began
                 else:
-                    ended, confined = told, Confined(**told["confined"])
+                    ended, confined = reply, Confined(**reply["confined"])
         finally:
             child.kill()
             child.wait()
@@ -136,8 +136,8 @@ def serve(spec: dict[str, Any]) -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the work prints goes to the error text
 
-    def tell(told: dict[str, Any]) -> None:
-        channel.write(json.dumps(told) + "\n")
+    def tell(reply: dict[str, Any]) -> None:
+        channel.write(json.dumps(reply) + "\n")
         channel.flush()
 
     confined = Confined() if spec["readable"] is None else confine(spec["readable"], spec["path"], os.getcwd())
@@ -215,8 +215,8 @@ def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
     for name, access in [*grants, ("/dev", read | look | write), (scratch, every)]:
         if os.path.exists(name):
             held = os.open(name, os.O_PATH)
-            kept = access if os.path.isdir(name) else access & ~look
-            libc.syscall(445, ruleset, 1, struct.pack("=Qi", kept, held), 0)
+            allowed = access if os.path.isdir(name) else access & ~look
+            libc.syscall(445, ruleset, 1, struct.pack("=Qi", allowed, held), 0)
             os.close(held)
     libc.prctl(38, 1, 0, 0, 0)  # no new privileges, which the next call asks for
     return version if libc.syscall(446, ruleset, 0) == 0 else 0

@@ -44,9 +44,9 @@ def draw(shards: Sequence[np.ndarray], count: int, seed: int) -> Windows:
 def occurring(windows: Windows, shards: Sequence[np.ndarray]) -> np.ndarray:
     """Find which windows occur in one of the training shards (uint16 arrays, mapped files too): bool (W,)."""
     count = len(windows.tokens)
-    found = np.zeros(count, bool)
+    occurs = np.zeros(count, bool)
     if not count:
-        return found
+        return occurs
     words = np.concatenate([_words(windows.tokens[:, offset : offset + 4]) for offset in range(4)])
     order = np.argsort(words, kind="stable")
     words, window, offset = words[order], order % count, order // count
@@ -62,11 +62,11 @@ def occurring(windows: Windows, shards: Sequence[np.ndarray]) -> np.ndarray:
             at = np.repeat(maybe, times)
             entry = np.repeat(low - np.cumsum(times) + times, times) + np.arange(len(at))
             begin = 4 * at - offset[entry]
-            fits = (begin >= 0) & (begin + WINDOW <= len(piece)) & ~found[window[entry]]
+            fits = (begin >= 0) & (begin + WINDOW <= len(piece)) & ~occurs[window[entry]]
             for chosen in np.array_split(np.flatnonzero(fits), max(1, fits.sum() // 100_000)):
                 text = piece[begin[chosen, None] + np.arange(WINDOW)]
-                found[window[entry[chosen]][(text == windows.tokens[window[entry[chosen]]]).all(1)]] = True
-    return found
+                occurs[window[entry[chosen]][(text == windows.tokens[window[entry[chosen]]]).all(1)]] = True
+    return occurs
 
 
 def _words(tokens_S4: np.ndarray) -> np.ndarray:

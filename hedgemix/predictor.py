@@ -135,7 +135,7 @@ class Mixture:
         self.log_weights_RK = hedge.share_step(log_p_RK, self.log_weights_RK, self.config.hedge_share)
         self.block.append((self.said, token))
         if ends_block:
-            self.blend.learn(join([said for said, _ in self.block]), torch.tensor([told for _, told in self.block]))
+            self.blend.learn(join([said for said, _ in self.block]), torch.tensor([token for _, token in self.block]))
             self.block = []
         self.counts.add(token)
         self.follower.update(token)

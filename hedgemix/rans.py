@@ -124,11 +124,11 @@ class Decoder:
     def _pop(self, places: Ints, rows: Ints, slots: Ints, packed: Ints, symbols: Ints) -> None:
         states, words, lanes = self._states, self._words, self._lanes
         for first in range(0, len(symbols), lanes):
-            found = symbols[first : first + lanes]
-            state = states[: len(found)]
+            taken = symbols[first : first + lanes]
+            state = states[: len(taken)]
             slot = state & (SLOTS - 1)
-            np.take(slots, slot + places[first : first + lanes], out=found, mode="clip")  # raise would buffer
-            entry = packed.take(rows[first : first + lanes] + found)
+            np.take(slots, slot + places[first : first + lanes], out=taken, mode="clip")  # raise would buffer
+            entry = packed.take(rows[first : first + lanes] + taken)
             state >>= BITS
             state *= entry & 0xFFFF
             slot -= entry >> 16

@@ -107,7 +107,7 @@ def report(name: str, path: Path, draws: int, cuts: int, seed: int, place: Path 
         raise RecipeError("--draws and --cuts must be positive")
     make, tokens_N = load(name), read_tokens(path)
     console.print(f"{name} on {len(tokens_N) - 1:,} tokens of {path}", soft_wrap=True, highlight=False)
-    findings, rate = run(make, tokens_N, draws, cuts, seed, lambda found: print_finding(found, console))
+    findings, rate = run(make, tokens_N, draws, cuts, seed, lambda finding: print_finding(finding, console))
     facts = {
         "bits per token of its rows": rate,
         "tokens": len(tokens_N) - 1,
@@ -130,7 +130,7 @@ def run(
     draws: int,
     cuts: int,
     seed: int,
-    told: Callable[[Finding], None] = lambda found: None,
+    on_finding: Callable[[Finding], None] = lambda finding: None,
 ) -> tuple[list[Finding], float]:
     """Make the four findings, handed on one by one, and the bits a token of the scorer's rows."""
     generator, size = np.random.default_rng(seed), len(tokens_N)
@@ -140,12 +140,12 @@ def run(
     began = time.monotonic()
     base = walk(make, tokens_N, size - 1, {*asked, *places})
     findings = [normalised(base, time.monotonic() - began), order(base, asked)]
-    for found in findings:
-        told(found)
+    for finding in findings:
+        on_finding(finding)
     for changed in ("target", "future"):
-        found = timed(partial(changed_copies, make, tokens_N, changed, places, base))
-        findings.append(found)
-        told(found)
+        finding = timed(partial(changed_copies, make, tokens_N, changed, places, base))
+        findings.append(finding)
+        on_finding(finding)
     return findings, float(base.nats_N[1:].sum()) / math.log(2) / (size - 1)
 
 

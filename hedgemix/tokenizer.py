@@ -89,9 +89,9 @@ def load(source: str | Path | bytes) -> SentencePieceProcessor:
     except RuntimeError:
         processor = None
     if processor is None:
-        found = hashlib.sha256(model).hexdigest()[:12]
+        digest = hashlib.sha256(model).hexdigest()[:12]
         raise RecipeError(
-            f"data.tokenizer: {name} ({len(model)} bytes, sha256 {found}...) is not a SentencePiece model; "
+            f"data.tokenizer: {name} ({len(model)} bytes, sha256 {digest}...) is not a SentencePiece model; "
             "name the .model file the shards were made with"
         )
     return processor

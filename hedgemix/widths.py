@@ -90,11 +90,11 @@ def frequencies(counts: Ints) -> NDArray[np.int64]:
     """
     masses = prior() + (counts << COUNT_BITS)
     totals = masses.sum(1, keepdims=True)
-    kept = masses * (8 * SLOTS) >= totals
-    kept[:, ESCAPE] = True
-    masses[:, ESCAPE] += np.where(kept, 0, masses).sum(1)
-    masses *= kept
-    tables = kept + masses * (SLOTS - kept.sum(1, keepdims=True)) // totals
+    present = masses * (8 * SLOTS) >= totals
+    present[:, ESCAPE] = True
+    masses[:, ESCAPE] += np.where(present, 0, masses).sum(1)
+    masses *= present
+    tables = present + masses * (SLOTS - present.sum(1, keepdims=True)) // totals
     rows = np.arange(TABLES)
     tables[rows, masses.argmax(1)] += SLOTS - tables.sum(1)
     return tables
