@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch's optimizers import it when they are first used: two seconds, in every section's process
 
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.text import Text

@@ -62,9 +62,9 @@ def sizes(device: str, tiny: bool, vocab_size: int) -> Sizes:
         return Sizes(
             recipe, True, 0.2, smoke_sequences=2, smoke_tokens=512, compared_tokens=64, compared_mixed_tokens=256,
             steps=3, eager_steps=2, streamed_tokens=512, slid_tokens=128, mixed_tokens=512, blocks=(32, 16),
-            repeated_tokens=256, repeats=2, train=train, train_seconds=2.0, room_bytes=500_000,
-            full_tokens=512, evaluated_tokens=1024, varied_tokens=512, ordered_tokens=256,
-            audited_tokens=256, replayed_steps=2,
+            repeated_tokens=256, repeats=2, train=train, train_seconds=1.5, room_bytes=500_000,
+            full_tokens=256, evaluated_tokens=512, varied_tokens=256, ordered_tokens=256,
+            audited_tokens=128, replayed_steps=2,
         )  # fmt: skip
     if device == "cpu":
         raise RecipeError("--device cpu: the record's sizes take hours there; add --tiny")
