@@ -31,8 +31,12 @@ def fake_quantize(weight: Tensor) -> Tensor:
     with torch.no_grad():
         magnitude = weight.float().abs()
         rank = max(1, math.ceil(QAT_QUANTILE * magnitude.shape[1]))
-        largest = magnitude.topk(magnitude.shape[1] - rank + 1, dim=1).values  # kthvalue is not deterministic on a GPU
-        scale = largest[:, -1:].clamp_min(1e-8) / QAT_LEVELS
+        above = magnitude.shape[1] - rank
+        if above:  # kthvalue is not deterministic on a GPU
+            largest = magnitude.topk(above + 1, dim=1).values[:, -1:]
+        else:  # up to 1,999 columns; a compiler fuses a maximum with what is around it, and calls out for a topk
+            largest = magnitude.amax(1, keepdim=True)
+        scale = largest.clamp_min(1e-8) / QAT_LEVELS
         rounded = (weight / scale).round().clamp(-QAT_LEVELS, QAT_LEVELS) * scale
     return weight + (rounded - weight).detach()
 

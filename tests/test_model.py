@@ -227,6 +227,16 @@ def test_quantized_weights_have_31_levels_a_row() -> None:
         assert (row - original).abs()[kept].max() <= clip / 30 * 1.001 and kept.sum() == 2999
 
 
+@pytest.mark.parametrize("columns", [1, 7, 512, 1792, 1999, 2000, 2001, 4000, 4001])
+def test_the_quantized_weights_scale_is_a_sorted_rows_quantile(columns: int) -> None:
+    weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    weight[3] = 0
+    ranked = weight.abs().sort(dim=1).values
+    scale = ranked[:, math.ceil(0.9995 * columns) - 1, None].clamp_min(1e-8) / 15
+    rounded = (weight / scale).round().clamp(-15, 15) * scale
+    assert torch.equal(fake_quantize(weight), weight + (rounded - weight))
+
+
 def test_the_gradient_passes_straight_through_the_quantization() -> None:
     model, tokens = build(), tokens_of(2, 20)
     rounded = build()
