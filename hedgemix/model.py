@@ -136,11 +136,12 @@ class Block(nn.Module):
         last: int,
     ) -> Tensor:
         if self.input_mix is not None:
-            x = self.input_mix[0] * x + self.input_mix[1] * x0
+            mix = self.input_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
         y = self.attention(rms_norm(x, self.depth_scale), value, cos, sin, band, qat, cache, last)
-        x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale * y)
+        x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale.to(x.dtype) * y)
         y = self.mlp(rms_norm(x, self.depth_scale), qat)
-        return x + (y if self.mlp_scale is None else self.mlp_scale * y)
+        return x + (y if self.mlp_scale is None else self.mlp_scale.to(x.dtype) * y)
 
 
 class BigramEmbedding(nn.Module):
@@ -247,9 +248,11 @@ class Model(nn.Module):
             else:
                 x = x + self.bigram(tokens_BT)
         x = rms_norm(x)
+        if self.config.residual_dtype == "bfloat16" and torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()  # from here on; every norm and the loss are in float32 again
         unsmeared = x
         if self.smear is not None:
-            gate = torch.sigmoid(self.smear)
+            gate = torch.sigmoid(self.smear).to(x.dtype)
             earlier = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None or not length else cache.x_B1D
             x = x + gate * (earlier - x)
         x0 = x
@@ -260,7 +263,7 @@ class Model(nn.Module):
         pushed: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= self.pushes and pushed:
-                x = x + self.skip_weights[layer - self.pushes] * pushed.pop()
+                x = x + self.skip_weights[layer - self.pushes].to(x.dtype) * pushed.pop()
             added = None
             if self.value_embedding is not None and value is not None and layer >= first_valued:
                 added = value * self.value_embedding.layer_scales[layer - first_valued]

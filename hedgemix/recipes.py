@@ -118,6 +118,8 @@ def validate(recipe: Recipe) -> None:
         if value <= 0 or math.isnan(value):
             raise RecipeError(f"limits.{name} must be positive")
     validate_model(recipe.model)
+    if recipe.model.residual_dtype == "bfloat16" and recipe.train.dtype != "bfloat16":
+        raise RecipeError("model.residual_dtype bfloat16 needs train.dtype bfloat16: set both to one type")
     train.validate(recipe, compute.workers)
     quantize.validate(recipe.quantize)
     stream.validate(recipe.evaluate, recipe.train.sequence_tokens)
