@@ -16,12 +16,52 @@ from torch import Tensor
 from hedgemix import kernels
 
 
+def windowed(q_BHTE: Tensor) -> bool:
+    """Whether `windowed_attention` takes these queries."""
+    if not (q_BHTE.is_cuda and torch.backends.cuda.is_flash_attention_available()):
+        return False
+    return flash_takes(q_BHTE.dtype, q_BHTE.shape[-1], torch.cuda.get_device_capability(q_BHTE.device))
+
+
+def flash_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:
+    """Whether FlashAttention 2 has kernels for such heads on a GPU of this compute capability."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and head_width % 8 == 0 and head_width <= 256 and capability >= (8, 0)
+
+
+def windowed_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
+    """`banded_attention` by the kernel's own window: half the keys, and no mask to write or plan for.
+
+    The kernel's last query is at its last key's position: it sees window_size_left keys before it, window_size_right
+    after. Its layout is (B, T, H, E).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BHTE, k_BHTE, v_BHTE))
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        query=q,
+        key=k,
+        value=v,
+        cum_seq_q=None,
+        cum_seq_k=None,
+        max_q=q.shape[1],
+        max_k=k.shape[1],
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
+        window_size_left=band - 1,
+        window_size_right=0,
+    )
+    return y.transpose(1, 2)
+
+
 def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
     """Causal attention in which each position sees itself and the `band - 1` positions before it.
 
-    Queries, of the last T of the positions that keys and values have, are cut into blocks of `band`; each block attends
-    to itself and the block before it, so the work is 2 * band keys a query, whatever T is.
+    Queries are of the last T of the positions that keys and values have. Where no kernel has a window they are cut into
+    blocks of `band`, each of which attends to itself and the block before it, so the work is 2 * band keys a query,
+    whatever T is.
     """
+    if windowed(q_BHTE):
+        return windowed_attention(q_BHTE, k_BHTE, v_BHTE, band)
     B, H, T, E = q_BHTE.shape
     blocks = -(-T // band)
     padding = blocks * band - T

@@ -86,6 +86,8 @@ class ModelConfig:
     value_embedding_layers: int = 2
     """The last layers that add the value embedding to v (0: none)."""
     value_embedding_width: int = 128
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the residual stream where products are in bfloat16 too; where they are not, it is float32."""
 
 
 @dataclass(frozen=True)

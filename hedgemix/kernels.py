@@ -46,10 +46,12 @@ class Table(nn.Embedding):
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """`x` with a mean square of `scale`^2 over its last dimension."""
+    """`x` with a mean square of `scale`^2 over its last dimension, in float32 where `x` is in bfloat16."""
     if usable(x):
         return RMSNorm.apply(x, scale)
-    return F.rms_norm(x, (x.shape[-1],)) * scale if scale != 1 else F.rms_norm(x, (x.shape[-1],))
+    # Of its own, torch would round to bfloat16 on a CPU, with that type's eps: 0.008 beside a mean square of 1.
+    y = F.rms_norm(x.float() if x.dtype == torch.bfloat16 else x, (x.shape[-1],))
+    return y * scale if scale != 1 else y
 
 
 def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

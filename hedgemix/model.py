@@ -32,8 +32,12 @@ def fake_quantize(weight: Tensor) -> Tensor:
     with torch.no_grad():
         magnitude = weight.float().abs()
         rank = max(1, math.ceil(QAT_QUANTILE * magnitude.shape[1]))
-        largest = magnitude.topk(magnitude.shape[1] - rank + 1, dim=1).values  # kthvalue is not deterministic on a GPU
-        scale = largest[:, -1:].clamp_min(1e-8) / QAT_LEVELS
+        above = magnitude.shape[1] - rank
+        if above:  # kthvalue is not deterministic on a GPU
+            largest = magnitude.topk(above + 1, dim=1).values[:, -1:]
+        else:  # up to 1,999 columns; a compiler fuses a maximum with what is around it, and calls out for a topk
+            largest = magnitude.amax(1, keepdim=True)
+        scale = largest.clamp_min(1e-8) / QAT_LEVELS
         rounded = (weight / scale).round().clamp(-QAT_LEVELS, QAT_LEVELS) * scale
     return weight + (rounded - weight).detach()
 
@@ -133,11 +137,12 @@ class Block(nn.Module):
         last: int,
     ) -> Tensor:
         if self.input_mix is not None:
-            x = self.input_mix[0] * x + self.input_mix[1] * x0
+            mix = self.input_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
         y = self.attention(rms_norm(x, self.depth_scale), value, cos, sin, band, qat, cache, last)
-        x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale * y)
+        x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale.to(x.dtype) * y)
         y = self.mlp(rms_norm(x, self.depth_scale), qat)
-        return x + (y if self.mlp_scale is None else self.mlp_scale * y)
+        return x + (y if self.mlp_scale is None else self.mlp_scale.to(x.dtype) * y)
 
 
 class BigramEmbedding(nn.Module):
@@ -244,9 +249,11 @@ class Model(nn.Module):
             else:
                 x = x + self.bigram(tokens_BT)
         x = rms_norm(x)
+        if self.config.residual_dtype == "bfloat16" and torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()  # from here on; every norm and the loss are in float32 again
         unsmeared = x
         if self.smear is not None:
-            gate = torch.sigmoid(self.smear)
+            gate = torch.sigmoid(self.smear).to(x.dtype)
             earlier = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None or not length else cache.x_B1D
             x = x + gate * (earlier - x)
         x0 = x
@@ -257,7 +264,7 @@ class Model(nn.Module):
         pushed: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= self.pushes and pushed:
-                x = x + self.skip_weights[layer - self.pushes] * pushed.pop()
+                x = x + self.skip_weights[layer - self.pushes].to(x.dtype) * pushed.pop()
             added = None
             if self.value_embedding is not None and value is not None and layer >= first_valued:
                 added = value * self.value_embedding.layer_scales[layer - first_valued]

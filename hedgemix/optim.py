@@ -119,14 +119,19 @@ class Optimizers:
         self.adamw.load_state_dict(state["adamw"])
 
 
+ALIGNED_NUMBERS = 4
+"""Gradients start at multiples of so many float32 numbers, 16 bytes: what a GPU's kernels read and write at once."""
+
+
 class FlatGradient:
-    """All gradients as views of one buffer: one zeroing, one norm, one all-reduce a step."""
+    """All gradients as views of one buffer: one zeroing, one norm, one all-reduce a step. Zeros fill its gaps."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        for parameter, piece in zip(parameters, self.buffer.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        sizes = [-(-parameter.numel() // ALIGNED_NUMBERS) * ALIGNED_NUMBERS for parameter in parameters]
+        self.buffer = torch.zeros(sum(sizes), device=parameters[0].device)
+        for parameter, piece in zip(parameters, self.buffer.split(sizes), strict=True):
+            parameter.grad = piece[: parameter.numel()].view_as(parameter)
 
     def zero(self) -> None:
         self.buffer.zero_()

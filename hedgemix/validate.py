@@ -42,6 +42,8 @@ def check_recipe(recipe: Recipe, qat_levels: int, expert_names: Collection[str])
     check_compute(recipe.compute)
     check_limits(recipe.limits)
     check_model(recipe.model)
+    if recipe.model.residual_dtype == "bfloat16" and recipe.train.dtype != "bfloat16":
+        raise RecipeError("model.residual_dtype bfloat16 needs train.dtype bfloat16: set both to one type")
     check_train(recipe, recipe.compute.workers, qat_levels)
     check_quantize(recipe.quantize)
     check_evaluate(evaluate, context_tokens)

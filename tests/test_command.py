@@ -11,8 +11,8 @@ import textdata
 import tinyrecord
 
 from hedgemix import shards
+from hedgemix.config import ModelConfig, from_dict, to_dict
 from hedgemix.config import Recipe as RecipeType
-from hedgemix.config import from_dict, to_dict
 from hedgemix.recipes import RECIPES
 from pipeline import ray_session, record
 from pipeline.store import Storage
@@ -23,6 +23,12 @@ def test_every_recipe_survives_json(name: str) -> None:
     recipe = RECIPES[name]()
     assert recipe.recipe == name
     assert from_dict(RecipeType, to_dict(recipe)) == recipe
+
+
+def test_a_model_described_before_a_field_was_there_has_its_default() -> None:
+    described = to_dict(RECIPES["laptop"]().model)
+    del described["residual_dtype"]
+    assert from_dict(ModelConfig, described) == RECIPES["laptop"]().model
 
 
 def test_any_field_is_an_option() -> None:
@@ -56,6 +62,7 @@ def test_help_shows_fields_with_units_and_defaults(capsys: pytest.CaptureFixture
         (["laptop", "--train.batch-tokens", "1000"], "train.batch_tokens 1000"),
         (["laptop", "--train.budget-seconds", "2"], "train.budget_seconds"),
         (["laptop", "--model.heads", "5"], "model.heads"),
+        (["laptop", "--model.residual-dtype", "bfloat16"], "train.dtype bfloat16"),
         (["laptop", "--quantize.matrix-bits", "9"], "quantize.matrix_bits"),
         (["laptop", "--evaluate.window-tokens", "512"], "evaluate.window_tokens 512"),
         (["laptop", "--evaluate.mixer.hedge-share", "2"], "evaluate.mixer.hedge_share"),

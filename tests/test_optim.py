@@ -77,13 +77,32 @@ def test_gradients_stay_views_of_one_buffer() -> None:
     expected = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
     for passes in (1, 2):  # accumulates
         model(tokens, tokens).backward()
-        joined = torch.cat([gradient.flatten() for gradient in expected])
-        torch.testing.assert_close(flat.buffer, passes * joined)
-        for parameter in model.parameters():
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
             assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, passes * gradient)
             assert parameter.grad.untyped_storage().data_ptr() == flat.buffer.untyped_storage().data_ptr()
+            assert parameter.grad.data_ptr() % 16 == 0 and parameter.grad.is_contiguous()
+    # Nothing but gradients is summed and clipped: what lies between them is zero.
+    squares = sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters())
+    assert float(flat.buffer.double().square().sum()) == pytest.approx(squares, rel=1e-12)
     flat.zero()
     assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_gradients_in_one_buffer_train_to_the_bits_of_gradients_apart() -> None:
+    config, tokens = TrainConfig(), torch.randint(64, (2, 16), generator=generator())
+    mine, theirs = small_model(), small_model()
+    assert any(parameter.numel() % 4 for parameter in mine.parameters())
+    flat, optimizers, plain = FlatGradient(mine.parameters()), Optimizers(mine, config), Optimizers(theirs, config)
+    for _ in range(3):
+        flat.zero()
+        mine(tokens, tokens).backward()
+        flat.reduce(0.0)
+        theirs.zero_grad(set_to_none=False)  # a gradient that is there lets the bigram table's rows be added to it
+        theirs(tokens, tokens).backward()
+        optimizers.step(1.0, 0.9)
+        plain.step(1.0, 0.9)
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("clip", [0.3, 0.0, 1e6])
