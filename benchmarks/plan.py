@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import operations
 from benchmarks.machine import Limits
 from benchmarks.subject import Row
-from hedgemix import ngram
+from hedgemix import ngram, published
 from hedgemix.bpb import ByteTables
 from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
 from hedgemix.evaluate import Evaluation
@@ -220,6 +220,7 @@ def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
     settings = replace(config, ttt=replace(config.ttt, enabled=True))
     work = Evaluation(model, Text(tokens, torch.device("cpu")), tables, index, settings)
     work.published.counted = size**2  # long past its beginning, when it has nothing to do
+    published.open_chunk(work.published, config.chunk_tokens)
     all_of_it = counted(lambda: work.score(Piece(1, size), rows))
     alone = mix(Mixer(config.mixer, vocab_size, index, names=tuple(rows)))
     return Launches(block / (size / config.mixer.block_tokens), all_of_it - alone)

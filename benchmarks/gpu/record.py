@@ -18,12 +18,9 @@ from benchmarks.gpu.smoke import emptied, evaluated, shortened
 from benchmarks.timing import once
 from hedgemix import artifact, isolation, script, stages
 from hedgemix import dataset as datasets
-from hedgemix.checkpoint import nothing
-from hedgemix.clock import never
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import load_model, score_model
-from hedgemix.files import silent
 from hedgemix.witness import Source
 
 STAGES = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")
@@ -46,18 +43,20 @@ def train(job: Job) -> None:
     job.tell("held-out tokens", data.valid_tokens)
     where = emptied(folder(job)) / "train"
     try:
-        result = stages.train_stage(recipe, data, 1, where, say, None, nothing, never)
+        result = stages.train_stage(
+            recipe=recipe, dataset=data, seed=1, folder=where, options=stages.RunOptions(log=say)
+        )
     finally:
         if (where / LOG).exists():
             shutil.copyfile(where / LOG, job.out / LOG)
-    job.tell("before the clock", result["warmup_seconds"], "s", note="build, compile, 20 steps")
-    job.tell("steps", result["steps"])
-    job.tell("ms a step", result["ms_per_step"], "ms", note=f"{recipe.train.batch_tokens:,} tokens")
-    job.tell("tokens", result["tokens"] / 1e6, "M")
-    job.tell("loss", result["train_loss_nats"], "nats", note="mean of the last tenth of the steps")
-    job.tell("calibration", result["calibrate_seconds"], "s")
-    job.tell("peak memory", result["peak_memory_bytes"] / 2**30, "GiB")
-    job.tell("budget used", result["train_seconds"], "s", most=job.train_seconds + 1)
+    job.tell("before the clock", result.warmup_seconds, "s", note="build, compile, 20 steps")
+    job.tell("steps", result.steps)
+    job.tell("ms a step", result.ms_per_step, "ms", note=f"{recipe.train.batch_tokens:,} tokens")
+    job.tell("tokens", result.tokens / 1e6, "M")
+    job.tell("loss", result.train_loss_nats, "nats", note="mean of the last tenth of the steps")
+    job.tell("calibration", result.calibrate_seconds, "s")
+    job.tell("peak memory", result.peak_memory_bytes / 2**30, "GiB")
+    job.tell("budget used", result.train_seconds, "s", most=job.train_seconds + 1)
 
 
 def say(record: dict[str, Any]) -> None:
@@ -72,21 +71,25 @@ def quantize(job: Job) -> None:
     code = script.n_bytes(recipe)
     limits = replace(recipe.limits, total_bytes=job.sizes.room_bytes)
     room = stages.artifact_room(replace(recipe, limits=limits), code)
-    seconds, report = once(lambda: stages.quantize_stage(recipe, data, 1, folder(job) / "train", folder(job), room))
+    seconds, report = once(
+        lambda: stages.quantize_stage(
+            recipe=recipe, dataset=data, seed=1, train_folder=folder(job) / "train", folder=folder(job), room_bytes=room
+        )
+    )
     shutil.copyfile(folder(job) / stages.ARTIFACT, job.out / stages.ARTIFACT)
     job.tell("code", code, "bytes")
-    job.tell("artifact", report["artifact_bytes"], "bytes", most=room)
-    job.tell("bits a weight", report["bits_per_weight"])
-    job.tell("quantization", seconds, "s", note=f"tries: {report['tries']}")
+    job.tell("artifact", report.artifact_bytes, "bytes", most=room)
+    job.tell("bits a weight", report.bits_per_weight)
+    job.tell("quantization", seconds, "s", note=f"tries: {report.tries}")
     few = shortened(data, job.sizes.full_tokens)
-    seconds, full = once(lambda: stages.score_stage(recipe, few, folder(job) / "train", silent))
-    job.tell("full weights", full["bpb_full"], "bpb", note=f"{few.valid_tokens - 1:,} held-out tokens, {seconds:.1f} s")
+    seconds, full = once(lambda: stages.score_stage(recipe=recipe, dataset=few, train_folder=folder(job) / "train"))
+    job.tell("full weights", full.bpb_full, "bpb", note=f"{few.valid_tokens - 1:,} held-out tokens, {seconds:.1f} s")
 
 
 def evaluate(job: Job) -> None:
     """One pass over the held-out text, with the recipe's test-time training and mixture: every stage's bits."""
     recipe, data = train_recipe(job), shortened(job.text.wait(), job.sizes.evaluated_tokens)
-    seconds = once(lambda: stages.counts_stage(recipe, data, folder(job)))[0]
+    seconds = once(lambda: stages.counts_stage(recipe=recipe, dataset=data, folder=folder(job)))[0]
     job.tell("index", seconds, "s", note=f"{data.valid_tokens:,} tokens")
     where = emptied(folder(job) / "evaluate")
     try:
@@ -95,11 +98,11 @@ def evaluate(job: Job) -> None:
         if (where / TRACE).exists():
             shutil.copyfile(where / TRACE, job.out / TRACE)
     for stage in STAGES:
-        job.tell(stage, result[f"bpb_{stage}"], "bpb")
+        job.tell(stage, getattr(result, f"bpb_{stage}"), "bpb")
     for phase in ("scoring", "mixing", "ttt"):
-        each = result[f"{phase}_seconds"]
-        job.tell(f"{phase} seconds", each, "s", note=f"{1e6 * each / result['scored_tokens']:.2f} us a token")
-    job.tell("evaluation seconds", result["evaluate_seconds"], "s")
+        each = getattr(result, f"{phase}_seconds")
+        job.tell(f"{phase} seconds", each, "s", note=f"{1e6 * each / result.scored_tokens:.2f} us a token")
+    job.tell("evaluation seconds", result.evaluate_seconds, "s")
     job.peak("evaluation")
 
 
@@ -120,14 +123,14 @@ def vary(job: Job) -> None:
     """The beginning of the text again, with other settings; and by sliding windows."""
     recipe, data = train_recipe(job), shortened(job.text.wait(), job.sizes.varied_tokens)
     counts = emptied(folder(job) / "varied")
-    stages.counts_stage(recipe, data, counts)
+    stages.counts_stage(recipe=recipe, dataset=data, folder=counts)
     for name, config in variants(recipe.evaluate).items():
         where = emptied(counts / "evaluate")
         other = replace(recipe, evaluate=config)
         result = evaluated(other, data, folder(job) / stages.ARTIFACT, counts, where)
-        seconds = result["evaluate_seconds"]
-        note = f"quantized {result['bpb_quantized']:.4f}, mixed {result['bpb_mixed']:.4f}, {seconds:.1f} s"
-        job.tell(f"final, {name}", result["bpb_final"], "bpb", note=note)
+        seconds = result.evaluate_seconds
+        note = f"quantized {result.bpb_quantized:.4f}, mixed {result.bpb_mixed:.4f}, {seconds:.1f} s"
+        job.tell(f"final, {name}", result.bpb_final, "bpb", note=note)
     orders(job, data)
 
 
@@ -200,7 +203,7 @@ def replay(job: Job) -> None:
     recipe = train_recipe(job)
     fractions = [line["fraction"] for line in first]
     seconds, _ = once(
-        lambda: stages.train_stage(recipe, job.text.wait(), 1, where, silent, None, nothing, never, fractions)
+        lambda: stages.train_stage(recipe=recipe, dataset=job.text.wait(), seed=1, folder=where, fractions=fractions)
     )
     again = [json.loads(line)["loss_nats"] for line in (where / LOG).read_text().splitlines()]
     apart = max(abs(a - line["loss_nats"]) for a, line in zip(again, first, strict=True))

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from benchmarks.gpu.sizes import seeded
 from benchmarks.timing import once
 from hedgemix import bpb, gptq, ngram, stages, stored, tokenizer
 from hedgemix import dataset as datasets
-from hedgemix.checkpoint import nothing
-from hedgemix.clock import never
 from hedgemix.config import Recipe
 from hedgemix.dataset import Dataset
-from hedgemix.files import silent
+from hedgemix.evaluate import EvaluateResult
 from hedgemix.mixer import Mixer
 from hedgemix.model import Model
 from hedgemix.stream import Piece, piece_rows
@@ -68,24 +65,27 @@ def smoke(job: Job) -> None:
     recipe, data = smoke_recipe(job), job.text.given()
     data = shortened(data, sizes.smoke_tokens)
     seconds, trained = once(
-        lambda: stages.train_stage(recipe, data, 1, folder / "train", silent, None, nothing, never)
+        lambda: stages.train_stage(recipe=recipe, dataset=data, seed=1, folder=folder / "train")
     )  # fmt: skip
     job.tell("2 steps and calibration", seconds, "s")
-    job.tell("loss after 2 steps", trained["train_loss_nats"], "nats")
+    job.tell("loss after 2 steps", trained.train_loss_nats, "nats")
     job.peak("2 steps and calibration")
     torch.use_deterministic_algorithms(
         False
     )  # fixed steps ask for it; the stages that follow have processes of their own
+    room = stages.artifact_room(recipe, 0)
     seconds, report = once(
-        lambda: stages.quantize_stage(recipe, data, 1, folder / "train", folder, stages.artifact_room(recipe, 0))
+        lambda: stages.quantize_stage(
+            recipe=recipe, dataset=data, seed=1, train_folder=folder / "train", folder=folder, room_bytes=room
+        )
     )
-    job.tell("quantization", seconds, "s", note=f"tries: {report['tries']}")
-    job.tell("artifact", report["artifact_bytes"], "bytes", most=recipe.limits.total_bytes)
+    job.tell("quantization", seconds, "s", note=f"tries: {report.tries}")
+    job.tell("artifact", report.artifact_bytes, "bytes", most=recipe.limits.total_bytes)
     job.peak("quantization")
-    job.tell("index", once(lambda: stages.counts_stage(recipe, data, folder))[0], "s")
+    job.tell("index", once(lambda: stages.counts_stage(recipe=recipe, dataset=data, folder=folder))[0], "s")
     seconds, result = once(lambda: evaluated(recipe, data, folder / stages.ARTIFACT, folder, folder / "evaluate"))
-    job.tell("evaluation", seconds, "s", note=f"{result['scored_tokens']:,} tokens, 2 chunks")
-    job.tell("bits per byte, final", result["bpb_final"])
+    job.tell("evaluation", seconds, "s", note=f"{result.scored_tokens:,} tokens, 2 chunks")
+    job.tell("bits per byte, final", result.bpb_final)
     job.peak("evaluation")
 
 
@@ -99,9 +99,11 @@ def smoke_recipe(job: Job) -> Recipe:
     return replace(recipe, train=train, evaluate=evaluate)
 
 
-def evaluated(recipe: Recipe, data: Dataset, artifact: Path, counts: Path, folder: Path) -> dict[str, Any]:
+def evaluated(recipe: Recipe, data: Dataset, artifact: Path, counts: Path, folder: Path) -> EvaluateResult:
     """The evaluation's stage, begun anew. Its trace is in the folder."""
-    return stages.evaluate_stage(recipe, data, artifact, counts / stages.INDEX, folder, silent, False, nothing, never)
+    return stages.evaluate_stage(
+        recipe=recipe, dataset=data, artifact_path=artifact, index_folder=counts / stages.INDEX, folder=folder
+    )
 
 
 def emptied(folder: Path) -> Path:
