@@ -34,9 +34,10 @@ from hedgemix.clock import Clock, Due, never
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
 from hedgemix.files import Log, save_tensors, silent
+from hedgemix.flat_gradient import FlatGradient
 from hedgemix.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
-from hedgemix.optim import EMA, FlatGradient, Optimizers
+from hedgemix.optim import EMA, Optimizers
 from hedgemix.profiler import tracing
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 from hedgemix.validate import check_train

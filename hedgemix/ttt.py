@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from hedgemix import ranks
 from hedgemix.config import TTTConfig
+from hedgemix.flat_gradient import FlatGradient
 from hedgemix.model import Model
-from hedgemix.optim import FlatGradient
 from hedgemix.stream import Piece
 from hedgemix.text import Ones, Sizes, Text
 
