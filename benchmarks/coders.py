@@ -27,7 +27,8 @@ import torch
 import tyro
 import zstandard
 
-from hedgemix import artifact, matrices
+from hedgemix import artifact
+from hedgemix.entropy import matrices
 
 Matrix = np.ndarray
 Steps = tuple[np.ndarray, np.ndarray]

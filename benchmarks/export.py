@@ -15,9 +15,10 @@ from benchmarks import operations
 from benchmarks.plain import quantization as plain
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
-from hedgemix import allocate, matrices, quantize
+from hedgemix import allocate, quantize
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
+from hedgemix.entropy import matrices
 from hedgemix.model import Model
 from hedgemix.optim import Muon
 from hedgemix.stored import Stepped, steps

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from hedgemix import artifact, matrices
+from hedgemix import artifact
 from hedgemix.artifact import Parts
+from hedgemix.entropy import matrices
 from hedgemix.stored import OCTAVE, Stepped
 
 

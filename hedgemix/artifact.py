@@ -44,9 +44,9 @@ import torch
 import zstandard
 from torch import Tensor
 
-from hedgemix import matrices, vectors, widths
+from hedgemix.entropy import gaussian_tables, matrices, vectors
+from hedgemix.entropy.rans import CoderError
 from hedgemix.files import replacing
-from hedgemix.rans import CoderError
 from hedgemix.stored import LARGEST_INDEX, Stepped, Stored, dequantize, stepped_weights
 
 MAGIC = b"\x89HMX\r\n\x1a\n"
@@ -251,7 +251,11 @@ def _check_stepped(name: str, tensor: Stepped) -> None:
     types = tensor.codes.dtype, tensor.row_index.dtype, tensor.column_index.dtype
     if shapes[0] != shapes[1] or types != (torch.int32, torch.int8, torch.int8):
         raise ArtifactError(f"tensor {name!r}: codes {shapes[0]} and steps {shapes[1]} of types {types} do not fit")
-    parts = (tensor.codes, widths.LARGEST), (tensor.row_index, LARGEST_INDEX), (tensor.column_index, LARGEST_INDEX)
+    parts = (
+        (tensor.codes, gaussian_tables.LARGEST),
+        (tensor.row_index, LARGEST_INDEX),
+        (tensor.column_index, LARGEST_INDEX),
+    )
     if any(part.numel() and (part.min() < -most or part.max() > most) for part, most in parts):
         raise ArtifactError(f"tensor {name!r}: codes or steps out of range; check that training converged")
 

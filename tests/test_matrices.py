@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from hedgemix import matrices, rans, vectors, widths
-from hedgemix.rans import CoderError
+from hedgemix.entropy import gaussian_tables, matrices, rans, vectors
+from hedgemix.entropy.rans import CoderError
 
 SHAPES = [(12, 16), (12, 16), (5, 0), (20, 8)]
 GOLDEN = """
@@ -129,27 +129,39 @@ def test_the_bytes_never_change() -> None:
 
 def test_zigzag_numbers_integers_by_magnitude() -> None:
     values = [0, -1, 1, -2, 2, -3, 3]
-    assert [widths.zigzag(value) for value in values] == widths.zigzag(np.array(values)).tolist() == list(range(7))
+    assert (
+        [gaussian_tables.zigzag(value) for value in values]
+        == gaussian_tables.zigzag(np.array(values)).tolist()
+        == list(range(7))
+    )
     edges = np.array([0, -1, 1, -(2**24), 2**24, -(2**62), 2**62 - 1])
-    assert widths.unzigzag(widths.zigzag(edges)).tolist() == edges.tolist()
-    assert [widths.unzigzag(widths.zigzag(edge)) for edge in edges.tolist()] == edges.tolist()
+    assert gaussian_tables.unzigzag(gaussian_tables.zigzag(edges)).tolist() == edges.tolist()
+    assert [gaussian_tables.unzigzag(gaussian_tables.zigzag(edge)) for edge in edges.tolist()] == edges.tolist()
 
 
 def test_the_tables_never_change() -> None:
-    counts = np.arange(widths.TABLES * 256).reshape(-1, 256) % 977
-    tables = widths.frequencies(counts)
+    counts = np.arange(gaussian_tables.TABLES * 256).reshape(-1, 256) % 977
+    tables = gaussian_tables.frequencies(counts)
     assert (tables.sum(1) == 2**14).all() and tables.min() == 0
-    content = np.concatenate([widths.prior(), widths.frequencies(0 * counts), tables]).astype("<i8").tobytes()
+    content = (
+        np.concatenate([gaussian_tables.prior(), gaussian_tables.frequencies(0 * counts), tables])
+        .astype("<i8")
+        .tobytes()
+    )
     assert hashlib.sha256(content).hexdigest()[:16] == "f61c2b6da6650e35"
 
 
 def test_tables_begin_as_gaussians() -> None:
     for width in (-8, 0, 8, 20, 32):
         deviation = 2 ** (width / 8)
-        masses = widths.prior()[width - widths.NARROWEST] / 2**16
+        masses = gaussian_tables.prior()[width - gaussian_tables.NARROWEST] / 2**16
         for q in range(int(3 * deviation)):
             exact = (math.erf((q + 0.5) / deviation / 2**0.5) - math.erf((q - 0.5) / deviation / 2**0.5)) / 2
-            assert masses[widths.CENTRE + q] == masses[widths.CENTRE - q] == pytest.approx(exact, rel=0.03, abs=3e-3)
+            assert (
+                masses[gaussian_tables.CENTRE + q]
+                == masses[gaussian_tables.CENTRE - q]
+                == pytest.approx(exact, rel=0.03, abs=3e-3)
+            )
 
 
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 3.0, 12.0, 60.0])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgemix import rans
-from hedgemix.rans import SLOTS, CoderError, Decoder, Run
+from hedgemix.entropy import rans
+from hedgemix.entropy.rans import SLOTS, CoderError, Decoder, Run
 
 GOLDEN = """
 00000100598f470000004000ebe6fc8a01000300040037b5ec6a0bc04cf50f005ab510401780767586b51e8025809d35b23535003800c875

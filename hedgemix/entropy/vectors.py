@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgemix import rans, widths
-from hedgemix.rans import CoderError, Decoder, Ints
-from hedgemix.widths import NARROWEST, WIDEST
+from hedgemix.entropy import gaussian_tables, rans
+from hedgemix.entropy.gaussian_tables import NARROWEST, WIDEST
+from hedgemix.entropy.rans import CoderError, Decoder, Ints
 
-LARGEST = widths.LARGEST // 2
+LARGEST = gaussian_tables.LARGEST // 2
 """Integers from -LARGEST to LARGEST can be coded."""
 MODES = 3
 VARINT_BYTES = 5
@@ -30,7 +30,7 @@ VARINT_BYTES = 5
 def encode(vectors: Sequence[Ints]) -> bytes:
     """Code integer vectors (N,) of any lengths. Raises ValueError for magnitudes above LARGEST."""
     header, residuals, residual_widths = describe(vectors)
-    return header + rans.encode(widths.encode(residuals, residual_widths), rans.lanes_for(len(residuals)))
+    return header + rans.encode(gaussian_tables.encode(residuals, residual_widths), rans.lanes_for(len(residuals)))
 
 
 def decode(data: bytes, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
@@ -44,7 +44,8 @@ def decode(data: bytes, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
 
 
 def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray[np.int16]]:
-    """Make the header, and all that `widths.encode` must code of the vectors: integers (N,) and their widths (N,).
+    """Make the header, and all that `gaussian_tables.encode` must code of the vectors: integers (N,) and their widths
+    (N,).
 
     Raises ValueError for magnitudes above LARGEST.
     """
@@ -62,7 +63,7 @@ def describe(vectors: Sequence[Ints]) -> tuple[bytes, NDArray[np.int64], NDArray
         earlier[len(values)] = values
         mode, mean, residual = min(candidates, key=lambda candidate: _width(candidate[2]))
         width = _width(residual)
-        header += _varint(256 * mode + width - NARROWEST) + _varint(widths.zigzag(mean))
+        header += _varint(256 * mode + width - NARROWEST) + _varint(gaussian_tables.zigzag(mean))
         residuals.append(residual)
         spread.append(np.full(len(values), width, np.int16))
     return bytes(header), np.concatenate(residuals), np.concatenate(spread)
@@ -83,10 +84,10 @@ def read(data: bytes, lengths: Sequence[int], further: int = 0) -> tuple[Decoder
         mode, width = plan >> 8, (plan & 255) + NARROWEST
         if mode >= MODES or width > WIDEST:
             raise CoderError(f"a vector of mode {mode} and width {width}; the data was altered")
-        plans.append((mode, widths.unzigzag(folded)))
+        plans.append((mode, gaussian_tables.unzigzag(folded)))
         spread.append(np.full(length, width, np.int16))
     decoder = Decoder(data[position:], rans.lanes_for(sum(lengths) + further))
-    residuals = widths.decode(decoder, np.concatenate(spread)).astype(np.int64)
+    residuals = gaussian_tables.decode(decoder, np.concatenate(spread)).astype(np.int64)
     vectors: list[NDArray[np.int64]] = []
     earlier: dict[int, NDArray[np.int64]] = {}
     start, remaining = 0, iter(plans)

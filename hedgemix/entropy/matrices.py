@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgemix import rans, vectors, widths
-from hedgemix.rans import Ints
-from hedgemix.widths import CENTRE, LARGEST, NARROWEST, TABLES, WIDE_EIGHTHS, WIDE_SHARE, WIDEST
+from hedgemix.entropy import gaussian_tables, rans, vectors
+from hedgemix.entropy.gaussian_tables import CENTRE, LARGEST, NARROWEST, TABLES, WIDE_EIGHTHS, WIDE_SHARE, WIDEST
+from hedgemix.entropy.rans import Ints
 
 Shape = tuple[int, int]
 Steps = Sequence[tuple[Ints, Ints]]
@@ -58,9 +58,9 @@ def encode(matrices: Sequence[Ints], steps: Steps | None = None) -> bytes:
     """
     numbers, bases = _fitted(matrices, steps)
     header, residuals, residual_widths = vectors.describe(numbers)
-    runs = widths.encode(residuals, residual_widths)
+    runs = gaussian_tables.encode(residuals, residual_widths)
     for members in _groups([matrix.shape for matrix in matrices]).values():
-        runs += widths.encode(*_joined(members, matrices, numbers, bases))
+        runs += gaussian_tables.encode(*_joined(members, matrices, numbers, bases))
     return header + rans.encode(runs, rans.lanes_for(len(residuals) + sum(matrix.size for matrix in matrices)))
 
 
@@ -76,7 +76,7 @@ def decode(data: bytes, shapes: Sequence[Shape], steps: Steps | None = None) -> 
     matrices: dict[int, NDArray[np.int32]] = {}
     for shape, members in _groups(shapes).items():
         spread = np.concatenate([_spread(bases[k], numbers[2 * k], numbers[2 * k + 1]).ravel() for k in members])
-        values = widths.decode(decoder, spread).reshape(len(members), *shape)
+        values = gaussian_tables.decode(decoder, spread).reshape(len(members), *shape)
         matrices.update(zip(members, values, strict=True))
     decoder.close()
     return [matrices[k] for k in range(len(shapes))]
@@ -89,13 +89,15 @@ def sizes(matrices: Sequence[Ints], steps: Steps | None = None) -> list[Sizes]:
     """
     numbers, bases = _fitted(matrices, steps)
     _, residuals, residual_widths = vectors.describe(numbers)
-    spent, _ = widths.code_lengths(residuals, residual_widths, widths.encode(residuals, residual_widths))
+    spent, _ = gaussian_tables.code_lengths(
+        residuals, residual_widths, gaussian_tables.encode(residuals, residual_widths)
+    )
     ends = np.cumsum([0, *map(len, numbers)])
     side = np.diff(np.append(0.0, spent.cumsum())[ends]).reshape(-1, 2).sum(1) if numbers else np.empty(0)
     result: dict[int, Sizes] = {}
     for members in _groups([matrix.shape for matrix in matrices]).values():
         values, spread = _joined(members, matrices, numbers, bases)
-        pair = widths.code_lengths(values, spread, widths.encode(values, spread))
+        pair = gaussian_tables.code_lengths(values, spread, gaussian_tables.encode(values, spread))
         coded, ideal = (bits.reshape(len(members), -1).sum(1).tolist() for bits in pair)
         for place, k in enumerate(members):
             result[k] = Sizes(matrices[k].size, ideal[place], coded[place], float(side[k]))
@@ -159,11 +161,11 @@ def _fit(matrix: Ints, base: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
     magnitudes = np.minimum(np.abs(matrix), CENTRE).astype(np.uint8)
     for _ in range(ROUNDS):
         for axis in (0, 1):
-            tables, wide, shifts = widths.tables_of(_spread(base, *numbers))
+            tables, wide, shifts = gaussian_tables.tables_of(_spread(base, *numbers))
             entries = tables * np.int64(CENTRE + 1)  # places in the flat table of slopes
             entries += magnitudes
             if len(wide):
-                shifted = np.minimum(np.abs(widths.rounded(matrix.ravel()[wide], shifts)), CENTRE)
+                shifted = np.minimum(np.abs(gaussian_tables.rounded(matrix.ravel()[wide], shifts)), CENTRE)
                 entries.ravel()[wide] += shifted - magnitudes.ravel()[wide]
             slope = slopes.take(entries).sum(1 - axis) / SLOPE_UNITS
             curvature = curvatures.take(entries).sum(1 - axis) / CURVATURE_UNITS

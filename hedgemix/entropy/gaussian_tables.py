@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgemix.rans import SLOTS, Decoder, Ints, Run
+from hedgemix.entropy.rans import SLOTS, Decoder, Ints, Run
 
 Bits = NDArray[np.float64]
 Signed = TypeVar("Signed", int, NDArray[np.int64])

@@ -1,0 +1,1 @@
+"""Integers to bytes and back: the entropy coder and what it codes; numpy only."""
