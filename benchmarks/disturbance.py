@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.leaks import title
-from hedgemix import clock
-from hedgemix.layout import RESULT
+from hedgemix.runtime import clock
+from hedgemix.runtime.layout import RESULT
 
 TITLES = {
     "worker": ("ray::RayTrainWorker", "ray::_RayTrainWorker"),

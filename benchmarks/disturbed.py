@@ -18,7 +18,7 @@ from benchmarks import disturbance, leaks
 from benchmarks.cluster import Cluster
 from benchmarks.disturbance import Bounds, Kill
 from benchmarks.leaks import Samples
-from hedgemix.layout import RESULT
+from hedgemix.runtime.layout import RESULT
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "pipeline" / "record.py"), "laptop"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hedgemix.files import read_json
-from hedgemix.layout import RESULT
+from hedgemix.runtime.files import read_json
+from hedgemix.runtime.layout import RESULT
 from pipeline.step import ASIDE
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -29,7 +29,7 @@ from rich.console import Console
 from benchmarks import machine, report
 from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
-from hedgemix.files import write_json
+from hedgemix.runtime.files import write_json
 from pipeline import graph, record
 from pipeline.store import Storage
 

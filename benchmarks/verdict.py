@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from benchmarks.disturbance import Bounds
 from hedgemix import script, stages
-from hedgemix.files import read_json, sha256_of, write_json
-from hedgemix.layout import RESULT
+from hedgemix.runtime.files import read_json, sha256_of, write_json
+from hedgemix.runtime.layout import RESULT
 from pipeline import record
 from pipeline.store import Storage
 
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(hours=1)
 def reference(rank: int, folder: str, seeds: Sequence[int], arguments: list[str]) -> None:
     """These seeds' steps as plain functions, without Ray, the evaluation in two ranks; rank 0 writes reference.json:
     the results of each seed, by its number as text."""
-    from hedgemix import ranks
+    from hedgemix.runtime import collectives
 
     torch.set_num_threads(1)
     root, found = Path(folder), dict[str, dict[str, Any]]()
@@ -47,7 +47,7 @@ def reference(rank: int, folder: str, seeds: Sequence[int], arguments: list[str]
             quantized = stages.quantize_stage(**given, seed=seed, train_folder=here, folder=here, room_bytes=room)
             found[str(seed)] |= asdict(quantized)
     dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2, timeout=TIMEOUT)
-    ranks.barrier()
+    collectives.barrier()
     for seed in seeds:
         here = root / str(seed)
         result = stages.evaluate_stage(

@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 
 from hedgemix import dataset as datasets
-from hedgemix import ranks, stages
+from hedgemix import stages
 from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
 from hedgemix.evaluate import EvaluateResult
-from hedgemix.files import Log, read_json, silent, write_json
-from hedgemix.layout import RECIPE, RESULT
+from hedgemix.runtime import collectives
+from hedgemix.runtime.files import Log, read_json, silent, write_json
+from hedgemix.runtime.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
 from hedgemix.train import DivergedError
 
@@ -155,9 +156,9 @@ def work(
     torch.set_num_threads(max(1, int(share)))
     with group("train", compute.workers, compute.gpus_per_worker) as mine:
         if mine:
-            if ranks.rank() == 0:
+            if collectives.rank() == 0:
                 prepare(recipe, out / "data", told, say)
-            ranks.barrier()
+            collectives.barrier()
             dataset = datasets.load(out / "data")
             options = RunOptions(log=shown("train", say))
             train = standing(
@@ -188,7 +189,7 @@ def work(
     torch.set_num_threads(max(1, int(share)))
     with group("evaluate", compute.evaluate_workers, compute.gpus_per_worker) as mine:
         if mine:
-            ranks.barrier()
+            collectives.barrier()
             dataset = datasets.load(out / "data")
             options = RunOptions(log=shown("evaluate", say))
             evaluate = standing(
@@ -217,7 +218,7 @@ def group(name: str, size: int, gpus_per_worker: float) -> Iterator[bool]:
         return
     if size > 1:
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        backend, mine = ranks.backend(gpus_per_worker), dist.PrefixStore(name, store)
+        backend, mine = collectives.backend(gpus_per_worker), dist.PrefixStore(name, store)
         dist.init_process_group(backend, store=mine, rank=rank, world_size=size, timeout=PATIENCE)
     yield True
     if size > 1:
@@ -228,11 +229,11 @@ def standing(folder: Path, kind: type[Result], work: Callable[[], Result]) -> Re
     """The result that an earlier start left in the folder, or the work's, which rank 0 then leaves there."""
     path = folder / RESULT
     there = path.is_file()
-    ranks.barrier()  # every rank has looked before rank 0 can write it
+    collectives.barrier()  # every rank has looked before rank 0 can write it
     if there:
         return from_dict(kind, read_json(path))
     result = work()
-    if ranks.rank() == 0:
+    if collectives.rank() == 0:
         write_json(path, asdict(result))
     return result
 

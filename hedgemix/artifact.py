@@ -46,7 +46,7 @@ from torch import Tensor
 
 from hedgemix.entropy import gaussian_tables, matrices, vectors
 from hedgemix.entropy.rans import CoderError
-from hedgemix.files import replacing
+from hedgemix.runtime.files import replacing
 from hedgemix.stored import LARGEST_INDEX, Stepped, Stored, dequantize, stepped_weights
 
 MAGIC = b"\x89HMX\r\n\x1a\n"

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hedgemix import ranks
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
 from hedgemix.gptq import add_inputs
 from hedgemix.model import Linear, Model
+from hedgemix.runtime import collectives
 from hedgemix.shards import TokenStream
 
 MICROBATCH_SEQUENCES = 16
@@ -60,7 +60,7 @@ def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch
     hooks += [table.register_forward_hook(gradients_to(columns[n])) for n, table in tables.items() if n != TIED]
     chosen = Batches(batches.stream, config.sequence_tokens, config.calibration_sequences, seed=0)
     try:
-        for indices in chosen.microbatches(0, ranks.rank(), ranks.world_size(), MICROBATCH_SEQUENCES):
+        for indices in chosen.microbatches(0, collectives.rank(), collectives.world_size(), MICROBATCH_SEQUENCES):
             tokens, _ = batches.read(indices, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 features = model.features(tokens)
@@ -74,7 +74,7 @@ def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch
             hook.remove()
     count = config.calibration_sequences * config.sequence_tokens
     for moment in (*columns.values(), *rows.values()):
-        ranks.sum_over(moment).div_(count)
+        collectives.sum_over(moment).div_(count)
     return Moments(columns, rows | frequencies(model, batches.stream, device))
 
 

@@ -20,8 +20,8 @@ from hedgemix import artifact
 from hedgemix import dataset as datasets
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.dataset import Dataset
-from hedgemix.files import read_json, replacing
-from hedgemix.layout import AUDIT, RESULT, STEPS, TRACE
+from hedgemix.runtime.files import read_json, replacing
+from hedgemix.runtime.layout import AUDIT, RESULT, STEPS, TRACE
 
 NAMES = ("final", "published")
 PATHS = ("artifact_path", "evaluate_path", "dataset_path")

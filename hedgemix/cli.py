@@ -20,7 +20,7 @@ from hedgemix import anatomy, audit, codec, dataset, fineweb, scorer
 from hedgemix.artifact import ArtifactError
 from hedgemix.codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
-from hedgemix.files import Log, read_json
+from hedgemix.runtime.files import Log, read_json
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,14 @@ import constriction
 import numpy as np
 import torch
 
-from hedgemix import bundle, tokenizer
+from hedgemix import tokenizer
 from hedgemix.artifact import Artifact
 from hedgemix.artifact import read as read_artifact
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
 from hedgemix.evaluate import load_model
-from hedgemix.files import Log, replacing, silent
 from hedgemix.predictor import Predictor
+from hedgemix.runtime import source_bundle
+from hedgemix.runtime.files import Log, replacing, silent
 
 Categorical = constriction.stream.model.Categorical
 RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
@@ -91,7 +92,7 @@ def settings_for(artifact: Artifact) -> EvaluateConfig:
 def conditions(config: EvaluateConfig) -> dict[str, Any]:
     """List what must be equal for two machines to compute the same probabilities to the last bit."""
     return {
-        "hedgemix": bundle.digest("hedgemix.predictor")[:16],
+        "hedgemix": source_bundle.digest("hedgemix.predictor")[:16],
         "torch": torch.__version__,
         "constriction": metadata.version("constriction"),
         "device": "cpu",

@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 
 from hedgemix import bpb, corpus, shards, tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
-from hedgemix.files import read_json, write_json
+from hedgemix.runtime.files import read_json, write_json
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2_000_000

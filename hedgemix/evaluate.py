@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import artifact, bpb, ngram, published, ranks, tokenizer
+from hedgemix import artifact, bpb, ngram, published, tokenizer
 from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
-from hedgemix.files import Log, silent
 from hedgemix.mixer import SPAN_TOKENS, Mixer
 from hedgemix.model import Model
-from hedgemix.phases import Phases
-from hedgemix.profiler import tracing
+from hedgemix.runtime import collectives
+from hedgemix.runtime.files import Log, silent
+from hedgemix.runtime.phases import Phases
+from hedgemix.runtime.profiler import tracing
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
 from hedgemix.tally import Tally
@@ -131,7 +132,7 @@ def evaluate_artifact(
     work = Evaluation.begin(found, stream, config, device, index=index, start=start)
     if state is not None:
         work.load_state_dict(state)
-    profiled = tracing(profile if ranks.rank() == 0 else None, "profile", device, skipped=1, recorded=1)
+    profiled = tracing(profile if collectives.rank() == 0 else None, "profile", device, skipped=1, recorded=1)
     with closing(start), profiled as traced:
         for number, chunk in enumerate(work.chunks[work.finished :], work.finished):
             line = work.run_chunk(number, chunk)
@@ -146,7 +147,7 @@ def evaluate_artifact(
                     **work.so_far(),
                 }
             )
-        if trace is not None and ranks.rank() == 0:
+        if trace is not None and collectives.rank() == 0:
             work.tally.write(trace.parent)
         return work.result()
 
@@ -180,7 +181,7 @@ class Start:
 
     def after_chunk(self, work: Evaluation, line: dict[str, Any]) -> None:
         """Add the chunk's line to the trace."""
-        if self.trace is not None and ranks.rank() == 0:
+        if self.trace is not None and collectives.rank() == 0:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
             with open(self.trace, "a" if line["chunk"] else "w") as file:
                 file.write(json.dumps(line) + "\n")

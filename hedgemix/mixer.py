@@ -24,8 +24,8 @@ from torch import Tensor
 from hedgemix import experts, hedge, match, ngram
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.replay import Record, Replay, record_graph
 from hedgemix.resident import Resident
+from hedgemix.runtime.cuda_graph import Record, Replay, record_graph
 from hedgemix.shards import PIECE_TOKENS
 from hedgemix.validate import check_mixer
 

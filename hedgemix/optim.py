@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hedgemix import ranks
 from hedgemix.config import TrainConfig
 from hedgemix.model import Linear, Model
+from hedgemix.runtime import collectives
 
 # Quintic with the slope at zero maximised (Jordan et al. 2024, "Muon", section Newton-Schulz).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -64,15 +64,15 @@ class Muon:
 
     def start_orthogonalise(self, x_NRC: Tensor) -> Callable[[], Tensor]:
         """`orthogonalise`, each rank doing its part of the stack; parts travel while the next stack is worked on."""
-        world = ranks.world_size()
+        world = collectives.world_size()
         if world == 1:
             done = orthogonalise(x_NRC, self.newton_schulz_steps)
             return lambda: done
         count = len(x_NRC)
         share = -(-count // world)
         padded = torch.cat([x_NRC, x_NRC.new_zeros(share * world - count, *x_NRC.shape[1:])])
-        mine = orthogonalise(padded[ranks.rank() * share :][:share], self.newton_schulz_steps)
-        finish = ranks.start_gather(mine)
+        mine = orthogonalise(padded[collectives.rank() * share :][:share], self.newton_schulz_steps)
+        finish = collectives.start_gather(mine)
         return lambda: torch.cat(finish())[:count]
 
     def state_dict(self) -> dict[str, Any]:

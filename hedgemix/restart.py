@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from hedgemix import __version__, ranks
+from hedgemix import __version__
 from hedgemix.artifact import Artifact
-from hedgemix.checkpoint import Checkpoints, Kept, nothing
-from hedgemix.clock import Clock, Due, never
 from hedgemix.config import EvaluateConfig, config_hash
 from hedgemix.evaluate import Evaluation, Start
-from hedgemix.files import DamagedFileError
-from hedgemix.layout import CLOCK
 from hedgemix.lines import Lines
+from hedgemix.runtime import collectives
+from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
+from hedgemix.runtime.clock import Clock, Due, never
+from hedgemix.runtime.files import DamagedFileError
+from hedgemix.runtime.layout import CLOCK
 from hedgemix.shards import PIECE_TOKENS, TokenStream
 
 
@@ -74,17 +75,17 @@ class Restart(Start):
             "text": digest(stream),
         }
         state = None
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             self.lines = Lines(trace) if trace is not None else None
             state = self.load()
-        (told,) = ranks.broadcast(torch.tensor([chunks_of(state)], device=device)).tolist()
-        if ranks.rank() != 0:
+        (told,) = collectives.broadcast(torch.tensor([chunks_of(state)], device=device)).tolist()
+        if collectives.rank() != 0:
             with contextlib.suppress(OSError, DamagedFileError):
                 state = self.checkpoints.load(agree=lambda _: [told])
         lacking = int(chunks_of(state) != told)
-        if int(ranks.sum_over(torch.tensor([lacking], device=device))):
+        if int(collectives.sum_over(torch.tensor([lacking], device=device))):
             raise DamagedFileError(
-                f"rank {ranks.rank()} of the evaluation in {self.folder} "
+                f"rank {collectives.rank()} of the evaluation in {self.folder} "
                 + (
                     f"cannot read the checkpoint of {told} chunks"
                     if lacking
@@ -113,7 +114,7 @@ class Restart(Start):
     def after_chunk(self, work: Evaluation, line: dict[str, Any]) -> None:
         """Add the line, and leave a checkpoint when one is due. What storage refuses is no reason to stop before the
         end, when the trace has to be whole: raises OSError then."""
-        if ranks.rank() != 0:
+        if collectives.rank() != 0:
             return
         if self.lines is not None:
             self.lines.add(line)

@@ -1,8 +1,8 @@
 """train_gpt.py: one file that trains, quantizes and scores a seed of a recipe, made of the library's own source.
 
 It begins with what a person reads and the importer of `importer.py`; then come, compressed, every module that
-`hedgemix.alone` can import (`bundle.sources`) and the recipe. Seeds are an option of it, so the file is the recipe's,
-and its size is the code that a score's bytes count. The same sources and recipe give the same bytes.
+`hedgemix.alone` can import (`source_bundle.sources`) and the recipe. Seeds are an option of it, so the file is the
+recipe's, and its size is the code that a score's bytes count. The same sources and recipe give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from hedgemix import __version__, bundle
+from hedgemix import __version__
 from hedgemix.config import Recipe, to_dict
+from hedgemix.runtime import source_bundle
 
 NAME = "train_gpt.py"
 ENTRY = "hedgemix.alone"
@@ -63,7 +64,7 @@ def n_bytes(recipe: Recipe) -> int:
 
 def sha256() -> str:
     """Hash the library code in every file that is built now, SHA-256 in hex; the recipe is not part of it."""
-    return bundle.digest(ENTRY)
+    return source_bundle.digest(ENTRY)
 
 
 def requirements(recipe: Recipe) -> list[str]:
@@ -84,7 +85,7 @@ def distributions() -> Mapping[str, list[str]]:
 @cache
 def _build(recipe: str) -> bytes:
     values = json.loads(recipe)
-    held = json.dumps({"recipe": values, "sources": dict(bundle.sources(ENTRY))}, separators=(",", ":"))
+    held = json.dumps({"recipe": values, "sources": dict(source_bundle.sources(ENTRY))}, separators=(",", ":"))
     data = base64.b85encode(lzma.compress(held.encode(), lzma.FORMAT_ALONE, filters=FILTERS)).decode()
     processes = max(values["compute"]["workers"], values["compute"]["evaluate_workers"])
     header = HEADER.format(name=values["recipe"], version=__version__, processes=processes, file=NAME)

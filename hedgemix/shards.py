@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hedgemix.config import RecipeError
-from hedgemix.files import replacing
+from hedgemix.runtime.files import replacing
 
 MAGIC = 20240520
 VERSION = 1

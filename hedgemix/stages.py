@@ -18,16 +18,16 @@ from hedgemix import artifact, ngram
 from hedgemix import dataset as datasets
 from hedgemix.bpb import bits_per_byte
 from hedgemix.calibrate import Moments
-from hedgemix.checkpoint import Kept, nothing
-from hedgemix.clock import never
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
-from hedgemix.files import Log, load_tensors, silent
-from hedgemix.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.model import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.restart import Restart
+from hedgemix.runtime.checkpoint import Kept, nothing
+from hedgemix.runtime.clock import never
+from hedgemix.runtime.files import Log, load_tensors, silent
+from hedgemix.runtime.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.train import TrainResult, train
 
 ARTIFACT = "artifact.hmx"

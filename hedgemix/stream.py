@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hedgemix import ranks
 from hedgemix.config import EvaluateConfig
 from hedgemix.model import Model
+from hedgemix.runtime import collectives
 from hedgemix.text import Text
 
 
@@ -102,11 +102,11 @@ def chunk_rows(
     models: dict[str, Model], tokens_N: Tensor | Text, chunk: Piece, config: EvaluateConfig
 ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
     """Every piece of the chunk in order with each model's rows, on every rank."""
-    todo, world = pieces(chunk, config), ranks.world_size()
+    todo, world = pieces(chunk, config), collectives.world_size()
     largest = max((piece.stop - piece.start for piece in todo), default=0)
     for first in range(0, len(todo), world):
         together = todo[first : first + world]
-        mine = together[ranks.rank()] if ranks.rank() < len(together) else None
+        mine = together[collectives.rank()] if collectives.rank() < len(together) else None
         gathered: dict[str, list[Tensor]] = {}
         for name, model in models.items():
             rows = piece_rows(model, tokens_N, mine, config) if mine else None
@@ -117,10 +117,10 @@ def chunk_rows(
 
 
 def gather_rows(rows: Tensor | None, largest: int, vocab_size: int, device: torch.device) -> list[Tensor]:
-    if not ranks.active():
+    if not collectives.active():
         assert rows is not None
         return [rows]
     padded = torch.zeros(largest, vocab_size, device=device)
     if rows is not None:
         padded[: len(rows)] = rows
-    return ranks.gather(padded)
+    return collectives.gather(padded)

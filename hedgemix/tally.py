@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hedgemix.files import replacing
+from hedgemix.runtime.files import replacing
 
 TOKENS, DOCUMENTS = "tokens.jsonl", "documents.jsonl"
 

@@ -18,7 +18,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from hedgemix.config import RecipeError
-from hedgemix.files import replacing
+from hedgemix.runtime.files import replacing
 
 SPACE = "\u2581"
 SAMPLE_BYTES = 10_000_000

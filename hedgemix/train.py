@@ -26,19 +26,19 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from hedgemix import dataset as datasets
-from hedgemix import ranks
 from hedgemix.batches import Ahead, Batches
 from hedgemix.calibrate import calibrate
-from hedgemix.checkpoint import Checkpoints, Kept, nothing
-from hedgemix.clock import Clock, Due, never
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
-from hedgemix.files import Log, save_tensors, silent
-from hedgemix.flat_gradient import FlatGradient
-from hedgemix.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.model import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, Optimizers
-from hedgemix.profiler import tracing
+from hedgemix.runtime import collectives
+from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
+from hedgemix.runtime.clock import Clock, Due, never
+from hedgemix.runtime.files import Log, save_tensors, silent
+from hedgemix.runtime.flat_gradient import FlatGradient
+from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
+from hedgemix.runtime.profiler import tracing
 from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 from hedgemix.validate import check_train
 
@@ -105,13 +105,13 @@ def train(
     Raises RecipeError for a recipe the data cannot serve and DivergedError when the loss is no longer a number.
     """
     config = recipe.train
-    check_train(recipe, ranks.world_size(), QAT_LEVELS)
+    check_train(recipe, collectives.world_size(), QAT_LEVELS)
     built = time.monotonic()
     deterministic(config, device)
     torch.manual_seed(seed)
     model = Model(recipe.model, dataset.vocab_size, config.sequence_tokens).to(device)
     for parameter in model.parameters():
-        ranks.broadcast(parameter.detach())
+        collectives.broadcast(parameter.detach())
     batches = Batches(
         datasets.train_stream(dataset), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, seed
     )
@@ -122,13 +122,13 @@ def train(
     warmup_seconds = time.monotonic() - built
 
     checkpoints = Checkpoints(folder, kept=kept)
-    agree = ranks.Agreement()
+    agree = collectives.Agreement()
     saved_seconds = run.load(checkpoints, agree)
     clock = Clock(folder / CLOCK, saved_seconds, now, kept)
     steps = StepLog(folder / LOG, run.step, seed, log)
     due = Due(clock, recipe.compute.checkpoint_seconds, notice)
     queue = RunAhead(device)
-    traces = tracing(profile if ranks.rank() == 0 else None, "profile", device)
+    traces = tracing(profile if collectives.rank() == 0 else None, "profile", device)
     with closing(run.read), closing(checkpoints), traces as traced:
         while True:
             # Rank 0 decides for all: reading the losses, which comes before a save, is a collective.
@@ -160,7 +160,7 @@ def train(
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
     moments = calibrate(model, batches, config, device)
-    if ranks.rank() == 0:
+    if collectives.rank() == 0:
         save_tensors(folder / WEIGHTS, {name: value.cpu() for name, value in model.state_dict().items()})
         parts = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
         save_tensors(folder / MOMENTS, parts)
@@ -196,7 +196,7 @@ class Run:
         self.loss = torch.compile(model, fullgraph=True) if config.compile else model
         self.step = self.qat_steps = 0
         self.batch_tokens = batches.per_step * config.sequence_tokens
-        self.read = Ahead(batches, ranks.rank(), ranks.world_size(), config.microbatch_sequences, device)
+        self.read = Ahead(batches, collectives.rank(), collectives.world_size(), config.microbatch_sequences, device)
 
     def backward(self, step: int, qat: bool) -> Tensor:
         """Accumulate one step's gradient; returns this rank's part of the mean loss, a 0-d tensor."""
@@ -242,7 +242,7 @@ class Run:
         synchronise(self.device)
 
     def save(self, checkpoints: Checkpoints, elapsed_seconds: float) -> None:
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             state = {
                 "model": self.model.state_dict(),
                 "optimizers": self.optimizers.state_dict(),
@@ -255,7 +255,7 @@ class Run:
             }
             checkpoints.save(self.step, state)
 
-    def load(self, checkpoints: Checkpoints, agree: ranks.Agreement) -> float | None:
+    def load(self, checkpoints: Checkpoints, agree: collectives.Agreement) -> float | None:
         """Take up the newest sound checkpoint; returns the budget it had used, in seconds, or None without one."""
         state = checkpoints.load(self.device, agree)
         if state is None:
@@ -298,8 +298,8 @@ class StepLog:
         kept = path.read_text().splitlines() if path.exists() else []
         self.lines = [record for line in kept if (record := parse(line)) and record["step"] <= step]
         self.previous_seconds = self.lines[-1]["elapsed_seconds"] if self.lines else 0.0
-        ranks.barrier()  # every rank has read it before rank 0 writes it anew
-        if ranks.rank() == 0:
+        collectives.barrier()  # every rank has read it before rank 0 writes it anew
+        if collectives.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(record) + "\n" for record in self.lines))
 
@@ -318,7 +318,7 @@ class StepLog:
         """Write the waiting lines; raises DivergedError if a loss among them is not finite."""
         if not self.waiting:
             return
-        losses = ranks.sum_over(torch.stack([loss for _, loss in self.waiting])).tolist()
+        losses = collectives.sum_over(torch.stack([loss for _, loss in self.waiting])).tolist()
         tokens = self.waiting[-1][0]["tokens"] - (self.lines[-1]["tokens"] if self.lines else 0)
         speed = tokens / max(1e-9, elapsed_seconds - self.previous_seconds)
         self.previous_seconds = elapsed_seconds
@@ -327,7 +327,7 @@ class StepLog:
             records.append({**record, "loss_nats": loss, "tokens_per_second": round(speed, 1)})
         self.waiting = []
         self.lines += records
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             self.write(records)
             self.log(records[-1])
         for record in records:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hedgemix import ranks
 from hedgemix.config import TTTConfig
-from hedgemix.flat_gradient import FlatGradient
 from hedgemix.model import Model
+from hedgemix.runtime import collectives
+from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.stream import Piece
 from hedgemix.text import Ones, Sizes, Text
 
@@ -77,7 +77,7 @@ class Adapter:
 
     def step(self, inputs_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> None:
         total = weights_BT.sum().clamp_min(1e-9)
-        world, rank = ranks.world_size(), ranks.rank()
+        world, rank = collectives.world_size(), collectives.rank()
         mine = [part.tensor_split(world)[rank] for part in (inputs_BT, targets_BT, weights_BT)]
         self.gradient.zero()
         for inputs, targets, weights in zip(*(part.split(MICROBATCH_SEQUENCES) for part in mine), strict=True):

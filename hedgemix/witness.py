@@ -26,8 +26,8 @@ from torch import Tensor
 from hedgemix import artifact, published, tokenizer
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.evaluate import Evaluation
-from hedgemix.files import Log, silent
 from hedgemix.model import Model
+from hedgemix.runtime.files import Log, silent
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece
 

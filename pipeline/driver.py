@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hedgemix import script, stages
 from hedgemix.config import RecipeError
-from hedgemix.layout import ERROR
+from hedgemix.runtime.layout import ERROR
 from pipeline import metrics, tasks
 from pipeline.board import BoardActor
 from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain

@@ -9,7 +9,7 @@ from typing import Any
 
 from hedgemix import __version__, script, stages
 from hedgemix.config import RecipeError
-from hedgemix.layout import LOG, TRACE
+from hedgemix.runtime.layout import LOG, TRACE
 from pipeline.records import Record
 from pipeline.significance import mixed
 

@@ -23,7 +23,7 @@ from typing import Any
 from hedgemix import corpus, script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.dataset import Dataset
-from hedgemix.layout import RECORDS, STEP_NAMES
+from hedgemix.runtime.layout import RECORDS, STEP_NAMES
 from pipeline.step import Step
 from pipeline.store import Storage
 

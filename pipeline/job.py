@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from hedgemix import ranks
-from hedgemix.checkpoint import Kept, nothing
 from hedgemix.config import Recipe
-from hedgemix.files import Log
+from hedgemix.runtime import collectives
+from hedgemix.runtime.checkpoint import Kept, nothing
+from hedgemix.runtime.files import Log
 from pipeline.graph import RecordPlan
 from pipeline.recovery import resuming
 from pipeline.step import Step, fetch
@@ -39,7 +39,7 @@ class Job:
 
     def log(self, seed: int, stage: str) -> Log:
         """Progress of one stage, from rank 0 to the board; fire and forget."""
-        if ranks.rank() != 0:
+        if collectives.rank() != 0:
             return lambda record: None
         return lambda record: self.board.put.remote(seed, stage, record)
 
@@ -53,8 +53,8 @@ def one_writer(job: Job, step: Step) -> Iterator[Kept]:
     """Every rank goes on once rank 0 alone writes the step's files and what it reads is on this machine."""
     with ExitStack() as stack:
         kept: Kept = nothing
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             kept = stack.enter_context(resuming(step))
             fetch(job.plan.data)
-        ranks.barrier()
+        collectives.barrier()
         yield kept

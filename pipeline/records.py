@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
-from hedgemix.layout import RECORDS, STEPS
+from hedgemix.runtime.layout import RECORDS, STEPS
 from pipeline import schema
 from pipeline.store import REMOTE_URI, Storage, as_recipe_error, storage_at
 from pipeline.table import table_path

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 
-from hedgemix import clock
-from hedgemix.checkpoint import Kept
-from hedgemix.clock import Clock
-from hedgemix.files import write_json
-from hedgemix.layout import CLOCK, LOG, RESULT, TRACE
+from hedgemix.runtime import clock
+from hedgemix.runtime.checkpoint import Kept
+from hedgemix.runtime.clock import Clock
+from hedgemix.runtime.files import write_json
+from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
 from pipeline.step import ASIDE, Step, held, refuse_links
 from pipeline.uploader import Uploader
 

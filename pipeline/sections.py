@@ -19,7 +19,7 @@ import numpy as np
 from hedgemix import anatomy, artifact, tokenizer
 from hedgemix.artifact import ArtifactError, Parts
 from hedgemix.finding import number
-from hedgemix.layout import AUDIT, LOG, RECIPE, TRACE
+from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
 from hedgemix.tally import DOCUMENTS, TOKENS
 from pipeline import figures
 from pipeline.page import Plot, Section, Table

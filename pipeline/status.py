@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import RecipeError
-from hedgemix.layout import CLOCK, ERROR, LOG, RECORDS, RESULT, STEPS, TRACE
+from hedgemix.runtime.layout import CLOCK, ERROR, LOG, RECORDS, RESULT, STEPS, TRACE
 from pipeline.store import Storage
 
 QUIET_SECONDS = 60.0

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hedgemix.config import RecipeError
-from hedgemix.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
+from hedgemix.runtime.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
 from pipeline import status
 from pipeline.status import DamagedError, State
 from pipeline.store import Storage, open_existing

@@ -18,9 +18,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hedgemix import clock
-from hedgemix.files import sha256_of, write_json
-from hedgemix.layout import CLOCK, ERROR, RESULT, STEPS
+from hedgemix.runtime import clock
+from hedgemix.runtime.files import sha256_of, write_json
+from hedgemix.runtime.layout import CLOCK, ERROR, RESULT, STEPS
 from pipeline.object_store import is_safe_relative_path
 from pipeline.store import Storage
 

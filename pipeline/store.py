@@ -24,7 +24,7 @@ from typing import BinaryIO
 from pyarrow import ArrowException, fs
 
 from hedgemix.config import RecipeError
-from hedgemix.files import replacing
+from hedgemix.runtime.files import replacing
 from pipeline.object_store import (
     CHUNK_BYTES,
     connect,

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hedgemix.files import replacing
-from hedgemix.layout import RECORDS
+from hedgemix.runtime.files import replacing
+from hedgemix.runtime.layout import RECORDS
 from pipeline.schema import Row, schema
 from pipeline.store import Storage
 

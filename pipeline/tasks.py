@@ -11,9 +11,10 @@ from typing import Any
 
 import ray
 
-from hedgemix import ranks, stages
-from hedgemix.layout import MOMENTS, WEIGHTS
-from hedgemix.ranks import backend
+from hedgemix import stages
+from hedgemix.runtime import collectives
+from hedgemix.runtime.collectives import backend
+from hedgemix.runtime.layout import MOMENTS, WEIGHTS
 from hedgemix.stages import RunOptions
 from pipeline.failures import RAY_RETRIES
 from pipeline.gang import Gang, run_gang
@@ -75,8 +76,8 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
     use_cpus(job.evaluate_cpus)
     step = steps.evaluate
     with one_writer(job, step) as kept, Notice() as notice:
-        reads = fetch(steps.quantize, stages.ARTIFACT) | fetch(counts) if ranks.rank() == 0 else {}
-        ranks.barrier()
+        reads = fetch(steps.quantize, stages.ARTIFACT) | fetch(counts) if collectives.rank() == 0 else {}
+        collectives.barrier()
         result = stages.evaluate_stage(
             recipe=job.recipe,
             dataset=job.plan.dataset,
@@ -88,7 +89,7 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
             ),
         )
         told = asdict(result) | {"code_bytes": job.plan.code_bytes}
-        return keep(step, told, reads) if ranks.rank() == 0 else Made(told, {}, {})
+        return keep(step, told, reads) if collectives.rank() == 0 else Made(told, {}, {})
 
 
 def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any
 import ray
 import torch
 
-from hedgemix import ranks, stages
+from hedgemix import stages
 from hedgemix.config import config_hash
-from hedgemix.ranks import backend
+from hedgemix.runtime import collectives
+from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
 from hedgemix.train import DivergedError
 from pipeline.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
@@ -51,9 +52,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 ),
             )
         told = asdict(result)
-        return {"made": keep(step, told) if ranks.rank() == 0 else Made(told, {}, {})}
+        return {"made": keep(step, told) if collectives.rank() == 0 else Made(told, {}, {})}
     except MISTAKES as error:
-        if isinstance(error, DivergedError) and ranks.rank() == 0:
+        if isinstance(error, DivergedError) and collectives.rank() == 0:
             forget(step)  # the same command tries again from the beginning, also on another machine
         return {"error": f"{type(error).__name__}: {error}"}
 

@@ -9,7 +9,7 @@ import pandas as pd
 import tinyrecord
 
 from benchmarks import fault
-from hedgemix import clock
+from hedgemix.runtime import clock
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_published"]
 ALWAYS = ["--seeds", "1", "--record", "tiny"]

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from benchmarks import fault
-from hedgemix import clock
-from hedgemix.files import read_json
+from hedgemix.runtime import clock
+from hedgemix.runtime.files import read_json
 
 POLL_SECONDS = 0.05
 

@@ -39,7 +39,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """In place of `replay.record_graph`."""
+    """In place of `cuda_graph.record_graph`."""
 
     def __init__(self) -> None:
         self.tapes: list[Tape] = []

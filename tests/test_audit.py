@@ -20,8 +20,8 @@ from hedgemix import audit, claim, isolation
 from hedgemix.audit import Audit, Plan
 from hedgemix.config import RecipeError
 from hedgemix.experts import EXPERTS
-from hedgemix.files import read_json, write_json
 from hedgemix.finding import Finding, failed
+from hedgemix.runtime.files import read_json, write_json
 
 PLAN = Plan(
     draws=12,

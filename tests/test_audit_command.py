@@ -11,7 +11,7 @@ import tinyrecord
 
 from hedgemix import cli
 from hedgemix import dataset as datasets
-from hedgemix.files import read_json
+from hedgemix.runtime.files import read_json
 from pipeline import graph, record
 from pipeline.row import build_row
 from pipeline.store import Storage

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hedgemix import bundle
 from hedgemix.config import RecipeError
+from hedgemix.runtime import source_bundle
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    bundle.sources.cache_clear()
+    source_bundle.sources.cache_clear()
     return root
 
 
@@ -56,19 +56,19 @@ def test_follows_imports_inside_the_package(package: Path) -> None:
         "untyped",
     )
     expected = ("bundled_example", *(f"bundled_example.{name}" for name in names))
-    assert tuple(bundle.sources("bundled_example.entry")) == expected
+    assert tuple(source_bundle.sources("bundled_example.entry")) == expected
 
 
 def test_holds_the_sources(package: Path) -> None:
-    found = bundle.sources("bundled_example.entry")
+    found = source_bundle.sources("bundled_example.entry")
     assert found["bundled_example.parent"] == "" and found["bundled_example.entry"].startswith("import os\n")
-    before = bundle.digest("bundled_example.entry")
+    before = source_bundle.digest("bundled_example.entry")
     (package / "parent.py").write_text("# another comment\n\n")
-    bundle.sources.cache_clear()
-    assert bundle.digest("bundled_example.entry") == before
+    source_bundle.sources.cache_clear()
+    assert source_bundle.digest("bundled_example.entry") == before
     (package / "parent.py").write_text("y = 1\n")
-    bundle.sources.cache_clear()
-    assert bundle.digest("bundled_example.entry") != before
+    source_bundle.sources.cache_clear()
+    assert source_bundle.digest("bundled_example.entry") != before
 
 
 SOURCE = '''"""What it is."""
@@ -132,7 +132,7 @@ else:
 
 
 def test_what_only_people_read_is_left_out() -> None:
-    assert bundle.squeezed(SOURCE, ast.parse(SOURCE)) == SQUEEZED
+    assert source_bundle.squeezed(SOURCE, ast.parse(SOURCE)) == SQUEEZED
 
 
 def without_documentation(text: str) -> str:
@@ -142,28 +142,28 @@ def without_documentation(text: str) -> str:
         for block in ("body", "orelse", "finalbody"):
             statements = getattr(node, block, None)
             if isinstance(statements, list) and statements:
-                left = [each for each in statements if not bundle._is_string(each)]
+                left = [each for each in statements if not source_bundle._is_string(each)]
                 setattr(node, block, left or [ast.Pass()])
     return ast.dump(tree)
 
 
 def test_the_library_says_the_same_without() -> None:
-    for name, source in bundle.sources("hedgemix.alone").items():
+    for name, source in source_bundle.sources("hedgemix.alone").items():
         module = __import__(name, fromlist=["x"])
         assert without_documentation(source) == without_documentation(inspect.getsource(module)), name
 
 
 def test_faults_are_named(package: Path) -> None:
     with pytest.raises(RecipeError, match="bundled_example.missing"):
-        bundle.sources("bundled_example.missing")
+        source_bundle.sources("bundled_example.missing")
     with pytest.raises(RecipeError, match="bundled_example.nowhere is imported but"):
-        bundle.sources("bundled_example.dangling")
+        source_bundle.sources("bundled_example.dangling")
     with pytest.raises(RecipeError, match="broken.py cannot be bundled"):
-        bundle.sources("bundled_example.broken")
+        source_bundle.sources("bundled_example.broken")
     with pytest.raises(RecipeError, match="no_such_package"):
-        bundle.sources("no_such_package.entry")
+        source_bundle.sources("no_such_package.entry")
 
 
 def test_reading_an_artifact_needs_neither_quantizer_nor_trainer() -> None:
     parts = ("artifact", "files", "matrices", "rans", "stored", "vectors", "widths")
-    assert bundle.sources("hedgemix.artifact").keys() == {"hedgemix", *(f"hedgemix.{part}" for part in parts)}
+    assert source_bundle.sources("hedgemix.artifact").keys() == {"hedgemix", *(f"hedgemix.{part}" for part in parts)}

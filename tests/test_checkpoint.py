@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hedgemix import checkpoint, clock
-from hedgemix.checkpoint import Checkpoints
-from hedgemix.clock import Clock
+from hedgemix.runtime import checkpoint, clock
+from hedgemix.runtime.checkpoint import Checkpoints
+from hedgemix.runtime.clock import Clock
 
 
 def saved(folder: Path, *numbers: int) -> Checkpoints:

@@ -23,7 +23,7 @@ from hedgemix.artifact import Artifact
 from hedgemix.codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.experts import EXPERTS
-from hedgemix.files import silent
+from hedgemix.runtime.files import silent
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from measured import Faults, Watch
 
 from benchmarks import fault
 from benchmarks.cluster import until
-from hedgemix.files import read_json, sha256_of
+from hedgemix.runtime.files import read_json, sha256_of
 
 pytestmark = pytest.mark.soak
 HARM: list[Callable[[Path], None]] = [flip, cut]

@@ -20,7 +20,7 @@ import tinyrun
 from ray.scripts.scripts import cli as ray_command
 
 from hedgemix import alone, experts
-from hedgemix.files import read_json
+from hedgemix.runtime.files import read_json
 from pipeline import cli, record, status_view
 from pipeline.schema import Row
 from pipeline.store import Storage

@@ -18,7 +18,7 @@ from tinyartifact import CONFIG, Case
 
 from hedgemix.config import EvaluateConfig
 from hedgemix.experts import EXPERTS
-from hedgemix.files import read_json, write_json
+from hedgemix.runtime.files import read_json, write_json
 from hedgemix.stream import chunks, pieces
 
 # Three pieces a chunk; some steps have one sequence, so that rank 1 has nothing to learn from.

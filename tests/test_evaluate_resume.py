@@ -26,9 +26,9 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from hedgemix import artifact, published
 from hedgemix.config import EvaluateConfig, TTTConfig
 from hedgemix.experts import EXPERTS
-from hedgemix.files import DamagedFileError, read_json, write_json
 from hedgemix.lines import Lines
 from hedgemix.restart import Restart
+from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))

@@ -38,14 +38,14 @@ from ray.exceptions import RayActorError
 
 from benchmarks import fault
 from benchmarks.cluster import until
-from hedgemix import clock
+from hedgemix.runtime import clock
 from pipeline import failures, tasks, train_job
 
 
 def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str]:
     """A process that replaces a file twice, and says which errors it met."""
     code = (
-        "import sys; from pathlib import Path; from hedgemix.files import write_json\n"
+        "import sys; from pathlib import Path; from hedgemix.runtime.files import write_json\n"
         "for number in (1, 2):\n"
         "    try: write_json(Path(sys.argv[1]), number)\n"
         "    except OSError as error: print(error.errno)\n"

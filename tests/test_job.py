@@ -27,7 +27,7 @@ from objectstore import free_port
 from ray.job_submission import JobSubmissionClient
 
 from benchmarks import fault
-from hedgemix import clock
+from hedgemix.runtime import clock
 from pipeline import metrics
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from measured import Faults, Watch, work
 from benchmarks import cluster as clusters
 from benchmarks import fault
 from benchmarks.cluster import Cluster, Node
-from hedgemix import clock
+from hedgemix.runtime import clock
 
 BITS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final"]
 WHOLE = ["--compute.gpus-per-worker", "8"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hedgemix.config import ModelConfig, TrainConfig
-from hedgemix.flat_gradient import FlatGradient
 from hedgemix.model import Linear, Model
 from hedgemix.optim import EMA, Muon, Optimizers, orthogonalise
+from hedgemix.runtime.flat_gradient import FlatGradient
 
 SHAPES = {"tall": (48, 16), "wide": (16, 48), "square": (32, 32)}
 

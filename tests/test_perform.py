@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hedgemix import clock
+from hedgemix.runtime import clock
 from pipeline.recovery import clocked, resuming, set_aside
 from pipeline.step import DamagedStepError, Made, Step, fetch, keep, perform
 from pipeline.store import Storage

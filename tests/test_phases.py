@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from hedgemix.phases import Phases
+from hedgemix.runtime.phases import Phases
 
 CPU = torch.device("cpu")
 

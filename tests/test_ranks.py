@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 from test_train import CPU, Clock, Killed, lines, recipe, weights, write_data
 from torch import Tensor
 
-from hedgemix import ranks
 from hedgemix import train as training
 from hedgemix.dataset import Dataset
-from hedgemix.files import load_tensors, save_tensors
 from hedgemix.model import Model
+from hedgemix.runtime import collectives
+from hedgemix.runtime.files import load_tensors, save_tensors
 
 FIXED = recipe(
     steps=20, late_qat=True, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5
@@ -62,7 +62,7 @@ def work(rank: int, folder: Path, data: Dataset) -> None:
     meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
     try:
-        found: dict[str, Any] = {"told": ranks.Agreement()(rank + 1 / 3, 1e-300 * (rank + 1))}
+        found: dict[str, Any] = {"told": collectives.Agreement()(rank + 1 / 3, 1e-300 * (rank + 1))}
         found["fixed"] = run(folder / "fixed", data, FIXED)
         found["resumed"] = run(folder / "resumed", data, FIXED)
         # Rank 1's clock has run out before it is read twice, and shows another time when the run begins.

@@ -15,7 +15,7 @@ import tinyrecord
 
 from hedgemix import alone, script
 from hedgemix.config import config_hash, to_dict
-from hedgemix.files import read_json
+from hedgemix.runtime.files import read_json
 from pipeline import record, status
 from pipeline.store import Storage
 

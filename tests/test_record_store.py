@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from benchmarks import fault
 from benchmarks.cluster import until
-from hedgemix import clock
+from hedgemix.runtime import clock
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["--compute.checkpoint-seconds", "0", "--seeds", "1", "--record", "tiny"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from hedgemix import ngram
 from hedgemix.config import MixerConfig
 from hedgemix.mixer import Mixer
-from hedgemix.replay import CHECKED, Record
+from hedgemix.runtime.cuda_graph import CHECKED, Record
 
 VOCAB, SPAN, NAMES = 40, 32, ("frozen", "adapted")
 CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=8)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import tinyseed
 
-from hedgemix import alone, bundle, recipes, script
+from hedgemix import alone, recipes, script
 from hedgemix.config import Recipe
-from hedgemix.files import read_json
 from hedgemix.importer import Bundle
+from hedgemix.runtime import source_bundle
+from hedgemix.runtime.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = """
@@ -81,7 +82,7 @@ def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path) -> None:
     _, _, data = file.read_text().partition('\nDATA = "')
     held = Bundle(str(file), data.partition('"')[0])
     try:
-        assert held.sources == bundle.sources(script.ENTRY) and Recipe is not None
+        assert held.sources == source_bundle.sources(script.ENTRY) and Recipe is not None
         package = held.find_spec("hedgemix")
         assert package is not None and package.submodule_search_locations == []
         assert held.find_spec("hedgemix.nowhere") is None and held.find_spec("json") is None
@@ -110,7 +111,7 @@ def test_a_traceback_shows_the_line_and_a_spawned_process_has_the_modules(recipe
     head, _, _ = file.read_text().partition("    sys.exit(")
     file.write_text(head + tail)
     ran = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True)
-    lines = bundle.sources(script.ENTRY)["hedgemix.schedule"].splitlines()
+    lines = source_bundle.sources(script.ENTRY)["hedgemix.schedule"].splitlines()
     first = next(line for line in lines if line.startswith("def rate_factor"))
     assert ran.stdout.splitlines() == [first, "0.5"]
     assert f'{file}/hedgemix/schedule.py", line' in ran.stderr and "(1.0 - fraction)" in ran.stderr
@@ -125,8 +126,8 @@ def test_every_recipe_has_a_file_of_a_size_that_matters_little(name: str) -> Non
 
 
 def test_it_names_the_packages_it_needs(recipe: Recipe) -> None:
-    sources = bundle.sources(script.ENTRY)
-    found = {name.partition(".")[0] for source in sources.values() for name in bundle.imports(source)}
+    sources = source_bundle.sources(script.ENTRY)
+    found = {name.partition(".")[0] for source in sources.values() for name in source_bundle.imports(source)}
     assert found - {"hedgemix", *sys.stdlib_module_names} == {*script.PACKAGES, "pyarrow"}
 
     def needs(**fields: Any) -> set[str]:

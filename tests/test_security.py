@@ -23,13 +23,13 @@ import torch
 from rich.console import Console
 
 from hedgemix import artifact, claim, match, ngram, shards, stages
-from hedgemix import clock as clocks
 from hedgemix import dataset as datasets
-from hedgemix.checkpoint import Checkpoints
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.dataset import Dataset
-from hedgemix.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
 from hedgemix.lines import Lines
+from hedgemix.runtime import clock as clocks
+from hedgemix.runtime.checkpoint import Checkpoints
+from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
 from hedgemix.tokenizer import load as load_tokenizer
 from pipeline import ray_session, record, status
 from pipeline.recovery import resuming

@@ -18,7 +18,7 @@ from benchmarks import disturbance, disturbed, leaks, soak, verdict
 from benchmarks.disturbance import Bounds, Kill
 from benchmarks.disturbed import Disturbed, Plan
 from benchmarks.leaks import Samples, Trend
-from hedgemix.files import write_json
+from hedgemix.runtime.files import write_json
 
 MARKER = "SOAK_TEST=planted"
 LISTENER = """

@@ -17,11 +17,11 @@ import torch
 from objectstore import StoreServer, store_process, store_server  # noqa: F401
 
 from hedgemix import recipes
-from hedgemix.checkpoint import Checkpoints
-from hedgemix.clock import FIELDS
 from hedgemix.config import to_dict
 from hedgemix.dataset import Dataset
-from hedgemix.files import write_json
+from hedgemix.runtime.checkpoint import Checkpoints
+from hedgemix.runtime.clock import FIELDS
+from hedgemix.runtime.files import write_json
 from pipeline import graph, status, status_view
 from pipeline.graph import SeedSteps
 from pipeline.lock import hold

@@ -17,7 +17,7 @@ import tinyseed
 
 from hedgemix import alone, claim, script
 from hedgemix.config import RecipeError, to_dict
-from hedgemix.files import read_json
+from hedgemix.runtime.files import read_json
 from pipeline import cli
 from pipeline.eligibility import About
 from pipeline.folder import submit

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hedgemix import dataset as datasets
-from hedgemix import files, shards
-from hedgemix.checkpoint import Checkpoints
+from hedgemix import shards
 from hedgemix.config import ComputeConfig, ModelConfig, Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
-from hedgemix.files import load_tensors, read_json
 from hedgemix.model import Model, rms_norm
+from hedgemix.runtime import files
+from hedgemix.runtime.checkpoint import Checkpoints
+from hedgemix.runtime.files import load_tensors, read_json
 from hedgemix.schedule import rate_factor
 from hedgemix.train import DivergedError, Run, TrainResult, train
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hedgemix.checkpoint import Checkpoints
+from hedgemix.runtime.checkpoint import Checkpoints
 from pipeline import uploader
 from pipeline.store import Storage, open_storage
 from pipeline.uploader import Uploader

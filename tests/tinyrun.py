@@ -17,7 +17,7 @@ from hedgemix import artifact, claim, shards
 from hedgemix import dataset as datasets
 from hedgemix.claim import Claim
 from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
-from hedgemix.files import write_json
+from hedgemix.runtime.files import write_json
 from pipeline.schema import Row
 from pipeline.store import Storage
 from pipeline.table import write_rows

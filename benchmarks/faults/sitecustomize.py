@@ -100,7 +100,7 @@ def now(during):
 
 
 def target(path):
-    """The file that a temporary one of hedgemix.files.replacing is to become; other paths as they are."""
+    """The file that a temporary one of hedgemix.runtime.files.replacing is to become; other paths as they are."""
     folder, name = os.path.split(path)
     ending = f".{socket.gethostname()}.{os.getpid()}.tmp"
     if name.startswith(".") and name.endswith(ending):

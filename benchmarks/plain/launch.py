@@ -19,9 +19,10 @@ import torch.distributed as dist
 import tyro
 
 from hedgemix import dataset as datasets
-from hedgemix import ranks, stages
+from hedgemix import stages
 from hedgemix.config import Recipe, from_dict
-from hedgemix.files import read_json
+from hedgemix.runtime import collectives
+from hedgemix.runtime.files import read_json
 from pipeline import graph
 from pipeline.step import Made, Step, keep, perform
 from pipeline.store import Storage
@@ -67,7 +68,7 @@ def main(options: Options) -> None:
     for name in options.stages:
         step, stage = work[name]
         step.folder.mkdir(parents=True, exist_ok=True)
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             perform(step, partial(made, step, stage), {})
         else:
             stage()

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hedgemix import ranks
-from hedgemix.files import DamagedFileError, load_tensors, read_json, save_tensors, sha256_of, write_json
+from hedgemix.runtime import collectives
+from hedgemix.runtime.files import DamagedFileError, load_tensors, read_json, save_tensors, sha256_of, write_json
 
 KEPT = 2
 
@@ -67,7 +67,7 @@ class Checkpoints:
         DamagedFileError on a rank that cannot read what rank 0 took up.
         """
         state, number = None, -1
-        while ranks.rank() == 0 and self._entries and state is None:
+        while collectives.rank() == 0 and self._entries and state is None:
             try:
                 state, number = self._load(self._entries[0], device), self._entries[0]["number"]
             except (FileNotFoundError, DamagedFileError) as error:
@@ -75,7 +75,7 @@ class Checkpoints:
                 self._entries.pop(0)
         if agree is not None:
             number = int(agree(number)[0])
-        if ranks.rank() == 0 or number < 0:
+        if collectives.rank() == 0 or number < 0:
             return state
         for entry in self._entries:
             if entry["number"] == number:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hedgemix import ranks
 from hedgemix.optim import ALIGNED_NUMBERS
+from hedgemix.runtime import collectives
 
 
 class FlatGradient:
@@ -26,7 +26,7 @@ class FlatGradient:
 
     def reduce(self, clip: float) -> Tensor:
         """Sum over ranks, scale to a norm of at most `clip` (0: never); returns the norm before, a 0-d tensor."""
-        ranks.sum_over(self.buffer)
+        collectives.sum_over(self.buffer)
         norm = self.buffer.norm()
         if clip > 0:
             self.buffer.mul_((clip / (norm + 1e-6)).clamp(max=1.0))

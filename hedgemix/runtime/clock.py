@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hedgemix import ranks
-from hedgemix.checkpoint import Kept, nothing
-from hedgemix.files import read_json, write_json
+from hedgemix.runtime import collectives
+from hedgemix.runtime.checkpoint import Kept, nothing
+from hedgemix.runtime.files import read_json, write_json
 
 BEAT_SECONDS = 1.0
 FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
@@ -57,7 +57,7 @@ class Clock:
     def note(self) -> None:
         """Write the clock down; raises OSError when storage fails."""
         self.beaten = self.now()
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             seconds = self.elapsed(), self.starts, self.discarded_seconds, self.lost_seconds
             write_json(self.path, dict(zip(FIELDS, seconds, strict=True)))
             self.kept(self.path)

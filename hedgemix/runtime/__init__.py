@@ -1,0 +1,1 @@
+"""What every part of a run stands on: whole files, clocks, checkpoints, process groups."""
