@@ -29,7 +29,7 @@ from hedgemix import bpb, ngram
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, TTTConfig
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import Mixer
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.shards import TokenStream, write_shard
 from hedgemix.text import Text
 

@@ -19,7 +19,7 @@ from hedgemix import allocate, quantize
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
 from hedgemix.entropy import matrices
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.optim import Muon
 from hedgemix.stored import Stepped, steps
 

@@ -21,7 +21,7 @@ from benchmarks import operations
 from benchmarks.stages import scored
 from benchmarks.subject import Agreement, Bench, Costs, Row, sizes
 from benchmarks.timing import once, summary
-from hedgemix.model import parameter_count
+from hedgemix.model.transformer import parameter_count
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.stream import Piece
 from hedgemix.train import Run

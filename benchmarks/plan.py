@@ -23,7 +23,7 @@ from hedgemix.bpb import ByteTables
 from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import SPAN_TOKENS, Mixer
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.stream import Piece
 from hedgemix.text import Text
 

@@ -28,7 +28,7 @@ from hedgemix import artifact, dataset
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, Recipe, from_dict
 from hedgemix.dataset import Dataset
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.runtime.files import load_tensors
 from pipeline import graph

@@ -19,7 +19,7 @@ from benchmarks.timing import compare
 from hedgemix import ngram
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.mixer import Mixer
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.predictor import Mixture
 from hedgemix.stream import Piece, chunk_rows
 from hedgemix.train import Run

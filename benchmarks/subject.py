@@ -16,7 +16,7 @@ from hedgemix import bpb, dataset, recipes, tokenizer
 from hedgemix.batches import Batches
 from hedgemix.config import MixerConfig, ModelConfig, Recipe, config_hash
 from hedgemix.dataset import Dataset
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.train import Run
 
 

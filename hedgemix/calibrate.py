@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
 from hedgemix.gptq import add_inputs
-from hedgemix.model import Linear, Model
+from hedgemix.model.transformer import Linear, Model
 from hedgemix.runtime import collectives
 from hedgemix.shards import TokenStream
 

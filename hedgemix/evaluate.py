@@ -24,7 +24,7 @@ from torch import Tensor
 from hedgemix import artifact, bpb, ngram, published, tokenizer
 from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
 from hedgemix.mixer import SPAN_TOKENS, Mixer
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, silent
 from hedgemix.runtime.phases import Phases

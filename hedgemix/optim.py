@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hedgemix.config import TrainConfig
-from hedgemix.model import Linear, Model
+from hedgemix.model.transformer import Linear, Model
 from hedgemix.runtime import collectives
 
 # Quintic with the slope at zero maximised (Jordan et al. 2024, "Muon", section Newton-Schulz).

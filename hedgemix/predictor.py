@@ -21,12 +21,12 @@ from torch import Tensor
 
 from hedgemix import bpb, experts, hedge, match, stream, tokenizer
 from hedgemix.artifact import Artifact
-from hedgemix.attention import Cache
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
 from hedgemix.counts import Counts
 from hedgemix.evaluate import load_model
-from hedgemix.model import Model
+from hedgemix.model.attention import Cache
+from hedgemix.model.transformer import Model
 from hedgemix.ttt import Adapter
 from hedgemix.validate import check_evaluate, check_mixer, check_ttt
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, RecipeError
 from hedgemix.gptq import factor, finite, round_columns
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.stored import Stored
 from hedgemix.validate import LARGEST_STEP, check_rounding
 

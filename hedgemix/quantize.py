@@ -19,7 +19,7 @@ from hedgemix.allocate import Sensitivity
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
 from hedgemix.fit_to_size import fit_to_size
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.published_export import reference_tensors
 from hedgemix.stored import Stepped, steps
 

@@ -21,7 +21,7 @@ from hedgemix.calibrate import Moments
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.restart import Restart
 from hedgemix.runtime.checkpoint import Kept, nothing

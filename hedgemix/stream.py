@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import EvaluateConfig
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.text import Text
 

@@ -30,7 +30,7 @@ from hedgemix.batches import Ahead, Batches
 from hedgemix.calibrate import calibrate
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
-from hedgemix.model import QAT_LEVELS, Model, parameter_count
+from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, Optimizers
 from hedgemix.runtime import collectives
 from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing

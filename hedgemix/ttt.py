@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hedgemix.config import TTTConfig
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.stream import Piece

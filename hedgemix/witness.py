@@ -26,7 +26,7 @@ from torch import Tensor
 from hedgemix import artifact, published, tokenizer
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.evaluate import Evaluation
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.runtime.files import Log, silent
 from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece

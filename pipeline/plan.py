@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from hedgemix.config import Recipe
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.transformer import Model, parameter_count
 
 
 def print_plan(recipe: Recipe, seeds: tuple[int, ...], console: Console) -> None:

@@ -62,7 +62,7 @@ from hedgemix.config import (
 )
 from hedgemix.dataset import Dataset
 from hedgemix.experts import EXPERTS
-from hedgemix.model import QAT_LEVELS
+from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_recipe
 from pipeline.console import print_results

@@ -20,7 +20,7 @@ from torch import Tensor
 from hedgemix import evaluate, hedge, ngram, published, witness
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import Mixer
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece
 from hedgemix.ttt import Adapter
 

@@ -17,7 +17,7 @@ from benchmarks.plain.evaluation import sliding_nats
 from benchmarks.subject import Row
 from hedgemix import gptq, recipes
 from hedgemix.config import ModelConfig
-from hedgemix.model import Linear, Model
+from hedgemix.model.transformer import Linear, Model
 from hedgemix.stored import steps
 
 

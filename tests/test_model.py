@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from hedgemix import attention, kernels, recipes
-from hedgemix.attention import banded_attention
+from hedgemix import recipes
 from hedgemix.config import ModelConfig, RecipeError
-from hedgemix.model import Model, fake_quantize, parameter_count, rotary_base
+from hedgemix.model import attention, cpu_kernels
+from hedgemix.model.attention import banded_attention
+from hedgemix.model.transformer import Model, fake_quantize, parameter_count, rotary_base
 
 VOCAB = 50
 SMALL = ModelConfig(layers=5, width=32, heads=4, kv_heads=4, mlp_hidden=48, rope_dims=4, logit_cap=5.0)
@@ -364,7 +365,7 @@ def test_a_norm_of_bfloat16_is_that_of_float32() -> None:
     """Also of rows far below bfloat16's eps, as embeddings are at the start."""
     x = (0.005 * torch.randn(7, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        y, expected = kernels.rms_norm(x, 0.5), kernels.rms_norm(x.float(), 0.5)
+        y, expected = cpu_kernels.rms_norm(x, 0.5), cpu_kernels.rms_norm(x.float(), 0.5)
     assert y.dtype == torch.float32 and torch.equal(y, expected)
 
 

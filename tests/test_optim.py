@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hedgemix.config import ModelConfig, TrainConfig
-from hedgemix.model import Linear, Model
+from hedgemix.model.transformer import Linear, Model
 from hedgemix.optim import EMA, Muon, Optimizers, orthogonalise
 from hedgemix.runtime.flat_gradient import FlatGradient
 

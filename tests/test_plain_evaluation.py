@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.plain.evaluation import sliding_nats
 from hedgemix.config import EvaluateConfig, ModelConfig
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, piece_rows, pieces
 
 

@@ -14,11 +14,11 @@ from test_train import BATCH, CPU, MODEL, PACE, VOCAB
 from torch import Tensor
 
 from benchmarks.plain.training import PlainRun, plain_loss
-from hedgemix import kernels
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
-from hedgemix.kernels import rotate
-from hedgemix.model import Model
+from hedgemix.model import cpu_kernels
+from hedgemix.model.cpu_kernels import rotate
+from hedgemix.model.transformer import Model
 from hedgemix.shards import TokenStream
 from hedgemix.train import Run
 
@@ -76,7 +76,7 @@ def test_every_part_has_the_gradient_of_the_plain_model(overrides: dict[str, Any
 def test_attention(length: int) -> None:
     q, k, v = (draw(2, 3, length, 8, seed=seed) for seed in range(3))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    equal_gradients(kernels.CausalAttention.apply(q, k, v), expected, [q, k, v])
+    equal_gradients(cpu_kernels.CausalAttention.apply(q, k, v), expected, [q, k, v])
 
 
 @pytest.mark.parametrize("rotated", [0, 4, 8])
@@ -84,37 +84,37 @@ def test_normalised_rotary(rotated: int) -> None:
     x, angle = draw(2, 5, 3, 8), torch.rand(5, rotated // 2, dtype=torch.float64)
     cos, sin = angle.cos(), angle.sin()
     expected = rotate(F.rms_norm(x.transpose(1, 2), (8,)), cos, sin)
-    equal_gradients(kernels.NormalisedRotary.apply(x, cos, sin), expected, [x])
+    equal_gradients(cpu_kernels.NormalisedRotary.apply(x, cos, sin), expected, [x])
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_rms_norm(scale: float) -> None:
     x = draw(4, 7)
     x.data[1] *= 1e-8  # where epsilon rules
-    equal_gradients(kernels.RMSNorm.apply(x, scale), F.rms_norm(x, (7,)) * scale, [x])
+    equal_gradients(cpu_kernels.RMSNorm.apply(x, scale), F.rms_norm(x, (7,)) * scale, [x])
 
 
 def test_projection_and_leaky_square() -> None:
     y, v = draw(3, 4, 5), draw(3, 4, 5, seed=1)
     direction = F.normalize(v, dim=-1)
     expected = y - (y * direction).sum(-1, keepdim=True) * direction
-    equal_gradients(kernels.WithoutProjection.apply(y, v), expected, [y, v])
-    equal_gradients(kernels.LeakySquare.apply(y, 0.5), F.leaky_relu(y, 0.5).square(), [y])
-    assert kernels.WithoutProjection.apply(y, torch.zeros_like(v)).equal(y)
+    equal_gradients(cpu_kernels.WithoutProjection.apply(y, v), expected, [y, v])
+    equal_gradients(cpu_kernels.LeakySquare.apply(y, 0.5), F.leaky_relu(y, 0.5).square(), [y])
+    assert cpu_kernels.WithoutProjection.apply(y, torch.zeros_like(v)).equal(y)
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0, 2000.0])
 def test_capped_cross_entropy(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 300)  # 7 rows a piece, 2 in the last
+    monkeypatch.setattr(cpu_kernels, "CHUNK_NUMBERS", 300)  # 7 rows a piece, 2 in the last
     x, weight, targets = draw(23, 16), draw(41, 16, seed=1), torch.arange(23)
     with torch.no_grad():
         weight *= 20  # logits far apart
     expected = F.cross_entropy(cap * torch.tanh(x @ weight.T / cap), targets, reduction="sum")
-    equal_gradients(kernels.CappedCrossEntropy.apply(x, weight, targets, cap), expected, [x, weight])
+    equal_gradients(cpu_kernels.CappedCrossEntropy.apply(x, weight, targets, cap), expected, [x, weight])
 
 
 def test_a_large_table_gets_the_rows_that_were_read() -> None:
-    table, rows = kernels.Table(1000, 4), torch.tensor([[3, 5], [3, 999]])
+    table, rows = cpu_kernels.Table(1000, 4), torch.tensor([[3, 5], [3, 999]])
     table(rows).sum().backward()  # no buffer: a dense gradient
     assert table.weight.grad is not None and not table.weight.grad.is_sparse
     before, buffer = table.weight.grad.clone(), table.weight.grad

@@ -14,7 +14,7 @@ from torch import Tensor
 from hedgemix import artifact, published_export, quantize
 from hedgemix.config import QuantizeConfig
 from hedgemix.evaluate import load_model
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.published_export import Quantized
 
 TABLES = ("bigram.table.weight",)

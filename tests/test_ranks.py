@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hedgemix import train as training
 from hedgemix.dataset import Dataset
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import load_tensors, save_tensors
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hedgemix.config import EvaluateConfig, ModelConfig
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, chunk_rows, chunks, cut, piece_rows, pieces
 
 VOCAB, WINDOW = 61, 16

@@ -22,7 +22,7 @@ from hedgemix import dataset as datasets
 from hedgemix import shards
 from hedgemix.config import ComputeConfig, ModelConfig, Recipe, RecipeError, TrainConfig
 from hedgemix.dataset import Dataset
-from hedgemix.model import Model, rms_norm
+from hedgemix.model.transformer import Model, rms_norm
 from hedgemix.runtime import files
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import load_tensors, read_json

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hedgemix import recipes, ttt
 from hedgemix.config import ModelConfig, TTTConfig
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.stream import Piece
 from hedgemix.ttt import Adapter
 

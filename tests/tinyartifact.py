@@ -14,7 +14,7 @@ from hedgemix import artifact, bpb, ngram, tokenizer
 from hedgemix.calibrate import Moments
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
 from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.quantize import quantize_model
 from hedgemix.shards import TokenStream
 from hedgemix.text import Text

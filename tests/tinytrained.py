@@ -12,7 +12,7 @@ from hedgemix import stored
 from hedgemix.batches import Batches
 from hedgemix.calibrate import Moments, calibrate
 from hedgemix.config import ModelConfig, TrainConfig
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.shards import TokenStream
 from hedgemix.stored import Stepped, Stored
 

@@ -23,7 +23,7 @@ from hedgemix.batches import Batches
 from hedgemix.config import EvaluateConfig
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import Mixer
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, chunk_rows, cut
 from hedgemix.train import Run, deterministic
 from hedgemix.ttt import Adapter

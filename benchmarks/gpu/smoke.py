@@ -22,7 +22,7 @@ from hedgemix.config import Recipe
 from hedgemix.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult
 from hedgemix.mixer import Mixer
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, piece_rows
 
 LIMITS = "limits.json"

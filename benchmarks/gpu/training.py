@@ -22,10 +22,10 @@ from benchmarks.gpu.smoke import LIMITS
 from benchmarks.gpu.timing import Profile, Stopwatch, milliseconds
 from benchmarks.plan import Rates
 from hedgemix import dataset as datasets
-from hedgemix.attention import banded_attention
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
-from hedgemix.model import Model, parameter_count
+from hedgemix.model.attention import banded_attention
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.optim import Muon
 from hedgemix.train import Run, deterministic
 

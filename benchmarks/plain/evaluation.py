@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hedgemix.model import Model
+from hedgemix.model.transformer import Model
 
 
 @torch.inference_mode()

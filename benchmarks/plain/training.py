@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
-from hedgemix.model import Attention, Linear, Model, fake_quantize
+from hedgemix.model.transformer import Attention, Linear, Model, fake_quantize
 from hedgemix.schedule import late_qat, muon_momentum, rate_factor
 
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hedgemix import kernels
-from hedgemix.attention import Cache, attention
 from hedgemix.config import ModelConfig
-from hedgemix.kernels import leaky_square, normalised_rotary, rms_norm, without_projection
+from hedgemix.model import cpu_kernels
+from hedgemix.model.attention import Cache, attention
+from hedgemix.model.cpu_kernels import leaky_square, normalised_rotary, rms_norm, without_projection
 from hedgemix.validate import check_model
 
 # Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
@@ -151,7 +151,7 @@ class BigramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.buckets = config.bigram_buckets
-        self.table = kernels.Table(config.bigram_buckets, config.bigram_width)
+        self.table = cpu_kernels.Table(config.bigram_buckets, config.bigram_width)
         self.project = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
@@ -285,9 +285,9 @@ class Model(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False) -> Tensor:
         """Summed negative log-likelihood of the targets in nats, float32 scalar."""
         features = self.features(tokens_BT, qat=qat)
-        if kernels.usable(features):
+        if cpu_kernels.usable(features):
             weight, cap = self.embedding.weight, self.config.logit_cap
-            return kernels.CappedCrossEntropy.apply(features.flatten(0, 1), weight, targets_BT.flatten(), cap)
+            return cpu_kernels.CappedCrossEntropy.apply(features.flatten(0, 1), weight, targets_BT.flatten(), cap)
         logits = self.logits(features)
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 

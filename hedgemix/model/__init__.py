@@ -1,0 +1,1 @@
+"""The transformer, its attention, and its layers by hand for a CPU."""
