@@ -26,9 +26,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import artifact, bpb, dataset, hedge, match, ngram, tokenizer
+from hedgemix import artifact, hedge, match, ngram
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
-from hedgemix.dataset import Dataset
+from hedgemix.data import bpb, dataset, tokenizer
+from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import load_model, target_nats
 from hedgemix.experts import EXPERTS
 from hedgemix.mixer import Mixer

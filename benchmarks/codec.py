@@ -27,10 +27,11 @@ import torch
 import tyro
 import zstandard
 
-from hedgemix import artifact, codec, dataset, ngram, tokenizer
+from hedgemix import artifact, codec, ngram
 from hedgemix.config import Recipe, from_dict, to_dict
+from hedgemix.data import dataset, tokenizer
+from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import evaluate_artifact
-from hedgemix.shards import TokenStream
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 import tyro
 
-from hedgemix import bpb, ngram
+from hedgemix import ngram
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, TTTConfig
+from hedgemix.data import bpb
+from hedgemix.data.device_text import Text
+from hedgemix.data.shards import TokenStream, write_shard
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model
-from hedgemix.shards import TokenStream, write_shard
-from hedgemix.text import Text
 
 VOCAB = 1024
 ORDERS = MixerConfig().orders

@@ -19,13 +19,13 @@ from benchmarks import operations
 from benchmarks.machine import Limits
 from benchmarks.subject import Row
 from hedgemix import ngram, published
-from hedgemix.bpb import ByteTables
 from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
+from hedgemix.data.bpb import ByteTables
+from hedgemix.data.device_text import Text
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import SPAN_TOKENS, Mixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.stream import Piece
-from hedgemix.text import Text
 
 VALID_TOKENS = 62_021_846
 """FineWeb's validation shard with this tokenizer."""

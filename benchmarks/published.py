@@ -22,10 +22,10 @@ import tyro
 from torch import Tensor
 
 from hedgemix import artifact
-from hedgemix import dataset as datasets
-from hedgemix.bpb import bits_per_byte
 from hedgemix.claim import Claim, claims
 from hedgemix.config import RecipeError
+from hedgemix.data import dataset as datasets
+from hedgemix.data.bpb import bits_per_byte
 from hedgemix.evaluate import Evaluation
 from hedgemix.stream import Piece
 

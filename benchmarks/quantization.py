@@ -24,10 +24,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import artifact, dataset
+from hedgemix import artifact
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, Recipe, from_dict
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset
+from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.runtime.files import load_tensors

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from benchmarks.machine import Limits
 from benchmarks.timing import Comparison
-from hedgemix import bpb, dataset, recipes, tokenizer
-from hedgemix.batches import Batches
+from hedgemix import recipes
 from hedgemix.config import MixerConfig, ModelConfig, Recipe, config_hash
-from hedgemix.dataset import Dataset
+from hedgemix.data import bpb, dataset, tokenizer
+from hedgemix.data.dataloader import Batches
+from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model
 from hedgemix.train import Run
 

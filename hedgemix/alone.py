@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from hedgemix import dataset as datasets
 from hedgemix import stages
 from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
+from hedgemix.data import dataset as datasets
 from hedgemix.evaluate import EvaluateResult
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, read_json, silent, write_json

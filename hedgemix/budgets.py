@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from hedgemix import artifact, overlap, script, stages
-from hedgemix import dataset as datasets
 from hedgemix.claim import Claim
+from hedgemix.data import dataset as datasets
+from hedgemix.data.shards import map_shard
 from hedgemix.finding import Finding
-from hedgemix.shards import map_shard
 
 KNOWN_SHARE = 0.5
 """A validation shard of whose windows this share occurs in the training text was trained on."""

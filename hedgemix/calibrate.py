@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
+from hedgemix.data.dataloader import Batches
+from hedgemix.data.shards import TokenStream
 from hedgemix.gptq import add_inputs
 from hedgemix.model.transformer import Linear, Model
 from hedgemix.runtime import collectives
-from hedgemix.shards import TokenStream
 
 MICROBATCH_SEQUENCES = 16
 """Sequences run at once, eagerly and with hooks: 15 GB for the record model at 2,048 tokens. A compiled training step

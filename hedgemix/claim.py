@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix import artifact
-from hedgemix import dataset as datasets
 from hedgemix.config import Recipe, RecipeError, from_dict
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.files import read_json, replacing
 from hedgemix.runtime.layout import AUDIT, RESULT, STEPS, TRACE
 

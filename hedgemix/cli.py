@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import anatomy, audit, codec, dataset, fineweb, scorer
+from hedgemix import anatomy, audit, codec, scorer
 from hedgemix.artifact import ArtifactError
 from hedgemix.codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
+from hedgemix.data import dataset, fineweb
 from hedgemix.runtime.files import Log, read_json
 
 

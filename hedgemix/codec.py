@@ -41,10 +41,10 @@ import constriction
 import numpy as np
 import torch
 
-from hedgemix import tokenizer
 from hedgemix.artifact import Artifact
 from hedgemix.artifact import read as read_artifact
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
+from hedgemix.data import tokenizer
 from hedgemix.evaluate import load_model
 from hedgemix.predictor import Predictor
 from hedgemix.runtime import source_bundle

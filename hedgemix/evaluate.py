@@ -21,18 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import artifact, bpb, ngram, published, tokenizer
+from hedgemix import artifact, ngram, published
 from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
+from hedgemix.data import bpb, tokenizer
+from hedgemix.data.device_text import Ones, Sizes, Text, same
+from hedgemix.data.shards import TokenStream
 from hedgemix.mixer import SPAN_TOKENS, Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, silent
 from hedgemix.runtime.phases import Phases
 from hedgemix.runtime.profiler import tracing
-from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunk_rows, chunks
 from hedgemix.tally import Tally
-from hedgemix.text import Ones, Sizes, Text, same
 from hedgemix.ttt import Adapter
 
 

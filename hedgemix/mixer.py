@@ -24,9 +24,9 @@ from torch import Tensor
 from hedgemix import experts, hedge, match, ngram
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
+from hedgemix.data.shards import PIECE_TOKENS
 from hedgemix.resident import Resident
 from hedgemix.runtime.cuda_graph import Record, Replay, record_graph
-from hedgemix.shards import PIECE_TOKENS
 from hedgemix.validate import check_mixer
 
 SPAN_TOKENS = {"cpu": 512, "cuda": 4096}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hedgemix import grams, match
-from hedgemix.shards import PIECE_TOKENS, TokenStream
+from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 from hedgemix.validate import check_match_lengths, check_orders
 
 _COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import bpb, experts, hedge, match, stream, tokenizer
+from hedgemix import experts, hedge, match, stream
 from hedgemix.artifact import Artifact
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
 from hedgemix.counts import Counts
+from hedgemix.data import bpb, tokenizer
 from hedgemix.evaluate import load_model
 from hedgemix.model.attention import Cache
 from hedgemix.model.transformer import Model

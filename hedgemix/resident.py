@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hedgemix import match
+from hedgemix.data.shards import PIECE_TOKENS
 from hedgemix.ngram import NgramIndex, longest_class
-from hedgemix.shards import PIECE_TOKENS
 
 
 class Resident:

@@ -20,6 +20,7 @@ import torch
 from hedgemix import __version__
 from hedgemix.artifact import Artifact
 from hedgemix.config import EvaluateConfig, config_hash
+from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 from hedgemix.evaluate import Evaluation, Start
 from hedgemix.lines import Lines
 from hedgemix.runtime import collectives
@@ -27,7 +28,6 @@ from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
 from hedgemix.runtime.clock import Clock, Due, never
 from hedgemix.runtime.files import DamagedFileError
 from hedgemix.runtime.layout import CLOCK
-from hedgemix.shards import PIECE_TOKENS, TokenStream
 
 
 class Restart(Start):

@@ -30,9 +30,9 @@ from rich.console import Console
 
 from hedgemix.checks import LOG_SUM, blind, relative
 from hedgemix.config import RecipeError
+from hedgemix.data.shards import map_shard
 from hedgemix.finding import Finding, failed, markdown, print_finding, timed
 from hedgemix.runtime.files import replacing
-from hedgemix.shards import map_shard
 from hedgemix.witness import altered
 
 NATS = 1e-6

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from hedgemix import artifact, ngram
-from hedgemix import dataset as datasets
-from hedgemix.bpb import bits_per_byte
 from hedgemix.calibrate import Moments
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data.bpb import bits_per_byte
+from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize import quantize_model

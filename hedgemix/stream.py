@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import EvaluateConfig
+from hedgemix.data.device_text import Text
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
-from hedgemix.text import Text
 
 
 @dataclass(frozen=True)

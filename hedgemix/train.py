@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from hedgemix import dataset as datasets
-from hedgemix.batches import Ahead, Batches
 from hedgemix.calibrate import calibrate
 from hedgemix.config import Recipe, RecipeError, TrainConfig
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataloader import Ahead, Batches
+from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, Optimizers
 from hedgemix.runtime import collectives

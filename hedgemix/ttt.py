@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hedgemix.config import TTTConfig
+from hedgemix.data.device_text import Ones, Sizes, Text
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.stream import Piece
-from hedgemix.text import Ones, Sizes, Text
 
 MICROBATCH_SEQUENCES = 16
 """Sequences whose activations are held at once: about 16 GB for the record model at 2,048 tokens."""

@@ -23,12 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hedgemix import artifact, published, tokenizer
+from hedgemix import artifact, published
 from hedgemix.config import EvaluateConfig, from_dict
+from hedgemix.data import tokenizer
+from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import Evaluation
 from hedgemix.model.transformer import Model
 from hedgemix.runtime.files import Log, silent
-from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece
 
 

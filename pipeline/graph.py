@@ -20,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import corpus, script, stages, stream
+from hedgemix import script, stages, stream
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
-from hedgemix.dataset import Dataset
+from hedgemix.data import corpus
+from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.layout import RECORDS, STEP_NAMES
 from pipeline.step import Step
 from pipeline.store import Storage

@@ -45,7 +45,6 @@ import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
-from hedgemix import dataset as datasets
 from hedgemix import recipes, stages
 from hedgemix.config import (
     ComputeConfig,
@@ -60,7 +59,8 @@ from hedgemix.config import (
     config_hash,
     to_dict,
 )
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataset import Dataset
 from hedgemix.experts import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.layout import LOCK, RECIPE

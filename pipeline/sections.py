@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hedgemix import anatomy, artifact, tokenizer
+from hedgemix import anatomy, artifact
 from hedgemix.artifact import ArtifactError, Parts
+from hedgemix.data import tokenizer
 from hedgemix.finding import number
 from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
 from hedgemix.tally import DOCUMENTS, TOKENS

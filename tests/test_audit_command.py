@@ -10,7 +10,7 @@ import pytest
 import tinyrecord
 
 from hedgemix import cli
-from hedgemix import dataset as datasets
+from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import read_json
 from pipeline import graph, record
 from pipeline.row import build_row

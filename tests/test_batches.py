@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgemix.batches import Ahead, Batches
-from hedgemix.shards import TokenStream
+from hedgemix.data.dataloader import Ahead, Batches
+from hedgemix.data.shards import TokenStream
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from textdata import TEXTS, documents, processor
 
-from hedgemix import bpb, tokenizer
+from hedgemix.data import bpb, tokenizer
 
 
 @settings(deadline=None, max_examples=200)

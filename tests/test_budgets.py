@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from tinyrun import Record, make
 
-from hedgemix import budgets, script, shards
-from hedgemix import dataset as datasets
+from hedgemix import budgets, script
 from hedgemix.claim import Claim
 from hedgemix.config import LimitsConfig
-from hedgemix.shards import map_shard
+from hedgemix.data import dataset as datasets
+from hedgemix.data import shards
+from hedgemix.data.shards import map_shard
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tinytrained import CPU, LENGTH, SEQUENCES, SETTINGS, Trained, make
 from torch import Tensor
 
 from hedgemix import calibrate
-from hedgemix.batches import Batches
+from hedgemix.data.dataloader import Batches
 
 
 @pytest.fixture(scope="module")

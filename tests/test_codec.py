@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from textdata import ODD, TEXTS, processor
 from tinyartifact import CONFIG, Case
 
-from hedgemix import artifact, cli, codec, tokenizer
+from hedgemix import artifact, cli, codec
 from hedgemix.artifact import Artifact
 from hedgemix.codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
+from hedgemix.data import tokenizer
 from hedgemix.experts import EXPERTS
 from hedgemix.runtime.files import silent
 

@@ -10,9 +10,9 @@ import pytest
 import textdata
 import tinyrecord
 
-from hedgemix import shards
 from hedgemix.config import ModelConfig, from_dict, to_dict
 from hedgemix.config import Recipe as RecipeType
+from hedgemix.data import shards
 from hedgemix.recipes import RECIPES
 from pipeline import ray_session, record
 from pipeline.store import Storage

@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgemix import corpus
 from hedgemix.config import DataConfig, RecipeError
+from hedgemix.data import corpus
 
 LONG = "word " * 50
 SOURCE = f'''"""Module. {LONG}"""

@@ -5,9 +5,10 @@ import pytest
 import torch
 from textdata import documents, processor
 
-from hedgemix import ngram, tokenizer
+from hedgemix import ngram
 from hedgemix.config import RecipeError
 from hedgemix.counts import Counts
+from hedgemix.data import tokenizer
 
 
 @pytest.mark.parametrize("orders", [(1, 2, 3, 4), (1,), (2, 3), (3, 6)])

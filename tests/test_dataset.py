@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from textdata import documents
 
-from hedgemix import cli, corpus, dataset, shards, tokenizer
+from hedgemix import cli
 from hedgemix.config import DataConfig, RecipeError
+from hedgemix.data import corpus, dataset, shards, tokenizer
 
 
 def silent(line: str) -> None:

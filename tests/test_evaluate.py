@@ -22,15 +22,16 @@ from tinyartifact import CONFIG, CONTEXT, Case
 from torch import Tensor
 from unattended import unattended
 
-from hedgemix import artifact, ngram, published, tokenizer
+from hedgemix import artifact, ngram, published
 from hedgemix.artifact import ArtifactError
 from hedgemix.config import RecipeError, TTTConfig
+from hedgemix.data import tokenizer
+from hedgemix.data.device_text import Text
+from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import Evaluation, load_model, score_model
 from hedgemix.isolation import FORBIDDEN
 from hedgemix.mixer import Mixer
-from hedgemix.shards import TokenStream
 from hedgemix.stream import Piece, chunks, piece_rows, pieces
-from hedgemix.text import Text
 from hedgemix.ttt import Adapter
 
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))

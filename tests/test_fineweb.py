@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from textdata import processor
 
-from hedgemix import dataset, fineweb, shards
 from hedgemix.config import DataConfig, RecipeError
+from hedgemix.data import dataset, fineweb, shards
 
 PREFIX = "datasets/datasets/fineweb10B_sp512"
 

@@ -26,8 +26,9 @@ from benchmarks.gpu.__main__ import arguments, main
 from benchmarks.gpu.calls import CALLS, documented
 from benchmarks.gpu.sections import Job, Results, Section
 from benchmarks.gpu.timing import KINDS, Profile, Stopwatch
-from hedgemix import artifact, dataset, recipes, shards, tokenizer
+from hedgemix import artifact, recipes
 from hedgemix.config import RecipeError
+from hedgemix.data import dataset, shards, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = ("ray", "tyro", "constriction", "huggingface_hub", "rich", "pandas")

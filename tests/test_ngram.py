@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hedgemix import grams, ngram
 from hedgemix.config import RecipeError
-from hedgemix.shards import TokenStream
+from hedgemix.data.shards import TokenStream
 
 VOCAB = 7
 streams = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from benchmarks import overhead, timeline
 from benchmarks.timeline import Command, Mark
-from hedgemix import dataset as datasets
 from hedgemix.config import to_dict
+from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import write_json
 from pipeline import graph, record
 from pipeline.store import Storage

@@ -14,12 +14,12 @@ from test_train import BATCH, CPU, MODEL, PACE, VOCAB
 from torch import Tensor
 
 from benchmarks.plain.training import PlainRun, plain_loss
-from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
+from hedgemix.data.dataloader import Batches
+from hedgemix.data.shards import TokenStream
 from hedgemix.model import cpu_kernels
 from hedgemix.model.cpu_kernels import rotate
 from hedgemix.model.transformer import Model
-from hedgemix.shards import TokenStream
 from hedgemix.train import Run
 
 CONFIG = TrainConfig(**{**BATCH, **PACE, "microbatch_sequences": 3}, dtype="float32", compile=False, late_qat=True)

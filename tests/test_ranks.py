@@ -16,7 +16,7 @@ from test_train import CPU, Clock, Killed, lines, recipe, weights, write_data
 from torch import Tensor
 
 from hedgemix import train as training
-from hedgemix.dataset import Dataset
+from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import load_tensors, save_tensors

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from textdata import documents, processor
 from unattended import unattended
 
-from hedgemix import match, ngram, tokenizer
+from hedgemix import match, ngram
 from hedgemix.config import MixerConfig
+from hedgemix.data import tokenizer
 from hedgemix.mixer import Mixer
 from hedgemix.resident import Resident
 

@@ -12,7 +12,7 @@ import pytest
 
 from hedgemix import script
 from hedgemix.config import DataConfig, Recipe
-from hedgemix.dataset import Dataset
+from hedgemix.data.dataset import Dataset
 from hedgemix.recipes import RECIPES
 from pipeline import graph
 from pipeline.store import Storage

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hedgemix import cli, scorer, shards
+from hedgemix import cli, scorer
 from hedgemix.config import RecipeError
+from hedgemix.data import shards
 from hedgemix.finding import failed
 
 ROOT = Path(__file__).resolve().parent.parent

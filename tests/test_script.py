@@ -102,7 +102,7 @@ def test_a_traceback_shows_the_line_and_a_spawned_process_has_the_modules(recipe
     file.write_bytes(script.build(recipe))
     tail = """\
     import inspect, multiprocessing
-    from hedgemix import bpb, schedule
+    from hedgemix import schedule
     print(inspect.getsource(schedule.rate_factor).splitlines()[0])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.apply(schedule.rate_factor, (0.5, 1.0)))

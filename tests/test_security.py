@@ -22,15 +22,16 @@ import tinyrecord
 import torch
 from rich.console import Console
 
-from hedgemix import artifact, claim, match, ngram, shards, stages
-from hedgemix import dataset as datasets
+from hedgemix import artifact, claim, match, ngram, stages
 from hedgemix.config import Recipe, RecipeError
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data import shards
+from hedgemix.data.dataset import Dataset
+from hedgemix.data.tokenizer import load as load_tokenizer
 from hedgemix.lines import Lines
 from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
-from hedgemix.tokenizer import load as load_tokenizer
 from pipeline import ray_session, record, status
 from pipeline.recovery import resuming
 from pipeline.step import DamagedStepError, Made, Step, check, fetch, keep, perform

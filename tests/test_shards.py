@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgemix import shards
 from hedgemix.config import RecipeError
+from hedgemix.data import shards
 
 
 def test_the_file_is_the_official_format(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from objectstore import StoreServer, store_process, store_server  # noqa: F401
 
 from hedgemix import recipes
 from hedgemix.config import to_dict
-from hedgemix.dataset import Dataset
+from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.clock import FIELDS
 from hedgemix.runtime.files import write_json

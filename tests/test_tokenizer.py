@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from textdata import ODD, TEXTS, documents, processor
 
-from hedgemix import bpb, tokenizer
 from hedgemix.config import RecipeError
+from hedgemix.data import bpb, tokenizer
 
 
 @settings(deadline=None, max_examples=300)

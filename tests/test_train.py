@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hedgemix import dataset as datasets
-from hedgemix import shards
 from hedgemix.config import ComputeConfig, ModelConfig, Recipe, RecipeError, TrainConfig
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data import shards
+from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model, rms_norm
 from hedgemix.runtime import files
 from hedgemix.runtime.checkpoint import Checkpoints

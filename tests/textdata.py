@@ -10,8 +10,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from hedgemix import tokenizer
-from hedgemix.corpus import docs_documents
+from hedgemix.data import tokenizer
+from hedgemix.data.corpus import docs_documents
 
 ODD = "\u2581\u2585\x00\t\n\r \ue000\ufeff\u200b\xa0\u2047e\u0301\u0130\U0001f600ab1.<s>"
 TEXTS = st.text(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=60)

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from textdata import documents, processor
 
-from hedgemix import artifact, bpb, ngram, tokenizer
+from hedgemix import artifact, ngram
 from hedgemix.calibrate import Moments
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
+from hedgemix.data import bpb, tokenizer
+from hedgemix.data.device_text import Text
+from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import quantize_model
-from hedgemix.shards import TokenStream
-from hedgemix.text import Text
 
 CPU, CONTEXT = torch.device("cpu"), 64
 CONFIG = EvaluateConfig(

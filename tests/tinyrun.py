@@ -13,10 +13,11 @@ import planted
 import tinyartifact
 from tinyartifact import CONFIG
 
-from hedgemix import artifact, claim, shards
-from hedgemix import dataset as datasets
+from hedgemix import artifact, claim
 from hedgemix.claim import Claim
 from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
+from hedgemix.data import dataset as datasets
+from hedgemix.data import shards
 from hedgemix.runtime.files import write_json
 from pipeline.schema import Row
 from pipeline.store import Storage

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hedgemix import stored
-from hedgemix.batches import Batches
 from hedgemix.calibrate import Moments, calibrate
 from hedgemix.config import ModelConfig, TrainConfig
+from hedgemix.data.dataloader import Batches
+from hedgemix.data.shards import TokenStream
 from hedgemix.model.transformer import Model
-from hedgemix.shards import TokenStream
 from hedgemix.stored import Stepped, Stored
 
 VOCAB, SEQUENCES, LENGTH, CPU = 300, 24, 64, torch.device("cpu")

@@ -84,8 +84,8 @@ def main(options: argparse.Namespace) -> bool:
     from benchmarks.gpu.calls import CALLS
     from benchmarks.gpu.sections import Job, Results, run
     from benchmarks.gpu.sizes import sizes
-    from hedgemix import tokenizer
     from hedgemix.config import RecipeError
+    from hedgemix.data import tokenizer
 
     named = {section.name for section in CALLS[options.call]}
     if unknown := [name for name in (*options.only, *options.skip) if name not in named]:

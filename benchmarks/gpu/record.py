@@ -17,9 +17,9 @@ from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import emptied, evaluated, shortened
 from benchmarks.timing import once
 from hedgemix import artifact, isolation, script, stages
-from hedgemix import dataset as datasets
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
-from hedgemix.dataset import Dataset
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import load_model, score_model
 from hedgemix.witness import Source
 

@@ -18,9 +18,9 @@ from benchmarks.gpu.timing import LAUNCHES, WAITS, Profile, milliseconds
 from benchmarks.gpu.training import strict
 from benchmarks.timing import once
 from hedgemix import artifact, ngram, stages
-from hedgemix import dataset as datasets
-from hedgemix.batches import Batches
 from hedgemix.config import EvaluateConfig
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataloader import Batches
 from hedgemix.evaluate import Evaluation
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model

@@ -16,10 +16,11 @@ from benchmarks import machine
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
 from benchmarks.timing import once
-from hedgemix import bpb, gptq, ngram, stages, stored, tokenizer
-from hedgemix import dataset as datasets
+from hedgemix import gptq, ngram, stages, stored
 from hedgemix.config import Recipe
-from hedgemix.dataset import Dataset
+from hedgemix.data import bpb, tokenizer
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hedgemix import corpus, dataset, shards, tokenizer
 from hedgemix.config import DataConfig, RecipeError, config_hash
-from hedgemix.dataset import Dataset
+from hedgemix.data import corpus, dataset, shards, tokenizer
+from hedgemix.data.dataset import Dataset
 
 BATCH_CHARACTERS = 1_000_000
 """Of the documents that a process is given at once."""

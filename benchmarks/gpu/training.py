@@ -21,9 +21,9 @@ from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import LIMITS
 from benchmarks.gpu.timing import Profile, Stopwatch, milliseconds
 from benchmarks.plan import Rates
-from hedgemix import dataset as datasets
-from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
+from hedgemix.data import dataset as datasets
+from hedgemix.data.dataloader import Batches
 from hedgemix.model.attention import banded_attention
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.optim import Muon

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from hedgemix import dataset as datasets
 from hedgemix import stages
 from hedgemix.config import Recipe, from_dict
+from hedgemix.data import dataset as datasets
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import read_json
 from pipeline import graph

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hedgemix.batches import Batches
 from hedgemix.config import TrainConfig
+from hedgemix.data.dataloader import Batches
 from hedgemix.model.transformer import Attention, Linear, Model, fake_quantize
 from hedgemix.schedule import late_qat, muon_momentum, rate_factor
 

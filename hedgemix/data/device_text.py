@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import bpb
-from hedgemix.shards import PIECE_TOKENS, TokenStream
+from hedgemix.data import bpb
+from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 
 
 @dataclass(frozen=True)

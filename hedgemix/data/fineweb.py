@@ -16,7 +16,8 @@ from typing import TypeVar
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from hedgemix import shards, tokenizer
+from hedgemix.data import shards
+from hedgemix.data import tokenizer
 from hedgemix.config import RecipeError
 
 REPOSITORY = "willdepueoai/parameter-golf"

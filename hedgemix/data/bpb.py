@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from hedgemix.tokenizer import SPACE
+from hedgemix.data.tokenizer import SPACE
 
 PIECE_TOKENS = 1 << 22  # tokens looked at in one go
 

@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from hedgemix import bpb, corpus, shards, tokenizer
+from hedgemix.data import bpb
+from hedgemix.data import corpus
+from hedgemix.data import shards
+from hedgemix.data import tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
 from hedgemix.runtime.files import read_json, write_json
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix.shards import TokenStream
+from hedgemix.data.shards import TokenStream
 
 
 class Batches:
