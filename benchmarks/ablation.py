@@ -26,7 +26,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import artifact, hedge, match, ngram
+from hedgemix import hedge, match, ngram
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.data import bpb, dataset, tokenizer
 from hedgemix.data.dataset import Dataset

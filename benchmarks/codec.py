@@ -27,7 +27,8 @@ import torch
 import tyro
 import zstandard
 
-from hedgemix import artifact, codec, ngram
+from hedgemix import codec, ngram
+from hedgemix.artifact import format as artifact
 from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.data import dataset, tokenizer
 from hedgemix.data.shards import TokenStream

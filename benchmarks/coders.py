@@ -27,7 +27,7 @@ import torch
 import tyro
 import zstandard
 
-from hedgemix import artifact
+from hedgemix.artifact import format as artifact
 from hedgemix.entropy import matrices
 
 Matrix = np.ndarray

@@ -16,12 +16,12 @@ from benchmarks.plain import quantization as plain
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
 from hedgemix import allocate, quantize
+from hedgemix.artifact.tensors import Stepped, steps
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
 from hedgemix.entropy import matrices
 from hedgemix.model.transformer import Model
 from hedgemix.optim import Muon
-from hedgemix.stored import Stepped, steps
 
 MEAN_CODE = 2.4
 """Mean magnitude of the codes: about 3.6 bits a weight, which 33 M weights in 16 MB may take."""

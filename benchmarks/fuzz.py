@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import tyro
 
-from hedgemix import artifact
-from hedgemix.artifact import PREFIX, SECTIONS, ArtifactError
-from hedgemix.stored import Stepped, Stored
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact.format import PREFIX, SECTIONS, ArtifactError
+from hedgemix.artifact.tensors import Stepped, Stored
 
 SHAPES = (0, 1, 2, 15, 16, 17, 255, 4096, 2**16, 2**20, 2**24, 2**28, 2**30, 2**31, 2**40, -1, 1.5, None, "1", True)
 

@@ -21,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import artifact
+from hedgemix.artifact import format as artifact
 from hedgemix.claim import Claim, claims
 from hedgemix.config import RecipeError
 from hedgemix.data import dataset as datasets

@@ -24,7 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import artifact
+from hedgemix.artifact import format as artifact
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, Recipe, from_dict
 from hedgemix.data import dataset

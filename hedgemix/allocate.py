@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hedgemix.stored import LARGEST_INDEX, OCTAVE
+from hedgemix.artifact.tensors import LARGEST_INDEX, OCTAVE
 
 SMOOTHING = 0.01
 """Share of the mean added to each row's weight: a row never seen still gets finite steps."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hedgemix import artifact, overlap, script, stages
+from hedgemix import overlap, script, stages
+from hedgemix.artifact import format as artifact
 from hedgemix.claim import Claim
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import map_shard

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hedgemix import artifact
+from hedgemix.artifact import format as artifact
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset

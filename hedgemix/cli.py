@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import anatomy, audit, codec, scorer
-from hedgemix.artifact import ArtifactError
+from hedgemix import audit, codec, scorer
+from hedgemix.artifact import inspection
+from hedgemix.artifact.format import ArtifactError
 from hedgemix.codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
 from hedgemix.data import dataset, fineweb
@@ -193,7 +194,7 @@ def _bar(name: str) -> Iterator[Log]:
 
 
 def _inspect(command: Inspect) -> None:
-    anatomy.show(command.artifact, Console(highlight=False))
+    inspection.show(command.artifact, Console(highlight=False))
 
 
 def _audit(command: Audit) -> None:

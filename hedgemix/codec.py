@@ -41,8 +41,8 @@ import constriction
 import numpy as np
 import torch
 
-from hedgemix.artifact import Artifact
-from hedgemix.artifact import read as read_artifact
+from hedgemix.artifact.format import Artifact
+from hedgemix.artifact.format import read as read_artifact
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
 from hedgemix.data import tokenizer
 from hedgemix.evaluate import load_model

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import artifact, ngram, published
+from hedgemix import ngram, published
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hedgemix import experts, hedge, match, stream
-from hedgemix.artifact import Artifact
+from hedgemix.artifact.format import Artifact
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
 from hedgemix.counts import Counts

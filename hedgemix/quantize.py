@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hedgemix import allocate, gptq
 from hedgemix.allocate import Sensitivity
+from hedgemix.artifact.tensors import Stepped, steps
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
 from hedgemix.fit_to_size import fit_to_size
 from hedgemix.model.transformer import Model
 from hedgemix.published_export import reference_tensors
-from hedgemix.stored import Stepped, steps
 
 SMALLEST_SIDE = 16
 """2-D tensors with a shorter side stay float16."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hedgemix import __version__
-from hedgemix.artifact import Artifact
+from hedgemix.artifact.format import Artifact
 from hedgemix.config import EvaluateConfig, config_hash
 from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 from hedgemix.evaluate import Evaluation, Start

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from hedgemix import artifact, ngram
+from hedgemix import ngram
+from hedgemix.artifact import format as artifact
 from hedgemix.calibrate import Moments
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.data import dataset as datasets

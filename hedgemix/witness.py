@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hedgemix import artifact, published
+from hedgemix import published
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.data import tokenizer
 from hedgemix.data.shards import TokenStream

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hedgemix import anatomy, artifact
-from hedgemix.artifact import ArtifactError, Parts
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact import inspection
+from hedgemix.artifact.format import ArtifactError, Parts
 from hedgemix.data import tokenizer
 from hedgemix.finding import number
 from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
@@ -240,8 +241,8 @@ def inside(record: Record) -> Section:
         parts = parts_of(record.content(row, "artifact_path") or b"")
     except ArtifactError as error:
         return Section(title, [f"The artifact of seed {row['seed']} cannot be read: {error}"])
-    kinds: dict[str, list[anatomy.Organ]] = defaultdict(list)
-    for organ in anatomy.organs(parts):
+    kinds: dict[str, list[inspection.Organ]] = defaultdict(list)
+    for organ in inspection.organs(parts):
         kinds[re.sub(r"\.\d+\.", ".*.", organ.name.removesuffix(".weight"))].append(organ)
     sizes = {name: sum(organ.n_bytes for organ in organs) for name, organs in kinds.items()}
     sizes |= {name: float(parts.lengths[name][1]) for name in ("tokenizer", "document")}

@@ -13,8 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from hedgemix import anatomy, artifact
-from hedgemix.stored import Stepped, Stored
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact import inspection
+from hedgemix.artifact.tensors import Stepped, Stored
 
 HEADER = {"recipe": "tiny", "seed": 3}
 
@@ -37,7 +38,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tensors_add_up_to_their_sections(path: Path) -> None:
     parts = artifact.read_parts(path)
-    found = {organ.name: organ for organ in anatomy.organs(parts)}
+    found = {organ.name: organ for organ in inspection.organs(parts)}
     assert list(found) == ["gain", "levels", "narrow", "scalar", "wide"]
     stored = sum(parts.lengths[name][1] for name in artifact.SECTIONS[2:])
     assert sum(organ.n_bytes for organ in found.values()) == pytest.approx(stored)
@@ -47,7 +48,7 @@ def test_tensors_add_up_to_their_sections(path: Path) -> None:
 
 
 def test_bits_are_near_the_entropy(path: Path) -> None:
-    found = {organ.name: organ for organ in anatomy.organs(artifact.read_parts(path))}
+    found = {organ.name: organ for organ in inspection.organs(artifact.read_parts(path))}
     for name, deviation in (("wide", 8.0), ("narrow", 0.5)):
         organ = found[name]
         edges = torch.tensor([(k - 0.5) / deviation for k in range(-60, 62)], dtype=torch.float64)
@@ -61,23 +62,23 @@ def test_bits_are_near_the_entropy(path: Path) -> None:
 
 
 def test_steps_are_the_median(path: Path) -> None:
-    found = {organ.name: organ.median_step for organ in anatomy.organs(artifact.read_parts(path))}
+    found = {organ.name: organ.median_step for organ in inspection.organs(artifact.read_parts(path))}
     assert found == {"wide": 0.25, "narrow": 0.25, "levels": 0.25, "gain": None, "scalar": None}
 
 
 def test_entropy_of_equal_codes() -> None:
-    assert anatomy.entropy_bits(torch.arange(8)) == pytest.approx(24)
-    assert anatomy.entropy_bits(torch.zeros(8)) == anatomy.entropy_bits(torch.zeros(0)) == 0
+    assert inspection.entropy_bits(torch.arange(8)) == pytest.approx(24)
+    assert inspection.entropy_bits(torch.zeros(8)) == inspection.entropy_bits(torch.zeros(0)) == 0
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    assert [str(anatomy.bar(value, 64)) for value in (64, 32, 1, 0)] == ["█" * 32, "█" * 16, "▌", ""]
-    assert str(anatomy.bar(0, 0)) == ""
+    assert [str(inspection.bar(value, 64)) for value in (64, 32, 1, 0)] == ["█" * 32, "█" * 16, "▌", ""]
+    assert str(inspection.bar(0, 0)) == ""
 
 
 def test_the_picture_names_every_part(path: Path) -> None:
     text = io.StringIO()
-    anatomy.show(path, Console(file=text, width=160))
+    inspection.show(path, Console(file=text, width=160))
     said = text.getvalue()
     for part in ("128x96", "wide", "narrow", "levels", "gain", "scalar", "weights", "document", "recipe tiny"):
         assert part in said
@@ -86,9 +87,9 @@ def test_the_picture_names_every_part(path: Path) -> None:
 
 def test_an_artifact_without_tensors(tmp_path: Path) -> None:
     artifact.write(tmp_path / "empty", {}, b"", {"none": Stepped(*_nothing())}, 1)
-    [organ] = anatomy.organs(artifact.read_parts(tmp_path / "empty"))
+    [organ] = inspection.organs(artifact.read_parts(tmp_path / "empty"))
     assert organ.weights == 0 and not math.isnan(organ.n_bytes)
-    anatomy.show(tmp_path / "empty", Console(file=io.StringIO()))
+    inspection.show(tmp_path / "empty", Console(file=io.StringIO()))
 
 
 def _nothing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

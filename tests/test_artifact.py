@@ -15,10 +15,10 @@ import torch
 import zstandard
 from torch import Tensor
 
-from hedgemix import artifact
-from hedgemix.artifact import PREFIX, Artifact, ArtifactError
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact.format import PREFIX, Artifact, ArtifactError
+from hedgemix.artifact.tensors import Stepped, Stored, dequantize, stepped_weights
 from hedgemix.entropy import matrices, vectors
-from hedgemix.stored import Stepped, Stored, dequantize, stepped_weights
 
 HEADER = {"model": {"layers": 2, "width": 8}, "seed": 7, "recipe": "t\u00e9st"}
 TOKENIZER = bytes(range(256))

@@ -165,5 +165,7 @@ def test_faults_are_named(package: Path) -> None:
 
 
 def test_reading_an_artifact_needs_neither_quantizer_nor_trainer() -> None:
-    parts = ("artifact", "files", "matrices", "rans", "stored", "vectors", "widths")
-    assert source_bundle.sources("hedgemix.artifact").keys() == {"hedgemix", *(f"hedgemix.{part}" for part in parts)}
+    entropy = {f"hedgemix.entropy.{name}" for name in ("gaussian_tables", "matrices", "rans", "vectors")}
+    folders = {"hedgemix", *(f"hedgemix.{name}" for name in ("artifact", "entropy", "runtime"))}
+    others = {"hedgemix.artifact.format", "hedgemix.artifact.tensors", "hedgemix.runtime.files"}
+    assert source_bundle.sources("hedgemix.artifact.format").keys() == folders | entropy | others

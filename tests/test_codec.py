@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from textdata import ODD, TEXTS, processor
 from tinyartifact import CONFIG, Case
 
-from hedgemix import artifact, cli, codec
-from hedgemix.artifact import Artifact
+from hedgemix import cli, codec
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact.format import Artifact
 from hedgemix.codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.data import tokenizer

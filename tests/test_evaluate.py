@@ -22,8 +22,9 @@ from tinyartifact import CONFIG, CONTEXT, Case
 from torch import Tensor
 from unattended import unattended
 
-from hedgemix import artifact, ngram, published
-from hedgemix.artifact import ArtifactError
+from hedgemix import ngram, published
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact.format import ArtifactError
 from hedgemix.config import RecipeError, TTTConfig
 from hedgemix.data import tokenizer
 from hedgemix.data.device_text import Text

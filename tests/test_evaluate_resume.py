@@ -23,7 +23,8 @@ from tinyartifact import CONFIG, Case
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from hedgemix import artifact, published
+from hedgemix import published
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, TTTConfig
 from hedgemix.experts import EXPERTS
 from hedgemix.lines import Lines

@@ -12,7 +12,8 @@ import tinyartifact
 import torch
 from tinyartifact import CONFIG, Case
 
-from hedgemix import artifact, experts, ngram
+from hedgemix import experts, ngram
+from hedgemix.artifact import format as artifact
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import EXPERTS, Expert, Recency
 from hedgemix.mixer import Mixer

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hedgemix import gptq
+from hedgemix.artifact.tensors import dequantize
 from hedgemix.config import RecipeError
 from hedgemix.published_export import Quantized, prune, quantize_matrices, round_rows
-from hedgemix.stored import dequantize
 
 SETTINGS: dict[str, Any] = {
     "bits": 5,

@@ -26,7 +26,8 @@ from benchmarks.gpu.__main__ import arguments, main
 from benchmarks.gpu.calls import CALLS, documented
 from benchmarks.gpu.sections import Job, Results, Section
 from benchmarks.gpu.timing import KINDS, Profile, Stopwatch
-from hedgemix import artifact, recipes
+from hedgemix import recipes
+from hedgemix.artifact import format as artifact
 from hedgemix.config import RecipeError
 from hedgemix.data import dataset, shards, tokenizer
 

@@ -11,7 +11,7 @@ import tinyartifact
 import torch
 from tinyartifact import CONFIG, Case
 
-from hedgemix import artifact
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
 from hedgemix.evaluate import Evaluation
 from hedgemix.experts import EXPERTS

@@ -11,7 +11,8 @@ import torch
 from tinytrained import LENGTH, SEQUENCES, VOCAB, Trained, make, restored
 from torch import Tensor
 
-from hedgemix import artifact, published_export, quantize
+from hedgemix import published_export, quantize
+from hedgemix.artifact import format as artifact
 from hedgemix.config import QuantizeConfig
 from hedgemix.evaluate import load_model
 from hedgemix.model.transformer import Model

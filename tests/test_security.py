@@ -22,7 +22,8 @@ import tinyrecord
 import torch
 from rich.console import Console
 
-from hedgemix import artifact, claim, match, ngram, stages
+from hedgemix import claim, match, ngram, stages
+from hedgemix.artifact import format as artifact
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards

@@ -13,13 +13,15 @@ import torch
 from tinytrained import LENGTH, VOCAB, Trained, make, restored
 from torch import Tensor
 
-from hedgemix import allocate, artifact, quantize, stored
+from hedgemix import allocate, quantize
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact import tensors as artifact_tensors
+from hedgemix.artifact.tensors import Stepped
 from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, RecipeError
 from hedgemix.evaluate import load_model
 from hedgemix.fit_to_size import CLOSE_ENOUGH, MOST_TRIES, fit_to_size
 from hedgemix.quantize import quantize_model
-from hedgemix.stored import Stepped
 
 UNBOUND = 10**9
 Q = "blocks.1.attention.q.weight"
@@ -115,10 +117,10 @@ def test_inputs_never_active_do_no_harm(trained: Trained) -> None:
     dead = trained.moments.columns[Q].clone()
     dead[:5] = dead[:, :5] = 0
     tensors, _, _ = export(changed(trained, columns=(Q, dead)))
-    weight, found = trained.model.get_parameter(Q), stored.stepped_weights(tensors[Q])
+    weight, found = trained.model.get_parameter(Q), artifact_tensors.stepped_weights(tensors[Q])
     assert found.isfinite().all() and (found - weight).norm() < 0.1 * weight.norm()
     tensors, _, _ = export(changed(trained, columns=(Q, torch.zeros_like(dead)), rows=(Q, torch.zeros(64))))
-    assert stored.stepped_weights(tensors[Q]).isfinite().all()
+    assert artifact_tensors.stepped_weights(tensors[Q]).isfinite().all()
 
 
 def test_moments_of_one_input_are_damped_and_indefinite_ones_refused(trained: Trained) -> None:
@@ -168,7 +170,7 @@ def test_steps_follow_the_rule_and_its_inverse() -> None:
     generator = torch.manual_seed(0)
     rows, pivots = (10 ** torch.randn(n, generator=generator) for n in (30, 50))
     found = allocate.indices(allocate.Sensitivity(rows, pivots, torch.eye(50)), 0.01)
-    steps = stored.steps(found[0])[:, None] * stored.steps(found[1])
+    steps = artifact_tensors.steps(found[0])[:, None] * artifact_tensors.steps(found[1])
     ratio = steps * (rows[:, None] * pivots).sqrt() / 0.01
     assert ratio.log2().abs().max() <= 1 / 8 + 1e-4
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from textdata import documents, processor
 
-from hedgemix import artifact, ngram
+from hedgemix import ngram
+from hedgemix.artifact import format as artifact
 from hedgemix.calibrate import Moments
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
 from hedgemix.data import bpb, tokenizer

@@ -13,7 +13,8 @@ import planted
 import tinyartifact
 from tinyartifact import CONFIG
 
-from hedgemix import artifact, claim
+from hedgemix import claim
+from hedgemix.artifact import format as artifact
 from hedgemix.claim import Claim
 from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
 from hedgemix.data import dataset as datasets

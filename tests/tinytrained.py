@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hedgemix import stored
+from hedgemix.artifact import tensors as artifact_tensors
+from hedgemix.artifact.tensors import Stepped, Stored
 from hedgemix.calibrate import Moments, calibrate
 from hedgemix.config import ModelConfig, TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.shards import TokenStream
 from hedgemix.model.transformer import Model
-from hedgemix.stored import Stepped, Stored
 
 VOCAB, SEQUENCES, LENGTH, CPU = 300, 24, 64, torch.device("cpu")
 SETTINGS = TrainConfig(sequence_tokens=LENGTH, calibration_sequences=SEQUENCES, microbatch_sequences=8, dtype="float32")
@@ -55,8 +55,8 @@ def restored(model: Model, tensors: dict[str, Any]) -> Model:
 
     def decoded(tensor: Any) -> Tensor:
         if isinstance(tensor, Stepped):
-            return stored.stepped_weights(tensor)
-        return stored.dequantize(tensor.codes, tensor.scale) if isinstance(tensor, Stored) else tensor.float()
+            return artifact_tensors.stepped_weights(tensor)
+        return artifact_tensors.dequantize(tensor.codes, tensor.scale) if isinstance(tensor, Stored) else tensor.float()
 
     model = copy.deepcopy(model)
     model.load_state_dict({name: decoded(tensor) for name, tensor in tensors.items()})

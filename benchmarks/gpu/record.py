@@ -16,7 +16,8 @@ from benchmarks.gpu.scoring import final_nats
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import emptied, evaluated, shortened
 from benchmarks.timing import once
-from hedgemix import artifact, isolation, script, stages
+from hedgemix import isolation, script, stages
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset

@@ -17,7 +17,8 @@ from benchmarks.gpu.sizes import seeded
 from benchmarks.gpu.timing import LAUNCHES, WAITS, Profile, milliseconds
 from benchmarks.gpu.training import strict
 from benchmarks.timing import once
-from hedgemix import artifact, ngram, stages
+from hedgemix import ngram, stages
+from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Batches

@@ -16,7 +16,8 @@ from benchmarks import machine
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
 from benchmarks.timing import once
-from hedgemix import gptq, ngram, stages, stored
+from hedgemix import gptq, ngram, stages
+from hedgemix.artifact import tensors
 from hedgemix.config import Recipe
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data import dataset as datasets
@@ -163,7 +164,7 @@ def codes_that_differ(job: Job) -> float:
     weight = 0.02 * torch.randn(rows, columns, generator=generator)
     inputs = torch.randn(4 * columns, columns, generator=generator) * torch.logspace(0, -1, columns)
     hessian = inputs.mT @ inputs / len(inputs)
-    row, column = (stored.steps(torch.full((size,), index)) for size, index in ((rows, -64), (columns, 0)))
+    row, column = (tensors.steps(torch.full((size,), index)) for size, index in ((rows, -64), (columns, 0)))
 
     def codes(device: torch.device) -> Tensor:
         back, _, _ = gptq.factor(hessian.to(device, copy=True), 0.01, "w")  # damped in place

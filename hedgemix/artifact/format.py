@@ -44,10 +44,10 @@ import torch
 import zstandard
 from torch import Tensor
 
+from hedgemix.artifact.tensors import LARGEST_INDEX, Stepped, Stored, dequantize, stepped_weights
 from hedgemix.entropy import gaussian_tables, matrices, vectors
 from hedgemix.entropy.rans import CoderError
 from hedgemix.runtime.files import replacing
-from hedgemix.stored import LARGEST_INDEX, Stepped, Stored, dequantize, stepped_weights
 
 MAGIC = b"\x89HMX\r\n\x1a\n"
 VERSION = 2

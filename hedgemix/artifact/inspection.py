@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from hedgemix import artifact
-from hedgemix.artifact import Parts
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact.format import Parts
+from hedgemix.artifact.tensors import OCTAVE, Stepped
 from hedgemix.entropy import matrices
-from hedgemix.stored import OCTAVE, Stepped
 
 
 @dataclass(frozen=True)
