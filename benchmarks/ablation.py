@@ -26,15 +26,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import hedge, match, ngram
+from hedgemix import hedge
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.data import bpb, dataset, tokenizer
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import load_model, target_nats
-from hedgemix.experts import EXPERTS
+from hedgemix.experts import match, ngram
+from hedgemix.experts.ngram import NgramIndex
+from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixer import Mixer
-from hedgemix.ngram import NgramIndex
 from hedgemix.stream import chunk_rows, chunks
 from hedgemix.ttt import Adapter
 from pipeline import graph

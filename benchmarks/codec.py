@@ -27,12 +27,13 @@ import torch
 import tyro
 import zstandard
 
-from hedgemix import codec, ngram
+from hedgemix import codec
 from hedgemix.artifact import format as artifact
 from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.data import dataset, tokenizer
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import evaluate_artifact
+from hedgemix.experts import ngram
 
 
 @dataclass(frozen=True)

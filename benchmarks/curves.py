@@ -25,12 +25,12 @@ import numpy as np
 import torch
 import tyro
 
-from hedgemix import ngram
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, TTTConfig
 from hedgemix.data import bpb
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream, write_shard
 from hedgemix.evaluate import Evaluation
+from hedgemix.experts import ngram
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model
 

@@ -16,8 +16,8 @@ from benchmarks.plain.evaluation import sliding_nats
 from benchmarks.plain.training import PlainRun
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
-from hedgemix import ngram
 from hedgemix.config import EvaluateConfig, Recipe
+from hedgemix.experts import ngram
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.predictor import Mixture

@@ -24,7 +24,8 @@ import tyro
 from benchmarks import curves, export, machine, parallel, plan, report, stages
 from benchmarks.subject import Bench, Row, sizes
 from benchmarks.timing import once
-from hedgemix import ngram, recipes
+from hedgemix import recipes
+from hedgemix.experts import ngram
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {

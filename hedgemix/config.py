@@ -206,8 +206,8 @@ class MixerConfig:
     match_lengths: tuple[int, ...] = (6, 8, 12, 16, 24, 32)
     """The match expert follows the last occurrence of the last so many tokens, the longest first (none: no expert)."""
     experts: tuple[str, ...] = ()
-    """Further experts, after the match, by their names in hedgemix/experts.py (recency); some tens of microseconds a
-    token each."""
+    """Further experts, after the match, by their names in hedgemix/experts/registry.py (recency); some tens of
+    microseconds a token each."""
     block_tokens: int = 128
     """Tokens scored between two moves of the linear and logistic weights."""
     hedge_share: float = 0.02

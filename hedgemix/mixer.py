@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import experts, hedge, match, ngram
+from hedgemix import hedge
 from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.data.shards import PIECE_TOKENS
-from hedgemix.resident import Resident
+from hedgemix.experts import match, ngram, registry
+from hedgemix.experts.device_index import Resident
 from hedgemix.runtime.cuda_graph import Record, Replay, record_graph
 from hedgemix.validate import check_mixer
 
@@ -49,7 +50,7 @@ class Scores:
 @dataclass
 class _State:
     ngrams: ngram.NgramState | Resident
-    further: dict[str, experts.Expert]
+    further: dict[str, registry.Expert]
     blend: Blend
     hedge_RK: Tensor
     ensemble_RK: Tensor
@@ -75,7 +76,7 @@ class Mixer:
 
         Raises RecipeError when the configuration contradicts itself or the index, ValueError for a graph on a CPU or an
         index that is not on the GPU."""
-        check_mixer(config, experts.EXPERTS)
+        check_mixer(config, registry.EXPERTS)
         known = index.orders, index.match.lengths, index.vocab_size
         if known != (config.orders, config.match_lengths, vocab_size):
             raise RecipeError(
@@ -101,7 +102,7 @@ class Mixer:
         def uniform(size: int) -> Tensor:
             return torch.full((sets, size), -math.log(size), dtype=torch.float64, device=self.device)
 
-        further = experts.start(config.experts, vocab_size)
+        further = registry.start(config.experts, vocab_size)
         blend = Blend(config, sets, vocab_size, self.device)
         ngrams = ngram.start_state(index) if on_host and not resident else Resident(index, self.device, self.span)
         self._state = _State(ngrams, further, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
@@ -181,7 +182,7 @@ class Mixer:
         """Count the tokens up to stop, and tell them the further experts."""
         state = self._state
         if state.further:
-            experts.tell(state.further, self.index.tokens_N[self.position : stop].tolist())
+            registry.tell(state.further, self.index.tokens_N[self.position : stop].tolist())
         self._advance(stop)
 
     def _advance(self, stop: int) -> None:
@@ -276,7 +277,7 @@ class Mixer:
         state, text_3B, p_BKV = self._state, self._text_3B[:, : stop - start], self._p_BKV[: stop - start]
         further, index, matches = [], self.index, bool(self.config.match_lengths)
         if state.further:
-            further = experts.rows(state.further, index.tokens_N[start:stop], index.vocab_size)
+            further = registry.rows(state.further, index.tokens_N[start:stop], index.vocab_size)
         if isinstance(state.ngrams, Resident):
             text_3B.copy_(state.ngrams.text(start, stop))
             state.ngrams.fill(p_BKV, text_3B, start, stop, matches)

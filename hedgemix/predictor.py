@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import experts, hedge, match, stream
+from hedgemix import hedge, stream
 from hedgemix.artifact.format import Artifact
 from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
-from hedgemix.counts import Counts
 from hedgemix.data import bpb, tokenizer
 from hedgemix.evaluate import load_model
+from hedgemix.experts import match, registry
+from hedgemix.experts.ngram_online import Counts
 from hedgemix.model.attention import Cache
 from hedgemix.model.transformer import Model
 from hedgemix.ttt import Adapter
@@ -42,7 +43,7 @@ class Predictor:
         model = load_model(found)
         if n_tokens < 1 or not 0 <= first_token < model.vocab_size:
             raise ValueError(f"{n_tokens} tokens beginning with {first_token}: not a text of {model.vocab_size} tokens")
-        check_mixer(config.mixer, experts.EXPERTS)
+        check_mixer(config.mixer, registry.EXPERTS)
         check_evaluate(config, model.context_tokens)
         check_ttt(config.ttt, model.context_tokens)
         self.config, self.vocab_size, self.position = config, model.vocab_size, 1
@@ -114,10 +115,10 @@ class Mixture:
         self.config = config.mixer
         self.counts = Counts(self.config.orders, vocab_size)
         self.follower = match.Follower(self.config.match_lengths, vocab_size)
-        self.further = experts.start(self.config.experts, vocab_size)
+        self.further = registry.start(self.config.experts, vocab_size)
         self.counts.add(first_token)
         self.follower.update(first_token)
-        experts.tell(self.further, [first_token])
+        registry.tell(self.further, [first_token])
         self.blend = Blend(self.config, 1, vocab_size, "cpu")
         size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
@@ -140,7 +141,7 @@ class Mixture:
             self.block = []
         self.counts.add(token)
         self.follower.update(token)
-        experts.tell(self.further, [token])
+        registry.tell(self.further, [token])
 
     def _position(self, neural_V: Tensor) -> Positions:
         rows, longest = [row[None] for row in self.counts.rows()], self.counts.longest_class()
@@ -148,7 +149,7 @@ class Mixture:
             predicted, matched, confidence = self.follower.predict()
             rows.append(match.rows(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
             longest = len(self.counts.followers) + matched if matched else longest
-        rows += [experts.row(name, expert)[None] for name, expert in self.further.items()]
+        rows += [registry.row(name, expert)[None] for name, expert in self.further.items()]
         return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
 
     def _team(self, said: Mixed) -> Tensor:

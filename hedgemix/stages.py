@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from hedgemix import ngram
 from hedgemix.artifact import format as artifact
 from hedgemix.calibrate import Moments
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
@@ -22,6 +21,7 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data.bpb import bits_per_byte
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
+from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize import quantize_model
 from hedgemix.restart import Restart

@@ -61,7 +61,7 @@ from hedgemix.config import (
 )
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
-from hedgemix.experts import EXPERTS
+from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_recipe

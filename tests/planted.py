@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import evaluate, hedge, ngram, published, witness
+from hedgemix import evaluate, hedge, published, witness
 from hedgemix.evaluate import Evaluation
+from hedgemix.experts import ngram
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece

@@ -19,7 +19,7 @@ from tinyrun import Record, make
 from hedgemix import audit, claim, isolation
 from hedgemix.audit import Audit, Plan
 from hedgemix.config import RecipeError
-from hedgemix.experts import EXPERTS
+from hedgemix.experts.registry import EXPERTS
 from hedgemix.finding import Finding, failed
 from hedgemix.runtime.files import read_json, write_json
 

@@ -24,7 +24,7 @@ from hedgemix.artifact.format import Artifact
 from hedgemix.codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.data import tokenizer
-from hedgemix.experts import EXPERTS
+from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import silent
 
 

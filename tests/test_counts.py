@@ -5,10 +5,10 @@ import pytest
 import torch
 from textdata import documents, processor
 
-from hedgemix import ngram
 from hedgemix.config import RecipeError
-from hedgemix.counts import Counts
 from hedgemix.data import tokenizer
+from hedgemix.experts import ngram
+from hedgemix.experts.ngram_online import Counts
 
 
 @pytest.mark.parametrize("orders", [(1, 2, 3, 4), (1,), (2, 3), (3, 6)])

@@ -19,7 +19,8 @@ import pytest
 import tinyrun
 from ray.scripts.scripts import cli as ray_command
 
-from hedgemix import alone, experts
+from hedgemix import alone
+from hedgemix.experts import registry
 from hedgemix.runtime.files import read_json
 from pipeline import cli, record, status_view
 from pipeline.schema import Row
@@ -94,7 +95,7 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy, to work in. What a page adds to the experts is gone after it."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experts, "EXPERTS", dict(experts.EXPERTS))
+    monkeypatch.setattr(registry, "EXPERTS", dict(registry.EXPERTS))
     return tmp_path
 
 

@@ -22,7 +22,7 @@ from tinyartifact import CONFIG, CONTEXT, Case
 from torch import Tensor
 from unattended import unattended
 
-from hedgemix import ngram, published
+from hedgemix import published
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import ArtifactError
 from hedgemix.config import RecipeError, TTTConfig
@@ -30,6 +30,7 @@ from hedgemix.data import tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import Evaluation, load_model, score_model
+from hedgemix.experts import ngram
 from hedgemix.isolation import FORBIDDEN
 from hedgemix.mixer import Mixer
 from hedgemix.stream import Piece, chunks, piece_rows, pieces

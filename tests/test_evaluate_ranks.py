@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from tinyartifact import CONFIG, Case
 
 from hedgemix.config import EvaluateConfig
-from hedgemix.experts import EXPERTS
+from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.stream import chunks, pieces
 

@@ -12,10 +12,10 @@ import tinyartifact
 import torch
 from tinyartifact import CONFIG, Case
 
-from hedgemix import experts, ngram
 from hedgemix.artifact import format as artifact
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.experts import EXPERTS, Expert, Recency
+from hedgemix.experts import ngram, registry
+from hedgemix.experts.registry import EXPERTS, Expert, Recency
 from hedgemix.mixer import Mixer
 from hedgemix.predictor import Predictor
 
@@ -42,7 +42,7 @@ def test_rows_are_distributions_over_seen_and_unseen_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_row_changes_with_what_is_told_and_with_nothing_else(name: str) -> None:
     expert = EXPERTS[name](VOCAB)
-    experts.tell({name: expert}, TEXT.tolist())
+    registry.tell({name: expert}, TEXT.tolist())
     before, other = expert.row().clone(), copy.deepcopy(expert)
     other.update(VOCAB - 1)
     other.update(VOCAB - 1)
@@ -57,7 +57,7 @@ def test_a_row_does_not_depend_on_whether_earlier_ones_were_asked(name: str) -> 
     for token in TEXT.tolist():
         asked.row()
         asked.update(token)
-    experts.tell({name: told}, TEXT.tolist())
+    registry.tell({name: told}, TEXT.tolist())
     assert torch.equal(asked.row(), told.row())
 
 

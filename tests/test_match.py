@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from textdata import documents, processor
 
-from hedgemix import match
 from hedgemix.config import RecipeError
 from hedgemix.data import tokenizer
+from hedgemix.experts import match
 
 LENGTHS = (1, 3, 4, 9)
 streams = st.lists(st.integers(0, 3), max_size=80).map(lambda tokens: np.array(tokens, np.uint16))

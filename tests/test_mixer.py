@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hedgemix import ngram
 from hedgemix.blend import Blend, classes, expert_names, gate_sets, join, weight_sets
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.experts import EXPERTS
+from hedgemix.experts import ngram
+from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixer import Mixer
 
 VOCAB = 40

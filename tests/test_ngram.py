@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgemix import grams, ngram
 from hedgemix.config import RecipeError
 from hedgemix.data.shards import TokenStream
+from hedgemix.experts import ngram, sorted_ngrams
 
 VOCAB = 7
 streams = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)
@@ -86,7 +86,9 @@ def test_partitions_change_nothing_bitwise(
 ) -> None:
     """However few positions are sorted at once, down to one, where every repeated gram is larger than a block."""
     whole = ngram.build_index(tokens, orders, VOCAB, lengths)
-    assert_same(whole, ngram.build_index(tokens, orders, VOCAB, lengths, None, positions * grams.POSITION_BYTES))
+    assert_same(
+        whole, ngram.build_index(tokens, orders, VOCAB, lengths, None, positions * sorted_ngrams.POSITION_BYTES)
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])

@@ -13,8 +13,8 @@ import torch
 from tape import Recorder
 from torch import Tensor
 
-from hedgemix import ngram
 from hedgemix.config import MixerConfig
+from hedgemix.experts import ngram
 from hedgemix.mixer import Mixer
 from hedgemix.runtime.cuda_graph import CHECKED, Record
 

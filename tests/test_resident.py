@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from textdata import documents, processor
 from unattended import unattended
 
-from hedgemix import match, ngram
 from hedgemix.config import MixerConfig
 from hedgemix.data import tokenizer
+from hedgemix.experts import match, ngram
+from hedgemix.experts.device_index import Resident
 from hedgemix.mixer import Mixer
-from hedgemix.resident import Resident
 
 VOCAB = 7
 streams = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)

@@ -22,13 +22,14 @@ import tinyrecord
 import torch
 from rich.console import Console
 
-from hedgemix import claim, match, ngram, stages
+from hedgemix import claim, stages
 from hedgemix.artifact import format as artifact
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.tokenizer import load as load_tokenizer
+from hedgemix.experts import match, ngram
 from hedgemix.lines import Lines
 from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from textdata import documents, processor
 
-from hedgemix import ngram
 from hedgemix.artifact import format as artifact
 from hedgemix.calibrate import Moments
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
@@ -18,6 +17,7 @@ from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
+from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import quantize_model
 

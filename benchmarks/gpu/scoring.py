@@ -17,12 +17,13 @@ from benchmarks.gpu.sizes import seeded
 from benchmarks.gpu.timing import LAUNCHES, WAITS, Profile, milliseconds
 from benchmarks.gpu.training import strict
 from benchmarks.timing import once
-from hedgemix import ngram, stages
+from hedgemix import stages
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Batches
 from hedgemix.evaluate import Evaluation
+from hedgemix.experts import ngram
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, chunk_rows, cut

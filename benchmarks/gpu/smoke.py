@@ -16,13 +16,14 @@ from benchmarks import machine
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
 from benchmarks.timing import once
-from hedgemix import gptq, ngram, stages
+from hedgemix import gptq, stages
 from hedgemix.artifact import tensors
 from hedgemix.config import Recipe
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult
+from hedgemix.experts import ngram
 from hedgemix.mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, piece_rows

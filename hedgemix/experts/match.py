@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import grams
+from hedgemix.experts import sorted_ngrams
 from hedgemix.validate import check_match_lengths
 
 PRIOR_HITS, PRIOR_TRIES = 0.5, 1.0
@@ -52,7 +52,7 @@ def confidence(hits: Any, tries: Any) -> Any:
 def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> MatchIndex:
     """Matches at every position of a text, in memory; `ngram.build_index` finds them beside its pairs."""
     check_match_lengths(lengths)
-    found = grams.Grams(tokens_N, vocab_size, grams.Arrays(None))
+    found = sorted_ngrams.Grams(tokens_N, vocab_size, sorted_ngrams.Arrays(None))
     index = start(len(tokens_N), lengths, found.arrays)
     for m in lengths:
         found.grow_to(m)
@@ -61,7 +61,7 @@ def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> Ma
     return index
 
 
-def start(total: int, lengths: tuple[int, ...], arrays: grams.Arrays) -> MatchIndex:
+def start(total: int, lengths: tuple[int, ...], arrays: sorted_ngrams.Arrays) -> MatchIndex:
     """An index in which nothing matches yet."""
     columns = [arrays.result(f"match_{name}", total) for name in _COLUMNS]
     for column, fill in zip(columns, (-1, 0, 0, 0), strict=True):
@@ -69,7 +69,7 @@ def start(total: int, lengths: tuple[int, ...], arrays: grams.Arrays) -> MatchIn
     return MatchIndex(tuple(lengths), *columns)
 
 
-def follow(index: MatchIndex, found: grams.Grams) -> None:
+def follow(index: MatchIndex, found: sorted_ngrams.Grams) -> None:
     """Enter the matches of the grams' length, if it is one of the index's; lengths must come in rising order."""
     m, total = found.length, len(found.tokens_N)
     if m not in index.lengths:
@@ -81,7 +81,7 @@ def follow(index: MatchIndex, found: grams.Grams) -> None:
         index.predicted_N[at], index.class_N[at] = found.tokens_N[before[inside] + m], number
 
 
-def rate(index: MatchIndex, found: grams.Grams) -> None:
+def rate(index: MatchIndex, found: sorted_ngrams.Grams) -> None:
     """Count each class's tries and hits, once all matches are entered."""
     tries, hits = np.zeros(len(index.lengths) + 1, np.int64), np.zeros(len(index.lengths) + 1, np.int64)
     for span in found.spans(len(found.tokens_N)):

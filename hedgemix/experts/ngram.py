@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import grams, match
 from hedgemix.data.shards import PIECE_TOKENS, TokenStream
+from hedgemix.experts import match, sorted_ngrams
 from hedgemix.validate import check_match_lengths, check_orders
 
 _COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
@@ -72,22 +72,22 @@ def build_index(
     vocab_size: int,
     match_lengths: tuple[int, ...] = (),
     folder: Path | None = None,
-    memory_bytes: int = grams.MEMORY_BYTES,
+    memory_bytes: int = sorted_ngrams.MEMORY_BYTES,
 ) -> NgramIndex:
     """Number the pairs of each order, and find the matches of each length.
 
     Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
-    .json of `folder`, which `load` maps, or into memory when it is None; beside them `grams.Grams` says what memory is
-    used. A folder holds 13 bytes a token more during the work.
+    .json of `folder`, which `load` maps, or into memory when it is None; beside them `sorted_ngrams.Grams` says what
+    memory is used. A folder holds 13 bytes a token more during the work.
     Raises RecipeError as `check_orders` and `check_match_lengths` do, and for tokens that do not fit.
     """
     check_orders(orders)
     check_match_lengths(match_lengths)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    arrays = grams.Arrays(folder)
+    arrays = sorted_ngrams.Arrays(folder)
     tokens_N = _keep(tokens, arrays)
-    found = grams.Grams(tokens_N, vocab_size, arrays, memory_bytes)
+    found = sorted_ngrams.Grams(tokens_N, vocab_size, arrays, memory_bytes)
     matches = match.start(len(tokens_N), match_lengths, arrays)
     tables = {}
     match.follow(matches, found)
@@ -109,7 +109,7 @@ def build_index(
     return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, matches)
 
 
-def _keep(tokens: np.ndarray | TokenStream, arrays: grams.Arrays) -> np.ndarray:
+def _keep(tokens: np.ndarray | TokenStream, arrays: sorted_ngrams.Arrays) -> np.ndarray:
     """The tokens as an array of the index."""
     if isinstance(tokens, np.ndarray) and arrays.folder is None:
         return np.ascontiguousarray(tokens)
@@ -121,7 +121,7 @@ def _keep(tokens: np.ndarray | TokenStream, arrays: grams.Arrays) -> np.ndarray:
     return kept_N
 
 
-def _index_order(found: grams.Grams, n: int) -> OrderIndex:
+def _index_order(found: sorted_ngrams.Grams, n: int) -> OrderIndex:
     total, arrays = len(found.tokens_N), found.arrays
     first_N, pair_N, count_N, distinct_N = (arrays.result(f"order{n}_{name}", total) for name in _COLUMNS[:4])
     for column, fill in ((first_N, 0), (pair_N, -1), (count_N, 0), (distinct_N, 0)):
@@ -172,14 +172,14 @@ def load(folder: Path) -> NgramIndex:
 
 
 def start_state(index: NgramIndex) -> NgramState:
-    """Counts before the first token, on the CPU; `resident.Resident` has them on a GPU.
+    """Counts before the first token, on the CPU; `device_index.Resident` has them on a GPU.
 
     A mapped index has its counts mapped too, from a file without a name in the folder for temporary ones: 4 bytes a
     pair there, and none of memory that the kernel cannot take back.
     """
-    arrays = grams.Arrays(None)
+    arrays = sorted_ngrams.Arrays(None)
     if any(isinstance(t.token_P, np.memmap) for t in index.tables.values()):
-        arrays = grams.Arrays(Path(gettempdir()))
+        arrays = sorted_ngrams.Arrays(Path(gettempdir()))
     tokens = {n: torch.from_numpy(table.token_P) for n, table in index.tables.items()}
     counts = {n: torch.from_numpy(arrays.zeros(len(table.token_P))) for n, table in index.tables.items()}
     return NgramState(torch.zeros(index.vocab_size, dtype=torch.int32), counts, 0, tokens)

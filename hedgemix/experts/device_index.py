@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import match
 from hedgemix.data.shards import PIECE_TOKENS
-from hedgemix.ngram import NgramIndex, longest_class
+from hedgemix.experts import match
+from hedgemix.experts.ngram import NgramIndex, longest_class
 
 
 class Resident:
