@@ -26,7 +26,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from hedgemix import hedge
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.data import bpb, dataset, tokenizer
@@ -35,7 +34,8 @@ from hedgemix.evaluate import load_model, target_nats
 from hedgemix.experts import match, ngram
 from hedgemix.experts.ngram import NgramIndex
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.mixer import Mixer
+from hedgemix.mixers import hedge
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.stream import chunk_rows, chunks
 from hedgemix.ttt import Adapter
 from pipeline import graph

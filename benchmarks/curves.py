@@ -31,7 +31,7 @@ from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream, write_shard
 from hedgemix.evaluate import Evaluation
 from hedgemix.experts import ngram
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
 
 VOCAB = 1024

@@ -6,8 +6,8 @@ once: weights and optimizer state, and rows over the vocabulary. So a limit made
 
 from __future__ import annotations
 
-from hedgemix.blend import expert_names, logistic_experts
 from hedgemix.config import MixerConfig, ModelConfig, TrainConfig
+from hedgemix.mixers.network import expert_names, logistic_experts
 
 
 def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:

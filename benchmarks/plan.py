@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import operations
 from benchmarks.machine import Limits
 from benchmarks.subject import Row
-from hedgemix import published
 from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
 from hedgemix.data.bpb import ByteTables
 from hedgemix.data.device_text import Text
 from hedgemix.evaluate import Evaluation
 from hedgemix.experts import ngram
-from hedgemix.mixer import SPAN_TOKENS, Mixer
+from hedgemix.mixers import published
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.stream import Piece
 

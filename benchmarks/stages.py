@@ -18,7 +18,7 @@ from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.experts import ngram
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.predictor import Mixture
 from hedgemix.stream import Piece, chunk_rows

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import published
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.experts import ngram
-from hedgemix.mixer import SPAN_TOKENS, Mixer
+from hedgemix.mixers import published
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, silent

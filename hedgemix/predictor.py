@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import hedge, stream
+from hedgemix import stream
 from hedgemix.artifact.format import Artifact
-from hedgemix.blend import Blend, Mixed, Positions, expert_names, join
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import bpb, tokenizer
 from hedgemix.evaluate import load_model
 from hedgemix.experts import match, registry
 from hedgemix.experts.ngram_online import Counts
+from hedgemix.mixers import hedge
+from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
 from hedgemix.model.attention import Cache
 from hedgemix.model.transformer import Model
 from hedgemix.ttt import Adapter
@@ -109,7 +110,7 @@ def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig)
 
 
 class Mixture:
-    """Does what `mixer.Mixer` does for a whole text, for the one mixture that is the score."""
+    """Does what `batch_mixer.Mixer` does for a whole text, for the one mixture that is the score."""
 
     def __init__(self, config: EvaluateConfig, vocab_size: int, first_token: int) -> None:
         self.config = config.mixer

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hedgemix import published
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.data import tokenizer
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import Evaluation
+from hedgemix.mixers import published
 from hedgemix.model.transformer import Model
 from hedgemix.runtime.files import Log, silent
 from hedgemix.stream import Piece

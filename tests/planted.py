@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import evaluate, hedge, published, witness
+from hedgemix import evaluate, witness
 from hedgemix.evaluate import Evaluation
 from hedgemix.experts import ngram
-from hedgemix.mixer import Mixer
+from hedgemix.mixers import hedge, published
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece
 from hedgemix.ttt import Adapter

@@ -22,7 +22,6 @@ from tinyartifact import CONFIG, CONTEXT, Case
 from torch import Tensor
 from unattended import unattended
 
-from hedgemix import published
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import ArtifactError
 from hedgemix.config import RecipeError, TTTConfig
@@ -32,7 +31,8 @@ from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import Evaluation, load_model, score_model
 from hedgemix.experts import ngram
 from hedgemix.isolation import FORBIDDEN
-from hedgemix.mixer import Mixer
+from hedgemix.mixers import published
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.stream import Piece, chunks, piece_rows, pieces
 from hedgemix.ttt import Adapter
 

@@ -23,11 +23,11 @@ from tinyartifact import CONFIG, Case
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from hedgemix import published
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, TTTConfig
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.lines import Lines
+from hedgemix.mixers import published
 from hedgemix.restart import Restart
 from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 

@@ -16,7 +16,7 @@ from hedgemix.artifact import format as artifact
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import ngram, registry
 from hedgemix.experts.registry import EXPERTS, Expert, Recency
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.predictor import Predictor
 
 VOCAB = 40

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hedgemix import hedge
+from hedgemix.mixers import hedge
 
 VOCAB = 40
 

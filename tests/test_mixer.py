@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hedgemix.blend import Blend, classes, expert_names, gate_sets, join, weight_sets
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import ngram
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.network import Blend, classes, expert_names, gate_sets, join, weight_sets
 
 VOCAB = 40
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hedgemix import published
-from hedgemix.published import EXPERTS
+from hedgemix.mixers import published
+from hedgemix.mixers.published import EXPERTS
 
 VOCAB, BUCKETS = 11, 97
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hedgemix.config import MixerConfig
 from hedgemix.experts import ngram
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.runtime.cuda_graph import CHECKED, Record
 
 VOCAB, SPAN, NAMES = 40, 32, ("frozen", "adapted")

@@ -16,7 +16,7 @@ from hedgemix.config import MixerConfig
 from hedgemix.data import tokenizer
 from hedgemix.experts import match, ngram
 from hedgemix.experts.device_index import Resident
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
 
 VOCAB = 7
 streams = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)

@@ -24,7 +24,7 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult
 from hedgemix.experts import ngram
-from hedgemix.mixer import Mixer
+from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, piece_rows
 

@@ -2,7 +2,7 @@
 
 The contexts are those of `hedgemix.stream`'s sliding order on a text in one chunk, so the bits are equal to rounding. A
 plain mixture for one token at a time is `hedgemix.predictor`; a plain one for blocks, the published rule's, is
-`hedgemix.published`.
+`hedgemix.mixers.published`.
 """
 
 from __future__ import annotations

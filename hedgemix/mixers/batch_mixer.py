@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import hedge
-from hedgemix.blend import Blend, Mixed, expert_names, gather, join
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.data.shards import PIECE_TOKENS
 from hedgemix.experts import match, ngram, registry
 from hedgemix.experts.device_index import Resident
+from hedgemix.mixers import hedge
+from hedgemix.mixers.network import Blend, Mixed, expert_names, gather, join
 from hedgemix.runtime.cuda_graph import Record, Replay, record_graph
 from hedgemix.validate import check_mixer
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hedgemix import hedge
 from hedgemix.config import MixerConfig
+from hedgemix.mixers import hedge
 
 
 def expert_names(config: MixerConfig) -> tuple[str, ...]:
