@@ -15,13 +15,13 @@ from benchmarks import operations
 from benchmarks.plain import quantization as plain
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
-from hedgemix import allocate, quantize
 from hedgemix.artifact.tensors import Stepped, steps
-from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
 from hedgemix.entropy import matrices
 from hedgemix.model.transformer import Model
 from hedgemix.optim import Muon
+from hedgemix.quantize import bit_allocation, quantizer
+from hedgemix.quantize.calibration import Moments
 
 MEAN_CODE = 2.4
 """Mean magnitude of the codes: about 3.6 bits a weight, which 33 M weights in 16 MB may take."""
@@ -43,7 +43,7 @@ def subject(bench: Bench) -> tuple[Model, dict[str, Tensor], Moments]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
-    weights = {name: each.detach() for name, each in model.named_parameters() if quantize.is_quantized(each)}
+    weights = {name: each.detach() for name, each in model.named_parameters() if quantizer.is_quantized(each)}
     owner = {name: shared for shared, names in model.inputs().items() for name in names}
     for name, weight in weights.items():
         size, key = weight.shape[1], owner.get(name, name)
@@ -60,13 +60,13 @@ def subject(bench: Bench) -> tuple[Model, dict[str, Tensor], Moments]:
 def codes_at(model: Model, weights: dict[str, Tensor], moments: Moments, theta: float) -> dict[str, Stepped]:
     """The library's way for one theta: factors, steps and codes of all tensors."""
     config = QuantizeConfig()
-    known, _ = quantize.sensitivities(model, moments, list(weights), config.damping)
-    return quantize.round_to_integers(weights, known, theta, config.block_columns)
+    known, _ = quantizer.sensitivities(model, moments, list(weights), config.damping)
+    return quantizer.round_to_integers(weights, known, theta, config.block_columns)
 
 
 def usual_theta(model: Model, weights: dict[str, Tensor], moments: Moments) -> float:
     """The theta with the mean code `MEAN_CODE`."""
-    known, _ = quantize.sensitivities(model, moments, list(weights), QuantizeConfig().damping)
+    known, _ = quantizer.sensitivities(model, moments, list(weights), QuantizeConfig().damping)
     total = sum(
         float((weights[name].abs() * each.rows_R.sqrt()[:, None] * each.pivots_C.sqrt()).mean() * weights[name].numel())
         for name, each in known.items()
@@ -78,9 +78,9 @@ def quantization(bench: Bench) -> Iterator[Row]:
     """All weights for one theta, compression left out; the published algorithm is told the steps."""
     model, weights, moments = subject(bench)
     config, theta = QuantizeConfig(), usual_theta(model, weights, moments)
-    known, _ = quantize.sensitivities(model, moments, list(weights), config.damping)
+    known, _ = quantizer.sensitivities(model, moments, list(weights), config.damping)
     owner = {name: shared for shared, names in model.inputs().items() for name in names}
-    told = {name: [steps(index) for index in allocate.indices(each, theta)] for name, each in known.items()}
+    told = {name: [steps(index) for index in bit_allocation.indices(each, theta)] for name, each in known.items()}
 
     def published() -> dict[str, Tensor]:
         return {

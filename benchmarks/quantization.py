@@ -25,12 +25,12 @@ import tyro
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
-from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, Recipe, from_dict
 from hedgemix.data import dataset
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model, parameter_count
-from hedgemix.quantize import quantize_model
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.quantizer import quantize_model
 from hedgemix.runtime.files import load_tensors
 from pipeline import graph
 from pipeline.store import Storage

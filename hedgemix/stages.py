@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from hedgemix.artifact import format as artifact
-from hedgemix.calibrate import Moments
 from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data.bpb import bits_per_byte
@@ -23,7 +22,8 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
 from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model, parameter_count
-from hedgemix.quantize import quantize_model
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.quantizer import quantize_model
 from hedgemix.restart import Restart
 from hedgemix.runtime.checkpoint import Kept, nothing
 from hedgemix.runtime.clock import never

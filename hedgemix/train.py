@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from hedgemix.calibrate import calibrate
 from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Ahead, Batches
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.optim import EMA, Optimizers
+from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
 from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
 from hedgemix.runtime.clock import Clock, Due, never

@@ -15,10 +15,11 @@ from benchmarks.machine import Limits
 from benchmarks.plain import quantization as plain
 from benchmarks.plain.evaluation import sliding_nats
 from benchmarks.subject import Row
-from hedgemix import gptq, recipes
+from hedgemix import recipes
 from hedgemix.artifact.tensors import steps
 from hedgemix.config import ModelConfig
 from hedgemix.model.transformer import Linear, Model
+from hedgemix.quantize import gptq
 
 
 class Clock:

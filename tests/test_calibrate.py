@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tinytrained import CPU, LENGTH, SEQUENCES, SETTINGS, Trained, make
 from torch import Tensor
 
-from hedgemix import calibrate
 from hedgemix.data.dataloader import Batches
+from hedgemix.quantize import calibration
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,14 @@ def trained() -> Trained:
 
 def logits(trained: Trained) -> Tensor:
     """By the kernels and in the batches of calibration: others round otherwise, and a drawn label may turn on that."""
-    batches = trained.inputs.split(calibrate.MICROBATCH_SEQUENCES)
+    batches = trained.inputs.split(calibration.MICROBATCH_SEQUENCES)
     return torch.cat([trained.model.logits(trained.model.features(tokens)).detach() for tokens in batches])
 
 
 def labels(trained: Trained) -> Tensor:
     """What calibration draws for the calibration's sequences."""
     chosen = Batches(trained.batches.stream, LENGTH, SEQUENCES, seed=0).indices(0)
-    return calibrate.drawn(logits(trained), chosen, trained.model.config.logit_cap, torch.zeros(300))
+    return calibration.drawn(logits(trained), chosen, trained.model.config.logit_cap, torch.zeros(300))
 
 
 def gradients(trained: Trained, name: str, sequence: int, drawn: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def test_labels_are_drawn_by_sequence_from_the_model(trained: Trained) -> None:
     indices = Batches(trained.batches.stream, LENGTH, SEQUENCES, seed=0).indices(0)
     cap = trained.model.config.logit_cap
     for part in (slice(0, 1), slice(5, 9)):
-        assert torch.equal(calibrate.drawn(rows[part], indices[part], cap, torch.zeros(300)), drawn[part])
+        assert torch.equal(calibration.drawn(rows[part], indices[part], cap, torch.zeros(300)), drawn[part])
     log_p = rows.log_softmax(-1)
     entropy, said = -(log_p.exp() * log_p).sum(-1).mean(), -log_p.gather(-1, drawn[..., None]).mean()
     assert float(said) == pytest.approx(float(entropy), rel=0.05)
@@ -112,7 +112,7 @@ def test_labels_are_drawn_by_sequence_from_the_model(trained: Trained) -> None:
 def test_gradients_are_left_as_they_were(trained: Trained) -> None:
     assert all(parameter.grad is None for parameter in trained.model.parameters())
     before = [parameter.detach().clone() for parameter in trained.model.parameters()]
-    again = calibrate.calibrate(trained.model, trained.batches, SETTINGS, CPU)
+    again = calibration.calibrate(trained.model, trained.batches, SETTINGS, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
     for part in ("columns", "rows"):
         first, second = getattr(trained.moments, part), getattr(again, part)
@@ -124,12 +124,12 @@ def test_moments_do_not_depend_on_how_many_sequences_run_at_once(
 ) -> None:
     """Nothing in them on training's microbatch, which is a compiled step's; on the calibration's own, rounding."""
     for size in (1, 1000):
-        same = calibrate.calibrate(trained.model, trained.batches, replace(SETTINGS, microbatch_sequences=size), CPU)
+        same = calibration.calibrate(trained.model, trained.batches, replace(SETTINGS, microbatch_sequences=size), CPU)
         for part in ("columns", "rows"):
             mine, theirs = getattr(trained.moments, part), getattr(same, part)
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    monkeypatch.setattr(calibrate, "MICROBATCH_SEQUENCES", 5)
-    smaller = calibrate.calibrate(trained.model, trained.batches, SETTINGS, CPU)
+    monkeypatch.setattr(calibration, "MICROBATCH_SEQUENCES", 5)
+    smaller = calibration.calibrate(trained.model, trained.batches, SETTINGS, CPU)
     for part in ("columns", "rows"):
         for name, mine in getattr(trained.moments, part).items():
             assert (getattr(smaller, part)[name] - mine).norm() <= 1e-5 * mine.norm(), name

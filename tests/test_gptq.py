@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgemix import gptq
 from hedgemix.artifact.tensors import dequantize
 from hedgemix.config import RecipeError
-from hedgemix.published_export import Quantized, prune, quantize_matrices, round_rows
+from hedgemix.quantize import gptq
+from hedgemix.quantize.published_export import Quantized, prune, quantize_matrices, round_rows
 
 SETTINGS: dict[str, Any] = {
     "bits": 5,

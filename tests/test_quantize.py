@@ -11,12 +11,12 @@ import torch
 from tinytrained import LENGTH, SEQUENCES, VOCAB, Trained, make, restored
 from torch import Tensor
 
-from hedgemix import published_export, quantize
 from hedgemix.artifact import format as artifact
 from hedgemix.config import QuantizeConfig
 from hedgemix.evaluate import load_model
 from hedgemix.model.transformer import Model
-from hedgemix.published_export import Quantized
+from hedgemix.quantize import published_export, quantizer
+from hedgemix.quantize.published_export import Quantized
 
 TABLES = ("bigram.table.weight",)
 LARGE = (*TABLES, *(f"blocks.{block}.mlp.{part}.weight" for block in (0, 1) for part in ("up", "down")))
@@ -30,7 +30,7 @@ def trained() -> Trained:
 
 def quantized(trained: Trained, **changes: Any) -> dict[str, Any]:
     config = QuantizeConfig(method="reference", **changes)
-    return quantize.quantize_model(trained.model, trained.moments, config, 0, len)[0]
+    return quantizer.quantize_model(trained.model, trained.moments, config, 0, len)[0]
 
 
 def with_columns(trained: Trained, columns: dict[str, Tensor]) -> Trained:
@@ -169,5 +169,5 @@ def test_the_report_names_the_largest_damping(trained: Trained) -> None:
     config = QuantizeConfig(method="reference", damping=0.0)
     for given, least, most in ((flat, 0.0, 0.0), (flat | one_input, 1e-6, 1e-2)):
         moments = with_columns(trained, given).moments
-        _, report = quantize.quantize_model(trained.model, moments, config, 0, len)
+        _, report = quantizer.quantize_model(trained.model, moments, config, 0, len)
         assert least <= report["largest_damping"] <= most and report["gptq_seconds"] > 0

@@ -13,15 +13,15 @@ import torch
 from tinytrained import LENGTH, VOCAB, Trained, make, restored
 from torch import Tensor
 
-from hedgemix import allocate, quantize
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact import tensors as artifact_tensors
 from hedgemix.artifact.tensors import Stepped
-from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, RecipeError
 from hedgemix.evaluate import load_model
-from hedgemix.fit_to_size import CLOSE_ENOUGH, MOST_TRIES, fit_to_size
-from hedgemix.quantize import quantize_model
+from hedgemix.quantize import bit_allocation, quantizer
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.fit_to_size import CLOSE_ENOUGH, MOST_TRIES, fit_to_size
+from hedgemix.quantize.quantizer import quantize_model
 
 UNBOUND = 10**9
 Q = "blocks.1.attention.q.weight"
@@ -107,7 +107,7 @@ def test_what_is_impossible_names_the_fields(trained: Trained) -> None:
 
 def test_equal_inputs_share_a_factor(trained: Trained) -> None:
     attention = [f"blocks.1.attention.{part}.weight" for part in ("q", "k", "v")]
-    known, _ = quantize.sensitivities(trained.model, trained.moments, [*attention, "embedding.weight"], 0.01)
+    known, _ = quantizer.sensitivities(trained.model, trained.moments, [*attention, "embedding.weight"], 0.01)
     assert all(known[name].back_CC is known[Q].back_CC for name in attention)
     assert known["embedding.weight"].back_CC is not known[Q].back_CC
     assert {part.split(".")[-2] for part in trained.model.inputs()[Q]} == {"q", "k", "v"}
@@ -166,18 +166,18 @@ def test_the_artifact_gives_back_the_same_model_bitwise(trained: Trained, tmp_pa
 
 
 def test_steps_follow_the_rule_and_its_inverse() -> None:
-    assert allocate.loss_of(allocate.theta_for(3e-4, 12345), 12345) == pytest.approx(3e-4)
+    assert bit_allocation.loss_of(bit_allocation.theta_for(3e-4, 12345), 12345) == pytest.approx(3e-4)
     generator = torch.manual_seed(0)
     rows, pivots = (10 ** torch.randn(n, generator=generator) for n in (30, 50))
-    found = allocate.indices(allocate.Sensitivity(rows, pivots, torch.eye(50)), 0.01)
+    found = bit_allocation.indices(bit_allocation.Sensitivity(rows, pivots, torch.eye(50)), 0.01)
     steps = artifact_tensors.steps(found[0])[:, None] * artifact_tensors.steps(found[1])
     ratio = steps * (rows[:, None] * pivots).sqrt() / 0.01
     assert ratio.log2().abs().max() <= 1 / 8 + 1e-4
 
 
 def test_steps_out_of_range_are_clamped() -> None:
-    known = allocate.Sensitivity(torch.tensor([1e-30, 1e30]), torch.tensor([1e-30, 1e30]), torch.eye(2))
-    assert [part.tolist() for part in allocate.indices(known, 1.0)] == [[127, -127], [127, -127]]
+    known = bit_allocation.Sensitivity(torch.tensor([1e-30, 1e30]), torch.tensor([1e-30, 1e30]), torch.eye(2))
+    assert [part.tolist() for part in bit_allocation.indices(known, 1.0)] == [[127, -127], [127, -127]]
 
 
 def falling(floor: int, weights: int) -> Callable[[float], tuple[dict[str, Any], int]]:
@@ -224,5 +224,5 @@ def test_the_search_gives_up_on_what_never_fits() -> None:
 
 
 def test_moments_of_a_model_cover_every_matrix(trained: Trained) -> None:
-    quantized = {name for name, each in trained.model.named_parameters() if quantize.is_quantized(each)}
+    quantized = {name for name, each in trained.model.named_parameters() if quantizer.is_quantized(each)}
     assert isinstance(trained.moments, Moments) and trained.moments.rows.keys() == quantized

@@ -11,7 +11,6 @@ import torch
 from textdata import documents, processor
 
 from hedgemix.artifact import format as artifact
-from hedgemix.calibrate import Moments
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Text
@@ -19,7 +18,8 @@ from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
 from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model
-from hedgemix.quantize import quantize_model
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.quantizer import quantize_model
 
 CPU, CONTEXT = torch.device("cpu"), 64
 CONFIG = EvaluateConfig(

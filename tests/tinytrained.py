@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hedgemix.artifact import tensors as artifact_tensors
 from hedgemix.artifact.tensors import Stepped, Stored
-from hedgemix.calibrate import Moments, calibrate
 from hedgemix.config import ModelConfig, TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.shards import TokenStream
 from hedgemix.model.transformer import Model
+from hedgemix.quantize.calibration import Moments, calibrate
 
 VOCAB, SEQUENCES, LENGTH, CPU = 300, 24, 64, torch.device("cpu")
 SETTINGS = TrainConfig(sequence_tokens=LENGTH, calibration_sequences=SEQUENCES, microbatch_sequences=8, dtype="float32")

@@ -16,7 +16,7 @@ from benchmarks import machine
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
 from benchmarks.timing import once
-from hedgemix import gptq, stages
+from hedgemix import stages
 from hedgemix.artifact import tensors
 from hedgemix.config import Recipe
 from hedgemix.data import bpb, tokenizer
@@ -26,6 +26,7 @@ from hedgemix.evaluate import EvaluateResult
 from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
+from hedgemix.quantize import gptq
 from hedgemix.stream import Piece, piece_rows
 
 LIMITS = "limits.json"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hedgemix.artifact.tensors import Stored
-from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig, RecipeError
-from hedgemix.gptq import factor, finite, round_columns
 from hedgemix.model.transformer import Model
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.gptq import factor, finite, round_columns
 from hedgemix.validate import LARGEST_STEP, check_rounding
 
 TINY_STEP = 2.0**-24  # the smallest positive float16

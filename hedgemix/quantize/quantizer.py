@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hedgemix import allocate, gptq
-from hedgemix.allocate import Sensitivity
 from hedgemix.artifact.tensors import Stepped, steps
-from hedgemix.calibrate import Moments
 from hedgemix.config import QuantizeConfig
-from hedgemix.fit_to_size import fit_to_size
 from hedgemix.model.transformer import Model
-from hedgemix.published_export import reference_tensors
+from hedgemix.quantize import bit_allocation, gptq
+from hedgemix.quantize.bit_allocation import Sensitivity
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.fit_to_size import fit_to_size
+from hedgemix.quantize.published_export import reference_tensors
 
 SMALLEST_SIDE = 16
 """2-D tensors with a shorter side stay float16."""
@@ -65,8 +65,10 @@ def stepped_tensors(
         tensors = {**halves, **round_to_integers(weights, matter, theta, config.block_columns)}
         return tensors, size_of(tensors)
 
-    theta, tensors, tries = fit_to_size(allocate.theta_for(config.loss_nats, count), tensors_at, target_bytes, count)
-    report = {"theta": theta, "expected_loss_nats": allocate.loss_of(theta, count), "tries": tries}
+    theta, tensors, tries = fit_to_size(
+        bit_allocation.theta_for(config.loss_nats, count), tensors_at, target_bytes, count
+    )
+    report = {"theta": theta, "expected_loss_nats": bit_allocation.loss_of(theta, count), "tries": tries}
     return tensors, damping, report
 
 
@@ -90,8 +92,8 @@ def sensitivities(
             factors[key] = gptq.factor(moments.columns[key].clone(), damping, name)
         back, pivots, _ = factors[key]
         check_finite(name, moments.rows[name])
-        share = allocate.TABLE_SMOOTHING if name.endswith(".table.weight") else allocate.SMOOTHING
-        matter[name] = Sensitivity(allocate.smooth(moments.rows[name], share), pivots, back)
+        share = bit_allocation.TABLE_SMOOTHING if name.endswith(".table.weight") else bit_allocation.SMOOTHING
+        matter[name] = Sensitivity(bit_allocation.smooth(moments.rows[name], share), pivots, back)
     return matter, max(used for _, _, used in factors.values())
 
 
@@ -115,7 +117,7 @@ def round_to_integers(
         shapes.setdefault(weight.shape, []).append(name)
     tensors: dict[str, Stepped] = {}
     for names in shapes.values():
-        index = [allocate.indices(matter[name], theta) for name in names]
+        index = [bit_allocation.indices(matter[name], theta) for name in names]
         rows, columns = (torch.stack(part) for part in zip(*index, strict=True))
         codes = gptq.round_to_steps(
             torch.stack([weights[name] for name in names]),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.shards import TokenStream
-from hedgemix.gptq import add_inputs
 from hedgemix.model.transformer import Linear, Model
+from hedgemix.quantize.gptq import add_inputs
 from hedgemix.runtime import collectives
 
 MICROBATCH_SEQUENCES = 16

@@ -1,0 +1,1 @@
+"""Weights to integers: where the bits go and how they round."""
