@@ -19,9 +19,9 @@ from hedgemix.artifact.tensors import Stepped, steps
 from hedgemix.config import QuantizeConfig
 from hedgemix.entropy import matrices
 from hedgemix.model.transformer import Model
-from hedgemix.optim import Muon
 from hedgemix.quantize import bit_allocation, quantizer
 from hedgemix.quantize.calibration import Moments
+from hedgemix.train.optim import Muon
 
 MEAN_CODE = 2.4
 """Mean magnitude of the codes: about 3.6 bits a weight, which 33 M weights in 16 MB may take."""

@@ -24,7 +24,7 @@ from benchmarks.timing import once, summary
 from hedgemix.model.transformer import parameter_count
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.stream import Piece
-from hedgemix.train import Run
+from hedgemix.train.trainer import Run
 
 CPU = torch.device("cpu")
 SEGMENTS = 4

@@ -22,7 +22,7 @@ from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.predictor import Mixture
 from hedgemix.stream import Piece, chunk_rows
-from hedgemix.train import Run
+from hedgemix.train.trainer import Run
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
 """Of nats of one token, computed in another order."""

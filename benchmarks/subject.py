@@ -18,7 +18,7 @@ from hedgemix.data import bpb, dataset, tokenizer
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model
-from hedgemix.train import Run
+from hedgemix.train.trainer import Run
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from hedgemix.runtime.checkpoint import Kept, nothing
 from hedgemix.runtime.clock import never
 from hedgemix.runtime.files import Log, load_tensors, silent
 from hedgemix.runtime.layout import MOMENTS, TRACE, WEIGHTS
-from hedgemix.train import TrainResult, train
+from hedgemix.train.trainer import TrainResult, train
 
 ARTIFACT = "artifact.hmx"
 INDEX = "index"

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from hedgemix.config import ComputeConfig
-from hedgemix.train import DivergedError
+from hedgemix.train.trainer import DivergedError
 from pipeline.step import DamagedStepError
 
 RAY_RETRIES = 0

@@ -20,7 +20,7 @@ from hedgemix.config import config_hash
 from hedgemix.runtime import collectives
 from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
-from hedgemix.train import DivergedError
+from hedgemix.train.trainer import DivergedError
 from pipeline.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.job import HEAD, Job, one_writer, use_cpus
 from pipeline.preemption import Notice

@@ -53,7 +53,7 @@ def start(path: str, log: Any) -> None:
 
 
 def train(path: str, log: Any) -> None:
-    importlib.import_module("hedgemix.train")
+    importlib.import_module("hedgemix.train.trainer")
 
 
 def keep(path: str, log: Any) -> str:

@@ -19,7 +19,7 @@ from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.evaluate import EvaluateResult
 from hedgemix.runtime.files import load_tensors, read_json, sha256_of
 from hedgemix.stages import QuantizeResult, ScoreResult, TrainStageResult
-from hedgemix.train import Run
+from hedgemix.train.trainer import Run
 
 CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "2", "--train.reserve-seconds", "0.8"]
 

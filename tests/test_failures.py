@@ -20,7 +20,7 @@ from ray.exceptions import (
 )
 
 from hedgemix.config import ComputeConfig, RecipeError
-from hedgemix.train import DivergedError
+from hedgemix.train.trainer import DivergedError
 from pipeline import failures
 from pipeline.failures import Fail, Repair, Restarts, Retry, classify
 from pipeline.step import DamagedStepError

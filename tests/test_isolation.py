@@ -41,7 +41,7 @@ def test_a_file_it_is_told_of_is_read_and_noted(file: Path, how: str) -> None:
         ("remove", "os.remove"),
         ("connect", "socket."),
         ("start", "subprocess.Popen"),
-        ("train", "importing hedgemix.train"),
+        ("train", "importing hedgemix.train.trainer"),
     ],
 )
 def test_everything_else_is_refused(file: Path, how: str, refused: str) -> None:

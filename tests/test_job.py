@@ -209,7 +209,7 @@ def test_a_job_s_table_log_package_and_exit_code(
 
     [package] = head.packages(job)
     sent = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
-    assert {"pipeline/record.py", "hedgemix/train.py", "pyproject.toml"} <= sent
+    assert {"pipeline/record.py", "hedgemix/train/trainer.py", "pyproject.toml"} <= sent
     assert not [name for name in HOME if name in sent] and "stays at home" not in log
 
     # Done seeds alone: the command finds nothing to do, and the job has succeeded.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hedgemix.config import ModelConfig, TrainConfig
 from hedgemix.model.transformer import Linear, Model
-from hedgemix.optim import EMA, Muon, Optimizers, orthogonalise
 from hedgemix.runtime.flat_gradient import FlatGradient
+from hedgemix.train.optim import EMA, Muon, Optimizers, orthogonalise
 
 SHAPES = {"tall": (48, 16), "wide": (16, 48), "square": (32, 32)}
 

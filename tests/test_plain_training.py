@@ -20,7 +20,7 @@ from hedgemix.data.shards import TokenStream
 from hedgemix.model import cpu_kernels
 from hedgemix.model.cpu_kernels import rotate
 from hedgemix.model.transformer import Model
-from hedgemix.train import Run
+from hedgemix.train.trainer import Run
 
 CONFIG = TrainConfig(**{**BATCH, **PACE, "microbatch_sequences": 3}, dtype="float32", compile=False, late_qat=True)
 

@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 from test_train import CPU, Clock, Killed, lines, recipe, weights, write_data
 from torch import Tensor
 
-from hedgemix import train as training
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import load_tensors, save_tensors
+from hedgemix.train import trainer
 
 FIXED = recipe(
     steps=20, late_qat=True, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5
@@ -42,17 +42,17 @@ class OwnClock:
 def run(folder: Path, data: Dataset, chosen: Any, clock: OwnClock | None = None) -> dict[str, Any]:
     """Train; returns the result and this rank's own weights at the end."""
     held: list[Tensor] = []
-    calibrate = training.calibrate
+    calibrate = trainer.calibrate
 
     def watched(model: Model, *rest: Any) -> Any:
         held.extend(parameter.detach().clone() for parameter in model.parameters())
         return calibrate(model, *rest)
 
-    training.calibrate = watched
+    trainer.calibrate = watched
     try:
-        result = training.train(chosen, data, 7, folder, CPU, now=clock or Clock())
+        result = trainer.train(chosen, data, 7, folder, CPU, now=clock or Clock())
     finally:
-        training.calibrate = calibrate
+        trainer.calibrate = calibrate
     return {"result": asdict(result), "weights": held}
 
 
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run(folder / "one", data, FIXED)
     clock = Clock(kill_after_step=13)
     with pytest.raises(Killed):
-        training.train(FIXED, data, 7, folder / "resumed", CPU, log=clock.tick, now=clock)
+        trainer.train(FIXED, data, 7, folder / "resumed", CPU, log=clock.tick, now=clock)
     torch.set_num_threads(threads)
     mp.spawn(work, (folder, data), nprocs=2)
     yield folder

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgemix.config import TrainConfig
-from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.train.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 
 CLOCK = TrainConfig(budget_seconds=120, reserve_seconds=20)
 fractions = st.floats(0, 1)

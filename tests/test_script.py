@@ -86,14 +86,16 @@ def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path) -> None:
         package = held.find_spec("hedgemix")
         assert package is not None and package.submodule_search_locations == []
         assert held.find_spec("hedgemix.nowhere") is None and held.find_spec("json") is None
-        assert held.get_code("hedgemix.train").co_filename == f"{file}/hedgemix/train.py"
+        assert held.get_code("hedgemix.train.trainer").co_filename == f"{file}/hedgemix/train/trainer.py"
         with pytest.raises(ImportError, match="holds no hedgemix.nowhere"):
             held.get_source("hedgemix.nowhere")
     finally:
         sys.meta_path.remove(held)
     assert alone.main(held.recipe, held.sources, 1, ["--unpack", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "hedgemix" / "__init__.py").read_text() == held.sources["hedgemix"]
-    assert (tmp_path / "out" / "hedgemix" / "train.py").read_text() == held.sources["hedgemix.train"]
+    assert (tmp_path / "out" / "hedgemix" / "train" / "trainer.py").read_text() == held.sources[
+        "hedgemix.train.trainer"
+    ]
     assert read_json(tmp_path / "out" / "recipe.json")["recipe"] == "laptop"
 
 
@@ -102,7 +104,7 @@ def test_a_traceback_shows_the_line_and_a_spawned_process_has_the_modules(recipe
     file.write_bytes(script.build(recipe))
     tail = """\
     import inspect, multiprocessing
-    from hedgemix import schedule
+    from hedgemix.train import schedule
     print(inspect.getsource(schedule.rate_factor).splitlines()[0])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.apply(schedule.rate_factor, (0.5, 1.0)))
@@ -111,10 +113,10 @@ def test_a_traceback_shows_the_line_and_a_spawned_process_has_the_modules(recipe
     head, _, _ = file.read_text().partition("    sys.exit(")
     file.write_text(head + tail)
     ran = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True)
-    lines = source_bundle.sources(script.ENTRY)["hedgemix.schedule"].splitlines()
+    lines = source_bundle.sources(script.ENTRY)["hedgemix.train.schedule"].splitlines()
     first = next(line for line in lines if line.startswith("def rate_factor"))
     assert ran.stdout.splitlines() == [first, "0.5"]
-    assert f'{file}/hedgemix/schedule.py", line' in ran.stderr and "(1.0 - fraction)" in ran.stderr
+    assert f'{file}/hedgemix/train/schedule.py", line' in ran.stderr and "(1.0 - fraction)" in ran.stderr
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)

@@ -27,7 +27,7 @@ from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.stream import Piece, chunk_rows, cut
-from hedgemix.train import Run, deterministic
+from hedgemix.train.trainer import Run, deterministic
 from hedgemix.ttt import Adapter
 
 ROW_SETS = ("frozen", "adapted")

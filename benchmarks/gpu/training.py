@@ -26,8 +26,8 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Batches
 from hedgemix.model.attention import banded_attention
 from hedgemix.model.transformer import Model, parameter_count
-from hedgemix.optim import Muon
-from hedgemix.train import Run, deterministic
+from hedgemix.train.optim import Muon
+from hedgemix.train.trainer import Run, deterministic
 
 PROFILE = "profile.txt"
 

@@ -16,10 +16,10 @@ WRAPPED = {
     "ray": ("init", "shutdown"),
     "pipeline.step": ("perform",),
     "hedgemix.stages": ("train_stage", "score_stage", "quantize_stage", "counts_stage", "evaluate_stage"),
-    "hedgemix.train": ("Run.train_step",),
+    "hedgemix.train.trainer": ("Run.train_step",),
     "torch.distributed.distributed_c10d": ("init_process_group",),
 }
-IMPORTS = ("torch", "ray.train", "torch._dynamo", "pipeline.train_job", "hedgemix.train", "hedgemix.stages")
+IMPORTS = ("torch", "ray.train", "torch._dynamo", "pipeline.train_job", "hedgemix.train.trainer", "hedgemix.stages")
 
 
 class Marks:

@@ -1,4 +1,4 @@
-"""One optimizer step in plain torch: what `hedgemix.train.Run` is measured against and must agree with.
+"""One optimizer step in plain torch: what `hedgemix.train.trainer.Run` is measured against and must agree with.
 
 The model's parameters are the library's; its forward pass is written again here,
 operation by operation, with automatic gradients.
@@ -16,7 +16,7 @@ from torch import Tensor
 from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.model.transformer import Attention, Linear, Model, fake_quantize
-from hedgemix.schedule import late_qat, muon_momentum, rate_factor
+from hedgemix.train.schedule import late_qat, muon_momentum, rate_factor
 
 
 class PlainRun:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hedgemix.optim import ALIGNED_NUMBERS
 from hedgemix.runtime import collectives
+from hedgemix.train.optim import ALIGNED_NUMBERS
 
 
 class FlatGradient:

@@ -30,7 +30,6 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Ahead, Batches
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
-from hedgemix.optim import EMA, Optimizers
 from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
 from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
@@ -39,7 +38,8 @@ from hedgemix.runtime.files import Log, save_tensors, silent
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.runtime.profiler import tracing
-from hedgemix.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.train.optim import EMA, Optimizers
+from hedgemix.train.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
 from hedgemix.validate import check_train
 
 ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
