@@ -30,14 +30,14 @@ from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.data import bpb, dataset, tokenizer
 from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate import load_model, target_nats
+from hedgemix.evaluate.evaluator import load_model, target_nats
+from hedgemix.evaluate.scoring_order import chunk_rows, chunks
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import match, ngram
 from hedgemix.experts.ngram import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
 from hedgemix.mixers.batch_mixer import Mixer
-from hedgemix.stream import chunk_rows, chunks
-from hedgemix.ttt import Adapter
 from pipeline import graph
 from pipeline.store import Storage
 from pipeline.table import mean_and_deviation

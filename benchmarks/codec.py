@@ -32,7 +32,7 @@ from hedgemix.artifact import format as artifact
 from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.data import dataset, tokenizer
 from hedgemix.data.shards import TokenStream
-from hedgemix.evaluate import evaluate_artifact
+from hedgemix.evaluate.evaluator import evaluate_artifact
 from hedgemix.experts import ngram
 
 

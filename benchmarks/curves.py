@@ -29,7 +29,7 @@ from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, TTTConfig
 from hedgemix.data import bpb
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream, write_shard
-from hedgemix.evaluate import Evaluation
+from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model

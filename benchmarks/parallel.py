@@ -21,9 +21,9 @@ from benchmarks import operations
 from benchmarks.stages import scored
 from benchmarks.subject import Agreement, Bench, Costs, Row, sizes
 from benchmarks.timing import once, summary
+from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.model.transformer import parameter_count
 from hedgemix.runtime.files import read_json, write_json
-from hedgemix.stream import Piece
 from hedgemix.train.trainer import Run
 
 CPU = torch.device("cpu")

@@ -21,12 +21,12 @@ from benchmarks.subject import Row
 from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
 from hedgemix.data.bpb import ByteTables
 from hedgemix.data.device_text import Text
-from hedgemix.evaluate import Evaluation
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.experts import ngram
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
 from hedgemix.model.transformer import Model, parameter_count
-from hedgemix.stream import Piece
 
 VALID_TOKENS = 62_021_846
 """FineWeb's validation shard with this tokenizer."""

@@ -26,8 +26,8 @@ from hedgemix.claim import Claim, claims
 from hedgemix.config import RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data.bpb import bits_per_byte
-from hedgemix.evaluate import Evaluation
-from hedgemix.stream import Piece
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.scoring_order import Piece
 
 TEMPERATURES = (1.0, 0.5, 0.25, 0.1, 0.03)
 WARM_TOKENS = 10_000

@@ -17,11 +17,11 @@ from benchmarks.plain.training import PlainRun
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
 from hedgemix.config import EvaluateConfig, Recipe
+from hedgemix.evaluate.scoring_order import Piece, chunk_rows
 from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.predictor import Mixture
-from hedgemix.stream import Piece, chunk_rows
 from hedgemix.train.trainer import Run
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}

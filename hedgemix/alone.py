@@ -25,7 +25,7 @@ import torch.distributed as dist
 from hedgemix import stages
 from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
 from hedgemix.data import dataset as datasets
-from hedgemix.evaluate import EvaluateResult
+from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, read_json, silent, write_json
 from hedgemix.runtime.layout import RECIPE, RESULT

@@ -26,10 +26,10 @@ from rich.console import Console
 from hedgemix import __version__, budgets, checks, isolation
 from hedgemix.claim import Claim, claims, columns, write_columns
 from hedgemix.config import RecipeError, to_dict
+from hedgemix.evaluate.scoring_order import Piece, chunks, pieces
 from hedgemix.finding import Finding, failed, markdown, print_finding, timed
 from hedgemix.isolation import WorkError
 from hedgemix.runtime.files import replacing, write_json
-from hedgemix.stream import Piece, chunks, pieces
 from hedgemix.witness import Source
 
 RANKS = 2

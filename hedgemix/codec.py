@@ -45,7 +45,7 @@ from hedgemix.artifact.format import Artifact
 from hedgemix.artifact.format import read as read_artifact
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
 from hedgemix.data import tokenizer
-from hedgemix.evaluate import load_model
+from hedgemix.evaluate.evaluator import load_model
 from hedgemix.predictor import Predictor
 from hedgemix.runtime import source_bundle
 from hedgemix.runtime.files import Log, replacing, silent

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import stream
 from hedgemix.artifact.format import Artifact
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import bpb, tokenizer
-from hedgemix.evaluate import load_model
+from hedgemix.evaluate import scoring_order
+from hedgemix.evaluate.evaluator import load_model
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import match, registry
 from hedgemix.experts.ngram_online import Counts
 from hedgemix.mixers import hedge
 from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
 from hedgemix.model.attention import Cache
 from hedgemix.model.transformer import Model
-from hedgemix.ttt import Adapter
 from hedgemix.validate import check_evaluate, check_mixer, check_ttt
 
 
@@ -52,11 +52,11 @@ class Predictor:
         self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)
         self.tokens_N[0] = first_token
         self.weights_N = torch.ones(n_tokens)
-        self.chunks = stream.chunks(n_tokens, config.chunk_tokens)
+        self.chunks = scoring_order.chunks(n_tokens, config.chunk_tokens)
         self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.enabled else None
         self.model = self.adapter.scorer if self.adapter else model
         self.contexts = self._contexts()
-        self.targets, self.piece_stop, self.cache = stream.Piece(1, 1), 1, model.start_cache(0)
+        self.targets, self.piece_stop, self.cache = scoring_order.Piece(1, 1), 1, model.start_cache(0)
         self.mixture = Mixture(config, model.vocab_size, first_token)
         self.row: np.ndarray | None = None
 
@@ -80,11 +80,11 @@ class Predictor:
         block = self.config.mixer.block_tokens
         self.mixture.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
 
-    def _contexts(self) -> Iterator[tuple[int, stream.Piece, int]]:
+    def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, int]]:
         """Every piece's contexts with the piece's end; between chunks the model learns."""
         for number, chunk in enumerate(self.chunks):
-            for piece in stream.pieces(chunk, self.config):
-                for begin, targets in stream.contexts(piece, self.config):
+            for piece in scoring_order.pieces(chunk, self.config):
+                for begin, targets in scoring_order.contexts(piece, self.config):
                     yield begin, targets, piece.stop
             if self.adapter and number + 1 < len(self.chunks):
                 self.adapter.learn(self.tokens_N, self.weights_N, chunk)
@@ -100,7 +100,8 @@ class Predictor:
 
 @torch.inference_mode()
 def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> Tensor:
-    """Compute the row (V,) behind the last of `tokens`, which follow those the cache holds; see `stream.piece_rows`."""
+    """Compute the row (V,) behind the last of `tokens`, which follow those the cache holds; see
+    `scoring_order.piece_rows`."""
     band = config.window_tokens if config.order == "streaming" else None
     with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if len(tokens) > 1:

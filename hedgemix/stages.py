@@ -19,12 +19,12 @@ from hedgemix.config import LimitsConfig, Recipe, RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data.bpb import bits_per_byte
 from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate import EvaluateResult, evaluate_artifact, score_model
+from hedgemix.evaluate.evaluator import EvaluateResult, evaluate_artifact, score_model
+from hedgemix.evaluate.resume import Restart
 from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
-from hedgemix.restart import Restart
 from hedgemix.runtime.checkpoint import Kept, nothing
 from hedgemix.runtime.clock import never
 from hedgemix.runtime.files import Log, load_tensors, silent

@@ -27,11 +27,11 @@ from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.data import tokenizer
 from hedgemix.data.shards import TokenStream
-from hedgemix.evaluate import Evaluation
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.mixers import published
 from hedgemix.model.transformer import Model
 from hedgemix.runtime.files import Log, silent
-from hedgemix.stream import Piece
 
 
 @dataclass(frozen=True)

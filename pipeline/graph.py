@@ -20,10 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import script, stages, stream
+from hedgemix import script, stages
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.data import corpus
 from hedgemix.data.dataset import Dataset
+from hedgemix.evaluate import scoring_order
 from hedgemix.runtime.layout import RECORDS, STEP_NAMES
 from pipeline.step import Step
 from pipeline.store import Storage
@@ -106,7 +107,7 @@ def plan_record(name: str, recipe: Recipe, dataset: Dataset, data: Step, seeds: 
         data=data,
         seeds={seed: seed_steps(storage, recipe, dataset, seed, room_bytes) for seed in seeds},
         counts=counts_step(storage, recipe, dataset),
-        chunks=len(stream.chunks(dataset.valid_tokens, recipe.evaluate.chunk_tokens)),
+        chunks=len(scoring_order.chunks(dataset.valid_tokens, recipe.evaluate.chunk_tokens)),
         code_bytes=code_bytes,
         room_bytes=room_bytes,
     )

@@ -20,9 +20,9 @@ from hedgemix.artifact import format as artifact
 from hedgemix.artifact import inspection
 from hedgemix.artifact.format import ArtifactError, Parts
 from hedgemix.data import tokenizer
+from hedgemix.evaluate.breakdown import DOCUMENTS, TOKENS
 from hedgemix.finding import number
 from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
-from hedgemix.tally import DOCUMENTS, TOKENS
 from pipeline import figures
 from pipeline.page import Plot, Section, Table
 from pipeline.records import Record

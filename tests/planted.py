@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import evaluate, witness
-from hedgemix.evaluate import Evaluation
+from hedgemix import witness
+from hedgemix.evaluate import evaluator
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.scoring_order import Piece
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.mixers import hedge, published
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
-from hedgemix.stream import Piece
-from hedgemix.ttt import Adapter
 
 SECRET = Path(__file__).resolve().parent.parent / "LICENSE"
 
@@ -60,7 +61,7 @@ def unnormalised() -> Iterator[None]:
 
 def leaning(ahead: int) -> Callable[..., Any]:
     """Neural rows that are distributions and lean towards the token `ahead` of their own."""
-    chunk_rows = evaluate.chunk_rows
+    chunk_rows = evaluator.chunk_rows
 
     def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
         for piece, found in chunk_rows(models, tokens_N, chunk, config):
@@ -76,13 +77,13 @@ def leaning(ahead: int) -> Callable[..., Any]:
 @contextmanager
 def knows_target() -> Iterator[None]:
     """An expert that looks at the target: a hash table keyed by context and target does so."""
-    with patch.object(evaluate, "chunk_rows", leaning(0)):
+    with patch.object(evaluator, "chunk_rows", leaning(0)):
         yield
 
 
 @contextmanager
 def knows_future() -> Iterator[None]:
-    with patch.object(evaluate, "chunk_rows", leaning(1)):
+    with patch.object(evaluator, "chunk_rows", leaning(1)):
         yield
 
 
@@ -102,7 +103,7 @@ def counted_early() -> Iterator[None]:
 @contextmanager
 def scored_twice() -> Iterator[None]:
     """The last piece of each chunk is scored again once the mixture has learned it, and charged again."""
-    chunk_rows, score = evaluate.chunk_rows, Mixer.score
+    chunk_rows, score = evaluator.chunk_rows, Mixer.score
 
     def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
         for piece, found in chunk_rows(models, tokens_N, chunk, config):
@@ -115,7 +116,7 @@ def scored_twice() -> Iterator[None]:
         mixer.before = copy.deepcopy(mixer._state.ngrams)
         return score(mixer, log_rows, start, stop)
 
-    with patch.object(evaluate, "chunk_rows", rows), patch.object(Mixer, "score", again), both_look(again):
+    with patch.object(evaluator, "chunk_rows", rows), patch.object(Mixer, "score", again), both_look(again):
         yield
 
 

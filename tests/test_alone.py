@@ -16,7 +16,7 @@ import torch
 
 from hedgemix import alone, script
 from hedgemix.config import Recipe, from_dict, to_dict
-from hedgemix.evaluate import EvaluateResult
+from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime.files import load_tensors, read_json, sha256_of
 from hedgemix.stages import QuantizeResult, ScoreResult, TrainStageResult
 from hedgemix.train.trainer import Run

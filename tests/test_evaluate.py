@@ -28,13 +28,13 @@ from hedgemix.config import RecipeError, TTTConfig
 from hedgemix.data import tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
-from hedgemix.evaluate import Evaluation, load_model, score_model
+from hedgemix.evaluate.evaluator import Evaluation, load_model, score_model
+from hedgemix.evaluate.scoring_order import Piece, chunks, piece_rows, pieces
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.isolation import FORBIDDEN
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import Mixer
-from hedgemix.stream import Piece, chunks, piece_rows, pieces
-from hedgemix.ttt import Adapter
 
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 MISSING = object()
@@ -330,5 +330,5 @@ def test_header_and_tensors_that_do_not_fit_are_refused(case: Case, part: str, n
 
 
 def test_an_artifact_is_scored_without_the_code_that_made_it() -> None:
-    code = f"import sys, hedgemix.evaluate; print({{*sys.modules}} & {{*{FORBIDDEN}}})"
+    code = f"import sys, hedgemix.evaluate.evaluator; print({{*sys.modules}} & {{*{FORBIDDEN}}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

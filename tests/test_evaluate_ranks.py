@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 from tinyartifact import CONFIG, Case
 
 from hedgemix.config import EvaluateConfig
+from hedgemix.evaluate.scoring_order import chunks, pieces
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
-from hedgemix.stream import chunks, pieces
 
 # Three pieces a chunk; some steps have one sequence, so that rank 1 has nothing to learn from.
 STREAMING = replace(CONFIG, segment_tokens=128)

@@ -25,10 +25,10 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, TTTConfig
+from hedgemix.evaluate.resume import Restart
+from hedgemix.evaluate.trace_file import Lines
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.lines import Lines
 from hedgemix.mixers import published
-from hedgemix.restart import Restart
 from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.plain.evaluation import sliding_nats
 from hedgemix.config import EvaluateConfig, ModelConfig
+from hedgemix.evaluate.scoring_order import Piece, piece_rows, pieces
 from hedgemix.model.transformer import Model
-from hedgemix.stream import Piece, piece_rows, pieces
 
 
 @pytest.mark.parametrize(("n_tokens", "window", "stride"), [(200, 32, 8), (203, 32, 8), (90, 16, 16), (20, 32, 5)])

@@ -13,7 +13,7 @@ from tinyartifact import CONFIG, Case
 
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
-from hedgemix.evaluate import Evaluation
+from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.predictor import Predictor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hedgemix.artifact import format as artifact
 from hedgemix.config import QuantizeConfig
-from hedgemix.evaluate import load_model
+from hedgemix.evaluate.evaluator import load_model
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import published_export, quantizer
 from hedgemix.quantize.published_export import Quantized

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hedgemix.evaluate import EvaluateResult
+from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.stages import QuantizeResult, ScoreResult, TrainStageResult
 from pipeline.row import RESULT_COLUMNS, SECONDS_COLUMNS, filled
 from pipeline.schema import Row

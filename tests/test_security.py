@@ -29,8 +29,8 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.tokenizer import load as load_tokenizer
+from hedgemix.evaluate.trace_file import Lines
 from hedgemix.experts import match, ngram
-from hedgemix.lines import Lines
 from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json

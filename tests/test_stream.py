@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hedgemix.config import EvaluateConfig, ModelConfig
+from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks, cut, piece_rows, pieces
 from hedgemix.model.transformer import Model
-from hedgemix.stream import Piece, chunk_rows, chunks, cut, piece_rows, pieces
 
 VOCAB, WINDOW = 61, 16
 

@@ -13,7 +13,7 @@ import pytest
 import tinyartifact
 from textdata import processor
 
-from hedgemix.tally import DOCUMENTS, TOKENS, Tally
+from hedgemix.evaluate.breakdown import DOCUMENTS, TOKENS, Tally
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

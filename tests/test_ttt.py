@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgemix import recipes, ttt
+from hedgemix import recipes
 from hedgemix.config import ModelConfig, TTTConfig
+from hedgemix.evaluate import ttt
+from hedgemix.evaluate.scoring_order import Piece
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.model.transformer import Model, parameter_count
-from hedgemix.stream import Piece
-from hedgemix.ttt import Adapter
 
 VOCAB = 61
 CONFIG = TTTConfig(rate=2e-3, epochs=2, batch_sequences=3, sequence_tokens=16, polyak=0.0, last_blocks=1)

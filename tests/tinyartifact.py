@@ -15,7 +15,7 @@ from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeCo
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
-from hedgemix.evaluate import EvaluateResult, Evaluation, evaluate_artifact, load_model
+from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact, load_model
 from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model
 from hedgemix.quantize.calibration import Moments

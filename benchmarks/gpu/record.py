@@ -21,7 +21,7 @@ from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate import load_model, score_model
+from hedgemix.evaluate.evaluator import load_model, score_model
 from hedgemix.witness import Source
 
 STAGES = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")

@@ -22,13 +22,13 @@ from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Batches
-from hedgemix.evaluate import Evaluation
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.scoring_order import Piece, chunk_rows, cut
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
-from hedgemix.stream import Piece, chunk_rows, cut
 from hedgemix.train.trainer import Run, deterministic
-from hedgemix.ttt import Adapter
 
 ROW_SETS = ("frozen", "adapted")
 

@@ -22,12 +22,12 @@ from hedgemix.config import Recipe
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate import EvaluateResult
+from hedgemix.evaluate.evaluator import EvaluateResult
+from hedgemix.evaluate.scoring_order import Piece, piece_rows
 from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import gptq
-from hedgemix.stream import Piece, piece_rows
 
 LIMITS = "limits.json"
 DIFFERENT_CODES = 1e-3

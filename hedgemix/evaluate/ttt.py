@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from hedgemix.config import TTTConfig
 from hedgemix.data.device_text import Ones, Sizes, Text
+from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.flat_gradient import FlatGradient
-from hedgemix.stream import Piece
 
 MICROBATCH_SEQUENCES = 16
 """Sequences whose activations are held at once: about 16 GB for the record model at 2,048 tokens."""

@@ -26,6 +26,9 @@ from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
+from hedgemix.evaluate.breakdown import Tally
+from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks
+from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
@@ -34,9 +37,6 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, silent
 from hedgemix.runtime.phases import Phases
 from hedgemix.runtime.profiler import tracing
-from hedgemix.stream import Piece, chunk_rows, chunks
-from hedgemix.tally import Tally
-from hedgemix.ttt import Adapter
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def evaluate_artifact(
     counts: folder of the stream's n-gram index (`ngram.save`). trace: file for one JSON line a chunk, by rank 0, with
     the files of `tally` beside it at the end.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
-    start: a `restart.Restart` goes on where an earlier one was stopped.
+    start: a `resume.Restart` goes on where an earlier one was stopped.
     Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text, OSError
     when the trace could not be written.
     """

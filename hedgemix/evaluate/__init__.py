@@ -1,0 +1,1 @@
+"""The score: its order, test-time training, and where its bits went."""
