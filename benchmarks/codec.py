@@ -27,8 +27,8 @@ import torch
 import tyro
 import zstandard
 
-from hedgemix import codec
 from hedgemix.artifact import format as artifact
+from hedgemix.codec import text_codec
 from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.data import dataset, tokenizer
 from hedgemix.data.shards import TokenStream
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
         if (folder / "back").read_bytes() != text:
             sys.exit("error: another text came back")
         size = (folder / "coded").stat().st_size
-        payload = 8 * size - 8 * codec.header_bytes((folder / "coded").read_bytes())
+        payload = 8 * size - 8 * text_codec.header_bytes((folder / "coded").read_bytes())
         bits = reported(model, text, recipe, folder / "counts")
     distance = abs(payload - bits)
     print(f"seed {row.seed}: {len(text):,} bytes came back byte for byte from {size:,} bytes")

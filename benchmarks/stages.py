@@ -16,12 +16,12 @@ from benchmarks.plain.evaluation import sliding_nats
 from benchmarks.plain.training import PlainRun
 from benchmarks.subject import Agreement, Bench, Costs, Row
 from benchmarks.timing import compare
+from hedgemix.codec.predictor import Mixture
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows
 from hedgemix.experts import ngram
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model, parameter_count
-from hedgemix.predictor import Mixture
 from hedgemix.train.trainer import Run
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}

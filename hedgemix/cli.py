@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import audit, codec, scorer
+from hedgemix import audit, scorer
 from hedgemix.artifact import inspection
 from hedgemix.artifact.format import ArtifactError
-from hedgemix.codec import CodecError
+from hedgemix.codec import text_codec
+from hedgemix.codec.text_codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
 from hedgemix.data import dataset, fineweb
 from hedgemix.runtime.files import Log, read_json
@@ -169,7 +170,7 @@ def _compress(command: Compress) -> None:
                 f"{command.recipe} is not a recipe.json ({error!r}); a run keeps one in _records/"
             ) from None
     with _bar("coding") as log:
-        coded = codec.compress(command.artifact, command.text, command.out, config, log)
+        coded = text_codec.compress(command.artifact, command.text, command.out, config, log)
     size, header = len(coded.data), len(coded.data) - coded.payload_bits // 8
     rate = f"{8 * size / coded.text_bytes:.4f} bits per byte" if coded.text_bytes else "empty"
     print(
@@ -180,7 +181,7 @@ def _compress(command: Compress) -> None:
 
 def _decompress(command: Decompress) -> None:
     with _bar("decoding") as log:
-        size = codec.decompress(command.artifact, command.coded, command.text, command.force, log)
+        size = text_codec.decompress(command.artifact, command.coded, command.text, command.force, log)
     print(f"{size:,} bytes of text in {command.text}; the checksum is right")
 
 

@@ -283,7 +283,7 @@ def score_rank(source: dict[str, Any], rank: int, world: int, meeting: str, log:
 
 def compress(source: dict[str, Any], log: Log) -> dict[str, Any]:
     """The audited tokens as the codec writes them: data in base64, payload bits and the bits that it aimed at."""
-    from hedgemix.codec import compress_tokens
+    from hedgemix.codec.text_codec import compress_tokens
 
     read = Source(**source)
     torch.set_num_threads(read.threads)
@@ -298,7 +298,7 @@ def compress(source: dict[str, Any], log: Log) -> dict[str, Any]:
 
 def decompress(artifact_path: str, data_path: str, threads: int, log: Log) -> dict[str, Any]:
     """The number and SHA-256 of the tokens (uint16) that the codec reads out of a file, with the artifact alone."""
-    from hedgemix.codec import decompress_tokens
+    from hedgemix.codec.text_codec import decompress_tokens
 
     torch.set_num_threads(threads)
     tokens_N = decompress_tokens(artifact.read(artifact_path), Path(data_path).read_bytes(), log=log)

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from textdata import ODD, TEXTS, processor
 from tinyartifact import CONFIG, Case
 
-from hedgemix import cli, codec
+from hedgemix import cli
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import Artifact
-from hedgemix.codec import CodecError, compress_tokens, decompress_tokens
+from hedgemix.codec import text_codec
+from hedgemix.codec.text_codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.data import tokenizer
 from hedgemix.experts.registry import EXPERTS
@@ -92,7 +93,7 @@ def test_a_fresh_process_with_nothing_but_the_two_files_decodes(case: Case, tmp_
     there = tmp_path / "there"
     there.mkdir()
     shutil.copy(case.artifact, there / "a.hmx")
-    codec.compress(case.artifact, source, there / "coded", CONFIG, silent)
+    text_codec.compress(case.artifact, source, there / "coded", CONFIG, silent)
     shutil.rmtree(source.parent)
     command = [sys.executable, "-m", "hedgemix.cli", "decompress", "a.hmx", "coded", "text"]
     done = subprocess.run(command, cwd=there, capture_output=True, text=True)
@@ -128,12 +129,12 @@ def test_a_cut_file_is_refused(found: Artifact, coded: bytes, length: int) -> No
 def test_a_header_that_cannot_be_is_refused(
     found: Artifact, coded: bytes, fields: dict[int, int], settings: bytes | None
 ) -> None:
-    prefix = list(codec.PREFIX.unpack_from(coded))
-    packed = coded[codec.PREFIX.size : codec.PREFIX.size + prefix[-1]] if settings is None else settings
+    prefix = list(text_codec.PREFIX.unpack_from(coded))
+    packed = coded[text_codec.PREFIX.size : text_codec.PREFIX.size + prefix[-1]] if settings is None else settings
     prefix[-1] = len(packed)
     for place, value in fields.items():
         prefix[place] = value
-    content = codec.PREFIX.pack(*prefix) + packed
+    content = text_codec.PREFIX.pack(*prefix) + packed
     with pytest.raises(CodecError, match="code the text again"):
         decompress_tokens(found, content + hashlib.sha256(content).digest())
 
@@ -155,8 +156,8 @@ def test_other_conditions_are_refused_by_name_and_can_be_tried(
     def other(config: EvaluateConfig) -> dict[str, object]:
         return {**conditions(config), "torch": "9.9", "dtype": "float8"}
 
-    conditions = codec.conditions
-    monkeypatch.setattr(codec, "conditions", other)
+    conditions = text_codec.conditions
+    monkeypatch.setattr(text_codec, "conditions", other)
     with pytest.raises(CodecError) as refused:
         decompress_tokens(found, coded)
     assert f"torch {torch.__version__} (here 9.9); dtype float32 (here float8)" in str(refused.value)
@@ -182,7 +183,7 @@ def test_threads_change_nothing(found: Artifact, coded: bytes) -> None:
 
 
 def test_settings_follow_the_artifact(found: Artifact) -> None:
-    assert codec.settings_for(found).window_tokens == tinyartifact.CONTEXT
+    assert text_codec.settings_for(found).window_tokens == tinyartifact.CONTEXT
     with pytest.raises(RecipeError, match="window_tokens"):
         compress_tokens(found, tokens_of("x"), replace(CONFIG, window_tokens=1000))
 

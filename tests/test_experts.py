@@ -13,11 +13,11 @@ import torch
 from tinyartifact import CONFIG, Case
 
 from hedgemix.artifact import format as artifact
+from hedgemix.codec.predictor import Predictor
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import ngram, registry
 from hedgemix.experts.registry import EXPERTS, Expert, Recency
 from hedgemix.mixers.batch_mixer import Mixer
-from hedgemix.predictor import Predictor
 
 VOCAB = 40
 TEXT = (np.random.default_rng(0).zipf(1.4, 300) % (VOCAB // 2)).astype(np.uint16)

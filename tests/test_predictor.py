@@ -12,10 +12,10 @@ import torch
 from tinyartifact import CONFIG, Case
 
 from hedgemix.artifact import format as artifact
+from hedgemix.codec.predictor import Predictor
 from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.predictor import Predictor
 
 FROZEN = replace(CONFIG, ttt=replace(CONFIG.ttt, enabled=False))
 

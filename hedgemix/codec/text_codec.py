@@ -43,10 +43,10 @@ import torch
 
 from hedgemix.artifact.format import Artifact
 from hedgemix.artifact.format import read as read_artifact
+from hedgemix.codec.predictor import Predictor
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
 from hedgemix.data import tokenizer
 from hedgemix.evaluate.evaluator import load_model
-from hedgemix.predictor import Predictor
 from hedgemix.runtime import source_bundle
 from hedgemix.runtime.files import Log, replacing, silent
 
@@ -92,7 +92,7 @@ def settings_for(artifact: Artifact) -> EvaluateConfig:
 def conditions(config: EvaluateConfig) -> dict[str, Any]:
     """List what must be equal for two machines to compute the same probabilities to the last bit."""
     return {
-        "hedgemix": source_bundle.digest("hedgemix.predictor")[:16],
+        "hedgemix": source_bundle.digest("hedgemix.codec.predictor")[:16],
         "torch": torch.__version__,
         "constriction": metadata.version("constriction"),
         "device": "cpu",

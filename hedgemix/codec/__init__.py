@@ -1,0 +1,1 @@
+"""Text to bits and back, one token at a time."""
