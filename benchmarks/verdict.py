@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.disturbance import Bounds
-from hedgemix import script, stages
+from hedgemix import stages
 from hedgemix.runtime.files import read_json, sha256_of, write_json
 from hedgemix.runtime.layout import RESULT
+from hedgemix.standalone import script
 from pipeline import record
 from pipeline.store import Storage
 

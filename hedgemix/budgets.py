@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hedgemix import overlap, script, stages
+from hedgemix import overlap, stages
 from hedgemix.artifact import format as artifact
 from hedgemix.claim import Claim
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import map_shard
 from hedgemix.finding import Finding
+from hedgemix.standalone import script
 
 KNOWN_SHARE = 0.5
 """A validation shard of whose windows this share occurs in the training text was trained on."""

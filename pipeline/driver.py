@@ -15,9 +15,10 @@ import ray
 from ray.exceptions import RayError
 from rich.console import Console
 
-from hedgemix import script, stages
+from hedgemix import stages
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import ERROR
+from hedgemix.standalone import script
 from pipeline import metrics, tasks
 from pipeline.board import BoardActor
 from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain

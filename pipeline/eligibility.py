@@ -7,9 +7,10 @@ import datetime
 from dataclasses import dataclass
 from typing import Any
 
-from hedgemix import __version__, script, stages
+from hedgemix import __version__, stages
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import LOG, TRACE
+from hedgemix.standalone import script
 from pipeline.records import Record
 from pipeline.significance import mixed
 

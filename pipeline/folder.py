@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hedgemix import script
 from hedgemix.config import RecipeError, to_dict
+from hedgemix.standalone import script
 from pipeline import records
 from pipeline.eligibility import About, Seed, audited, check, logs, obstacles
 from pipeline.readme import log_name, machine, readme
@@ -119,7 +119,7 @@ def finite(value: float) -> float | None:
 
 
 def log(record: Record, seed: Seed) -> str:
-    """A seed's log: lines for people, and the JSON lines that `alone.replayed` reads."""
+    """A seed's log: lines for people, and the JSON lines that `standalone.replayed` reads."""
     row = seed.row
     told = {name: row[name] for name in TOLD} | {"recipe": json.loads(row["config"])}
     lines = [

@@ -20,12 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hedgemix import script, stages
+from hedgemix import stages
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.data import corpus
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import scoring_order
 from hedgemix.runtime.layout import RECORDS, STEP_NAMES
+from hedgemix.standalone import script
 from pipeline.step import Step
 from pipeline.store import Storage
 

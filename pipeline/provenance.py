@@ -11,7 +11,8 @@ from typing import Any
 import ray
 import torch
 
-from hedgemix import __version__, script
+from hedgemix import __version__
+from hedgemix.standalone import script
 
 
 @cache

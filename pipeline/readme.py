@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hedgemix import script
 from hedgemix.config import Recipe
+from hedgemix.standalone import script
 from pipeline.eligibility import About, audited
 from pipeline.records import Record
 

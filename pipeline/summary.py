@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hedgemix import script
 from hedgemix.config import RecipeError
+from hedgemix.standalone import script
 from pipeline import comparison, eligibility, records, significance
 from pipeline.comparison import HEADS
 from pipeline.console import cell

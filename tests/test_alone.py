@@ -14,11 +14,12 @@ import pytest
 import tinyseed
 import torch
 
-from hedgemix import alone, script
 from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime.files import load_tensors, read_json, sha256_of
 from hedgemix.stages import QuantizeResult, ScoreResult, TrainStageResult
+from hedgemix.standalone import main as standalone
+from hedgemix.standalone import script
 from hedgemix.train.trainer import Run
 
 CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "2", "--train.reserve-seconds", "0.8"]
@@ -38,7 +39,7 @@ def ran(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(recipe: Recipe, *options: str) -> int:
-    return alone.main(to_dict(recipe), {}, 80_000, options)
+    return standalone.main(to_dict(recipe), {}, 80_000, options)
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -96,12 +97,12 @@ def test_what_is_done_is_not_done_again(recipe: Recipe, ran: Path, capsys: pytes
 
 def test_over_a_limit_the_exit_code_says_so(recipe: Recipe, ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {"train": TrainStageResult, "score": ScoreResult, "quantize": QuantizeResult, "evaluate": EvaluateResult}
-    found = alone.Results(*(from_dict(kind, scores(ran / name)) for name, kind in kinds.items()))
+    found = standalone.Results(*(from_dict(kind, scores(ran / name)) for name, kind in kinds.items()))
     for limit, value in (("train_seconds", 0.5), ("evaluate_seconds", 0.01), ("total_bytes", 90_000)):
         limited = replace(recipe, limits=replace(recipe.limits, **{limit: value}))
-        assert alone.report(limited, 3, found, 80_000, ran, print) == 1
+        assert standalone.report(limited, 3, found, 80_000, ran, print) == 1
         assert "over a limit: " in capsys.readouterr().out and len(scores(ran)["over"]) == 1
-    assert alone.report(recipe, 3, found, 80_000, ran, print) == 0
+    assert standalone.report(recipe, 3, found, 80_000, ran, print) == 0
 
 
 def test_mistakes_are_told(
@@ -149,8 +150,8 @@ def test_the_text_may_lie_elsewhere(
 ) -> None:
     (tmp_path / "tokens.model").touch()
     theirs = replace(recipe, data=replace(recipe.data, source=source, tokenizer=tokenizer))
-    options = alone.parse(["--data", *(place.format(here=tmp_path) for place in given), "--cpus", "3"])
-    found = alone.placed(theirs, options)
+    options = standalone.parse(["--data", *(place.format(here=tmp_path) for place in given), "--cpus", "3"])
+    found = standalone.placed(theirs, options)
     for name, value in expected.items():
         wanted = value.format(here=tmp_path) if isinstance(value, str) else value
         assert getattr(found.data, name) == wanted

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from tinyrun import Record, make
 
-from hedgemix import budgets, script
+from hedgemix import budgets
 from hedgemix.claim import Claim
 from hedgemix.config import LimitsConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.data.shards import map_shard
+from hedgemix.standalone import script
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def without_documentation(text: str) -> str:
 
 
 def test_the_library_says_the_same_without() -> None:
-    for name, source in source_bundle.sources("hedgemix.alone").items():
+    for name, source in source_bundle.sources("hedgemix.standalone.main").items():
         module = __import__(name, fromlist=["x"])
         assert without_documentation(source) == without_documentation(inspect.getsource(module)), name
 

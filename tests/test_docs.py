@@ -19,9 +19,9 @@ import pytest
 import tinyrun
 from ray.scripts.scripts import cli as ray_command
 
-from hedgemix import alone
 from hedgemix.experts import registry
 from hedgemix.runtime.files import read_json
+from hedgemix.standalone import main as standalone
 from pipeline import cli, record, status_view
 from pipeline.schema import Row
 from pipeline.store import Storage
@@ -184,7 +184,7 @@ def options(program: str, command: str) -> frozenset[str]:
         "hedgemix": cli.main,
         "record.py": lambda: record.main([command, "--help"]),
         "--status": lambda: status_view.main(["--help"]),
-        "train_gpt.py": lambda: alone.parse(["--help"]),
+        "train_gpt.py": lambda: standalone.parse(["--help"]),
     }
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 import tinyrecord
 
-from hedgemix import alone, script
 from hedgemix.config import config_hash, to_dict
 from hedgemix.runtime.files import read_json
+from hedgemix.standalone import main as standalone
+from hedgemix.standalone import script
 from pipeline import record, status
 from pipeline.store import Storage
 
@@ -55,7 +56,7 @@ def test_the_seed_alone_gives_the_same_bits(undisturbed: tuple[Path, int, str], 
     assert done.code_bytes == script.n_bytes(recipe) and done.code_sha256 == script.sha256()
     assert list(done.requirements) == script.requirements(recipe)
     options = ["--seed", "1", "--out", str(tmp_path / "alone")]
-    assert alone.main(to_dict(recipe), {}, int(done.code_bytes), options) == 0
+    assert standalone.main(to_dict(recipe), {}, int(done.code_bytes), options) == 0
     found = read_json(tmp_path / "alone" / "result.json")
     for column in (*BITS, "artifact_sha256", "train_loss_nats", "nats_per_token"):
         assert found[column] == done[column], column

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from hedgemix import script
 from hedgemix.config import DataConfig, Recipe
 from hedgemix.data.dataset import Dataset
 from hedgemix.recipes import RECIPES
+from hedgemix.standalone import script
 from pipeline import graph
 from pipeline.store import Storage
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import tinyseed
 
-from hedgemix import alone, recipes, script
+from hedgemix import recipes
 from hedgemix.config import Recipe
-from hedgemix.importer import Bundle
 from hedgemix.runtime import source_bundle
 from hedgemix.runtime.files import read_json
+from hedgemix.standalone import main as standalone
+from hedgemix.standalone import script
+from hedgemix.standalone.importer import Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = """
@@ -91,7 +93,7 @@ def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path) -> None:
             held.get_source("hedgemix.nowhere")
     finally:
         sys.meta_path.remove(held)
-    assert alone.main(held.recipe, held.sources, 1, ["--unpack", str(tmp_path / "out")]) == 0
+    assert standalone.main(held.recipe, held.sources, 1, ["--unpack", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "hedgemix" / "__init__.py").read_text() == held.sources["hedgemix"]
     assert (tmp_path / "out" / "hedgemix" / "train" / "trainer.py").read_text() == held.sources[
         "hedgemix.train.trainer"

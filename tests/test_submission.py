@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import tinyseed
 
-from hedgemix import alone, claim, script
+from hedgemix import claim
 from hedgemix.config import RecipeError, to_dict
 from hedgemix.runtime.files import read_json
+from hedgemix.standalone import main as standalone
+from hedgemix.standalone import script
 from pipeline import cli
 from pipeline.eligibility import About
 from pipeline.folder import submit
@@ -84,11 +86,11 @@ def test_the_folder_says_what_the_table_does(finished: Path, submitted: Path) ->
 def test_its_file_repeats_its_log(finished: Path, submitted: Path, tmp_path: Path) -> None:
     """The file itself is run by tests/test_script.py; here the same code reads the log."""
     log, row = submitted / "train_seed2.log", rows(finished)[1]
-    told, fractions = alone.replayed(log)
+    told, fractions = standalone.replayed(log)
     assert told["seed"] == 2 and len(fractions) == row["steps"] and told["recipe"] == json.loads(row["config"])
     recipe = json.loads(row["config"])
     code = (submitted / "train_gpt.py").stat().st_size
-    assert alone.main(recipe, {}, code, ["--replay", str(log), "--out", str(tmp_path / "again")]) == 0
+    assert standalone.main(recipe, {}, code, ["--replay", str(log), "--out", str(tmp_path / "again")]) == 0
     assert tinyseed.same(
         read_json(tmp_path / "again" / "result.json"),
         {name: row[name] for name in ("bpb_full", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_published")}

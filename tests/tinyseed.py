@@ -12,9 +12,10 @@ from typing import Any
 import tinyrecord
 from rich.console import Console
 
-from hedgemix import script, stages
+from hedgemix import stages
 from hedgemix.config import Recipe, from_dict
 from hedgemix.data import dataset as datasets
+from hedgemix.standalone import script
 from pipeline import graph, record
 from pipeline.provenance import origin
 from pipeline.recovery import clocked

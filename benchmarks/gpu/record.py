@@ -16,12 +16,13 @@ from benchmarks.gpu.scoring import final_nats
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import emptied, evaluated, shortened
 from benchmarks.timing import once
-from hedgemix import isolation, script, stages
+from hedgemix import isolation, stages
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import load_model, score_model
+from hedgemix.standalone import script
 from hedgemix.witness import Source
 
 STAGES = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")

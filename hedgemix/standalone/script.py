@@ -1,8 +1,8 @@
 """train_gpt.py: one file that trains, quantizes and scores a seed of a recipe, made of the library's own source.
 
 It begins with what a person reads and the importer of `importer.py`; then come, compressed, every module that
-`hedgemix.alone` can import (`source_bundle.sources`) and the recipe. Seeds are an option of it, so the file is the
-recipe's, and its size is the code that a score's bytes count. The same sources and recipe give the same bytes.
+`hedgemix.standalone.main` can import (`source_bundle.sources`) and the recipe. Seeds are an option of it, so the file
+is the recipe's, and its size is the code that a score's bytes count. The same sources and recipe give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hedgemix.config import Recipe, to_dict
 from hedgemix.runtime import source_bundle
 
 NAME = "train_gpt.py"
-ENTRY = "hedgemix.alone"
+ENTRY = "hedgemix.standalone.main"
 PACKAGES = ("numpy", "sentencepiece", "torch", "zstandard")
 """All that the sources import beside Python's own; pyarrow too, for text files."""
 HEADER = '''"""One seed of recipe {name}: trained, quantized and scored by this file alone. Made by hedgemix {version}.
@@ -43,10 +43,10 @@ BUNDLE = Bundle(__file__, DATA)
 if __name__ == "__main__":
     import traceback
 
-    from hedgemix import alone
+    from hedgemix.standalone import main
 
     sys.excepthook = traceback.print_exception  # Python's own asks no importer for the lines, before 3.13
-    sys.exit(alone.main(BUNDLE.recipe, BUNDLE.sources, BUNDLE.n_bytes, sys.argv[1:]))
+    sys.exit(main.main(BUNDLE.recipe, BUNDLE.sources, BUNDLE.n_bytes, sys.argv[1:]))
 """
 FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
 """pb 0 is for text."""

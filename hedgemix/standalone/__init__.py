@@ -1,0 +1,1 @@
+"""train_gpt.py: a seed without a cluster, in one file."""
