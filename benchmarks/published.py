@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
-from hedgemix.claim import Claim, claims
+from hedgemix.audit.claim import Claim, claims
 from hedgemix.config import RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data.bpb import bits_per_byte

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hedgemix import audit, scorer
 from hedgemix.artifact import inspection
 from hedgemix.artifact.format import ArtifactError
+from hedgemix.audit import auditor, external_scorer
 from hedgemix.codec import text_codec
 from hedgemix.codec.text_codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
@@ -205,7 +205,7 @@ def _audit(command: Audit) -> None:
     if command.run is not None:
         if command.tokens or command.report:
             raise RecipeError("--tokens and --report go with --scorer; --first-tokens bounds the audit of a record")
-        plan = audit.Plan(
+        plan = auditor.Plan(
             first_tokens=command.first_tokens,
             draws=command.draws,
             cuts=command.cuts,
@@ -214,11 +214,11 @@ def _audit(command: Audit) -> None:
             tolerance=command.tolerance,
             seed=command.draw_seed,
         )
-        sys.exit(audit.record(command.run, command.seeds, command.claim, plan, console))
+        sys.exit(auditor.record(command.run, command.seeds, command.claim, plan, console))
     if command.tokens is None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
     options = command.draws, command.cuts, command.draw_seed, command.report
-    sys.exit(scorer.report(command.scorer, command.tokens, *options, console))
+    sys.exit(external_scorer.report(command.scorer, command.tokens, *options, console))
 
 
 COMMANDS: Commands = {

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hedgemix import claim, stages
+from hedgemix import stages
+from hedgemix.audit import claim
 from hedgemix.config import Recipe, config_hash, to_dict
 from pipeline.graph import RecordPlan
 from pipeline.schema import Row

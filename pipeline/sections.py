@@ -19,9 +19,9 @@ import numpy as np
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact import inspection
 from hedgemix.artifact.format import ArtifactError, Parts
+from hedgemix.audit.findings import number
 from hedgemix.data import tokenizer
 from hedgemix.evaluate.breakdown import DOCUMENTS, TOKENS
-from hedgemix.finding import number
 from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
 from pipeline import figures
 from pipeline.page import Plot, Section, Table

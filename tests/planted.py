@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix import witness
+from hedgemix.audit import replay
 from hedgemix.evaluate import evaluator
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
@@ -39,12 +39,12 @@ def eager() -> Iterator[None]:
 
 def testify(log: Any, **given: Any) -> None:
     with eager():
-        witness.testify(log=log, **given)
+        replay.testify(log=log, **given)
 
 
 def score_rank(log: Any, **given: Any) -> dict[str, Any]:
     with eager():
-        return witness.score_rank(log=log, **given)
+        return replay.score_rank(log=log, **given)
 
 
 @contextmanager
@@ -167,19 +167,19 @@ def moved_unseen() -> Iterator[None]:
 @contextmanager
 def reads_more() -> Iterator[None]:
     """An evaluation that opens a file beside the artifact and the text."""
-    begin = witness.begin
+    begin = replay.begin
 
     def reading(*given: Any) -> Any:
         SECRET.read_bytes()
         return begin(*given)
 
-    with patch.object(witness, "begin", reading):
+    with patch.object(replay, "begin", reading):
         yield
 
 
 def reading_witness(log: Any, **given: Any) -> None:
     with eager(), reads_more():
-        witness.testify(log=log, **given)
+        replay.testify(log=log, **given)
 
 
 def differing_rank(rank: int, log: Any, **given: Any) -> dict[str, Any]:
@@ -193,14 +193,14 @@ def differing_rank(rank: int, log: Any, **given: Any) -> dict[str, Any]:
                 parameter.mul_(1 + 0.01 * rank)
 
     with eager(), patch.object(Adapter, "learn", alone):
-        return witness.score_rank(rank=rank, log=log, **given)
+        return replay.score_rank(rank=rank, log=log, **given)
 
 
 def compress(source: dict[str, Any], log: Any) -> dict[str, Any]:
     """In place of a codec: the tokens as they are, and the bits that one would need."""
-    read = witness.Source(**source)
+    read = replay.Source(**source)
     with eager():
-        work = witness.begin(read)
+        work = replay.begin(read)
         work.play()
     data, bits = read.read().astype("<u2").tobytes(), float(work.nats_N[1:].sum()) / math.log(2)
     return {"data": base64.b64encode(data).decode(), "payload_bits": math.ceil(bits) + 32, "ideal_bits": bits}

@@ -16,11 +16,11 @@ import pytest
 from tinyartifact import CONFIG
 from tinyrun import Record, make
 
-from hedgemix import audit, claim, isolation
-from hedgemix.audit import Audit, Plan
+from hedgemix.audit import auditor, claim, sandbox
+from hedgemix.audit.auditor import Audit, Plan
+from hedgemix.audit.findings import Finding, failed
 from hedgemix.config import RecipeError
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.finding import Finding, failed
 from hedgemix.runtime.files import read_json, write_json
 
 PLAN = Plan(
@@ -48,22 +48,22 @@ def record(made: Record, tmp_path: Path) -> Record:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work of other processes done in this one, through JSON all the same; but for ranks, which are several."""
-    elsewhere = isolation.run
+    elsewhere = sandbox.run
 
-    def run(work: str, arguments: Any, readable: Any, log: Any = lambda record: None) -> isolation.Outcome:
+    def run(work: str, arguments: Any, readable: Any, log: Any = lambda record: None) -> sandbox.Outcome:
         if "rank" in arguments:
             return elsewhere(work, arguments, readable)
         module, _, name = work.partition(":")
         function = getattr(importlib.import_module(module), name)
         value = function(**json.loads(json.dumps(arguments)), log=lambda told: log(json.loads(json.dumps(told))))
-        return isolation.Outcome(value, isolation.Confined(), 0.0)
+        return sandbox.Outcome(value, sandbox.Confined(), 0.0)
 
-    monkeypatch.setattr(isolation, "run", run)
+    monkeypatch.setattr(sandbox, "run", run)
 
 
 def repeated(record: Record, plan: Plan = SHORT, name: str = "final") -> Audit:
-    work = audit.start(record.claim(name), plan, lambda found: None)
-    audit.repeat(work, 640)
+    work = auditor.start(record.claim(name), plan, lambda found: None)
+    auditor.repeat(work, 640)
     return work
 
 
@@ -74,7 +74,7 @@ def named(findings: list[Finding]) -> dict[str, Finding]:
 @pytest.mark.usefixtures("here")
 def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record) -> None:
     told: list[Finding] = []
-    findings = audit.run(record.claim(), PLAN, told.append)
+    findings = auditor.run(record.claim(), PLAN, told.append)
     assert [found.headline for found in findings if not found.passed] == [] and told == findings
     assert {found.name for found in findings} == {
         "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained",
@@ -114,7 +114,7 @@ def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record
 def test_further_experts_pass_every_check_of_a_repeated_run(tmp_path: Path) -> None:
     config = replace(CONFIG, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))
     work = repeated(make(tmp_path / "runs", config))
-    audit.ranks_agree(work)
+    auditor.ranks_agree(work)
     assert work.findings and failed(work.findings) == []
     assert set(EXPERTS) < set(work.parts["replay"][0]["result"]["expert_names"])
 
@@ -174,7 +174,7 @@ def test_an_evaluation_that_reads_another_file_is_caught_and_the_rest_still_told
 @pytest.mark.usefixtures("here")
 def test_ranks_with_different_weights_are_caught(record: Record) -> None:
     work = repeated(record, replace(SHORT, rank="planted:differing_rank"))
-    audit.ranks_agree(work)
+    auditor.ranks_agree(work)
     assert failed(work.findings) == ["world-size"]
     violations = named(work.findings)["world-size"].figures["violations"]
     assert any("different weights" in line for line in violations)
@@ -212,7 +212,7 @@ def test_a_reported_score_below_what_is_coded_is_caught(
 ) -> None:
     spoil(record)
     work = repeated(record)
-    work.find(audit.really_coded(work, 640))
+    work.find(auditor.really_coded(work, 640))
     assert failed(work.findings) == caught
 
 
@@ -225,30 +225,30 @@ def test_the_first_tokens_are_whole_chunks_and_follow_the_whole_texts_schedule(r
 
 @pytest.mark.usefixtures("here")
 def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None:
-    def dies(*given: Any) -> isolation.Outcome:
-        raise isolation.WorkError("it broke")
+    def dies(*given: Any) -> sandbox.Outcome:
+        raise sandbox.WorkError("it broke")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(isolation, "run", dies)
-        findings = audit.run(record.claim(), PLAN)
+        patch.setattr(sandbox, "run", dies)
+        findings = auditor.run(record.claim(), PLAN)
     assert [found.name for found in findings if found.passed] == ["limits", "unseen"]
     assert named(findings)["bits"].headline == "it broke"
     assert not pd.read_parquet(record.table).set_index("seed").loc[7].audited
 
 
 def test_what_is_drawn_covers_the_text(record: Record) -> None:
-    work = audit.start(record.claim(), PLAN, lambda found: None)
+    work = auditor.start(record.claim(), PLAN, lambda found: None)
     stop = work.source.tokens
-    positions = audit.draw_positions(work.spans, work, 12)
+    positions = auditor.draw_positions(work.spans, work, 12)
     assert positions[0] == 1 and positions[-1] == stop - 1 and 12 <= len(positions) <= 14
     assert any(t < stop / 3 for t in positions[1:]) and any(2 * stop / 3 < t for t in positions[:-1])
     for seed in range(20):
-        first, last = audit.draw_cuts(work.spans, 2, seed)
+        first, last = auditor.draw_cuts(work.spans, 2, seed)
         assert 1 <= first <= stop / 2 <= last <= stop - 2 and last >= work.spans[1].start
-        assert audit.draw_cuts(work.spans[:1], 1, seed)[0] <= work.spans[0].stop - 2
+        assert auditor.draw_cuts(work.spans[:1], 1, seed)[0] <= work.spans[0].stop - 2
 
 
 @pytest.mark.parametrize("field", ["draws", "cuts", "coded_tokens", "first_tokens"])
 def test_a_plan_that_cannot_be_carried_out_is_refused(record: Record, field: str) -> None:
     with pytest.raises(RecipeError, match="must be positive"):
-        audit.start(record.claim(), replace(PLAN, **{field: -1}), lambda found: None)
+        auditor.start(record.claim(), replace(PLAN, **{field: -1}), lambda found: None)

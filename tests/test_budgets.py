@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tinyrun import Record, make
 
-from hedgemix import budgets
-from hedgemix.claim import Claim
+from hedgemix.audit import limits
+from hedgemix.audit.claim import Claim
 from hedgemix.config import LimitsConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
@@ -34,7 +34,7 @@ def sound(made: Record, tmp_path: Path) -> Claim:
 
 
 def test_bytes_are_counted_from_the_file_and_the_code(sound: Claim) -> None:
-    found = budgets.limits(sound)
+    found = limits.limits(sound)
     total = sound.artifact.stat().st_size + script.n_bytes(sound.recipe)
     assert found.passed and f"{total:,} of 300,000 bytes" in found.headline
 
@@ -42,15 +42,15 @@ def test_bytes_are_counted_from_the_file_and_the_code(sound: Claim) -> None:
         return replace(sound, recipe=replace(sound.recipe, limits=LimitsConfig(**fields)))  # type: ignore[arg-type]
 
     # The recipe is in the file that counts, so another limit changes it by some bytes.
-    assert budgets.limits(limited(total_bytes=total + 50)).passed
+    assert limits.limits(limited(total_bytes=total + 50)).passed
     for fields, message in (
         ({"total_bytes": total - 50}, f"bytes, the recipe allows {total - 50:,}"),
         ({"train_seconds": 0.5}, "1.0 training seconds"),
         ({"evaluate_seconds": 0.001}, "evaluation seconds"),
     ):
-        found = budgets.limits(limited(**fields))
+        found = limits.limits(limited(**fields))
         assert not found.passed and message in found.headline
-    found = budgets.limits(replace(sound, row={**sound.row, "artifact_bytes": 5}))
+    found = limits.limits(replace(sound, row={**sound.row, "artifact_bytes": 5}))
     assert not found.passed and "the row says 5" in found.headline
 
 
@@ -78,14 +78,14 @@ def hidden(claim: Claim) -> None:
     [(copied, "is validation shard val_000000.bin"), (linked, "is validation shard val_000000.bin"), (hidden, "100%")],
 )
 def test_training_on_the_validation_text_is_caught(sound: Claim, spoil: Callable[[Claim], None], message: str) -> None:
-    found = budgets.unseen(sound, 200, 0)
+    found = limits.unseen(sound, 200, 0)
     assert found.passed and found.figures["windows"] > 190 and found.figures["windows_in_training_text"] == 0
     spoil(sound)
     digest = datasets.edges_sha256(Path(shard) for shard in sound.dataset.train_shards)
     spoiled = replace(
         sound, row={**sound.row, "train_sha256": digest}, dataset=replace(sound.dataset, train_sha256=digest)
     )
-    found = budgets.unseen(spoiled, 200, 0)
+    found = limits.unseen(spoiled, 200, 0)
     assert not found.passed and message in found.headline and found.figures["largest_share_of_a_shard"] == 1
 
 
@@ -94,11 +94,11 @@ def test_a_little_in_common_is_told_and_passes(sound: Claim) -> None:
     shards.write_shard(place(sound, 1), np.concatenate([text[: len(text) // 4], old[len(text) // 4 :]]))
     digest = datasets.edges_sha256(Path(shard) for shard in sound.dataset.train_shards)
     row = {**sound.row, "train_sha256": digest}
-    found = budgets.unseen(replace(sound, row=row, dataset=replace(sound.dataset, train_sha256=digest)), 200, 0)
+    found = limits.unseen(replace(sound, row=row, dataset=replace(sound.dataset, train_sha256=digest)), 200, 0)
     assert found.passed and 0.1 < found.figures["largest_share_of_a_shard"] < 0.3
 
 
 @pytest.mark.parametrize("name", ["valid_sha256", "train_sha256", "tokenizer_sha256"])
 def test_other_texts_than_the_rows_are_caught(sound: Claim, name: str) -> None:
-    found = budgets.unseen(replace(sound, row={**sound.row, name: "0" * 64}), 10, 0)
+    found = limits.unseen(replace(sound, row={**sound.row, name: "0" * 64}), 10, 0)
     assert not found.passed and f"{name} is " in found.headline and "the row says 000" in found.headline

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from tinyrun import Record, make
 
-from hedgemix import claim, cli
+from hedgemix import cli
+from hedgemix.audit import claim
 from hedgemix.config import RecipeError
 from pipeline.schema import Row
 from pipeline.store import Storage

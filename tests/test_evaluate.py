@@ -24,6 +24,7 @@ from unattended import unattended
 
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import ArtifactError
+from hedgemix.audit.sandbox import FORBIDDEN
 from hedgemix.config import RecipeError, TTTConfig
 from hedgemix.data import tokenizer
 from hedgemix.data.device_text import Text
@@ -32,7 +33,6 @@ from hedgemix.evaluate.evaluator import Evaluation, load_model, score_model
 from hedgemix.evaluate.scoring_order import Piece, chunks, piece_rows, pieces
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
-from hedgemix.isolation import FORBIDDEN
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import Mixer
 

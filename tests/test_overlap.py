@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hedgemix import overlap
-from hedgemix.overlap import WINDOW
+from hedgemix.audit import contamination
+from hedgemix.audit.contamination import WINDOW
 
 
 def plain(windows: np.ndarray, shard: np.ndarray) -> list[bool]:
@@ -16,23 +16,23 @@ def plain(windows: np.ndarray, shard: np.ndarray) -> list[bool]:
 
 @pytest.mark.parametrize("alphabet", [2, 1024])
 def test_windows_are_found_wherever_they_begin(monkeypatch: pytest.MonkeyPatch, alphabet: int) -> None:
-    monkeypatch.setattr(overlap, "PIECE_TOKENS", 1024)
+    monkeypatch.setattr(contamination, "PIECE_TOKENS", 1024)
     generator = np.random.default_rng(alphabet)
     train = generator.integers(0, alphabet, 5003).astype(np.uint16)
     starts = [0, 1, 2, 3, 959, 960, 961, 1021, 1023, 1024, 4000, 5003 - WINDOW]
     windows = np.stack([train[start : start + WINDOW] for start in starts] + [train[70:134] ^ 1, train[500:564][::-1]])
     windows[-3, 5] ^= 1  # all but one token
-    drawn = overlap.Windows(windows, np.zeros(len(windows), int))
-    found = overlap.occurring(drawn, [train[:10], train])
+    drawn = contamination.Windows(windows, np.zeros(len(windows), int))
+    found = contamination.occurring(drawn, [train[:10], train])
     assert found.tolist() == plain(windows, train) and found.sum() == len(starts) - 1
-    assert not overlap.occurring(drawn, [train[: WINDOW - 1]]).any()
+    assert not contamination.occurring(drawn, [train[: WINDOW - 1]]).any()
 
 
 def test_windows_are_drawn_from_all_over_each_shard() -> None:
     first, second = np.arange(5000, dtype=np.uint16), np.arange(6000, 6000 + WINDOW + 1, dtype=np.uint16)
-    drawn = overlap.draw([first, first[:10], second], 50, 0)
+    drawn = contamination.draw([first, first[:10], second], 50, 0)
     mine = drawn.tokens[drawn.shard == 0]
     assert mine.shape == (50, WINDOW) and (np.diff(mine, axis=1) == 1).all()
     assert mine[0, 0] < 100 and mine[-1, -1] > 4890
     assert set(drawn.tokens[drawn.shard == 2][:, 0]) == {6000, 6001} and not (drawn.shard == 1).any()
-    assert len(overlap.occurring(overlap.draw([first[:5]], 9, 0), [first])) == 0
+    assert len(contamination.occurring(contamination.draw([first[:5]], 9, 0), [first])) == 0

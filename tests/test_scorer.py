@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hedgemix import cli, scorer
+from hedgemix import cli
+from hedgemix.audit import external_scorer
+from hedgemix.audit.findings import failed
 from hedgemix.config import RecipeError
 from hedgemix.data import shards
-from hedgemix.finding import failed
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 32
@@ -104,7 +105,7 @@ class Failing(Uniform):
 
 
 def audit(make: Any, tokens: np.ndarray) -> tuple[list[str], float]:
-    findings, rate = scorer.run(make, tokens, 20, 3, 0)
+    findings, rate = external_scorer.run(make, tokens, 20, 3, 0)
     assert [found.name for found in findings] == ["normalised", "order", "blind-to-target", "blind-to-future"]
     return failed(findings), rate
 
@@ -174,20 +175,20 @@ def test_the_command_reports_on_a_file_of_tokens(
 )
 def test_a_scorer_that_is_not_there_is_refused(name: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        scorer.load(name)
+        external_scorer.load(name)
 
 
 def test_texts_and_rows_of_other_kinds_are_refused(tokens: np.ndarray, tmp_path: Path) -> None:
     for value in (np.zeros((3, 3), int), np.zeros(9), np.array([1, 2]), np.array([1, 2, -3, 4])):
         np.save(tmp_path / "text.npy", value)
         with pytest.raises(RecipeError, match="one row of 4 ids"):
-            scorer.read_tokens(tmp_path / "text.npy")
+            external_scorer.read_tokens(tmp_path / "text.npy")
     for name in ("text.txt", "absent.npy", "absent.bin"):
         with pytest.raises(RecipeError, match="text.txt: give|cannot be read"):
-            scorer.read_tokens(tmp_path / name)
+            external_scorer.read_tokens(tmp_path / name)
     with pytest.raises(RecipeError, match="not a row"):
         audit(Uniform, np.append(tokens, VOCAB))
     with pytest.raises(RecipeError, match="raised ZeroDivisionError at position 1"):
         audit(Failing, tokens)
     with pytest.raises(RecipeError, match="must be positive"):
-        scorer.report("math:sqrt", tmp_path, 0, 1, 0, None, Console())
+        external_scorer.report("math:sqrt", tmp_path, 0, 1, 0, None, Console())

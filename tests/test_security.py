@@ -22,8 +22,9 @@ import tinyrecord
 import torch
 from rich.console import Console
 
-from hedgemix import claim, stages
+from hedgemix import stages
 from hedgemix.artifact import format as artifact
+from hedgemix.audit import claim
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tinyseed
 
-from hedgemix import claim
+from hedgemix.audit import claim
 from hedgemix.config import RecipeError, to_dict
 from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone

@@ -13,9 +13,9 @@ import planted
 import tinyartifact
 from tinyartifact import CONFIG
 
-from hedgemix import claim
 from hedgemix.artifact import format as artifact
-from hedgemix.claim import Claim
+from hedgemix.audit import claim
+from hedgemix.audit.claim import Claim
 from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards

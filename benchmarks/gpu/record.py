@@ -16,14 +16,15 @@ from benchmarks.gpu.scoring import final_nats
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import emptied, evaluated, shortened
 from benchmarks.timing import once
-from hedgemix import isolation, stages
+from hedgemix import stages
 from hedgemix.artifact import format as artifact
+from hedgemix.audit import sandbox
+from hedgemix.audit.replay import Source
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import load_model, score_model
 from hedgemix.standalone import script
-from hedgemix.witness import Source
 
 STAGES = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")
 LOG, TRACE = "log.jsonl", "trace.jsonl"
@@ -172,8 +173,8 @@ def audit(job: Job) -> None:
     }
     readable = [path, *map(Path, data.valid_shards)]
     try:
-        outcome = isolation.run("hedgemix.witness:testify", arguments, readable, heard.update)
-    except isolation.WorkError as error:
+        outcome = sandbox.run("hedgemix.audit.replay:testify", arguments, readable, heard.update)
+    except sandbox.WorkError as error:
         job.tell("refused", "; ".join(error.refused[:5]) or "nothing", note=str(error)[:300])
         raise
     confined = outcome.confined

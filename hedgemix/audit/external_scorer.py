@@ -28,12 +28,12 @@ from typing import Protocol
 import numpy as np
 from rich.console import Console
 
-from hedgemix.checks import LOG_SUM, blind, relative
+from hedgemix.audit.checks import LOG_SUM, blind, relative
+from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
+from hedgemix.audit.replay import altered
 from hedgemix.config import RecipeError
 from hedgemix.data.shards import map_shard
-from hedgemix.finding import Finding, failed, markdown, print_finding, timed
 from hedgemix.runtime.files import replacing
-from hedgemix.witness import altered
 
 NATS = 1e-6
 """Largest relative difference between a scorer's own total and that of its rows."""

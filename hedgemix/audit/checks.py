@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hedgemix.claim import Claim
-from hedgemix.finding import Finding
-from hedgemix.isolation import Confined
+from hedgemix.audit.claim import Claim
+from hedgemix.audit.findings import Finding
+from hedgemix.audit.sandbox import Confined
 
 LOG_SUM = 1e-5
 CHARGE_NATS = 1e-4

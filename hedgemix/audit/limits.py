@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hedgemix import overlap, stages
+from hedgemix import stages
 from hedgemix.artifact import format as artifact
-from hedgemix.claim import Claim
+from hedgemix.audit import contamination
+from hedgemix.audit.claim import Claim
+from hedgemix.audit.findings import Finding
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import map_shard
-from hedgemix.finding import Finding
 from hedgemix.standalone import script
 
 KNOWN_SHARE = 0.5
@@ -55,8 +56,8 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
     train, valid = [Path(shard) for shard in data.train_shards], [Path(shard) for shard in data.valid_shards]
     wrong = other_text(claim)
     wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
-    drawn = overlap.draw([map_shard(path) for path in valid], windows, seed)
-    occurs = overlap.occurring(drawn, [map_shard(path) for path in train])
+    drawn = contamination.draw([map_shard(path) for path in valid], windows, seed)
+    occurs = contamination.occurring(drawn, [map_shard(path) for path in train])
     counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
     shares = [float(occurs[drawn.shard == number].mean()) if count else 0.0 for number, count in enumerate(counts)]
     for path, share in zip(valid, shares, strict=True):
@@ -65,7 +66,8 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
     largest = max(shares, default=0.0)
     statement = (
         f"The texts have the hashes of the row, none of {len(valid)} validation shards is among {len(train)} training "
-        f"shards, and of {len(occurs)} drawn windows of {overlap.WINDOW} validation tokens {int(occurs.sum())} occur "
+        f"shards, and of {len(occurs)} drawn windows of {contamination.WINDOW} validation tokens {int(occurs.sum())} "
+        f"occur "
         f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)."
     )
     figures = {

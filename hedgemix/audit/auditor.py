@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from hedgemix import __version__, budgets, checks, isolation
-from hedgemix.claim import Claim, claims, columns, write_columns
+from hedgemix import __version__
+from hedgemix.audit import checks, limits, sandbox
+from hedgemix.audit.claim import Claim, claims, columns, write_columns
+from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
+from hedgemix.audit.replay import Source
+from hedgemix.audit.sandbox import WorkError
 from hedgemix.config import RecipeError, to_dict
 from hedgemix.evaluate.scoring_order import Piece, chunks, pieces
-from hedgemix.finding import Finding, failed, markdown, print_finding, timed
-from hedgemix.isolation import WorkError
 from hedgemix.runtime.files import replacing, write_json
-from hedgemix.witness import Source
 
 RANKS = 2
 RANK_CHUNKS = 3
@@ -57,10 +58,10 @@ class Plan:
     """Largest relative difference of bits between two machines or numbers of ranks."""
     seed: int = 0
     """Of everything that is drawn."""
-    witness: str = "hedgemix.witness:testify"
-    rank: str = "hedgemix.witness:score_rank"
-    coder: str = "hedgemix.witness:compress"
-    decoder: str = "hedgemix.witness:decompress"
+    witness: str = "hedgemix.audit.replay:testify"
+    rank: str = "hedgemix.audit.replay:score_rank"
+    coder: str = "hedgemix.audit.replay:compress"
+    decoder: str = "hedgemix.audit.replay:decompress"
 
 
 @dataclass
@@ -145,8 +146,8 @@ def run(
     work.progress("scoring with two ranks")
     ranks_agree(work)
     work.progress("reading the training text")
-    work.find(timed(lambda: budgets.limits(claim)))
-    work.find(timed(lambda: budgets.unseen(claim, plan.windows, plan.seed)))
+    work.find(timed(lambda: limits.limits(claim)))
+    work.find(timed(lambda: limits.unseen(claim, plan.windows, plan.seed)))
     work.progress("compressing and decompressing")
     work.find(timed(lambda: really_coded(work, coded_stop)))
     write(work)
@@ -173,7 +174,7 @@ def repeat(work: Audit, coded_stop: int) -> None:
                 judge(work, name)
 
     try:
-        outcome = isolation.run(plan.witness, arguments, work.readable(), hear)
+        outcome = sandbox.run(plan.witness, arguments, work.readable(), hear)
         work.find(checks.self_contained(outcome.confined, "", len(work.readable()), outcome.start_seconds))
         return
     except WorkError as error:
@@ -183,7 +184,7 @@ def repeat(work: Audit, coded_stop: int) -> None:
         work.find(checks.self_contained(None, message, len(work.readable()), 0.0))
         work.parts.clear()
         try:
-            isolation.run(plan.witness, arguments, None, hear)
+            sandbox.run(plan.witness, arguments, None, hear)
             return
         except WorkError as error:
             message = str(error)
@@ -238,9 +239,7 @@ def ranks_agree(work: Audit) -> None:
     def check() -> Finding:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(RANKS) as pool:
             shared = {"source": asdict(source), "world": RANKS, "meeting": f"{folder}/meeting"}
-            running = [
-                pool.submit(isolation.run, work.plan.rank, shared | {"rank": rank}, None) for rank in range(RANKS)
-            ]
+            running = [pool.submit(sandbox.run, work.plan.rank, shared | {"rank": rank}, None) for rank in range(RANKS)]
             try:
                 outcomes = [each.result().value for each in running]
             except WorkError as error:
@@ -258,10 +257,10 @@ def really_coded(work: Audit, stop: int) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "coded"
         try:
-            written = isolation.run(work.plan.coder, {"source": asdict(source)}, work.readable()).value
+            written = sandbox.run(work.plan.coder, {"source": asdict(source)}, work.readable()).value
             file.write_bytes(base64.b64decode(written["data"]))
             given = {"artifact_path": source.artifact, "data_path": str(file), "threads": source.threads}
-            back = isolation.run(work.plan.decoder, given, [work.claim.artifact, file]).value
+            back = sandbox.run(work.plan.decoder, given, [work.claim.artifact, file]).value
         except WorkError as error:
             return checks.not_done("coded", str(error))
     sha256 = hashlib.sha256(source.read().astype("<u2").tobytes()).hexdigest()

@@ -45,7 +45,7 @@ CODE = re.compile(r"\.(py|pyc|so)$|\.(egg|dist)-info/")
 """What is library code in a folder of the import path: modules, and the notes an installer left beside them."""
 START = (
     "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] = spec['path']; "
-    "from hedgemix import isolation; isolation.serve(spec)"
+    "from hedgemix.audit import sandbox; sandbox.serve(spec)"
 )
 PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
 WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
@@ -91,7 +91,7 @@ def run(
     readable: the files it may open; None: an ordinary process, without guards. log receives the records that the work
     logs, as they come. Raises WorkError when the work fails.
     """
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parent.parent.parent)
     path = [package, *(os.path.abspath(entry) for entry in sys.path)]
     files = None if readable is None else [os.path.realpath(file) for file in readable]
     spec = {"work": work, "arguments": arguments, "readable": files, "path": list(dict.fromkeys(path))}
