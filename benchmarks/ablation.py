@@ -39,7 +39,7 @@ from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
 from hedgemix.mixers.batch_mixer import Mixer
 from pipeline import graph
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import mean_and_deviation
 
 MIXER = MixerConfig()

@@ -31,7 +31,7 @@ from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
 from hedgemix.runtime.files import write_json
 from pipeline import graph, record
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "HEDGEMIX_MARKS"

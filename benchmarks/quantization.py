@@ -33,7 +33,7 @@ from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
 from hedgemix.runtime.files import load_tensors
 from pipeline import graph
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import mean_and_deviation
 
 NO_LIMIT = 2**62

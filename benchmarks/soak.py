@@ -35,7 +35,7 @@ from benchmarks import cluster as clusters
 from benchmarks import disturbance, fault, leaks, machine, verdict
 from benchmarks.disturbed import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
 from hedgemix import __version__
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import read_rows
 
 SETTLE_SECONDS = 60.0

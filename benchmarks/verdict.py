@@ -17,7 +17,7 @@ from hedgemix.runtime.files import read_json, sha256_of, write_json
 from hedgemix.runtime.layout import RESULT
 from hedgemix.standalone import script
 from pipeline import record
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 BITS = ("bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published")
 STEPS = ("train", "score", "quantize", "evaluate")

@@ -18,7 +18,7 @@ from pipeline.board import Told
 from pipeline.metrics import POSITION, measured, row_numbers
 from pipeline.schema import Row
 from pipeline.services import SERVICES, USABLE
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord
 from pipeline.tracker import Tracker
 

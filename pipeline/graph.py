@@ -28,7 +28,7 @@ from hedgemix.evaluate import scoring_order
 from hedgemix.runtime.layout import RECORDS, STEP_NAMES
 from hedgemix.standalone import script
 from pipeline.step import Step
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
 VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 7}

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from hedgemix.config import RecipeError
 from pipeline.metrics import POSITION, ROW
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord
 from pipeline.tracker import variable
 

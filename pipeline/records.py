@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.runtime.layout import RECORDS, STEPS
 from pipeline import schema
-from pipeline.store import REMOTE_URI, Storage, as_recipe_error, storage_at
+from pipeline.storage.store import REMOTE_URI, Storage, as_recipe_error, storage_at
 from pipeline.table import table_path
 
 

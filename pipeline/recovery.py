@@ -16,7 +16,7 @@ from hedgemix.runtime.clock import Clock
 from hedgemix.runtime.files import write_json
 from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
 from pipeline.step import ASIDE, Step, held, refuse_links
-from pipeline.uploader import Uploader
+from pipeline.storage.uploader import Uploader
 
 RESUMED = ("checkpoint*", CLOCK, LOG, TRACE)
 """Files of a step that a later attempt goes on from."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.mlflow_tracker import MLflow, check_mlflow
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.tensorboard_tracker import TensorBoard
 from pipeline.tracked_record import TrackedRecord
 from pipeline.tracker import Tracker

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import CLOCK, ERROR, LOG, RECORDS, RESULT, STEPS, TRACE
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 QUIET_SECONDS = 60.0
 """Work notes its clock every second, and a store gets it every five; one without a note for longer is not at work."""

@@ -21,8 +21,8 @@ from typing import Any
 from hedgemix.runtime import clock
 from hedgemix.runtime.files import sha256_of, write_json
 from hedgemix.runtime.layout import CLOCK, ERROR, RESULT, STEPS
-from pipeline.object_store import is_safe_relative_path
-from pipeline.store import Storage
+from pipeline.storage.object_store import is_safe_relative_path
+from pipeline.storage.store import Storage
 
 ASIDE = "result.damaged.json"
 NOT_MADE = (RESULT, ASIDE, "checkpoint*", CLOCK, "*.lock", ERROR, "audit*", ".*")

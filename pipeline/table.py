@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hedgemix.runtime.files import replacing
 from hedgemix.runtime.layout import RECORDS
 from pipeline.schema import Row, schema
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 
 def table_path(storage: Storage, record: str) -> Path:

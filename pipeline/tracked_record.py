@@ -11,7 +11,7 @@ from typing import Any
 
 from hedgemix.config import Recipe, to_dict
 from pipeline.graph import record_folder
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 
 @dataclass(frozen=True)

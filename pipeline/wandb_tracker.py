@@ -8,7 +8,7 @@ from typing import Any
 
 from hedgemix.config import RecipeError, to_dict
 from pipeline.metrics import POSITION, ROW
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord
 from pipeline.tracker import variable
 

@@ -67,7 +67,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     from rich.console import Console
 
     from pipeline import graph, record
-    from pipeline.store import Storage
+    from pipeline.storage.store import Storage
 
     out = tmp_path_factory.mktemp("undisturbed")
     options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline import object_store
+from pipeline.storage import object_store
 
 BUCKET = "records"
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIAOFTHETESTS000000", "AWS_SECRET_ACCESS_KEY": "secret/of+the+tests"}

@@ -14,7 +14,7 @@ from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import read_json
 from pipeline import graph, record
 from pipeline.row import build_row
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from hedgemix import cli
 from hedgemix.audit import claim
 from hedgemix.config import RecipeError
 from pipeline.schema import Row
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import write_rows
 
 

@@ -15,7 +15,7 @@ from hedgemix.config import Recipe as RecipeType
 from hedgemix.data import shards
 from hedgemix.recipes import RECIPES
 from pipeline import ray_session, record
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 
 @pytest.mark.parametrize("name", RECIPES)

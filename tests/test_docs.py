@@ -24,7 +24,7 @@ from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from pipeline import cli, record, status_view
 from pipeline.schema import Row
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent

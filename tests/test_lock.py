@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from hedgemix.config import RecipeError
-from pipeline.lock import hold
-from pipeline.store import Storage, open_storage
+from pipeline.storage.lock import hold
+from pipeline.storage.store import Storage, open_storage
 from tests.objectstore import StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]
@@ -27,8 +27,8 @@ LOCK = Path("_records/tiny/record.lock")
 HOLDER = f"""
 import sys, time
 from pathlib import Path
-from pipeline.lock import hold
-from pipeline.store import open_storage
+from pipeline.storage.lock import hold
+from pipeline.storage.store import open_storage
 with hold(open_storage(sys.argv[1], Path(sys.argv[2])), Path("{LOCK}"), **{QUICK!r}):
     print("held", flush=True)
     time.sleep(60)

@@ -15,7 +15,7 @@ from hedgemix.config import to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import write_json
 from pipeline import graph, record
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ import pytest
 from hedgemix.runtime import clock
 from pipeline.recovery import clocked, resuming, set_aside
 from pipeline.step import DamagedStepError, Made, Step, fetch, keep, perform
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.train_job import scratch
 
 

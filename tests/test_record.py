@@ -18,7 +18,7 @@ from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from hedgemix.standalone import script
 from pipeline import record, status
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from hedgemix.recipes import RECIPES
 from pipeline.console import print_results
 from pipeline.plan import plan_lines
 from pipeline.schema import SCHEMA_VERSION, Row, column_docs, markdown
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import mean_and_deviation, write_rows
 
 DONE = Row(

@@ -15,7 +15,7 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.recipes import RECIPES
 from hedgemix.standalone import script
 from pipeline import graph
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 
 def dataset(**changes: Any) -> Dataset:

@@ -38,7 +38,7 @@ from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sh
 from pipeline import ray_session, record, status
 from pipeline.recovery import resuming
 from pipeline.step import DamagedStepError, Made, Step, check, fetch, keep, perform
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import read_rows, table_path
 
 ESCAPES = ["../x", "../../x", "a/../../x", "/etc/hostname", ".", "..", "", "a//b", "a\\b", "a\nb"]

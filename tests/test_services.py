@@ -15,7 +15,7 @@ from test_trackers import SECRET, drive, row, step
 from hedgemix import recipes
 from pipeline.follower import check_trackers
 from pipeline.mlflow_tracker import MLflow
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord
 from pipeline.wandb_tracker import Wandb
 

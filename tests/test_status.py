@@ -24,9 +24,9 @@ from hedgemix.runtime.clock import FIELDS
 from hedgemix.runtime.files import write_json
 from pipeline import graph, status, status_view
 from pipeline.graph import SeedSteps
-from pipeline.lock import hold
 from pipeline.step import Step
-from pipeline.store import Storage, open_storage
+from pipeline.storage.lock import hold
+from pipeline.storage.store import Storage, open_storage
 
 RECIPE = recipes.laptop()
 DATASET = Dataset(

@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 
 from hedgemix.config import RecipeError
-from pipeline import object_store, store
-from pipeline.store import Storage, open_storage
+from pipeline.storage import object_store, store
+from pipeline.storage.store import Storage, open_storage
 from tests.objectstore import BUCKET, KEYS, StoreServer, free_port, store_process, store_server
 
 PACKED = gzip.compress(b"a" * 1000)
@@ -127,7 +127,7 @@ def test_an_upload_that_breaks_off_leaves_what_was_there(store_server: StoreServ
 BREAKS_OFF = """
 import io, sys
 from pathlib import Path
-from pipeline import object_store
+from pipeline.storage import object_store
 class Broken(io.BytesIO):
     def read(self, size=-1):
         if self.tell() > 12 * 2**20:

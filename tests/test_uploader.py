@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from hedgemix.runtime.checkpoint import Checkpoints
-from pipeline import uploader
-from pipeline.store import Storage, open_storage
-from pipeline.uploader import Uploader
+from pipeline.storage import uploader
+from pipeline.storage.store import Storage, open_storage
+from pipeline.storage.uploader import Uploader
 from tests.objectstore import StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]

@@ -21,7 +21,7 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.runtime.files import write_json
 from pipeline.schema import Row
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import write_rows
 
 

@@ -21,7 +21,7 @@ from pipeline.provenance import origin
 from pipeline.recovery import clocked
 from pipeline.row import build_row
 from pipeline.step import Made, Step, keep, perform
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import write_rows
 
 

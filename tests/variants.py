@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline import records
 from pipeline.records import Record
 from pipeline.schema import Row
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 from pipeline.table import write_rows
 
 

@@ -25,7 +25,7 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.files import read_json
 from pipeline import graph
 from pipeline.step import Made, Step, keep, perform
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
 
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 SMALL_BYTES = 2**20
 

@@ -15,7 +15,7 @@ from threading import Event, Thread
 from typing import IO, Any
 
 from hedgemix.config import RecipeError
-from pipeline.store import Storage
+from pipeline.storage.store import Storage
 
 
 @contextmanager

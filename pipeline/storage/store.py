@@ -25,7 +25,7 @@ from pyarrow import ArrowException, fs
 
 from hedgemix.config import RecipeError
 from hedgemix.runtime.files import replacing
-from pipeline.object_store import (
+from pipeline.storage.object_store import (
     CHUNK_BYTES,
     connect,
     explain_failure,

@@ -1,0 +1,1 @@
+"""Folders and object stores, and one driver a record."""
