@@ -38,7 +38,7 @@ from hedgemix.experts.ngram import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
 from hedgemix.mixers.batch_mixer import Mixer
-from pipeline import graph
+from pipeline.steps import graph
 from pipeline.storage.store import Storage
 from pipeline.table import mean_and_deviation
 

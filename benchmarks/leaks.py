@@ -13,7 +13,7 @@ import numpy as np
 
 from hedgemix.runtime.files import read_json
 from hedgemix.runtime.layout import RESULT
-from pipeline.step import ASIDE
+from pipeline.steps.step import ASIDE
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SETTLED_SECONDS = 30.0

@@ -30,7 +30,8 @@ from benchmarks import machine, report
 from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
 from hedgemix.runtime.files import write_json
-from pipeline import graph, record
+from pipeline import record
+from pipeline.steps import graph
 from pipeline.storage.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,7 +32,7 @@ from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
 from hedgemix.runtime.files import load_tensors
-from pipeline import graph
+from pipeline.steps import graph
 from pipeline.storage.store import Storage
 from pipeline.table import mean_and_deviation
 

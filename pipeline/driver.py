@@ -23,15 +23,15 @@ from pipeline import metrics, tasks
 from pipeline.board import BoardActor
 from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain
 from pipeline.follower import Trackers, follow
-from pipeline.graph import RecordPlan, SeedSteps
 from pipeline.job import Job
 from pipeline.live_view import View
 from pipeline.provenance import origin
-from pipeline.recovery import set_aside
 from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
 from pipeline.row import build_row
 from pipeline.schema import Row
-from pipeline.step import DamagedStepError, Step, check
+from pipeline.steps.graph import RecordPlan, SeedSteps
+from pipeline.steps.recovery import set_aside
+from pipeline.steps.step import DamagedStepError, Step, check
 from pipeline.table import write_rows
 from pipeline.tracked_record import TrackedRecord
 from pipeline.train_job import train_seed

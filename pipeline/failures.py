@@ -28,7 +28,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from hedgemix.config import ComputeConfig
 from hedgemix.train.trainer import DivergedError
-from pipeline.step import DamagedStepError
+from pipeline.steps.step import DamagedStepError
 
 RAY_RETRIES = 0
 """Of tasks (max_retries) and of ranks (max_restarts)."""

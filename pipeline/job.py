@@ -13,9 +13,9 @@ from hedgemix.config import Recipe
 from hedgemix.runtime import collectives
 from hedgemix.runtime.checkpoint import Kept, nothing
 from hedgemix.runtime.files import Log
-from pipeline.graph import RecordPlan
-from pipeline.recovery import resuming
-from pipeline.step import Step, fetch
+from pipeline.steps.graph import RecordPlan
+from pipeline.steps.recovery import resuming
+from pipeline.steps.step import Step, fetch
 
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""

@@ -22,8 +22,8 @@ os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloure
 import ray
 from rich.console import Console
 
-from pipeline.graph import machine_to_itself
 from pipeline.resources import on_cluster
+from pipeline.steps.graph import machine_to_itself
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""

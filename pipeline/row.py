@@ -9,8 +9,8 @@ from typing import Any
 from hedgemix import stages
 from hedgemix.audit import claim
 from hedgemix.config import Recipe, config_hash, to_dict
-from pipeline.graph import RecordPlan
 from pipeline.schema import Row
+from pipeline.steps.graph import RecordPlan
 
 
 def _columns(*same: str, **renamed: str) -> dict[str, str]:

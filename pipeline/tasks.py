@@ -18,11 +18,11 @@ from hedgemix.runtime.layout import MOMENTS, WEIGHTS
 from hedgemix.stages import RunOptions
 from pipeline.failures import RAY_RETRIES
 from pipeline.gang import Gang, run_gang
-from pipeline.graph import SeedSteps
 from pipeline.job import HEAD, Job, one_writer, use_cpus
 from pipeline.preemption import Notice
-from pipeline.recovery import clocked, forget
-from pipeline.step import Made, Step, fetch, keep, perform
+from pipeline.steps.graph import SeedSteps
+from pipeline.steps.recovery import clocked, forget
+from pipeline.steps.step import Made, Step, fetch, keep, perform
 
 
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:

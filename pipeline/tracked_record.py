@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hedgemix.config import Recipe, to_dict
-from pipeline.graph import record_folder
+from pipeline.steps.graph import record_folder
 from pipeline.storage.store import Storage
 
 

@@ -24,8 +24,8 @@ from hedgemix.train.trainer import DivergedError
 from pipeline.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.job import HEAD, Job, one_writer, use_cpus
 from pipeline.preemption import Notice
-from pipeline.recovery import forget
-from pipeline.step import Made, Step, keep, perform
+from pipeline.steps.recovery import forget
+from pipeline.steps.step import Made, Step, keep, perform
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A record of seeds 1 and 2, a folder in the way of the second's lock: runs folder, exit code, output."""
     from rich.console import Console
 
-    from pipeline import graph, record
+    from pipeline import record
+    from pipeline.steps import graph
     from pipeline.storage.store import Storage
 
     out = tmp_path_factory.mktemp("undisturbed")

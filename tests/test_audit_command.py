@@ -12,8 +12,9 @@ import tinyrecord
 from hedgemix import cli
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import read_json
-from pipeline import graph, record
+from pipeline import record
 from pipeline.row import build_row
+from pipeline.steps import graph
 from pipeline.storage.store import Storage
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from hedgemix.config import ComputeConfig, RecipeError
 from hedgemix.train.trainer import DivergedError
 from pipeline import failures
 from pipeline.failures import Fail, Repair, Restarts, Retry, classify
-from pipeline.step import DamagedStepError
+from pipeline.steps.step import DamagedStepError
 
 DAMAGED = DamagedStepError("quantize-0a", "artifact.hmx is gone")
 

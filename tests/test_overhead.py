@@ -14,7 +14,8 @@ from benchmarks.timeline import Command, Mark
 from hedgemix.config import to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import write_json
-from pipeline import graph, record
+from pipeline import record
+from pipeline.steps import graph
 from pipeline.storage.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

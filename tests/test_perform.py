@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from hedgemix.runtime import clock
-from pipeline.recovery import clocked, resuming, set_aside
-from pipeline.step import DamagedStepError, Made, Step, fetch, keep, perform
+from pipeline.steps.recovery import clocked, resuming, set_aside
+from pipeline.steps.step import DamagedStepError, Made, Step, fetch, keep, perform
 from pipeline.storage.store import Storage
 from pipeline.train_job import scratch
 

@@ -14,7 +14,7 @@ from hedgemix.config import DataConfig, Recipe
 from hedgemix.data.dataset import Dataset
 from hedgemix.recipes import RECIPES
 from hedgemix.standalone import script
-from pipeline import graph
+from pipeline.steps import graph
 from pipeline.storage.store import Storage
 
 

@@ -36,8 +36,8 @@ from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
 from pipeline import ray_session, record, status
-from pipeline.recovery import resuming
-from pipeline.step import DamagedStepError, Made, Step, check, fetch, keep, perform
+from pipeline.steps.recovery import resuming
+from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, keep, perform
 from pipeline.storage.store import Storage
 from pipeline.table import read_rows, table_path
 

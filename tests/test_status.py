@@ -22,9 +22,10 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.clock import FIELDS
 from hedgemix.runtime.files import write_json
-from pipeline import graph, status, status_view
-from pipeline.graph import SeedSteps
-from pipeline.step import Step
+from pipeline import status, status_view
+from pipeline.steps import graph
+from pipeline.steps.graph import SeedSteps
+from pipeline.steps.step import Step
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
 

@@ -16,11 +16,12 @@ from hedgemix import stages
 from hedgemix.config import Recipe, from_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.standalone import script
-from pipeline import graph, record
+from pipeline import record
 from pipeline.provenance import origin
-from pipeline.recovery import clocked
 from pipeline.row import build_row
-from pipeline.step import Made, Step, keep, perform
+from pipeline.steps import graph
+from pipeline.steps.recovery import clocked
+from pipeline.steps.step import Made, Step, keep, perform
 from pipeline.storage.store import Storage
 from pipeline.table import write_rows
 

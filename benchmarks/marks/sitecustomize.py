@@ -14,7 +14,7 @@ import time
 
 WRAPPED = {
     "ray": ("init", "shutdown"),
-    "pipeline.step": ("perform",),
+    "pipeline.steps.step": ("perform",),
     "hedgemix.stages": ("train_stage", "score_stage", "quantize_stage", "counts_stage", "evaluate_stage"),
     "hedgemix.train.trainer": ("Run.train_step",),
     "torch.distributed.distributed_c10d": ("init_process_group",),

@@ -23,8 +23,8 @@ from hedgemix.config import Recipe, from_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import read_json
-from pipeline import graph
-from pipeline.step import Made, Step, keep, perform
+from pipeline.steps import graph
+from pipeline.steps.step import Made, Step, keep, perform
 from pipeline.storage.store import Storage
 
 

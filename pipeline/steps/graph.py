@@ -27,7 +27,7 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import scoring_order
 from hedgemix.runtime.layout import RECORDS, STEP_NAMES
 from hedgemix.standalone import script
-from pipeline.step import Step
+from pipeline.steps.step import Step
 from pipeline.storage.store import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.

@@ -15,7 +15,7 @@ from hedgemix.runtime.checkpoint import Kept
 from hedgemix.runtime.clock import Clock
 from hedgemix.runtime.files import write_json
 from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
-from pipeline.step import ASIDE, Step, held, refuse_links
+from pipeline.steps.step import ASIDE, Step, held, refuse_links
 from pipeline.storage.uploader import Uploader
 
 RESUMED = ("checkpoint*", CLOCK, LOG, TRACE)
