@@ -38,9 +38,9 @@ from hedgemix.experts.ngram import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
 from hedgemix.mixers.batch_mixer import Mixer
+from pipeline.results.table import mean_and_deviation
 from pipeline.steps import graph
 from pipeline.storage.store import Storage
-from pipeline.table import mean_and_deviation
 
 MIXER = MixerConfig()
 """The default under test; a record's own mixer settings are not used."""

@@ -32,9 +32,9 @@ from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
 from hedgemix.runtime.files import load_tensors
+from pipeline.results.table import mean_and_deviation
 from pipeline.steps import graph
 from pipeline.storage.store import Storage
-from pipeline.table import mean_and_deviation
 
 NO_LIMIT = 2**62
 PUBLISHED = QuantizeConfig(method="reference", scale_floor=1 / 15, prune_fraction=0.03, zstd_level=22)

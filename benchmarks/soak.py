@@ -35,8 +35,8 @@ from benchmarks import cluster as clusters
 from benchmarks import disturbance, fault, leaks, machine, verdict
 from benchmarks.disturbed import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
 from hedgemix import __version__
+from pipeline.results.table import read_rows
 from pipeline.storage.store import Storage
-from pipeline.table import read_rows
 
 SETTLE_SECONDS = 60.0
 """So long a process may take to end after what it worked for has."""

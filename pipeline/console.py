@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.schema import Row
-from pipeline.table import mean_and_deviation
+from pipeline.results.schema import Row
+from pipeline.results.table import mean_and_deviation
 
 # Heading, column of the table, format.
 COLUMNS = (

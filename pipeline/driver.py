@@ -25,14 +25,14 @@ from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, 
 from pipeline.follower import Trackers, follow
 from pipeline.job import Job
 from pipeline.live_view import View
-from pipeline.provenance import origin
 from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
-from pipeline.row import build_row
-from pipeline.schema import Row
+from pipeline.results.provenance import origin
+from pipeline.results.row import build_row
+from pipeline.results.schema import Row
+from pipeline.results.table import write_rows
 from pipeline.steps.graph import RecordPlan, SeedSteps
 from pipeline.steps.recovery import set_aside
 from pipeline.steps.step import DamagedStepError, Step, check
-from pipeline.table import write_rows
 from pipeline.tracked_record import TrackedRecord
 from pipeline.train_job import train_seed
 

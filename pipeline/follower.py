@@ -16,7 +16,7 @@ from typing import Any
 from hedgemix.config import RecipeError
 from pipeline.board import Told
 from pipeline.metrics import POSITION, measured, row_numbers
-from pipeline.schema import Row
+from pipeline.results.schema import Row
 from pipeline.services import SERVICES, USABLE
 from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord

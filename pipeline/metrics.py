@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from pipeline.schema import Row, column_docs
+from pipeline.results.schema import Row, column_docs
 
 RENAMED = {
     "train": {

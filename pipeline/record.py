@@ -69,15 +69,15 @@ from pipeline.console import print_results
 from pipeline.driver import drive
 from pipeline.follower import check_trackers
 from pipeline.plan import print_plan
-from pipeline.provenance import origin
-from pipeline.row import build_row
-from pipeline.schema import Row
+from pipeline.results.provenance import origin
+from pipeline.results.row import build_row
+from pipeline.results.schema import Row
+from pipeline.results.table import read_rows, table_path, write_rows
 from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record, record_folder
 from pipeline.steps.recovery import clocked, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, keep, perform
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
-from pipeline.table import read_rows, table_path, write_rows
 
 
 @dataclass(frozen=True)

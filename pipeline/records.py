@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.runtime.layout import RECORDS, STEPS
-from pipeline import schema
+from pipeline.results import schema
+from pipeline.results.table import table_path
 from pipeline.storage.store import REMOTE_URI, Storage, as_recipe_error, storage_at
-from pipeline.table import table_path
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from pipeline.table import mean_and_deviation
+from pipeline.results.table import mean_and_deviation
 
 CONFIDENCE = 0.95
 POWER = 0.8

@@ -11,8 +11,8 @@ from pipeline.comparison import HEADS
 from pipeline.console import cell
 from pipeline.page import Points, Section, Table
 from pipeline.records import Record
+from pipeline.results.table import mean_and_deviation
 from pipeline.significance import RULES
-from pipeline.table import mean_and_deviation
 
 SEED_COLUMNS = (
     ("final", "bpb_final", ".4f"),

@@ -13,7 +13,7 @@ from hedgemix import cli
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import read_json
 from pipeline import record
-from pipeline.row import build_row
+from pipeline.results.row import build_row
 from pipeline.steps import graph
 from pipeline.storage.store import Storage
 

@@ -16,9 +16,9 @@ from tinyrun import Record, make
 from hedgemix import cli
 from hedgemix.audit import claim
 from hedgemix.config import RecipeError
-from pipeline.schema import Row
+from pipeline.results.schema import Row
+from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
-from pipeline.table import write_rows
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from hedgemix.experts import registry
 from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from pipeline import cli, record, status_view
-from pipeline.schema import Row
+from pipeline.results.schema import Row
+from pipeline.results.table import read_rows, write_rows
 from pipeline.storage.store import Storage
-from pipeline.table import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

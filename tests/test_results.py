@@ -15,9 +15,9 @@ from rich.console import Console
 from hedgemix.recipes import RECIPES
 from pipeline.console import print_results
 from pipeline.plan import plan_lines
-from pipeline.schema import SCHEMA_VERSION, Row, column_docs, markdown
+from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown
+from pipeline.results.table import mean_and_deviation, write_rows
 from pipeline.storage.store import Storage
-from pipeline.table import mean_and_deviation, write_rows
 
 DONE = Row(
     record="one",

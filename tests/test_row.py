@@ -10,8 +10,8 @@ import pytest
 
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.stages import QuantizeResult, ScoreResult, TrainStageResult
-from pipeline.row import RESULT_COLUMNS, SECONDS_COLUMNS, filled
-from pipeline.schema import Row
+from pipeline.results.row import RESULT_COLUMNS, SECONDS_COLUMNS, filled
+from pipeline.results.schema import Row
 
 KINDS = {"train": TrainStageResult, "score": ScoreResult, "quantize": QuantizeResult, "evaluate": EvaluateResult}
 NO_COLUMN = {"nats", "tries", "scored_tokens", "scored_bytes"}

@@ -36,10 +36,10 @@ from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
 from pipeline import ray_session, record, status
+from pipeline.results.table import read_rows, table_path
 from pipeline.steps.recovery import resuming
 from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, keep, perform
 from pipeline.storage.store import Storage
-from pipeline.table import read_rows, table_path
 
 ESCAPES = ["../x", "../../x", "a/../../x", "/etc/hostname", ".", "..", "", "a//b", "a\\b", "a\nb"]
 

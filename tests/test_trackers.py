@@ -21,7 +21,7 @@ from pipeline import follower, metrics, record
 from pipeline.board import UNREAD, Board, Told
 from pipeline.follower import Follower, Trackers, check_trackers
 from pipeline.metrics import measured
-from pipeline.schema import Row
+from pipeline.results.schema import Row
 from pipeline.storage.store import Storage
 from pipeline.tensorboard_tracker import TensorBoard
 from pipeline.tracked_record import TrackedRecord

@@ -20,9 +20,9 @@ from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.runtime.files import write_json
-from pipeline.schema import Row
+from pipeline.results.schema import Row
+from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
-from pipeline.table import write_rows
 
 
 @dataclass

@@ -17,13 +17,13 @@ from hedgemix.config import Recipe, from_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.standalone import script
 from pipeline import record
-from pipeline.provenance import origin
-from pipeline.row import build_row
+from pipeline.results.provenance import origin
+from pipeline.results.row import build_row
+from pipeline.results.table import write_rows
 from pipeline.steps import graph
 from pipeline.steps.recovery import clocked
 from pipeline.steps.step import Made, Step, keep, perform
 from pipeline.storage.store import Storage
-from pipeline.table import write_rows
 
 
 def recipe(text: Path, folder: Path, *options: str) -> Recipe:

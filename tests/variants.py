@@ -11,9 +11,9 @@ import pandas as pd
 
 from pipeline import records
 from pipeline.records import Record
-from pipeline.schema import Row
+from pipeline.results.schema import Row
+from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
-from pipeline.table import write_rows
 
 
 def folder(undisturbed: Path, place: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from hedgemix import stages
 from hedgemix.audit import claim
 from hedgemix.config import Recipe, config_hash, to_dict
-from pipeline.schema import Row
+from pipeline.results.schema import Row
 from pipeline.steps.graph import RecordPlan
 
 

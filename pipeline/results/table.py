@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.runtime.files import replacing
 from hedgemix.runtime.layout import RECORDS
-from pipeline.schema import Row, schema
+from pipeline.results.schema import Row, schema
 from pipeline.storage.store import Storage
 
 

@@ -1,0 +1,1 @@
+"""The table: its columns, its file, one row a seed."""
