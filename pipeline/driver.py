@@ -19,12 +19,13 @@ from hedgemix import stages
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import ERROR
 from hedgemix.standalone import script
-from pipeline import metrics, tasks
-from pipeline.board import BoardActor
+from pipeline import tasks
 from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain
 from pipeline.follower import Trackers, follow
 from pipeline.job import Job
-from pipeline.live_view import View
+from pipeline.monitor import metrics
+from pipeline.monitor.board import BoardActor
+from pipeline.monitor.live_view import View
 from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row

@@ -14,8 +14,8 @@ from threading import Thread
 from typing import Any
 
 from hedgemix.config import RecipeError
-from pipeline.board import Told
-from pipeline.metrics import POSITION, measured, row_numbers
+from pipeline.monitor.board import Told
+from pipeline.monitor.metrics import POSITION, measured, row_numbers
 from pipeline.results.schema import Row
 from pipeline.services import SERVICES, USABLE
 from pipeline.storage.store import Storage

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hedgemix.config import RecipeError
-from pipeline.metrics import POSITION, ROW
+from pipeline.monitor.metrics import POSITION, ROW
 from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord
 from pipeline.tracker import variable

@@ -27,7 +27,7 @@ from typing import Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
-        from pipeline import status_view
+        from pipeline.monitor import status_view
 
         code = status_view.main(sys.argv[1:])
         sys.stdout.flush()

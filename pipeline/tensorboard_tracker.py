@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hedgemix.config import to_dict
-from pipeline.metrics import ROW
+from pipeline.monitor.metrics import ROW
 from pipeline.tracked_record import TrackedRecord
 
 PUSH_SECONDS = 60.0

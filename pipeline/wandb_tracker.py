@@ -7,7 +7,7 @@ import secrets
 from typing import Any
 
 from hedgemix.config import RecipeError, to_dict
-from pipeline.metrics import POSITION, ROW
+from pipeline.monitor.metrics import POSITION, ROW
 from pipeline.storage.store import Storage
 from pipeline.tracked_record import TrackedRecord
 from pipeline.tracker import variable

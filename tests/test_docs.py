@@ -22,7 +22,8 @@ from ray.scripts.scripts import cli as ray_command
 from hedgemix.experts import registry
 from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
-from pipeline import cli, record, status_view
+from pipeline import cli, record
+from pipeline.monitor import status_view
 from pipeline.results.schema import Row
 from pipeline.results.table import read_rows, write_rows
 from pipeline.storage.store import Storage

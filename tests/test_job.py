@@ -28,7 +28,7 @@ from ray.job_submission import JobSubmissionClient
 
 from benchmarks import fault
 from hedgemix.runtime import clock
-from pipeline import metrics
+from pipeline.monitor import metrics
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

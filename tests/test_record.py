@@ -17,7 +17,8 @@ from hedgemix.config import config_hash, to_dict
 from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from hedgemix.standalone import script
-from pipeline import record, status
+from pipeline import record
+from pipeline.monitor import status
 from pipeline.storage.store import Storage
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.clock import FIELDS
 from hedgemix.runtime.files import write_json
-from pipeline import status, status_view
+from pipeline.monitor import status, status_view
 from pipeline.steps import graph
 from pipeline.steps.graph import SeedSteps
 from pipeline.steps.step import Step

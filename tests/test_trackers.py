@@ -17,10 +17,11 @@ import pytest
 import tinyrecord
 
 from hedgemix import recipes
-from pipeline import follower, metrics, record
-from pipeline.board import UNREAD, Board, Told
+from pipeline import follower, record
 from pipeline.follower import Follower, Trackers, check_trackers
-from pipeline.metrics import measured
+from pipeline.monitor import metrics
+from pipeline.monitor.board import UNREAD, Board, Told
+from pipeline.monitor.metrics import measured
 from pipeline.results.schema import Row
 from pipeline.storage.store import Storage
 from pipeline.tensorboard_tracker import TensorBoard

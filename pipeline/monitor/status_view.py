@@ -12,8 +12,8 @@ from rich.text import Text
 
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
-from pipeline import status
-from pipeline.status import DamagedError, State
+from pipeline.monitor import status
+from pipeline.monitor.status import DamagedError, State
 from pipeline.storage.store import Storage, open_existing
 
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}

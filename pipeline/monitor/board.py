@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from pipeline.metrics import ROW, measured
-from pipeline.ray_metrics import Gauges
+from pipeline.monitor.metrics import ROW, measured
+from pipeline.monitor.ray_metrics import Gauges
 
 UNREAD = 10_000
 """Records the board keeps for a driver that does not ask; the oldest go first."""
