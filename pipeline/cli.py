@@ -34,7 +34,8 @@ class Compare:
 
 
 def _report(command: Report) -> None:
-    from pipeline import build, records, summary  # seconds to import, and matplotlib
+    from pipeline import build, summary
+    from pipeline.analysis import records  # seconds to import, and matplotlib
 
     record = records.load(command.run)
     path = build.write(record, command.against)
@@ -45,7 +46,7 @@ def _report(command: Report) -> None:
 
 
 def _compare(command: Compare) -> None:
-    from pipeline import comparison, records
+    from pipeline.analysis import comparison, records
 
     comparison.show(records.load(command.run), records.load(command.other), Console(highlight=False))
 

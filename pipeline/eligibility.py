@@ -11,8 +11,8 @@ from hedgemix import __version__, stages
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import LOG, TRACE
 from hedgemix.standalone import script
-from pipeline.records import Record
-from pipeline.significance import mixed
+from pipeline.analysis.records import Record
+from pipeline.analysis.significance import mixed
 
 AUDITED = (
     "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained", "world-size", "limits",

@@ -15,11 +15,11 @@ from typing import Any
 
 from hedgemix.config import RecipeError, to_dict
 from hedgemix.standalone import script
-from pipeline import records
+from pipeline.analysis import records
+from pipeline.analysis.records import Record
+from pipeline.analysis.significance import summary
 from pipeline.eligibility import About, Seed, audited, check, logs, obstacles
 from pipeline.readme import log_name, machine, readme
-from pipeline.records import Record
-from pipeline.significance import summary
 
 SEEDS = 3
 """What the challenge asks for."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from hedgemix.config import Recipe
 from hedgemix.standalone import script
+from pipeline.analysis.records import Record
 from pipeline.eligibility import About, audited
-from pipeline.records import Record
 
 NO_YES, FAILED_PASSED = ("no", "yes"), ("failed", "passed")
 README = """# {name}

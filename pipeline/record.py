@@ -65,7 +65,7 @@ from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_recipe
-from pipeline.console import print_results
+from pipeline.analysis.console import print_results
 from pipeline.driver import drive
 from pipeline.follower import check_trackers
 from pipeline.plan import print_plan
@@ -184,7 +184,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
 def write_report(storage: Storage, record: str, console: Console) -> None:
     """For people; nothing that goes wrong here fails a record."""
     from pipeline import build  # matplotlib takes a second to import, which work should not wait for
-    from pipeline.records import Record
+    from pipeline.analysis.records import Record
 
     try:
         rows = read_rows(storage, table_path(storage, record))

@@ -24,8 +24,8 @@ from hedgemix.data import tokenizer
 from hedgemix.evaluate.breakdown import DOCUMENTS, TOKENS
 from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
 from pipeline import figures
+from pipeline.analysis.records import Record
 from pipeline.page import Plot, Section, Table
-from pipeline.records import Record
 
 STAGES = {
     "full precision": "bpb_full",

@@ -6,13 +6,14 @@ from typing import Any
 
 from hedgemix.config import RecipeError
 from hedgemix.standalone import script
-from pipeline import comparison, eligibility, records, significance
-from pipeline.comparison import HEADS
-from pipeline.console import cell
+from pipeline import eligibility
+from pipeline.analysis import comparison, records, significance
+from pipeline.analysis.comparison import HEADS
+from pipeline.analysis.console import cell
+from pipeline.analysis.records import Record
+from pipeline.analysis.significance import RULES
 from pipeline.page import Points, Section, Table
-from pipeline.records import Record
 from pipeline.results.table import mean_and_deviation
-from pipeline.significance import RULES
 
 SEED_COLUMNS = (
     ("final", "bpb_final", ".4f"),

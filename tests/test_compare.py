@@ -10,7 +10,8 @@ import variants
 from scipy import stats
 
 from hedgemix.config import RecipeError
-from pipeline import cli, comparison, records
+from pipeline import cli
+from pipeline.analysis import comparison, records
 
 
 @pytest.fixture(scope="module")

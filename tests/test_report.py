@@ -12,7 +12,8 @@ import pytest
 import variants
 
 from hedgemix.config import RecipeError
-from pipeline import build, cli, figures, records, significance, summary
+from pipeline import build, cli, figures, summary
+from pipeline.analysis import records, significance
 from pipeline.eligibility import obstacles
 from pipeline.page import Page, Plot, Points, Section, Table, html, markdown
 

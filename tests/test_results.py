@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from hedgemix.recipes import RECIPES
-from pipeline.console import print_results
+from pipeline.analysis.console import print_results
 from pipeline.plan import plan_lines
 from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown
 from pipeline.results.table import mean_and_deviation, write_rows

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline import significance
-from pipeline.significance import RULES, against_score, against_values, mixed, seeds_needed, summary
+from pipeline.analysis import significance
+from pipeline.analysis.significance import RULES, against_score, against_values, mixed, seeds_needed, summary
 
 PUBLISHED_BPB = [1.05604198, 1.09696945, 1.07038587]
 PUBLISHED_NATS = [1.78307674, 1.85218082, 1.80729571]

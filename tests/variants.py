@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import records
-from pipeline.records import Record
+from pipeline.analysis import records
+from pipeline.analysis.records import Record
 from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage

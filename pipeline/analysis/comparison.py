@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from hedgemix.config import RecipeError
-from pipeline import significance
-from pipeline.console import COLUMNS, cell, seed_table
-from pipeline.records import Record
-from pipeline.significance import RULES, Test
+from pipeline.analysis import significance
+from pipeline.analysis.console import COLUMNS, cell, seed_table
+from pipeline.analysis.records import Record
+from pipeline.analysis.significance import RULES, Test
 
 NOT_SETTINGS = ("recipe",)
 """Of a configuration: names that change nothing."""

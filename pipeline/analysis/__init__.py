@@ -1,0 +1,1 @@
+"""A finished record read back, tested, and set beside others."""
