@@ -21,7 +21,6 @@ from hedgemix.runtime.layout import ERROR
 from hedgemix.standalone import script
 from pipeline import tasks
 from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain
-from pipeline.follower import Trackers, follow
 from pipeline.job import Job
 from pipeline.monitor import metrics
 from pipeline.monitor.board import BoardActor
@@ -34,7 +33,8 @@ from pipeline.results.table import write_rows
 from pipeline.steps.graph import RecordPlan, SeedSteps
 from pipeline.steps.recovery import set_aside
 from pipeline.steps.step import DamagedStepError, Step, check
-from pipeline.tracked_record import TrackedRecord
+from pipeline.tracking.follower import Trackers, follow
+from pipeline.tracking.tracked_record import TrackedRecord
 from pipeline.train_job import train_seed
 
 POLL_SECONDS = 0.5

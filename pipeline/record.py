@@ -67,7 +67,6 @@ from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.driver import drive
-from pipeline.follower import check_trackers
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
@@ -78,6 +77,7 @@ from pipeline.steps.recovery import clocked, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, keep, perform
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
+from pipeline.tracking.follower import check_trackers
 
 
 @dataclass(frozen=True)

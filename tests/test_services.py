@@ -13,11 +13,11 @@ import wandb
 from test_trackers import SECRET, drive, row, step
 
 from hedgemix import recipes
-from pipeline.follower import check_trackers
-from pipeline.mlflow_tracker import MLflow
 from pipeline.storage.store import Storage
-from pipeline.tracked_record import TrackedRecord
-from pipeline.wandb_tracker import Wandb
+from pipeline.tracking.follower import check_trackers
+from pipeline.tracking.mlflow_tracker import MLflow
+from pipeline.tracking.tracked_record import TrackedRecord
+from pipeline.tracking.wandb_tracker import Wandb
 
 ROW = row(1, "done", bpb_final=2.5, artifact_bytes=1000)
 FAILED = row(2, "failed", attempts=3)

@@ -17,15 +17,16 @@ import pytest
 import tinyrecord
 
 from hedgemix import recipes
-from pipeline import follower, record
-from pipeline.follower import Follower, Trackers, check_trackers
+from pipeline import record
 from pipeline.monitor import metrics
 from pipeline.monitor.board import UNREAD, Board, Told
 from pipeline.monitor.metrics import measured
 from pipeline.results.schema import Row
 from pipeline.storage.store import Storage
-from pipeline.tensorboard_tracker import TensorBoard
-from pipeline.tracked_record import TrackedRecord
+from pipeline.tracking import follower
+from pipeline.tracking.follower import Follower, Trackers, check_trackers
+from pipeline.tracking.tensorboard_tracker import TensorBoard
+from pipeline.tracking.tracked_record import TrackedRecord
 
 SECRET = "5ec2e7" * 6 + "abcd"
 """As long as a key of W&B."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from hedgemix.config import to_dict
 from pipeline.monitor.metrics import ROW
-from pipeline.tracked_record import TrackedRecord
+from pipeline.tracking.tracked_record import TrackedRecord
 
 PUSH_SECONDS = 60.0
 """How often event files go to an object store."""

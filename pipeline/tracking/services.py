@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.mlflow_tracker import MLflow, check_mlflow
 from pipeline.storage.store import Storage
-from pipeline.tensorboard_tracker import TensorBoard
-from pipeline.tracked_record import TrackedRecord
-from pipeline.tracker import Tracker
-from pipeline.wandb_tracker import Wandb, check_wandb
+from pipeline.tracking.mlflow_tracker import MLflow, check_mlflow
+from pipeline.tracking.tensorboard_tracker import TensorBoard
+from pipeline.tracking.tracked_record import TrackedRecord
+from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.wandb_tracker import Wandb, check_wandb
 
 SERVICES: dict[str, Callable[[TrackedRecord], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
 """What --track may name. A new tracker: one file, one line here."""

@@ -17,10 +17,10 @@ from hedgemix.config import RecipeError
 from pipeline.monitor.board import Told
 from pipeline.monitor.metrics import POSITION, measured, row_numbers
 from pipeline.results.schema import Row
-from pipeline.services import SERVICES, USABLE
 from pipeline.storage.store import Storage
-from pipeline.tracked_record import TrackedRecord
-from pipeline.tracker import Tracker
+from pipeline.tracking.services import SERVICES, USABLE
+from pipeline.tracking.tracked_record import TrackedRecord
+from pipeline.tracking.tracker import Tracker
 
 WAITING = 10_000
 """Points a tracker may be behind; what comes while it is further is lost to it."""

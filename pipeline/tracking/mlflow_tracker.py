@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from hedgemix.config import RecipeError
 from pipeline.monitor.metrics import POSITION, ROW
 from pipeline.storage.store import Storage
-from pipeline.tracked_record import TrackedRecord
-from pipeline.tracker import variable
+from pipeline.tracking.tracked_record import TrackedRecord
+from pipeline.tracking.tracker import variable
 
 EXPERIMENT = "hedgemix"
 """Where MLFLOW_EXPERIMENT_NAME names none."""

@@ -9,8 +9,8 @@ from typing import Any
 from hedgemix.config import RecipeError, to_dict
 from pipeline.monitor.metrics import POSITION, ROW
 from pipeline.storage.store import Storage
-from pipeline.tracked_record import TrackedRecord
-from pipeline.tracker import variable
+from pipeline.tracking.tracked_record import TrackedRecord
+from pipeline.tracking.tracker import variable
 
 PROJECT = "hedgemix"
 """Where WANDB_PROJECT names none."""

@@ -1,0 +1,1 @@
+"""A record's numbers for TensorBoard, MLflow and W&B."""
