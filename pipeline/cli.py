@@ -74,8 +74,8 @@ class Submit:
 
 
 def _submit(command: Submit) -> None:
-    from pipeline.eligibility import About
-    from pipeline.folder import submit
+    from pipeline.submission.eligibility import About
+    from pipeline.submission.folder import submit
 
     names = ("author", "github_id", "name", "blurb", "track", "date")
     told = submit(command.run, command.out, About(**{name: getattr(command, name) for name in names}))

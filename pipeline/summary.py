@@ -6,7 +6,6 @@ from typing import Any
 
 from hedgemix.config import RecipeError
 from hedgemix.standalone import script
-from pipeline import eligibility
 from pipeline.analysis import comparison, records, significance
 from pipeline.analysis.comparison import HEADS
 from pipeline.analysis.console import cell
@@ -14,6 +13,7 @@ from pipeline.analysis.records import Record
 from pipeline.analysis.significance import RULES
 from pipeline.page import Points, Section, Table
 from pipeline.results.table import mean_and_deviation
+from pipeline.submission import eligibility
 
 SEED_COLUMNS = (
     ("final", "bpb_final", ".4f"),

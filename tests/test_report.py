@@ -14,8 +14,8 @@ import variants
 from hedgemix.config import RecipeError
 from pipeline import build, cli, figures, summary
 from pipeline.analysis import records, significance
-from pipeline.eligibility import obstacles
 from pipeline.page import Page, Plot, Points, Section, Table, html, markdown
+from pipeline.submission.eligibility import obstacles
 
 SECTIONS = [
     "Every seed", "Is it better, and how sure is that?", "What each stage is worth", "Can it be handed in?",

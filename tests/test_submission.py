@@ -21,8 +21,8 @@ from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from hedgemix.standalone import script
 from pipeline import cli
-from pipeline.eligibility import About
-from pipeline.folder import submit
+from pipeline.submission.eligibility import About
+from pipeline.submission.folder import submit
 from tests.objectstore import BUCKET, StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]

@@ -7,7 +7,7 @@ from typing import Any
 from hedgemix.config import Recipe
 from hedgemix.standalone import script
 from pipeline.analysis.records import Record
-from pipeline.eligibility import About, audited
+from pipeline.submission.eligibility import About, audited
 
 NO_YES, FAILED_PASSED = ("no", "yes"), ("failed", "passed")
 README = """# {name}

@@ -18,8 +18,8 @@ from hedgemix.standalone import script
 from pipeline.analysis import records
 from pipeline.analysis.records import Record
 from pipeline.analysis.significance import summary
-from pipeline.eligibility import About, Seed, audited, check, logs, obstacles
-from pipeline.readme import log_name, machine, readme
+from pipeline.submission.eligibility import About, Seed, audited, check, logs, obstacles
+from pipeline.submission.readme import log_name, machine, readme
 
 SEEDS = 3
 """What the challenge asks for."""
