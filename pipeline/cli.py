@@ -34,11 +34,12 @@ class Compare:
 
 
 def _report(command: Report) -> None:
-    from pipeline import build, summary
     from pipeline.analysis import records  # seconds to import, and matplotlib
+    from pipeline.report import build as report
+    from pipeline.report import summary
 
     record = records.load(command.run)
-    path = build.write(record, command.against)
+    path = report.write(record, command.against)
     console = Console(highlight=False)
     for line in summary.lead(record, command.against):
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)

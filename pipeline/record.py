@@ -183,12 +183,12 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
 
 def write_report(storage: Storage, record: str, console: Console) -> None:
     """For people; nothing that goes wrong here fails a record."""
-    from pipeline import build  # matplotlib takes a second to import, which work should not wait for
     from pipeline.analysis.records import Record
+    from pipeline.report import build as report  # matplotlib takes a second to import, which work should not wait for
 
     try:
         rows = read_rows(storage, table_path(storage, record))
-        path = build.write(Record(record, storage, rows))
+        path = report.write(Record(record, storage, rows))
         console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
     except Exception as error:
         console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)

@@ -12,9 +12,11 @@ import pytest
 import variants
 
 from hedgemix.config import RecipeError
-from pipeline import build, cli, figures, summary
+from pipeline import cli
 from pipeline.analysis import records, significance
-from pipeline.page import Page, Plot, Points, Section, Table, html, markdown
+from pipeline.report import build as report
+from pipeline.report import figures, summary
+from pipeline.report.page import Page, Plot, Points, Section, Table, html, markdown
 from pipeline.submission.eligibility import obstacles
 
 SECTIONS = [
@@ -126,7 +128,7 @@ def test_several_seeds_have_a_spread_and_are_tested(runs: Path) -> None:
 
 
 def page_of(record: records.Record, against: float | None = None) -> str:
-    return Reader(html(build.compose(record, against), "")).words
+    return Reader(html(report.compose(record, against), "")).words
 
 
 def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:

@@ -23,9 +23,9 @@ from hedgemix.audit.findings import number
 from hedgemix.data import tokenizer
 from hedgemix.evaluate.breakdown import DOCUMENTS, TOKENS
 from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
-from pipeline import figures
 from pipeline.analysis.records import Record
-from pipeline.page import Plot, Section, Table
+from pipeline.report import figures
+from pipeline.report.page import Plot, Section, Table
 
 STAGES = {
     "full precision": "bpb_full",

@@ -11,7 +11,7 @@ from pipeline.analysis.comparison import HEADS
 from pipeline.analysis.console import cell
 from pipeline.analysis.records import Record
 from pipeline.analysis.significance import RULES
-from pipeline.page import Points, Section, Table
+from pipeline.report.page import Points, Section, Table
 from pipeline.results.table import mean_and_deviation
 from pipeline.submission import eligibility
 

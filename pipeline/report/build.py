@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hedgemix import __version__
-from pipeline import figures, page, sections, summary
 from pipeline.analysis import significance
 from pipeline.analysis.records import Record
-from pipeline.page import Page, Plot
+from pipeline.report import figures, page, sections, summary
+from pipeline.report.page import Page, Plot
 
 PAGE, TWIN, FIGURES = "report.html", "report.md", "figures"
 
