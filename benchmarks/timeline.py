@@ -90,7 +90,11 @@ def phases(command: Command) -> dict[str, float]:
     ray, train, stage = command.first("init"), command.first("perform train"), command.first("train_stage")
     evaluated = command.first("perform evaluate")
     first_evaluation = command.first("evaluate_stage")
-    loads = [mark for mark in command.named("import ray.train", "import pipeline.train_job") if mark.pid == stage.pid]
+    loads = [
+        mark
+        for mark in command.named("import ray.train", "import pipeline.execution.train_job")
+        if mark.pid == stage.pid
+    ]
     joins = [mark for mark in command.named("init_process_group") if mark.pid == stage.pid]
     imports, joining = (sum(mark.end - mark.begin for mark in part) for part in (loads, joins))
     gang = command.without_work(evaluated.begin, first_evaluation.begin)

@@ -38,7 +38,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
         # then listen on loopback instead of on every address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-from pipeline.ray_session import ray_started  # first: it sets what Ray reads when it is imported
+from pipeline.execution.ray_session import ray_started  # first: it sets what Ray reads when it is imported
 
 # isort: split
 import tyro
@@ -66,7 +66,7 @@ from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_recipe
 from pipeline.analysis.console import print_results
-from pipeline.driver import drive
+from pipeline.execution.driver import drive
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row

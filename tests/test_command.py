@@ -14,7 +14,8 @@ from hedgemix.config import ModelConfig, from_dict, to_dict
 from hedgemix.config import Recipe as RecipeType
 from hedgemix.data import shards
 from hedgemix.recipes import RECIPES
-from pipeline import ray_session, record
+from pipeline import record
+from pipeline.execution import ray_session
 from pipeline.storage.store import Storage
 
 

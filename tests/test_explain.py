@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.failures import explain
+from pipeline.execution.failures import explain
 
 HINT = """
 

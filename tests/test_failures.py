@@ -21,8 +21,8 @@ from ray.exceptions import (
 
 from hedgemix.config import ComputeConfig, RecipeError
 from hedgemix.train.trainer import DivergedError
-from pipeline import failures
-from pipeline.failures import Fail, Repair, Restarts, Retry, classify
+from pipeline.execution import failures
+from pipeline.execution.failures import Fail, Repair, Restarts, Retry, classify
 from pipeline.steps.step import DamagedStepError
 
 DAMAGED = DamagedStepError("quantize-0a", "artifact.hmx is gone")

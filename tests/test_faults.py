@@ -39,7 +39,7 @@ from ray.exceptions import RayActorError
 from benchmarks import fault
 from benchmarks.cluster import until
 from hedgemix.runtime import clock
-from pipeline import failures, tasks, train_job
+from pipeline.execution import failures, tasks, train_job
 
 
 def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str]:
@@ -81,7 +81,7 @@ def test_pretended_gpus_are_a_test_s_alone() -> None:
     assert tasks.backend(1) == "nccl" and tasks.backend(0) == "gloo"
     assert train_job.backend(1) == "nccl"
     code = (
-        "from hedgemix import stages; from pipeline import tasks, train_job; "
+        "from hedgemix import stages; from pipeline.execution import tasks, train_job; "
         "print(tasks.backend(1), train_job.backend(1), stages.pick_device(None))"
     )
     environment = {**os.environ, **fault.pretend_gpus()}

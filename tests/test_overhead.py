@@ -47,7 +47,7 @@ def test_a_step_is_the_median_over_all_ranks_without_the_first() -> None:
 def test_the_phases_are_all_of_the_time_without_work() -> None:
     marks = [
         Mark(1, "init", 3, 5, 0), Mark(2, "perform train", 8, 30, 0), Mark(3, "import ray.train", 11, 12, 0),
-        Mark(3, "import pipeline.train_job", 12, 14, 0), Mark(3, "init_process_group", 14, 14.5, 0),
+        Mark(3, "import pipeline.execution.train_job", 12, 14, 0), Mark(3, "init_process_group", 14, 14.5, 0),
         Mark(3, "train_stage", 15, 29, 0), Mark(4, "quantize_stage", 32, 35, 0), Mark(5, "perform evaluate", 36, 45, 0),
         Mark(6, "evaluate_stage", 38, 44, 0),
     ]  # fmt: skip

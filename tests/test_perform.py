@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from hedgemix.runtime import clock
+from pipeline.execution.train_job import scratch
 from pipeline.steps.recovery import clocked, resuming, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, fetch, keep, perform
 from pipeline.storage.store import Storage
-from pipeline.train_job import scratch
 
 
 def step(folder: Path, kind: str = "data", key: str = "x") -> Step:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hedgemix.config import RecipeError
 from hedgemix.recipes import RECIPES
-from pipeline import resources
+from pipeline.execution import resources
 
 pytestmark = pytest.mark.cluster
 NODE = {"num_cpus": 160, "num_gpus": 8, "object_store_memory": 80 * 2**20}

@@ -35,7 +35,8 @@ from hedgemix.experts import match, ngram
 from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
-from pipeline import ray_session, record
+from pipeline import record
+from pipeline.execution import ray_session
 from pipeline.monitor import status
 from pipeline.results.table import read_rows, table_path
 from pipeline.steps.recovery import resuming

@@ -112,7 +112,7 @@ class Pretended(MetaPathFinder, Loader):
     """Patches the two functions that ask for a GPU, when their modules are imported."""
 
     def find_spec(self, name, path, target=None):
-        if name not in ("hedgemix.stages", "pipeline.tasks", "pipeline.train_job"):
+        if name not in ("hedgemix.stages", "pipeline.execution.tasks", "pipeline.execution.train_job"):
             return None
         sys.meta_path.remove(self)
         try:

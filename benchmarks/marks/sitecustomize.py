@@ -19,7 +19,14 @@ WRAPPED = {
     "hedgemix.train.trainer": ("Run.train_step",),
     "torch.distributed.distributed_c10d": ("init_process_group",),
 }
-IMPORTS = ("torch", "ray.train", "torch._dynamo", "pipeline.train_job", "hedgemix.train.trainer", "hedgemix.stages")
+IMPORTS = (
+    "torch",
+    "ray.train",
+    "torch._dynamo",
+    "pipeline.execution.train_job",
+    "hedgemix.train.trainer",
+    "hedgemix.stages",
+)
 
 
 class Marks:

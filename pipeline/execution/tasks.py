@@ -16,10 +16,10 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.collectives import backend
 from hedgemix.runtime.layout import MOMENTS, WEIGHTS
 from hedgemix.stages import RunOptions
-from pipeline.failures import RAY_RETRIES
-from pipeline.gang import Gang, run_gang
-from pipeline.job import HEAD, Job, one_writer, use_cpus
-from pipeline.preemption import Notice
+from pipeline.execution.failures import RAY_RETRIES
+from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
+from pipeline.execution.preemption import Notice
+from pipeline.execution.rank_group import Gang, run_gang
 from pipeline.steps.graph import SeedSteps
 from pipeline.steps.recovery import clocked, forget
 from pipeline.steps.step import Made, Step, fetch, keep, perform

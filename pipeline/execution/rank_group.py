@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.failures import RAY_RETRIES
+from pipeline.execution.failures import RAY_RETRIES
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 

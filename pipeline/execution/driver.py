@@ -19,13 +19,14 @@ from hedgemix import stages
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import ERROR
 from hedgemix.standalone import script
-from pipeline import tasks
-from pipeline.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain
-from pipeline.job import Job
+from pipeline.execution import tasks
+from pipeline.execution.failures import COLOURS, Fail, Place, Repair, Restarts, classify, explain
+from pipeline.execution.job import Job
+from pipeline.execution.resources import check_capacity, on_cluster, resolve_cpus, training_slots
+from pipeline.execution.train_job import train_seed
 from pipeline.monitor import metrics
 from pipeline.monitor.board import BoardActor
 from pipeline.monitor.live_view import View
-from pipeline.resources import check_capacity, on_cluster, resolve_cpus, training_slots
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
 from pipeline.results.schema import Row
@@ -35,7 +36,6 @@ from pipeline.steps.recovery import set_aside
 from pipeline.steps.step import DamagedStepError, Step, check
 from pipeline.tracking.follower import Trackers, follow
 from pipeline.tracking.tracked_record import TrackedRecord
-from pipeline.train_job import train_seed
 
 POLL_SECONDS = 0.5
 STAGES = ("train", "quantize", "score", "evaluate")

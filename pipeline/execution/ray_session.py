@@ -22,7 +22,7 @@ os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloure
 import ray
 from rich.console import Console
 
-from pipeline.resources import on_cluster
+from pipeline.execution.resources import on_cluster
 from pipeline.steps.graph import machine_to_itself
 
 OBJECT_STORE_BYTES = 256 * 2**20

@@ -21,9 +21,9 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
 from hedgemix.train.trainer import DivergedError
-from pipeline.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
-from pipeline.job import HEAD, Job, one_writer, use_cpus
-from pipeline.preemption import Notice
+from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
+from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
+from pipeline.execution.preemption import Notice
 from pipeline.steps.recovery import forget
 from pipeline.steps.step import Made, Step, keep, perform
 
