@@ -1,7 +1,7 @@
 """Faults for a command, a test's or the soak's: real processes killed, and real writes failed, at a chosen file event.
 
     plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=2), fault.fail("*/weights.pt", "ENOSPC"))
-    tinyrecord.run(options, tmp_path, plan.environment())
+    tiny_record.run(options, tmp_path, plan.environment())
     plan.check()
 
 `faults/sitecustomize.py` carries them out. A match is counted over all processes of the command, so what fires once

@@ -12,11 +12,10 @@ os.environ.pop("RAY_ADDRESS", None)
 from collections.abc import Iterator
 from pathlib import Path
 
-import disturbed
-import measured
 import pytest
-import tinyrecord
 from hypothesis import settings
+
+from support import fault_costs, faulty_record, tiny_record
 
 settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("CI"):  # the same examples every time; new ones are for a person to meet
@@ -51,14 +50,14 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture
-def faults(request: pytest.FixtureRequest) -> measured.Faults:
+def faults(request: pytest.FixtureRequest) -> fault_costs.Faults:
     """Where a test of a fault notes what it measured."""
-    return measured.Faults(request)
+    return fault_costs.Faults(request)
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinyrecord.text_file(tmp_path_factory.mktemp("text"))
+    return tiny_record.text_file(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
@@ -71,18 +70,18 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     from pipeline.storage.store import Storage
 
     out = tmp_path_factory.mktemp("undisturbed")
-    options = tinyrecord.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
+    options = tiny_record.arguments(text, out, "--seeds", "1", "2", "--record", "tiny")
     recipe, _ = record.parse(["laptop", *options])
     storage = Storage("", out)
     dataset, data = record.prepare(recipe, storage, Console(quiet=True))
     (graph.plan_record("tiny", recipe, dataset, data, (2,)).seeds[2].train.folder / "step.lock").mkdir(parents=True)
-    return out, *tinyrecord.run([*options, "--report"], out, tinyrecord.SECRETS)
+    return out, *tiny_record.run([*options, "--report"], out, tiny_record.SECRETS)
 
 
 @pytest.fixture(scope="session")
 def undisturbed_long(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """The same of seed 1 with training that takes long enough to be disturbed from outside."""
     out = tmp_path_factory.mktemp("long")
-    told = tinyrecord.run(tinyrecord.arguments(text, out, *disturbed.LONG), out)
+    told = tiny_record.run(tiny_record.arguments(text, out, *faulty_record.LONG), out)
     assert told[0] == 0, told[1]
     return out, *told

@@ -1,0 +1,95 @@
+"""Work in a process of its own: what it may open, what is refused and by whom, what comes back."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hedgemix.audit import sandbox
+from hedgemix.audit.sandbox import WorkError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.txt"
+    path.write_text("what is in it")
+    return path
+
+
+def run(name: str, path: Path, readable: list[Path] | None, **options: Any) -> sandbox.Outcome:
+    return sandbox.run(f"support.sandbox_work:{name}", {"path": str(path)}, readable, **options)
+
+
+@pytest.mark.parametrize("how", ["read", "read_descriptor"])
+def test_a_file_it_is_told_of_is_read_and_noted(file: Path, how: str) -> None:
+    logged: list[dict[str, Any]] = []
+    outcome = run(how, file, [file], log=logged.append)
+    assert outcome.value == "what is in it" and outcome.confined.refused == []
+    assert outcome.confined.opened == [str(file)] and outcome.start_seconds > 0
+    assert logged == ([{"reading": str(file)}] if how == "read" else [])
+
+
+@pytest.mark.parametrize(
+    ("how", "refused"),
+    [
+        ("read", "opening"),
+        ("read_descriptor", "opening"),
+        ("write", "writing"),
+        ("remove", "os.remove"),
+        ("connect", "socket."),
+        ("start", "subprocess.Popen"),
+        ("train", "importing hedgemix.train"),
+    ],
+)
+def test_everything_else_is_refused(file: Path, how: str, refused: str) -> None:
+    with pytest.raises(WorkError, match=f"isolated: {refused}") as caught:
+        run(how, file, [file] if how in ("write", "remove") else [])
+    assert caught.value.refused[0].startswith(refused) and file.read_text() == "what is in it"
+
+
+def test_a_refusal_that_the_work_hides_is_known(file: Path) -> None:
+    outcome = run("read_anyway", file, [])
+    assert outcome.value == "none" and outcome.confined.refused == [f"opening {file}"]
+
+
+def test_a_link_is_what_it_leads_to(file: Path) -> None:
+    link = file.with_name("link.py")
+    link.symlink_to(file)
+    with pytest.raises(WorkError, match="isolated: opening"):
+        run("read", link, [])
+    assert run("read", link, [file]).value == "what is in it"
+
+
+def test_where_the_kernel_can_it_refuses_c_code_too(file: Path) -> None:
+    outcome = run("read_in_c", file, [])
+    assert outcome.value == (errno.EACCES if outcome.confined.landlock else 0)
+    assert run("read_in_c", file, [file]).value == 0
+
+
+def test_without_guards_it_is_an_ordinary_process(file: Path) -> None:
+    outcome = run("read_in_c", file, None)
+    assert outcome.value == 0 and outcome.confined == sandbox.Confined()
+    assert run("read", file, None).value == "what is in it"
+
+
+def test_there_is_a_folder_to_write_to_and_it_is_gone_afterwards(file: Path) -> None:
+    outcome = run("keep", file, [])
+    assert outcome.value == "kept" and outcome.confined.refused == []
+
+
+@pytest.mark.parametrize(("how", "message"), [("die", "died without a word: a last word"), ("none", "no attribute")])
+def test_work_that_fails_is_an_error_that_says_why(file: Path, how: str, message: str) -> None:
+    with pytest.raises(WorkError, match=message):
+        run(how, file, [])
+
+
+def test_what_an_installer_left_beside_code_is_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a checkout that is installed in place: libraries look for entry points there."""
+    notes = tmp_path / "thing.egg-info" / "entry_points.txt"
+    notes.parent.mkdir()
+    notes.write_text("[none]")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("read_anyway", notes, []).value == "[none]"

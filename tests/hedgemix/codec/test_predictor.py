@@ -1,0 +1,116 @@
+"""The one-token step against the evaluation of the whole text: the same bits, for every token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hedgemix.artifact import format as artifact
+from hedgemix.codec.predictor import Predictor
+from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.experts.registry import EXPERTS
+from support import tiny_artifact
+from support.tiny_artifact import CONFIG, Case
+
+FROZEN = replace(CONFIG, ttt=replace(CONFIG.ttt, enabled=False))
+
+
+def mixed(config: EvaluateConfig = CONFIG, **changes: Any) -> EvaluateConfig:
+    return replace(config, mixer=replace(config.mixer, **changes))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return tiny_artifact.make(tmp_path_factory.mktemp("predictor"))
+
+
+def evaluated(work: Evaluation, tokens: int) -> torch.Tensor:
+    """Nats of the first targets under the score's mixture, as the evaluation adds them."""
+    nats: list[torch.Tensor] = []
+    score = work.mixer.score
+
+    def watched(*arguments: Any) -> Any:
+        scores = score(*arguments)
+        nats.append(scores.nll[work.best][work.mixer.kind])
+        return scores
+
+    work.mixer.score = watched  # type: ignore[method-assign]
+    for number, chunk in enumerate(work.chunks):
+        if chunk.start < tokens:
+            work.run_chunk(number, chunk)
+    return torch.cat(nats)[: tokens - 1]
+
+
+def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Tensor, float]:
+    """The same from single steps, and the largest distance of a row's sum from 1."""
+    predictor = Predictor(artifact.read(case.artifact), len(case.tokens), int(case.tokens[0]), config)
+    nats, worst = [], 0.0
+    for token in case.tokens[1:tokens].tolist():
+        row = predictor.predict()
+        assert row.dtype == np.float64 and row.min() >= 0
+        worst = max(worst, abs(row.sum() - 1))
+        nats.append(-np.log(row[token]))
+        predictor.update(token)
+    return torch.tensor(nats), worst
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (CONFIG, 1200),
+        (replace(CONFIG, order="sliding"), 700),
+        (replace(CONFIG, segment_tokens=50, overlap_tokens=7), 500),
+        (replace(CONFIG, chunk_tokens=110), 400),
+        (replace(FROZEN, order="sliding", stride_tokens=32), 300),
+        (mixed(FROZEN, kind="none"), 300),
+        (mixed(FROZEN, kind="hedge", hedge_share=0.0), 300),
+        (mixed(FROZEN, kind="logistic"), 300),
+        (mixed(FROZEN, orders=(2, 4), gates=("entropy", "both"), memory_tokens=(100.0, 700.0)), 300),
+        (mixed(FROZEN, match_lengths=()), 300),
+        (mixed(experts=tuple(EXPERTS)), 500),
+    ],
+    ids=[
+        "default",
+        "sliding",
+        "odd segments",
+        "short chunks",
+        "wide stride",
+        "none",
+        "hedge",
+        "logistic",
+        "orders",
+        "no match",
+        "further experts",
+    ],
+)
+def test_every_token_costs_what_the_evaluation_says(case: Case, config: EvaluateConfig, tokens: int) -> None:
+    expected = evaluated(case.begin(config), tokens)
+    nats, worst = predicted(case, config, tokens)
+    torch.testing.assert_close(nats, expected, rtol=2e-5, atol=2e-5)
+    assert worst < 1e-12
+
+
+def test_two_predictors_agree_bitwise_and_predicting_changes_nothing(case: Case) -> None:
+    found = artifact.read(case.artifact)
+    one, other = (Predictor(found, len(case.tokens), int(case.tokens[0]), CONFIG) for _ in range(2))
+    for token in case.tokens[1:700].tolist():
+        row = one.predict()
+        assert np.array_equal(row, other.predict()) and np.array_equal(row, other.predict())
+        one.update(token)
+        other.update(token)
+
+
+def test_settings_that_do_not_fit_the_artifact_are_refused(case: Case) -> None:
+    found = artifact.read(case.artifact)
+    for config, named in (
+        (replace(CONFIG, window_tokens=1000), "window_tokens"),
+        (replace(CONFIG, mixer=MixerConfig(orders=(2, 1))), "orders"),
+        (replace(CONFIG, ttt=replace(CONFIG.ttt, epochs=0)), "epochs"),
+    ):
+        with pytest.raises(RecipeError, match=named):
+            Predictor(found, 10, 1, config)

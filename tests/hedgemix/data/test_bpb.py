@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.text_data import TEXTS, documents, processor
+
+from hedgemix.data import bpb, tokenizer
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(TEXTS, min_size=1, max_size=4))
+@example([""])
+@example([" ", "", "\u2581", " x"])
+def test_bytes_of_tokens_add_up_to_the_text(texts: list[str]) -> None:
+    tables = bpb.byte_tables(processor())
+    tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
+    assert tokens[0] == 1
+    assert bpb.token_bytes(tables, tokens[:-1], tokens[1:]).sum() == sum(len(text.encode()) for text in texts)
+
+
+def test_each_token_counts_what_decoding_it_adds() -> None:
+    tokens = np.concatenate(tokenizer.encode_batch(processor(), [documents()[0][:500], " \u20ac\u2581 x", "y"]))
+    lengths = [len(tokenizer.decode(processor(), tokens[:stop])) for stop in range(1, len(tokens) + 1)]
+    found = bpb.token_bytes(bpb.byte_tables(processor()), tokens[:-1], tokens[1:])
+    assert found.tolist() == np.diff(lengths).tolist()
+
+
+def test_counting_in_pieces_is_counting_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = bpb.byte_tables(processor())
+    tokens = np.concatenate(tokenizer.encode_batch(processor(), documents()[:20]))
+    monkeypatch.setattr(bpb, "PIECE_TOKENS", 7)
+    assert bpb.count_bytes(tables, tokens) == sum(len(text.encode()) for text in documents()[:20])
+    assert bpb.count_bytes(tables, tokens[:1]) == bpb.count_bytes(tables, tokens[:0]) == 0
+
+
+def test_tables_of_pieces_that_our_own_tokenizer_does_not_have() -> None:
+    pieces = ["<pad>", "<unk>", "<unused>", "<0x20>", "\u2581", "\u2581\u00e9", "a\u2581b", "\u2581\u2581"]
+    kinds = {"is_control": {0}, "is_unknown": {1}, "is_unused": {2}, "is_byte": {3}}
+    fake = SimpleNamespace(vocab_size=lambda: len(pieces), id_to_piece=pieces.__getitem__)
+    for name, members in kinds.items():
+        setattr(fake, name, members.__contains__)
+    tables = bpb.byte_tables(fake)  # type: ignore[arg-type]
+    assert tables.bytes_without_space.tolist() == [0, 0, 0, 1, 0, 2, 3, 1]
+    assert tables.has_leading_space.tolist() == [False, False, False, False, True, True, False, True]
+    previous, current = np.array([0, 1, 2, 3, 6, 5]), np.array([5, 5, 5, 5, 5, 0])
+    assert bpb.token_bytes(tables, previous, current).tolist() == [2, 2, 2, 3, 3, 0]
+
+
+def test_bits_per_byte() -> None:
+    assert bpb.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="0 bytes"):
+        bpb.bits_per_byte(1.0, 0)

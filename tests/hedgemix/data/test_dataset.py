@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.text_data import documents
+
+from hedgemix import cli
+from hedgemix.config import DataConfig, RecipeError
+from hedgemix.data import corpus, dataset, shards, tokenizer
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    path = tmp_path_factory.mktemp("text") / "docs.jsonl"
+    texts = [*documents(), "odd \u2581 \x00 text"]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return DataConfig(source="text", paths=(str(path),), vocab_size=512, valid_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def made(config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
+    return dataset.prepare(config, tmp_path_factory.mktemp("data"), silent)
+
+
+def shards_config(made: dataset.Dataset, **changes: object) -> DataConfig:
+    folder = str(Path(made.tokenizer).parent)
+    config = DataConfig(source="shards", shards_dir=folder, tokenizer=made.tokenizer, vocab_size=512)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) -> None:
+    train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    processor = tokenizer.load(made.tokenizer)
+    for stream, texts in ((dataset.train_stream(made), train), (dataset.valid_stream(made), valid)):
+        tokens = stream.read(0, len(stream))
+        assert tokens.tolist() == [token for text in texts for token in tokenizer.encode(processor, text)]
+    assert made.valid_bytes == sum(len(text.encode()) for text in valid)
+    assert made.valid_sha256 == hashlib.sha256(tokens[1:].astype("<u2").tobytes()).hexdigest()
+    assert made.tokenizer_sha256 == hashlib.sha256(Path(made.tokenizer).read_bytes()).hexdigest()
+    assert (made.train_documents, made.valid_documents) == (len(train), len(valid))
+    assert (made.train_tokens, made.valid_tokens) == (len(dataset.train_stream(made)), len(tokens))
+
+
+def test_preparing_again_gives_the_same(config: DataConfig, made: dataset.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "train_000007.bin").write_bytes(b"left from another time")
+    again = dataset.prepare(config, tmp_path, silent)
+    names = ("train_shards", "valid_shards", "tokenizer")
+    for name, value in dataclasses.asdict(again).items():
+        if name not in names:
+            assert value == getattr(made, name), name
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "tokenizer.model",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
+
+
+def test_training_text_is_cut_into_shards(
+    config: DataConfig, made: dataset.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(dataset, "BATCH_CHARACTERS", 30_000)
+    cut = dataset.prepare(config, tmp_path, silent)
+    sizes = [len(shards.map_shard(path)) for path in cut.train_shards]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {10_000} and sum(sizes) == made.train_tokens
+    whole, parts = dataset.train_stream(made), dataset.train_stream(cut)
+    assert np.array_equal(whole.read(0, len(whole)), parts.read(0, len(parts)))
+
+
+def test_shards_in_place_are_the_same_data(made: dataset.Dataset, tmp_path: Path) -> None:
+    found = dataset.prepare(shards_config(made), tmp_path, silent)
+    expected = dataclasses.replace(made, source="shards", train_documents=0, text_sha256="")
+    assert found == expected
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [2, 1000])
+def test_validation_is_cut_to_its_limit(made: dataset.Dataset, tmp_path: Path, limit: int) -> None:
+    found = dataset.prepare(shards_config(made, max_valid_tokens=limit), tmp_path, silent)
+    tokens = dataset.valid_stream(made).read(0, limit)
+    assert found.valid_tokens == len(dataset.valid_stream(found)) == limit
+    assert found.valid_bytes == len(tokenizer.decode(tokenizer.load(made.tokenizer), tokens))
+    assert found.valid_sha256 == hashlib.sha256(tokens[1:].tobytes()).hexdigest()
+    assert found.valid_documents == (tokens == 1).sum()
+
+
+def test_counting_in_pieces_is_counting_at_once(
+    made: dataset.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "READ_TOKENS", 101)
+    found = dataset.prepare(shards_config(made), tmp_path, silent)
+    assert (found.valid_bytes, found.valid_sha256) == (made.valid_bytes, made.valid_sha256)
+
+
+def test_a_saved_folder_can_be_moved(config: DataConfig, tmp_path: Path) -> None:
+    made = dataset.prepare(config, tmp_path / "a", silent)
+    dataset.save(made, tmp_path / "a")
+    assert dataset.load(tmp_path / "a") == made
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    moved = dataset.load(tmp_path / "b")
+    assert len(dataset.train_stream(moved)) == made.train_tokens
+    assert moved.tokenizer == str(tmp_path / "b" / "tokenizer.model")
+
+
+def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
+    for content in (None, "{", '{"colour": 1}', "{}"):
+        if content is not None:
+            (tmp_path / "dataset.json").write_text(content)
+        with pytest.raises(RecipeError, match="dataset.json cannot be read.*prepare"):
+            dataset.load(tmp_path)
+
+
+def test_hash_of_training_sees_its_edges_and_size(made: dataset.Dataset, tmp_path: Path) -> None:
+    for name in ("train_000000.bin", "val_000000.bin"):
+        shutil.copy(Path(made.tokenizer).parent / name, tmp_path / name)
+    tokens = np.array(shards.map_shard(tmp_path / "train_000000.bin"))
+    seen = {made.train_sha256}
+    for place in (0, len(tokens) - 1):
+        changed = tokens.copy()
+        changed[place] = 77
+        shards.write_shard(tmp_path / "train_000000.bin", changed)
+        found = dataset.prepare(shards_config(made, shards_dir=str(tmp_path)), tmp_path, silent)
+        seen.add(found.train_sha256)
+        assert found.valid_sha256 == made.valid_sha256
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vocab_size": 1024}, "data.vocab_size is 1024, but .* has 512 pieces"),
+        ({"tokenizer": "/none.model"}, "data.tokenizer: /none.model cannot be read"),
+        ({"shards_dir": "/none"}, "data.shards_dir: '/none' is not a folder.*hedgemix download"),
+        ({"shards_dir": ""}, "data.shards_dir"),
+        ({"shards_dir": "EMPTY"}, r"has no \*_train_\*\.bin"),
+        ({"shards_dir": "EMPTY", "tokenizer": ""}, r"has 0 \.model files"),
+        ({"max_valid_tokens": -1}, "data.max_valid_tokens"),
+    ],
+)
+def test_shards_that_cannot_be_used(
+    made: dataset.Dataset, tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    if changes.get("shards_dir") == "EMPTY":
+        changes = {**changes, "shards_dir": str(tmp_path)}
+    with pytest.raises(RecipeError, match=reason):
+        dataset.prepare(shards_config(made, **changes), tmp_path, silent)
+
+
+def test_the_only_tokenizer_beside_the_shards_is_theirs(made: dataset.Dataset, tmp_path: Path) -> None:
+    found = dataset.prepare(shards_config(made, tokenizer=""), tmp_path, silent)
+    assert found.tokenizer == made.tokenizer and found.valid_sha256 == made.valid_sha256
+
+
+def test_too_little_text_is_said_before_the_run(made: dataset.Dataset) -> None:
+    dataset.check(made, made.train_tokens, made.valid_tokens)
+    with pytest.raises(RecipeError, match=r"data\.paths gave .* training tokens .*lower train\.batch_tokens"):
+        dataset.check(made, made.train_tokens + 1, 1)
+    with pytest.raises(RecipeError, match=r"data\.paths gave .* validation tokens .*data\.valid_fraction"):
+        dataset.check(made, 1, made.valid_tokens + 1)
+
+
+def test_tokens_that_lose_text_are_a_bug(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda p, texts: [tokens[:-1] for tokens in whole(p, texts)])
+    with pytest.raises(RuntimeError, match="tokenizer bug"):
+        dataset.prepare(config, tmp_path, silent)
+
+
+def test_the_command_writes_the_data_set_and_says_errors_in_a_line(
+    config: DataConfig,
+    made: dataset.Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["hedgemix", "prepare", "--folder", str(tmp_path / "out"), "--source", "text", "--vocab-size", "512"]
+    arguments += ["--valid-fraction", "0.1", "--paths"]
+    monkeypatch.setattr("sys.argv", [*arguments, *config.paths])
+    cli.main()
+    assert dataset.load(tmp_path / "out").valid_sha256 == made.valid_sha256
+    assert f"{made.valid_bytes:,}" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*arguments, "/none.txt"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: data.paths: /none.txt does not exist; name a file or folder that does\n"

@@ -1,0 +1,142 @@
+"""The results table: its schema, its file, and what prints it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from hedgemix.recipes import RECIPES
+from pipeline.analysis.console import print_results
+from pipeline.plan import plan_lines
+from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown
+from pipeline.results.table import mean_and_deviation, write_rows
+from pipeline.storage.store import Storage
+
+DONE = Row(
+    record="one",
+    recipe="laptop",
+    config_hash="h",
+    seed=1,
+    status="done",
+    bpb_final=1.5,
+    bpb_full=1.75,
+    published_mass=40.0,
+    valid_bytes=1000,
+    within_limits=True,
+    expert_names=["neural", "order1"],
+    expert_weights=[0.75, 0.25],
+)
+FAILED = Row(record="one", recipe="laptop", config_hash="h", seed=2, status="failed", error="train: it broke")
+
+
+def test_rows_come_back_from_pandas_as_they_were_written(tmp_path: Path) -> None:
+    path = write_rows(Storage("", tmp_path), [DONE, FAILED])
+    table = pd.read_parquet(path)
+    assert table.seed.tolist() == [1, 2] and table.status.tolist() == ["done", "failed"]
+    assert table.bpb_final[0] == 1.5 and math.isnan(table.bpb_final[1])
+    assert list(table.expert_weights[0]) == [0.75, 0.25]
+    assert table.error[1] == "train: it broke"
+
+
+def test_every_column_is_typed_documented_and_versioned(tmp_path: Path) -> None:
+    stored = pq.read_schema(write_rows(Storage("", tmp_path), [FAILED]))
+    assert stored.names == [field.name for field in dataclasses.fields(Row)]
+    assert stored.metadata[b"hedgemix_schema"] == str(SCHEMA_VERSION).encode()
+    docs = column_docs()
+    for name in stored.names:
+        assert docs[name] and stored.field(name).metadata[b"doc"] == docs[name].encode()
+    # A table with nothing but failures has the same types as one without.
+    assert stored.equals(pq.read_schema(write_rows(Storage("", tmp_path), [DONE])))
+
+
+def test_the_document_of_the_table_is_the_schema() -> None:
+    document = Path(__file__).resolve().parent.parent.parent.parent / "docs" / "results.md"
+    assert document.read_text() == markdown()
+
+
+def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Path) -> None:
+    events = "_records/one/tensorboard/seed1/train/events.out.tfevents.1.host"
+    for name in (
+        "_steps/train-1/result.json",
+        "_records/one/recipe.json",
+        "_records/one/record.lock",
+        events,
+        "_mlflow.db",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".two.parquet.host.1.tmp").write_bytes(b"half a file")
+    write_rows(Storage("", tmp_path), [DONE])
+    write_rows(Storage("", tmp_path), [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
+    assert sorted(pd.read_parquet(tmp_path).record) == ["one", "two", "two"]
+
+
+def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_path: Path) -> None:
+    def write(record: str) -> None:
+        for _ in range(20):
+            write_rows(Storage("", tmp_path), [dataclasses.replace(DONE, record=record)])
+
+    write("one")
+    threads = [threading.Thread(target=write, args=(record,)) for record in ("one", "two", "three")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(pd.read_parquet(tmp_path).record) == ["one", "three", "two"]
+
+
+def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(Storage("", tmp_path), [DONE])
+
+    def broken(table: object, file: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pq, "write_table", broken)
+    with pytest.raises(OSError):
+        write_rows(Storage("", tmp_path), [DONE, FAILED])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one.parquet"]
+    assert len(pd.read_parquet(path)) == 1
+
+
+def test_other_seeds_join_the_record_and_the_same_seed_is_replaced(tmp_path: Path) -> None:
+    write_rows(Storage("", tmp_path), [DONE, FAILED])
+    path = write_rows(
+        Storage("", tmp_path), [dataclasses.replace(DONE, seed=3), dataclasses.replace(FAILED, error="again")]
+    )
+    table = pd.read_parquet(path).set_index("seed")
+    assert sorted(table.index) == [1, 2, 3] and table.error[2] == "again" and table.bpb_final[1] == 1.5
+
+
+def test_mean_and_sample_deviation() -> None:
+    assert mean_and_deviation([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, math.sqrt(7 / 3)))
+    mean, deviation = mean_and_deviation([3.0])
+    assert mean == 3.0 and math.isnan(deviation)
+
+
+def test_the_printed_table_fits_80_columns_and_shows_every_seed(tmp_path: Path) -> None:
+    console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    rows = [dataclasses.replace(DONE, seed=seed, steps=1000, total_bytes=15_484_405) for seed in (1337, 42)]
+    rows = [dataclasses.replace(row, train_seconds=599.9, evaluate_seconds=561.2) for row in rows]
+    print_results([*rows, FAILED], str(tmp_path / "one.parquet"), console)
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines() if "pandas" not in line and "table:" not in line) <= 80
+    for expected in ("1337", "42", "15,484,405", "1.7500", "seed 2 failed: train: it broke", "sum to 40.00", "mean"):
+        assert expected in text
+    assert "\u2026" not in text  # nothing cut
+
+
+def test_the_plan_lines_the_record_is_the_reference_run() -> None:
+    plan = plan_lines(RECIPES["record"](), (1337, 42, 7))
+    assert plan["parameters"] == "33,317,980"
+    assert plan["training job"] == "8 workers on one node: 8 GPU, 160 CPU"
+    assert plan["training loop"].startswith("582 s")
+    assert plan["step"] == "786,432 tokens = 384 sequences of 2,048"
+    assert plan["each worker"] == "98,304 tokens a step = 48 sequences in 1 microbatch"
+    assert plan["limits"].startswith("16,000,000 bytes, 600 s")

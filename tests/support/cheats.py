@@ -1,0 +1,211 @@
+"""Evaluations with one fault each, for the audit to catch, and a stand-in for a codec."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgemix.audit import replay
+from hedgemix.evaluate import evaluator
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.scoring_order import Piece
+from hedgemix.evaluate.ttt import Adapter
+from hedgemix.experts import ngram
+from hedgemix.mixers import hedge, published
+from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.model.transformer import Model
+
+SECRET = Path(__file__).resolve().parent.parent.parent / "LICENSE"
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Of the published rule few buckets, and counts that are used from the second chunk on. No fault."""
+    with patch.object(published, "start", partial(published.start, buckets=64, warm_tokens=100)):
+        yield
+
+
+def testify(log: Any, **given: Any) -> None:
+    with eager():
+        replay.testify(log=log, **given)
+
+
+def score_rank(log: Any, **given: Any) -> dict[str, Any]:
+    with eager():
+        return replay.score_rank(log=log, **given)
+
+
+@contextmanager
+def unnormalised() -> Iterator[None]:
+    """A mixer whose row adds up to 1.01."""
+    logistic_rows = hedge.logistic_rows
+
+    def more(*given: Any) -> Tensor:
+        return logistic_rows(*given) + math.log(1.01)
+
+    with patch.object(hedge, "logistic_rows", more):
+        yield
+
+
+def leaning(ahead: int) -> Callable[..., Any]:
+    """Neural rows that are distributions and lean towards the token `ahead` of their own."""
+    chunk_rows = evaluator.chunk_rows
+
+    def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
+        for piece, found in chunk_rows(models, tokens_N, chunk, config):
+            text_N = tokens_N[: len(tokens_N)]
+            known_B1 = text_N[(torch.arange(piece.start, piece.stop) + ahead).clamp(max=len(tokens_N) - 1), None]
+            for name, rows_BV in found.items():
+                found[name] = rows_BV.scatter_add(1, known_B1, torch.ones_like(known_B1).float()).log_softmax(-1)
+            yield piece, found
+
+    return rows
+
+
+@contextmanager
+def knows_target() -> Iterator[None]:
+    """An expert that looks at the target: a hash table keyed by context and target does so."""
+    with patch.object(evaluator, "chunk_rows", leaning(0)):
+        yield
+
+
+@contextmanager
+def knows_future() -> Iterator[None]:
+    with patch.object(evaluator, "chunk_rows", leaning(1)):
+        yield
+
+
+@contextmanager
+def counted_early() -> Iterator[None]:
+    """Unigram counts that hold a position's own token when its row is made."""
+
+    def early(unigram_V: Tensor, token_B: Tensor, start: int) -> Tensor:
+        hot_BV = torch.nn.functional.one_hot(token_B, len(unigram_V))
+        count_BV = unigram_V + hot_BV.cumsum(0) + 1
+        return count_BV / count_BV.sum(1, keepdim=True)
+
+    with patch.object(ngram, "_unigram_rows", early):
+        yield
+
+
+@contextmanager
+def scored_twice() -> Iterator[None]:
+    """The last piece of each chunk is scored again once the mixture has learned it, and charged again."""
+    chunk_rows, score = evaluator.chunk_rows, Mixer.score
+
+    def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
+        for piece, found in chunk_rows(models, tokens_N, chunk, config):
+            yield piece, found
+        yield piece, found
+
+    def again(mixer: Any, log_rows: dict[str, Tensor], start: int, stop: int) -> Any:
+        if start < mixer.position:
+            mixer._state.ngrams = mixer.before
+        mixer.before = copy.deepcopy(mixer._state.ngrams)
+        return score(mixer, log_rows, start, stop)
+
+    with patch.object(evaluator, "chunk_rows", rows), patch.object(Mixer, "score", again), both_look(again):
+        yield
+
+
+@contextmanager
+def both_look(again: Any) -> Iterator[None]:
+    """Let the rows be looked at a second time as well."""
+    look = Mixer.rows
+
+    def rows(mixer: Any, log_rows: dict[str, Tensor], start: int, stop: int) -> Any:
+        if start < mixer.position:
+            mixer._state.ngrams = copy.deepcopy(mixer.before)
+        return look(mixer, log_rows, start, stop)
+
+    with patch.object(Mixer, "rows", rows):
+        yield
+
+
+@contextmanager
+def learned_first() -> Iterator[None]:
+    """Test-time training reads a chunk before it is scored."""
+    run_chunk = Evaluation.run_chunk
+
+    def early(work: Evaluation, number: int, chunk: Piece) -> Any:
+        assert work.adapter
+        work.adapter.learn(work.tokens_N, work.weights_N, chunk)
+        return run_chunk(work, number, chunk)
+
+    with patch.object(Evaluation, "run_chunk", early):
+        yield
+
+
+@contextmanager
+def moved_unseen() -> Iterator[None]:
+    """Weights that move while a chunk is scored."""
+    score = Evaluation.score
+
+    def moving(work: Evaluation, piece: Piece, rows: dict[str, Tensor]) -> None:
+        score(work, piece, rows)
+        assert work.adapter
+        with torch.no_grad():
+            for parameter in work.adapter.scorer.parameters():
+                parameter.mul_(1.01)
+
+    with patch.object(Evaluation, "score", moving):
+        yield
+
+
+@contextmanager
+def reads_more() -> Iterator[None]:
+    """An evaluation that opens a file beside the artifact and the text."""
+    begin = replay.begin
+
+    def reading(*given: Any) -> Any:
+        SECRET.read_bytes()
+        return begin(*given)
+
+    with patch.object(replay, "begin", reading):
+        yield
+
+
+def reading_witness(log: Any, **given: Any) -> None:
+    with eager(), reads_more():
+        replay.testify(log=log, **given)
+
+
+def differing_rank(rank: int, log: Any, **given: Any) -> dict[str, Any]:
+    """Ranks that do not add their gradients up the same way."""
+    learn = Adapter.learn
+
+    def alone(adapter: Adapter, *rest: Any) -> None:
+        learn(adapter, *rest)
+        with torch.no_grad():
+            for parameter in adapter.scorer.parameters():
+                parameter.mul_(1 + 0.01 * rank)
+
+    with eager(), patch.object(Adapter, "learn", alone):
+        return replay.score_rank(rank=rank, log=log, **given)
+
+
+def compress(source: dict[str, Any], log: Any) -> dict[str, Any]:
+    """In place of a codec: the tokens as they are, and the bits that one would need."""
+    read = replay.Source(**source)
+    with eager():
+        work = replay.begin(read)
+        work.play()
+    data, bits = read.read().astype("<u2").tobytes(), float(work.nats_N[1:].sum()) / math.log(2)
+    return {"data": base64.b64encode(data).decode(), "payload_bits": math.ceil(bits) + 32, "ideal_bits": bits}
+
+
+def decompress(artifact_path: str, data_path: str, threads: int, log: Any) -> dict[str, Any]:
+    data = Path(data_path).read_bytes()
+    return {"tokens": len(np.frombuffer(data, "<u2")), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,90 @@
+"""An artifact small enough to be scored in a test, and the text to score it on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hedgemix.artifact import format as artifact
+from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
+from hedgemix.data import bpb, tokenizer
+from hedgemix.data.device_text import Text
+from hedgemix.data.shards import TokenStream
+from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact, load_model
+from hedgemix.experts import ngram
+from hedgemix.model.transformer import Model
+from hedgemix.quantize.calibration import Moments
+from hedgemix.quantize.quantizer import quantize_model
+from support.text_data import documents, processor
+
+CPU, CONTEXT = torch.device("cpu"), 64
+CONFIG = EvaluateConfig(
+    window_tokens=32, stride_tokens=8, segment_tokens=96, overlap_tokens=64, batch_windows=7, chunk_tokens=320,
+    dtype="float32",
+    ttt=TTTConfig(
+        rate=3e-3,
+        epochs=2,
+        batch_sequences=3,
+        sequence_tokens=32,
+        last_blocks=1,
+        polyak=0.9,
+        byte_weighted=True,
+        cosine=True,
+        ramp=3.0,
+    ),
+    mixer=MixerConfig(orders=(1, 2, 3), match_lengths=(4, 8), block_tokens=32),
+)  # fmt: skip
+MODEL = ModelConfig(
+    layers=2, width=32, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, bigram_buckets=256, bigram_width=16,
+    value_embedding_layers=1, value_embedding_width=16,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder with an artifact, and a text whose n-grams are counted in the folder."""
+
+    folder: Path
+    text: bytes
+    tokens: np.ndarray
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "model.hmx"
+
+    def model(self) -> Model:
+        return load_model(artifact.read(self.artifact))
+
+    def score(self, config: EvaluateConfig = CONFIG, **options: Any) -> EvaluateResult:
+        stream, counts = TokenStream([self.tokens]), self.folder / "counts"
+        return evaluate_artifact(self.artifact, stream, counts, config, CPU, **options)
+
+    def begin(self, config: EvaluateConfig = CONFIG, tokens: np.ndarray | None = None) -> Evaluation:
+        """What `score` begins with, also for other tokens."""
+        tokens = self.tokens if tokens is None else tokens
+        mixer = config.mixer
+        index = ngram.build_index(tokens, mixer.orders, processor().vocab_size(), mixer.match_lengths)
+        return Evaluation(self.model(), Text(tokens, CPU), bpb.byte_tables(processor()), index, config)
+
+
+def make(folder: Path) -> Case:
+    """A model with random weights, quantized and written; about 1,200 tokens of four documents."""
+    torch.manual_seed(0)
+    model = Model(MODEL, processor().vocab_size(), CONTEXT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    columns = {name: torch.eye(each.shape[1]) for name, each in model.named_parameters() if each.dim() == 2}
+    rows = {name: torch.ones(len(model.get_parameter(name))) for name in columns}
+    tensors, _ = quantize_model(model, Moments(columns, rows), QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
+    header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT}
+    artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3)
+    texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
+    tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
+    mixer = CONFIG.mixer
+    ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, folder / "counts")
+    return Case(folder, "".join(texts).encode(), tokens)
