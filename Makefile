@@ -44,7 +44,7 @@ soak: .venv/installed-dev
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.suite $(ARGS)
+	$(BIN)/python -m benchmarks.suite.suite $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks import machine, report
+from benchmarks.suite import machine, report
 from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
 from hedgemix.runtime.files import write_json

@@ -32,8 +32,9 @@ import torch
 import tyro
 
 from benchmarks import cluster as clusters
-from benchmarks import disturbance, fault, leaks, machine, verdict
+from benchmarks import disturbance, fault, leaks, verdict
 from benchmarks.disturbed import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
+from benchmarks.suite import machine
 from hedgemix import __version__
 from pipeline.results.table import read_rows
 from pipeline.storage.store import Storage

@@ -138,7 +138,7 @@ def show(paths: list[Path], update_docs: bool) -> bool:
     lines: list[dict[str, Any]] = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     print(predictions.table(lines))
     if update_docs:
-        from benchmarks.report import update
+        from benchmarks.suite.report import update
 
         update(Path(__file__).resolve().parents[2] / "docs" / "gpu.md", "gpu", documented(lines))
     return True

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.scoring import final_nats
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import emptied, evaluated, shortened
-from benchmarks.timing import once
+from benchmarks.suite.timing import once
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
 from hedgemix.audit import sandbox

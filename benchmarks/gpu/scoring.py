@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import plan
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
 from benchmarks.gpu.timing import LAUNCHES, WAITS, Profile, milliseconds
 from benchmarks.gpu.training import strict
-from benchmarks.timing import once
+from benchmarks.suite import gpu_plan
+from benchmarks.suite.timing import once
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
 from hedgemix.config import EvaluateConfig
@@ -110,7 +110,7 @@ def profiled_mixing(
     tokens = pieces[-1].stop - pieces[1].start
     blocks = tokens / block
     if job.device.type == "cpu":
-        job.tell(f"operations a block of {block}", plan.counted(partial(mixed, mixer, pieces[1:])) / blocks)
+        job.tell(f"operations a block of {block}", gpu_plan.counted(partial(mixed, mixer, pieces[1:])) / blocks)
         return
     found = Profile(partial(mixed, mixer, pieces[1:]), job.device)
     launches, microseconds = found.count(LAUNCHES), each * tokens

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.subject import quick_sizes
+from benchmarks.suite.setup import quick_sizes
 from hedgemix import recipes
 from hedgemix.config import Recipe, RecipeError
 

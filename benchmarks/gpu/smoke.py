@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import machine
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
-from benchmarks.timing import once
+from benchmarks.suite import machine
+from benchmarks.suite.timing import once
 from hedgemix import stages
 from hedgemix.artifact import tensors
 from hedgemix.config import Recipe

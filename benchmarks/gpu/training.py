@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import operations
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import LIMITS
 from benchmarks.gpu.timing import Profile, Stopwatch, milliseconds
-from benchmarks.plan import Rates
+from benchmarks.suite import operations
+from benchmarks.suite.gpu_plan import Rates
 from hedgemix.config import TrainConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Batches

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import plan
 from benchmarks.gpu import predictions, sections
 from benchmarks.gpu import text as texts
 from benchmarks.gpu.__main__ import arguments, main
 from benchmarks.gpu.calls import CALLS, documented
 from benchmarks.gpu.sections import Job, Results, Section
 from benchmarks.gpu.timing import KINDS, Profile, Stopwatch
+from benchmarks.suite import gpu_plan
 from hedgemix import recipes
 from hedgemix.artifact import format as artifact
 from hedgemix.config import RecipeError
@@ -293,14 +293,14 @@ def test_every_document_says_what_the_plan_computes() -> None:
     """From the rates that the page shows and the operations that it counted."""
     shown = between("docs/performance.md", "plan")
     told = dict(re.findall(r"^\| (\w+) \| ([\d.e+-]+) \| (?:yes|assumed) \|$", shown, re.MULTILINE))
-    assert set(told) == {each.name for each in fields(plan.Rates)} - {"measured"}
-    for name in plan.Rates().assumed():
+    assert set(told) == {each.name for each in fields(gpu_plan.Rates)} - {"measured"}
+    for name in gpu_plan.Rates().assumed():
         if f"| {name} | {told[name]} | assumed |" in shown:
-            assert float(told[name]) == pytest.approx(getattr(plan.Rates(), name), rel=0.01), name
-    rates = replace(plan.Rates(), **{name: float(value) for name, value in told.items()})
+            assert float(told[name]) == pytest.approx(getattr(gpu_plan.Rates(), name), rel=0.01), name
+    rates = replace(gpu_plan.Rates(), **{name: float(value) for name, value in told.items()})
     counted = [re.search(rf"(\d+) array operations a {of}", shown) for of in ("block", "piece")]
-    stages = plan.plan(recipes.record(), rates, plan.Launches(*(float(found[1]) for found in counted if found)))
-    seconds = plan.evaluation_seconds(stages)
+    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.Launches(*(float(found[1]) for found in counted if found)))
+    seconds = gpu_plan.evaluation_seconds(stages)
     [said] = re.findall(r"^Evaluation: (\d+) s", shown, re.MULTILINE)
     assert float(said) == pytest.approx(seconds, rel=0.01)
     readme = " ".join((ROOT / "README.md").read_text().split())
@@ -314,7 +314,7 @@ def test_every_document_says_what_the_plan_computes() -> None:
 def test_launches_are_those_of_an_evaluation() -> None:
     evaluate = replace(recipes.record().evaluate, segment_tokens=512)
     small = replace(evaluate.mixer, orders=(1, 2), match_lengths=(), block_tokens=64)
-    found = plan.count_launches(replace(evaluate, mixer=small), 50)
-    longer = plan.count_launches(replace(evaluate, mixer=replace(small, block_tokens=128)), 50)
+    found = gpu_plan.count_launches(replace(evaluate, mixer=small), 50)
+    longer = gpu_plan.count_launches(replace(evaluate, mixer=replace(small, block_tokens=128)), 50)
     assert 50 < found.block < longer.block < 2 * found.block  # a span's share grows with the block
     assert found.rule == longer.rule > 50

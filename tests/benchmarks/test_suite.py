@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import operations, plan, report, suite, timing
-from benchmarks.machine import Limits
 from benchmarks.plain import quantization as plain
 from benchmarks.plain.evaluation import sliding_nats
-from benchmarks.subject import Row
+from benchmarks.suite import gpu_plan, operations, report, suite, timing
+from benchmarks.suite.machine import Limits
+from benchmarks.suite.setup import Row
 from hedgemix import recipes
 from hedgemix.artifact.tensors import steps
 from hedgemix.config import ModelConfig
@@ -115,25 +115,25 @@ def test_plain_windows_score_every_target_once_with_a_full_context() -> None:
 
 
 def test_the_plan_follows_its_rates() -> None:
-    recipe, rates, counts = recipes.record(), plan.Rates(measured=("coding",)), plan.Launches(100.0, 50.0)
-    stages = {stage.name: stage for stage in plan.plan(recipe, rates, counts)}
+    recipe, rates, counts = recipes.record(), gpu_plan.Rates(measured=("coding",)), gpu_plan.Launches(100.0, 50.0)
+    stages = {stage.name: stage for stage in gpu_plan.plan(recipe, rates, counts)}
     rule = "published rule and sums"
-    slower = {stage.name: stage for stage in plan.plan(recipe, replace(rates, launch_seconds=1e-5), counts)}
-    assert stages["mixing"].launches == 100 * plan.VALID_TOKENS / recipe.evaluate.mixer.block_tokens
-    assert stages[rule].launches == 50 * plan.VALID_TOKENS / recipe.evaluate.segment_tokens
+    slower = {stage.name: stage for stage in gpu_plan.plan(recipe, replace(rates, launch_seconds=1e-5), counts)}
+    assert stages["mixing"].launches == 100 * gpu_plan.VALID_TOKENS / recipe.evaluate.mixer.block_tokens
+    assert stages[rule].launches == 50 * gpu_plan.VALID_TOKENS / recipe.evaluate.segment_tokens
     for name in ("mixing", rule):
         assert slower[name].seconds - stages[name].seconds == pytest.approx(stages[name].launches * 2e-6)
     assert slower["scoring"] == stages["scoring"]
-    host = {s.name: s for s in plan.plan(recipe, replace(rates, host_seconds=0.0, wait_seconds=0.0), counts)}
-    waits = plan.SPAN_WAITS * plan.VALID_TOKENS / 4096 * rates.wait_seconds
+    host = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, host_seconds=0.0, wait_seconds=0.0), counts)}
+    waits = gpu_plan.SPAN_WAITS * gpu_plan.VALID_TOKENS / 4096 * rates.wait_seconds
     saved = stages["mixing"].seconds - host["mixing"].seconds
-    assert saved == pytest.approx(plan.VALID_TOKENS * rates.host_seconds + waits)
+    assert saved == pytest.approx(gpu_plan.VALID_TOKENS * rates.host_seconds + waits)
     within = [stages[name].seconds for name in ("scoring", "test-time training", "mixing", rule)]
-    assert plan.evaluation_seconds(list(stages.values())) == pytest.approx(sum(within))
-    assert plan.weakest(recipe, rates, counts)[0] == "launch_seconds"
+    assert gpu_plan.evaluation_seconds(list(stages.values())) == pytest.approx(sum(within))
+    assert gpu_plan.weakest(recipe, rates, counts)[0] == "launch_seconds"
     assert "coding" not in rates.assumed() and "peak" in rates.assumed()
     fewer = replace(recipe, compute=replace(recipe.compute, workers=1))
-    assert {s.name: s for s in plan.plan(fewer, rates, counts)}["training step"].seconds > stages[
+    assert {s.name: s for s in gpu_plan.plan(fewer, rates, counts)}["training step"].seconds > stages[
         "training step"
     ].seconds
 
@@ -141,14 +141,14 @@ def test_the_plan_follows_its_rates() -> None:
 @pytest.mark.soak
 def test_a_gpus_rates_replace_assumptions_and_a_cpus_do_not(rows: list[Row]) -> None:
     limits = Limits(1e12, 2e12, 3e9)
-    assert plan.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
+    assert gpu_plan.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
     assumed = {"double", "link", "launch_seconds", "wait_seconds", "host_seconds"}
-    assert set(plan.rates_from(rows, limits, True, 5.0).assumed()) == assumed
+    assert set(gpu_plan.rates_from(rows, limits, True, 5.0).assumed()) == assumed
 
 
 def test_views_are_no_operations() -> None:
     x = torch.ones(4)
-    assert plan.counted(lambda: (x[1:].view(3, 1) + 1).mul_(2)) == 2
+    assert gpu_plan.counted(lambda: (x[1:].view(3, 1) + 1).mul_(2)) == 2
 
 
 @pytest.fixture(scope="module")

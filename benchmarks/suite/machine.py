@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import once
+from benchmarks.suite.timing import once
 
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 COPY_FLOATS = {"cpu": 2**25, "cuda": 2**28}

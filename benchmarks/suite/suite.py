@@ -1,8 +1,8 @@
 """Every stage of hedgemix beside a named plain baseline, in one process, in turns.
 
     make bench                                      # everything, on this machine; bench/results.md and .parquet
-    python -m benchmarks.suite --only quantization  # one stage
-    python -m benchmarks.suite --device cuda        # the sizes of recipe record
+    python -m benchmarks.suite.suite --only quantization  # one stage
+    python -m benchmarks.suite.suite --device cuda        # the sizes of recipe record
 
 Each side is warmed up, then both run in the order a b b a; seconds are medians. "faster" is the ratio of the medians
 with the least and largest ratio of the pairs, and how many there were. The limit is what this machine's measured rates
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import curves, export, machine, parallel, plan, report, stages
-from benchmarks.subject import Bench, Row, sizes
-from benchmarks.timing import once
+from benchmarks import curves
+from benchmarks.suite import export, gpu_plan, machine, parallel, report, stages
+from benchmarks.suite.setup import Bench, Row, sizes
+from benchmarks.suite.timing import once
 from hedgemix import recipes
 from hedgemix.experts import ngram
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "training": stages.training,
     "sliding": stages.sliding,
@@ -98,10 +99,10 @@ def plan_part(rows: list[Row], bench: Bench, quick: bool) -> str:
             tokens.astype(np.uint16), mixer.orders, recipe.data.vocab_size, mixer.match_lengths
         )
     )  # fmt: skip
-    rates = plan.rates_from(rows, bench.limits, cuda, count / seconds)
-    launches = plan.count_launches(recipe.evaluate, recipe.data.vocab_size)
-    found = plan.plan(recipe, rates, launches)
-    return report.plan_text(found, rates, plan.weakest(recipe, rates, launches), cuda)
+    rates = gpu_plan.rates_from(rows, bench.limits, cuda, count / seconds)
+    launches = gpu_plan.count_launches(recipe.evaluate, recipe.data.vocab_size)
+    found = gpu_plan.plan(recipe, rates, launches)
+    return report.plan_text(found, rates, gpu_plan.weakest(recipe, rates, launches), cuda)
 
 
 def say(message: str) -> None:

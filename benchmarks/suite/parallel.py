@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks import operations
-from benchmarks.stages import scored
-from benchmarks.subject import Agreement, Bench, Costs, Row, sizes
-from benchmarks.timing import once, summary
+from benchmarks.suite import operations
+from benchmarks.suite.setup import Agreement, Bench, Costs, Row, sizes
+from benchmarks.suite.stages import scored
+from benchmarks.suite.timing import once, summary
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.model.transformer import parameter_count
 from hedgemix.runtime.files import read_json, write_json

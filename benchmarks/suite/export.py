@@ -11,10 +11,10 @@ import torch
 import zstandard
 from torch import Tensor
 
-from benchmarks import operations
 from benchmarks.plain import quantization as plain
-from benchmarks.subject import Agreement, Bench, Costs, Row
-from benchmarks.timing import compare
+from benchmarks.suite import operations
+from benchmarks.suite.setup import Agreement, Bench, Costs, Row
+from benchmarks.suite.timing import compare
 from hedgemix.artifact.tensors import Stepped, steps
 from hedgemix.config import QuantizeConfig
 from hedgemix.entropy import matrices

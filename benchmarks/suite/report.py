@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.machine import Limits
-from benchmarks.plan import Rates, Stage, evaluation_seconds
-from benchmarks.subject import Row
+from benchmarks.suite.gpu_plan import Rates, Stage, evaluation_seconds
+from benchmarks.suite.machine import Limits
+from benchmarks.suite.setup import Row
 
 COLUMNS = {
     "stage": "stage", "what": "what", "size": "size", "baseline": "baseline", "baseline_seconds": "baseline s",

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import operations
-from benchmarks.machine import Limits
-from benchmarks.subject import Row
+from benchmarks.suite import operations
+from benchmarks.suite.machine import Limits
+from benchmarks.suite.setup import Row
 from hedgemix.config import EvaluateConfig, ModelConfig, Recipe
 from hedgemix.data.bpb import ByteTables
 from hedgemix.data.device_text import Text

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import operations
 from benchmarks.plain.evaluation import sliding_nats
 from benchmarks.plain.training import PlainRun
-from benchmarks.subject import Agreement, Bench, Costs, Row
-from benchmarks.timing import compare
+from benchmarks.suite import operations
+from benchmarks.suite.setup import Agreement, Bench, Costs, Row
+from benchmarks.suite.timing import compare
 from hedgemix.codec.predictor import Mixture
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows

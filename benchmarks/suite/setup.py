@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Limits
-from benchmarks.timing import Comparison
+from benchmarks.suite.machine import Limits
+from benchmarks.suite.timing import Comparison
 from hedgemix import recipes
 from hedgemix.config import MixerConfig, ModelConfig, Recipe, config_hash
 from hedgemix.data import bpb, dataset, tokenizer

@@ -1,0 +1,1 @@
+"""Every stage beside a plain baseline, and the machine's limits."""
