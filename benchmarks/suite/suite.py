@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import curves
+from benchmarks.quality import memory
 from benchmarks.suite import export, gpu_plan, machine, parallel, report, stages
 from benchmarks.suite.setup import Bench, Row, sizes
 from benchmarks.suite.timing import once
@@ -74,7 +74,7 @@ def main(options: Options) -> list[Row]:
     if not options.only:
         planned = plan_part(rows, bench, options.quick)
         say("cost as work grows")
-        grown = curves.markdown((200_000,), (20_000,), 20_000) if options.quick else curves.markdown()
+        grown = memory.markdown((200_000,), (20_000,), 20_000) if options.quick else memory.markdown()
     head = report.machine_text(about, bench.limits, (time.monotonic() - began) / 60)
     text = f"{head}\n\n{report.table(rows)}\n"
     text += f"\n## As work grows\n\n{grown}\n\n## Recipe record on 8 GPUs\n\n{planned}\n" if grown else ""

@@ -1,6 +1,6 @@
 """What exports cost and lose: a finished record's weights quantized in several ways, written, read back and scored.
 
-    python benchmarks/quantization.py runs/RECORD.parquet [--seeds N ...] [--device cpu] [--out quantization.md]
+    python benchmarks/quality/quantization.py runs/RECORD.parquet [--seeds N ...] [--device cpu] [--out quantization.md]
 
 Every line is a real file: its bytes are the file's, its loss that of the tensors read from it, on the first validation
 tokens in full windows of the training context, in float32. Prints and writes a markdown table: mean and sample

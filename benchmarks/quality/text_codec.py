@@ -1,6 +1,6 @@
 """Held-out text coded with an artifact, and with general compressors.
 
-    python benchmarks/codec.py runs/RECORD.parquet [--seed 1337] [--text-bytes 60000]
+    python benchmarks/quality/text_codec.py runs/RECORD.parquet [--seed 1337] [--text-bytes 60000]
 
 Takes the record's first validation documents, codes and decodes them with `hedgemix compress` and `decompress` in
 processes of their own, checks that the bytes come back, and sets the size against the bits that the evaluation of the

@@ -1,6 +1,6 @@
 """What each part of the score is worth: a finished record's validation text, scored with parts left out.
 
-    python benchmarks/ablation.py runs/RECORD.parquet [--device cpu] [--out ablation.md]
+    python benchmarks/quality/ablation.py runs/RECORD.parquet [--device cpu] [--out ablation.md]
 
 For every finished seed the artifact scores the text once with its frozen weights and once with test-time training;
 each variant of the mixture takes those same rows. Mixing seconds are a line's own, forward seconds (with the training

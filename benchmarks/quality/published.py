@@ -1,6 +1,6 @@
 """What a sharper model does to the published rule, and to a code: the reason why the rule's number is no score.
 
-    python benchmarks/published.py runs/RECORD.parquet [--seed N] [--tokens N]
+    python benchmarks/quality/published.py runs/RECORD.parquet [--seed N] [--tokens N]
 
 The neural logits of the artifact are divided by T before everything else. A sharp row is a bad prediction: its loss
 grows. The published rule's "entropy expert" gives whatever occurs the probability exp(-H), which goes to 1 as the

@@ -1,6 +1,7 @@
 """Quantized weights by this library's coder and by others.
 
-    python benchmarks/coders.py [WEIGHTS] [--hessians FILE] [--bits 2.0 2.5 3.0 3.5] [--no-slow] [--no-synthetic]
+    python benchmarks/quality/entropy_coders.py [WEIGHTS] [--hessians FILE] [--bits 2.0 2.5 3.0 3.5] [--no-slow]
+    [--no-synthetic]
 
 WEIGHTS is an artifact or a weights.pt. Its matrices are rounded at steps that equalise the loss: theta / sqrt(D_k) for
 column k, with D the pivots of the damped Hessian where --hessians has one, and a log-normal spread over the rows; theta

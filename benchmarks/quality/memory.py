@@ -1,6 +1,6 @@
 """Seconds and memory of the counts and of an evaluation, by length of the text and by orders: synthetic text, no files.
 
-    python benchmarks/curves.py [--index 1000000 4000000] [--evaluation 100000 200000] [--orders-tokens 200000]
+    python benchmarks/quality/memory.py [--index 1000000 4000000] [--evaluation 100000 200000] [--orders-tokens 200000]
 
 Each point is measured in a process of its own, with one thread. `anonymous_bytes` is the most that /proc/self/status
 called RssAnon while the work ran, less what it was before: memory that only the process's end gives back, without the

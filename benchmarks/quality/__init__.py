@@ -1,0 +1,1 @@
+"""What parts of the mixture and the export are worth, and what they take."""
