@@ -40,8 +40,8 @@ test: .venv/installed-dev
 soak: .venv/installed-dev
 	mkdir -p bench && rm -f bench/faults.jsonl
 	FAULTS_TABLE=$(CURDIR)/bench/faults.jsonl $(BIN)/pytest -m "soak or faults"
-	$(BIN)/python -m benchmarks.faulttable bench/faults.jsonl
-	$(BIN)/python -m benchmarks.soak $(ARGS)
+	$(BIN)/python -m benchmarks.faults.table bench/faults.jsonl
+	$(BIN)/python -m benchmarks.faults.soak $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.suite.suite $(ARGS)

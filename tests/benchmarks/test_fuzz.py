@@ -1,4 +1,5 @@
-"""Damaged artifacts with right checksums are refused, in bounded memory and time; `benchmarks/fuzz.py` does more."""
+"""Damaged artifacts with right checksums are refused, in bounded memory and time; `benchmarks/faults/fuzz.py` does
+more."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ MUTATIONS = int(os.environ.get("HEDGEMIX_MUTATIONS", "1500"))
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "fuzz.py"
+    path = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "faults" / "fuzz.py"
     spec = importlib.util.spec_from_file_location("fuzz", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

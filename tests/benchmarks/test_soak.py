@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import disturbance, disturbed, leaks, soak, verdict
-from benchmarks.disturbance import Bounds, Kill
-from benchmarks.disturbed import Disturbed, Plan
-from benchmarks.leaks import Samples, Trend
+from benchmarks.faults import disturbances, leaks, record_under_faults, same_record, soak
+from benchmarks.faults.disturbances import Bounds, Kill
+from benchmarks.faults.leaks import Samples, Trend
+from benchmarks.faults.record_under_faults import Disturbed, Plan
 from hedgemix.runtime.files import write_json
 
 MARKER = "SOAK_TEST=planted"
@@ -52,8 +52,8 @@ def test_a_left_process_is_found_by_its_marker_or_its_session_with_its_port(left
     assert list(leaks.processes("SOAK_TEST=other", [left.pid])) == [left.pid]
     assert leaks.processes("SOAK_TEST=other") == {}
     assert leaks.listening([left.pid]) == {port} and leaks.listening([]) == set()
-    disturbance.kill([left.pid])
-    assert not disturbance.lives(left.pid) and leaks.processes(MARKER, [left.pid]) == {}
+    disturbances.kill([left.pid])
+    assert not disturbances.lives(left.pid) and leaks.processes(MARKER, [left.pid]) == {}
 
 
 def test_shared_memory_is_left_when_no_process_has_it(tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def row(seed: int, **changed: Any) -> dict[str, Any]:
         "attempts": 4,
         "lost_seconds": 0.0,
         "artifact_sha256": "a",
-        **dict.fromkeys(verdict.BITS, 1.1),
+        **dict.fromkeys(same_record.BITS, 1.1),
         **changed,
     }
 
 
 def test_a_row_that_is_another_is_told() -> None:
     expected = {1: row(1)}
-    assert verdict.wrong_rows([row(1), row(2)], [1, 2], expected) == []
+    assert same_record.wrong_rows([row(1), row(2)], [1, 2], expected) == []
     for changed, said in (
         ({"bpb_final": 1.1 + 2**-52}, "bpb_final is 1.1000000000000003"),
         ({"bpb_full": None}, "bpb_full is None"),
@@ -117,24 +117,24 @@ def test_a_row_that_is_another_is_told() -> None:
         ({"attempts": 3}, "3 attempts"),
         ({"lost_seconds": -1.0}, "-1.0 seconds lost"),
     ):
-        [told] = verdict.wrong_rows([row(1, **changed)], [1], expected)
+        [told] = same_record.wrong_rows([row(1, **changed)], [1], expected)
         assert said in told
-    assert "rows of seeds [1, 1]" in verdict.wrong_rows([row(1), row(1)], [1], {})[0]
-    assert "rows of seeds [1]" in verdict.wrong_rows([row(1)], [1, 2], {})[0]
+    assert "rows of seeds [1, 1]" in same_record.wrong_rows([row(1), row(1)], [1], {})[0]
+    assert "rows of seeds [1]" in same_record.wrong_rows([row(1)], [1, 2], {})[0]
 
 
 def test_a_step_that_forgot_a_kill_or_was_damaged_is_told(tmp_path: Path) -> None:
     step = made(tmp_path, "score-a", attempts=2, lost_seconds=1.5)
-    assert verdict.wrong_steps(tmp_path, {"score-a": Bounds(2, 1.5)}) == []
-    assert "tells 2 attempts" in verdict.wrong_steps(tmp_path, {"score-a": Bounds(3)})[0]
-    assert "tells 1.50 seconds" in verdict.wrong_steps(tmp_path, {"score-a": Bounds(2, 1.6)})[0]
-    assert "train-b was worked on and is gone" in verdict.wrong_steps(tmp_path, {"train-b": Bounds()})
+    assert same_record.wrong_steps(tmp_path, {"score-a": Bounds(2, 1.5)}) == []
+    assert "tells 2 attempts" in same_record.wrong_steps(tmp_path, {"score-a": Bounds(3)})[0]
+    assert "tells 1.50 seconds" in same_record.wrong_steps(tmp_path, {"score-a": Bounds(2, 1.6)})[0]
+    assert "train-b was worked on and is gone" in same_record.wrong_steps(tmp_path, {"train-b": Bounds()})
     times = (step / "weights.pt").stat().st_mtime_ns
-    disturbance.flip(step / "weights.pt", random.Random(0))
+    disturbances.flip(step / "weights.pt", random.Random(0))
     assert (step / "weights.pt").stat().st_mtime_ns == times
-    assert "weights.pt is not what was written" in verdict.wrong_steps(tmp_path, {})[0]
+    assert "weights.pt is not what was written" in same_record.wrong_steps(tmp_path, {})[0]
     (step / "result.json").unlink()
-    assert "score-a is not done" in verdict.wrong_steps(tmp_path, {})[0]
+    assert "score-a is not done" in same_record.wrong_steps(tmp_path, {})[0]
 
 
 HOLDER = """
@@ -153,32 +153,32 @@ def test_a_kill_is_noted_with_its_step_and_ends_when_the_step_goes_on(tmp_path: 
     step.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", HOLDER, step], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "at work\n"
-    assert disturbance.holders(tmp_path) == {process.pid: "score-a"}
+    assert disturbances.holders(tmp_path) == {process.pid: "score-a"}
     began = time.time()
     hit = Kill("task", 0.0, began, "score", ["score-a"], {process.pid})
-    disturbance.look([hit], tmp_path)
+    disturbances.look([hit], tmp_path)
     assert hit.since >= began and hit.recovered_seconds is None  # still alive: what it writes is no sign
-    disturbance.kill([process.pid])
+    disturbances.kill([process.pid])
     process.wait()
     bounds: dict[str, Bounds] = {}
-    disturbance.note(bounds, tmp_path, ["score-a"])
+    disturbances.note(bounds, tmp_path, ["score-a"])
     assert bounds == {"score-a": Bounds(2, 0.75)}
-    disturbance.look([hit], tmp_path)
+    disturbances.look([hit], tmp_path)
     assert hit.recovered_seconds is None and hit.lost()
     time.sleep(0.05)
     os.utime(step / "clock.json")
-    disturbance.look([hit], tmp_path)
+    disturbances.look([hit], tmp_path)
     assert hit.recovered_seconds is not None and hit.recovered_seconds > 0 and not hit.lost()
-    assert disturbance.holders(tmp_path) == {}
+    assert disturbances.holders(tmp_path) == {}
 
 
 def test_draws_repeat_with_their_seed() -> None:
     def drawn(seed: int) -> list[str]:
         draw = random.Random(seed)
-        return [disturbance.draw_kind(draw, disturbance.WEIGHTS) for _ in range(200)]
+        return [disturbances.draw_kind(draw, disturbances.WEIGHTS) for _ in range(200)]
 
     assert drawn(1) == drawn(1) != drawn(2)
-    assert set(drawn(1)) == set(disturbance.WEIGHTS)
+    assert set(drawn(1)) == set(disturbances.WEIGHTS)
 
 
 def test_memory_that_grows_is_told_after_three_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ mkdir "${seeds/ /-}" 2> /dev/null && exit 1
 def test_a_command_is_started_again_until_its_seeds_are_done_and_then_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disturbed, "COMMAND", ["bash", "-c", COMMAND, "bash"])
+    monkeypatch.setattr(record_under_faults, "COMMAND", ["bash", "-c", COMMAND, "bash"])
     (tmp_path / "runs").mkdir()
     record = Disturbed(
         Plan(0, seeds=3, at_once=2), tmp_path, dict(os.environ), None, random.Random(0), random.Random(0)
@@ -223,7 +223,7 @@ def test_a_command_is_started_again_until_its_seeds_are_done_and_then_the_next(
     assert (
         record.pids() == [] and not record.strike("worker") and not record.strike("node") and not record.strike("byte")
     )
-    monkeypatch.setattr(disturbed, "STALLED_MINUTES", 0)
+    monkeypatch.setattr(record_under_faults, "STALLED_MINUTES", 0)
     with pytest.raises(RuntimeError, match="no step ended"):
         record.check_progress()
 

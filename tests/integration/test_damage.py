@@ -9,8 +9,8 @@ from threading import Thread
 
 import pytest
 
-from benchmarks import fault
-from benchmarks.cluster import until
+from benchmarks.faults import injection
+from benchmarks.faults.cluster import until
 from hedgemix.runtime.files import read_json, sha256_of
 from support import fault_costs
 from support.fault_costs import Faults, Watch
@@ -37,7 +37,7 @@ def test_a_damaged_checkpoint_costs_the_work_since_the_one_before(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults, harm: Callable[[Path], None]
 ) -> None:
     out = tmp_path / "runs"
-    killed = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=5, machine=True))
+    killed = injection.Plan(tmp_path / "faults", injection.kill("*/checkpoint*.pt", at=5, machine=True))
     with Watch(out, "train", fault_costs.fired(killed)) as watch:
         assert command(text, tmp_path, *OFTEN, environment=killed.environment())[0] == -signal.SIGKILL
         killed.check()
@@ -46,8 +46,8 @@ def test_a_damaged_checkpoint_costs_the_work_since_the_one_before(
         harm(folder / f"checkpoint-{newest}.pt")
         # Nothing of this plan happens; its marks tell which files were read.
         never = 10**6
-        reads = [fault.fail(f"*/checkpoint-{number}.pt", "EIO", never, event="read") for number in (newest, before)]
-        seen = fault.Plan(tmp_path / "seen", *reads)
+        reads = [injection.fail(f"*/checkpoint-{number}.pt", "EIO", never, event="read") for number in (newest, before)]
+        seen = injection.Plan(tmp_path / "seen", *reads)
         code, output = command(text, tmp_path, *OFTEN, environment=seen.environment())
     assert code == 0, output
     assert list(seen.folder.glob("fault-1.*")), "the checkpoint before was not read"
@@ -83,7 +83,7 @@ def test_an_artifact_damaged_before_it_is_scored_is_made_again(
 ) -> None:
     """The evaluation is killed once, and finds another artifact when it starts again."""
     out = begun(undisturbed, tmp_path, "evaluate", "quantize")
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", at=1, event="write"))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/trace.jsonl", at=1, event="write"))
     killed = fault_costs.fired(plan)
 
     def harm() -> None:

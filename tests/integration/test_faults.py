@@ -18,8 +18,8 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from benchmarks import fault
-from benchmarks.cluster import until
+from benchmarks.faults import injection
+from benchmarks.faults.cluster import until
 from hedgemix.runtime import clock
 from pipeline.execution import failures, tasks, train_job
 from support import fault_costs, tiny_record
@@ -41,7 +41,7 @@ from support.faulty_record import (
 )
 
 
-def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str]:
+def write_twice(path: Path, plan: injection.Plan) -> subprocess.CompletedProcess[str]:
     """A process that replaces a file twice, and says which errors it met."""
     code = (
         "import sys; from pathlib import Path; from hedgemix.runtime.files import write_json\n"
@@ -55,7 +55,7 @@ def write_twice(path: Path, plan: fault.Plan) -> subprocess.CompletedProcess[str
 
 def test_a_fault_comes_at_its_event_and_once_over_all_processes(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    plan = fault.Plan(tmp_path / "kill", fault.kill("*/a.json", at=2), fault.kill("*/other"))
+    plan = injection.Plan(tmp_path / "kill", injection.kill("*/a.json", at=2), injection.kill("*/other"))
     assert write_twice(path, plan).returncode == -signal.SIGKILL
     assert path.read_text() == "1\n" and len(list(tmp_path.glob(".a.json.*.tmp"))) == 1  # killed before the rename
     assert write_twice(path, plan).returncode == 0 and path.read_text() == "2\n"
@@ -63,14 +63,16 @@ def test_a_fault_comes_at_its_event_and_once_over_all_processes(tmp_path: Path) 
     with pytest.raises(AssertionError, match="never fired"):
         plan.check()
 
-    full = fault.Plan(tmp_path / "full", fault.fail("*/a.json", "ENOSPC", times=2), fault.fail("*/a.json", "EIO", at=3))
+    full = injection.Plan(
+        tmp_path / "full", injection.fail("*/a.json", "ENOSPC", times=2), injection.fail("*/a.json", "EIO", at=3)
+    )
     assert write_twice(path, full).stdout.split() == [str(errno.ENOSPC)] * 2
     assert write_twice(path, full).stdout == f"{errno.EIO}\n"
     full.check()
     assert full.fired(0) == 2
 
     gate = tmp_path / "gate"
-    moment = fault.Plan(tmp_path / "moment", fault.fail("*/a.json", "ENOSPC", times=9, during=str(gate)))
+    moment = injection.Plan(tmp_path / "moment", injection.fail("*/a.json", "ENOSPC", times=9, during=str(gate)))
     assert write_twice(path, moment).stdout == ""
     gate.touch()
     assert write_twice(path, moment).stdout.split() == [str(errno.ENOSPC)] * 2
@@ -83,7 +85,7 @@ def test_pretended_gpus_are_a_test_s_alone() -> None:
         "from hedgemix import stages; from pipeline.execution import tasks, train_job; "
         "print(tasks.backend(1), train_job.backend(1), stages.pick_device(None))"
     )
-    environment = {**os.environ, **fault.pretend_gpus()}
+    environment = {**os.environ, **injection.pretend_gpus()}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["gloo", "gloo", "cpu"]
 
@@ -112,12 +114,12 @@ def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> 
 def test_every_stage_killed_once_changes_no_number(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    plan = fault.Plan(
+    plan = injection.Plan(
         tmp_path / "faults",
-        fault.kill("*/checkpoint*.pt", at=3),
-        fault.kill("*/artifact.hmx"),
-        fault.kill("*/score-*/result.json"),
-        fault.kill("*/trace.jsonl", at=5, event="write"),
+        injection.kill("*/checkpoint*.pt", at=3),
+        injection.kill("*/artifact.hmx"),
+        injection.kill("*/score-*/result.json"),
+        injection.kill("*/trace.jsonl", at=5, event="write"),
     )
     out = tmp_path / "runs"
     kinds = ("train", "quantize", "score", "evaluate")
@@ -162,7 +164,7 @@ def test_a_driver_killed_in_training_the_same_command_goes_on(
 def test_a_machine_lost_whole_the_same_command_goes_on(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", 5, "write", machine=True))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/trace.jsonl", 5, "write", machine=True))
     with Watch(tmp_path / "runs", "evaluate", fault_costs.fired(plan)) as watch:
         code, _ = command(text, tmp_path, *OFTEN, environment=plan.environment())
         assert code == -signal.SIGKILL
@@ -178,7 +180,7 @@ def test_a_machine_lost_whole_the_same_command_goes_on(
 def test_a_full_disk_costs_a_checkpoint_not_the_training(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    plan = fault.Plan(tmp_path / "faults", fault.fail("*/checkpoint*.pt", "ENOSPC", at=2, times=3))
+    plan = injection.Plan(tmp_path / "faults", injection.fail("*/checkpoint*.pt", "ENOSPC", at=2, times=3))
     with Watch(tmp_path / "runs", "train", fault_costs.fired(plan), checkpoint=True) as watch:
         code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
     assert code == 0, output
@@ -193,7 +195,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_training(
 def test_weights_that_could_not_be_written_are_made_again(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults, error: str
 ) -> None:
-    plan = fault.Plan(tmp_path / "faults", fault.fail("*/weights.pt", error))
+    plan = injection.Plan(tmp_path / "faults", injection.fail("*/weights.pt", error))
     with Watch(tmp_path / "runs", "train", fault_costs.fired(plan)) as watch:
         code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
     assert code == 0, output
@@ -208,7 +210,7 @@ def test_weights_that_could_not_be_written_are_made_again(
 def test_a_disk_that_stays_full_is_told_and_the_same_command_goes_on(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    code, _ = run(text, tmp_path, fault.fail("*/weights.pt", "ENOSPC", times=1000))
+    code, _ = run(text, tmp_path, injection.fail("*/weights.pt", "ENOSPC", times=1000))
     row = the_row(tmp_path / "runs")
     assert code == 1 and row.status == "failed" and "No space left on device" in row.error
     room = fault_costs.Now()
@@ -226,7 +228,7 @@ def test_one_of_two_ranks_killed_restarts_both(text: Path, tmp_path: Path, fault
     two = [*OFTEN, "--compute.workers", "2"]
     (tmp_path / "calm").mkdir()
     assert tiny_record.run(tiny_record.arguments(text, tmp_path / "calm", *two), tmp_path)[0] == 0
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3, kill_rank=1))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/checkpoint*.pt", at=3, kill_rank=1))
     with Watch(tmp_path / "runs", "train", fault_costs.fired(plan)) as watch:
         code, output = command(text, tmp_path, *two, environment=plan.environment())
     assert code == 0, output
@@ -244,7 +246,7 @@ def test_one_of_two_evaluating_ranks_killed_goes_on_from_its_chunk(
     calm = begun(undisturbed, tmp_path / "calm", "evaluate")
     assert command(text, tmp_path / "calm", *two)[0] == 0
     out = begun(undisturbed, tmp_path, "evaluate")
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", at=5, event="write", kill_rank=1))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/trace.jsonl", at=5, event="write", kill_rank=1))
     with Watch(out, "evaluate", fault_costs.fired(plan)) as watch:
         code, output = command(text, tmp_path, *two, environment=plan.environment())
     assert code == 0, output
@@ -290,7 +292,7 @@ def test_a_budget_is_not_granted_twice(text: Path, tmp_path: Path, faults: Fault
     """Killed after about half of it, by this test's own clock: both starts together use the budget once."""
     timed = ["--train.steps", "0", "--train.budget-seconds", f"{BUDGET_SECONDS:g}", "--train.reserve-seconds", "1"]
     timed += ["--compute.checkpoint-seconds", "1", "--compute.max-restarts", "1", *ALWAYS]
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/checkpoint*.pt", at=3))
     with Watch(tmp_path / "runs", "train", fault_costs.fired(plan)) as watch:
         code, output = command(text, tmp_path, *timed, environment=plan.environment())
     assert code == 0, output

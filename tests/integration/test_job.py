@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from benchmarks import fault
+from benchmarks.faults import injection
 from hedgemix.runtime import clock
 from pipeline.monitor import metrics
 from support import tiny_record
@@ -171,7 +171,7 @@ def test_a_job_s_table_log_package_and_exit_code(
     out = tmp_path / "runs"
     in_the_way = next(path for path in undisturbed[0].glob("_steps/train-*/step.lock") if path.is_dir())
     (out / in_the_way.relative_to(undisturbed[0])).mkdir(parents=True)
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/artifact.hmx"))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/artifact.hmx"))
     options = tiny_record.arguments(text, out, "--seeds", "1", "2", "--record", "tiny", "--compute.max-restarts", "1")
     given = {**plan.environment(), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}
     scrape = Scrape(head)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import cluster as clusters
-from benchmarks import fault
-from benchmarks.cluster import Cluster, Node
+from benchmarks.faults import cluster as clusters
+from benchmarks.faults import injection
+from benchmarks.faults.cluster import Cluster, Node
 from hedgemix.runtime import clock
 from support import fault_costs, tiny_record
 from support.fault_costs import Faults, Watch, work
@@ -120,7 +120,7 @@ def expected(undisturbed: Undisturbed) -> dict[str, float]:
 
 @pytest.mark.soak
 def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path: Path) -> None:
-    with clusters.cluster(0, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(0, injection.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 2, *WHOLE)
         record.until(waiting=2)
         costs: list[tuple[float, list[str]]] = []
@@ -144,7 +144,7 @@ def test_seeds_wait_at_rest_and_take_machines_as_they_come(text: Path, tmp_path:
 def test_no_more_seeds_train_at_once_than_there_are_machines(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, machines: int
 ) -> None:
-    with clusters.cluster(machines, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(machines, injection.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 3, *WHOLE)
         rows = record.end()
         assert 1 <= record.most <= machines
@@ -153,7 +153,7 @@ def test_no_more_seeds_train_at_once_than_there_are_machines(
 
 @pytest.mark.soak
 def test_eight_workers_of_a_seed_share_one_of_two_machines(text: Path, tmp_path: Path) -> None:
-    with clusters.cluster(2, fault.pretend_gpus()) as cluster:
+    with clusters.cluster(2, injection.pretend_gpus()) as cluster:
         record = Followed(cluster, text, tmp_path, 3, *EIGHT)
         rows = record.end()
         assert set(rows.workers) == {8}
@@ -161,7 +161,7 @@ def test_eight_workers_of_a_seed_share_one_of_two_machines(text: Path, tmp_path:
 
 @pytest.mark.soak
 def test_a_cluster_grows_to_its_limit_for_seeds_and_shrinks_after_them(text: Path, tmp_path: Path) -> None:
-    with clusters.cluster(0, fault.pretend_gpus(), autoscale=2, idle_minutes=0.1) as cluster:
+    with clusters.cluster(0, injection.pretend_gpus(), autoscale=2, idle_minutes=0.1) as cluster:
         assert len(cluster.alive()) == 1
         record = Followed(cluster, text, tmp_path, 3, *WHOLE)
         record.end()
@@ -173,10 +173,10 @@ def test_a_cluster_grows_to_its_limit_for_seeds_and_shrinks_after_them(text: Pat
 def test_a_machine_lost_in_training_is_replaced_by_another(
     undisturbed: Undisturbed, text: Path, tmp_path: Path, faults: Faults
 ) -> None:
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=3, machine=True))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/checkpoint*.pt", at=3, machine=True))
     out = tmp_path / "runs"
     out.mkdir()
-    environment = {**fault.pretend_gpus(), **plan.environment()}
+    environment = {**injection.pretend_gpus(), **plan.environment()}
     with clusters.cluster(2, environment) as cluster, Watch(out, "train", fault_costs.fired(plan)) as watch:
         Followed(cluster, text, out, 1, *WHOLE, *OFTEN).end()
         plan.check()
@@ -193,7 +193,7 @@ def test_a_machine_removed_in_training_is_replaced_by_a_new_one(
     out, gone = tmp_path / "runs", fault_costs.Now()
     out.mkdir()
     options = [*WHOLE, "--compute.checkpoint-seconds", "2", "--compute.max-restarts", "1", *LONG]
-    with clusters.cluster(1, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+    with clusters.cluster(1, injection.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
         record = Followed(cluster, text, out, 1, *options)
         record.trained(5)
         gone.say()
@@ -216,7 +216,7 @@ def test_a_spot_machine_s_notice_saves_the_training(
     out, gone = tmp_path / "runs", fault_costs.Now()
     out.mkdir()
     options = [*WHOLE, "--compute.checkpoint-seconds", "1000", "--compute.max-restarts", "1", *LONG]
-    with clusters.cluster(2, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+    with clusters.cluster(2, injection.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
         record = Followed(cluster, text, out, 1, *options)
         record.trained(3)
         node = record.node()
@@ -246,7 +246,7 @@ def test_a_cluster_that_was_lost_whole_costs_the_work_since_the_last_checkpoint(
     out, gone = tmp_path / "runs", fault_costs.Now()
     out.mkdir()
     options = [*WHOLE, "--compute.checkpoint-seconds", "2", *LONG]
-    with clusters.cluster(1, fault.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
+    with clusters.cluster(1, injection.pretend_gpus()) as cluster, Watch(out, "train", gone) as watch:
         record = Followed(cluster, text, out, 1, *options)
         record.trained(5)
         gone.say()

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from benchmarks import fault
-from benchmarks.cluster import until
+from benchmarks.faults import injection
+from benchmarks.faults.cluster import until
 from hedgemix.runtime import clock
 from support import fault_costs, tiny_record
 from support.fault_costs import Faults, Watch, work
@@ -54,7 +54,7 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     store_server.make()
     options = arguments(store_server, text, *OPTIONS)
     # The second machine has nothing of the first but the text, whose time and place the data step reads.
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/trace.jsonl", at=3, event="write", machine=True))
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/trace.jsonl", at=3, event="write", machine=True))
     watch = Watch(tmp_path, "evaluate", fault_costs.fired(plan))
     watch.start()
     code, output = tiny_record.run(options, tmp_path, {**plan.environment(), "HEDGEMIX_SCRATCH": str(tmp_path)})

@@ -3,7 +3,7 @@
     with measured.Watch(out, "train", plan.moment()) as watch: ...the command...
     faults(1, "training worker killed", "at a checkpoint", watch, row)
 
-With FAULTS_TABLE in the environment every measurement is a line of JSON in that file, which `benchmarks.faulttable`
+With FAULTS_TABLE in the environment every measurement is a line of JSON in that file, which `benchmarks.faults.table`
 makes docs/faults.md's table of.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import fault
+from benchmarks.faults import injection
 from hedgemix.runtime import clock
 from hedgemix.runtime.files import read_json
 
@@ -31,7 +31,7 @@ Moment = Callable[[], float | None]
 """Seconds since the epoch at which the fault came, None before."""
 
 
-def fired(plan: fault.Plan, number: int = 0) -> Moment:
+def fired(plan: injection.Plan, number: int = 0) -> Moment:
     """The moment at which a fault of a plan fired, for the last time if it fires often."""
     made = plan.faults[number]
     first = plan.folder / f"{made.name}.{made.at}"

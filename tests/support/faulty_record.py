@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import fault
+from benchmarks.faults import injection
 from hedgemix.runtime import clock
 from support import tiny_record
 
@@ -44,9 +44,9 @@ def command(text: Path, folder: Path, *options: str, environment: dict[str, str]
     return tiny_record.run(tiny_record.arguments(text, out, *options), out, environment)
 
 
-def run(text: Path, folder: Path, *faults: fault.Fault, options: list[str] = OFTEN) -> tuple[int, str]:
+def run(text: Path, folder: Path, *faults: injection.Fault, options: list[str] = OFTEN) -> tuple[int, str]:
     """A record of seed 1 under these faults, each of which must fire; exit code and output."""
-    plan = fault.Plan(folder / "faults", *faults)
+    plan = injection.Plan(folder / "faults", *faults)
     told = command(text, folder, *options, environment=plan.environment())
     plan.check()
     return told

@@ -1,7 +1,7 @@
 """The soak: many tiny seeds through the whole pipeline on a real cluster of processes, while random ones are killed.
 
     make soak                                    # the long tests, then this
-    python -m benchmarks.soak [--minutes 10] [--seeds 20] [--seed 0] [--nodes 2]
+    python -m benchmarks.faults.soak [--minutes 10] [--seeds 20] [--seed 0] [--nodes 2]
 
 Killed are training's workers, ranks of an evaluation, tasks, jobs, whole nodes, the driver and the whole cluster; the
 storage refuses writes for a moment; a bit of a checkpoint or an artifact flips. What is drawn, and how long until the
@@ -31,9 +31,9 @@ import ray
 import torch
 import tyro
 
-from benchmarks import cluster as clusters
-from benchmarks import disturbance, fault, leaks, verdict
-from benchmarks.disturbed import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
+from benchmarks.faults import cluster as clusters
+from benchmarks.faults import disturbances, injection, leaks, same_record
+from benchmarks.faults.record_under_faults import COMMAND, NODE_CPUS, RECIPE, ROOT, Disturbed, Plan
 from benchmarks.suite import machine
 from hedgemix import __version__
 from pipeline.results.table import read_rows
@@ -98,15 +98,15 @@ def main(options: Options) -> int:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         for name in ("runs", "tmp", "calm"):
             (folder / name).mkdir()
-        full = fault.fail(f"{folder}/runs/*", "ENOSPC", times=10**9, during=str(folder / "full"))
+        full = injection.fail(f"{folder}/runs/*", "ENOSPC", times=10**9, during=str(folder / "full"))
         environment = {
-            **os.environ, **clusters.QUICK, **fault.Plan(folder / "faults", full).environment(),
+            **os.environ, **clusters.QUICK, **injection.Plan(folder / "faults", full).environment(),
             "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "HEDGEMIX_SOAK": str(os.getpid()),
         }  # fmt: skip
         environment.pop("RAY_ADDRESS", None)
         environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
         soak = Disturbed(options, folder, environment, None, random.Random(options.seed), random.Random(~options.seed))
-        stack.callback(lambda: disturbance.kill(leaks.processes(marker, soak.sessions)))
+        stack.callback(lambda: disturbances.kill(leaks.processes(marker, soak.sessions)))
         with ExitStack() as machines:
             if options.nodes:
                 soak.cluster = machines.enter_context(clusters.cluster(0, environment))
@@ -127,10 +127,10 @@ def main(options: Options) -> int:
         wrong += soak.stuck + leftover(soak, marker, shared)
         seeds = soak.done[:: max(1, len(soak.done) // max(1, options.references))][: options.references]
         arguments = [*COMMAND[2:], *RECIPE, "--out", str(folder / "calm")]
-        expected = verdict.undisturbed(folder / "calm", seeds, arguments) if seeds else {}
+        expected = same_record.undisturbed(folder / "calm", seeds, arguments) if seeds else {}
         rows = read_rows(Storage("", soak.runs), soak.runs / "soak.parquet")
-        wrong += verdict.wrong_rows(rows, soak.done, expected)
-        wrong += verdict.wrong_steps(soak.runs, soak.bounds)
+        wrong += same_record.wrong_rows(rows, soak.done, expected)
+        wrong += same_record.wrong_steps(soak.runs, soak.bounds)
         wrong += [f"{each.kind} at {each.at_seconds:.0f} s: nothing went on" for each in soak.kills if each.lost()]
         trends = {role: soak.samples.trend(role, ran) for role in sorted({role for role, _ in soak.samples.taken})}
         wrong += [f"{role} grows: {trend}" for role, trend in trends.items() if trend and trend.grows()]
@@ -174,7 +174,7 @@ def markdown(told: dict[str, Any]) -> str:
         "| hit | times | on a step's work | went on | seconds until it did: median | most |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for kind in disturbance.WEIGHTS:
+    for kind in disturbances.WEIGHTS:
         mine = [each for each in kills if each["kind"] == kind]
         back = sorted(each["recovered_seconds"] for each in mine if each["recovered_seconds"] is not None)
         times = f"{statistics.median(back):.1f} | {back[-1]:.1f}" if back else "|"

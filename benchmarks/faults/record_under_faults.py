@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 
-from benchmarks import cluster as clusters
-from benchmarks import disturbance, leaks
-from benchmarks.cluster import Cluster
-from benchmarks.disturbance import Bounds, Kill
-from benchmarks.leaks import Samples
+from benchmarks.faults import cluster as clusters
+from benchmarks.faults import disturbances, leaks
+from benchmarks.faults.cluster import Cluster
+from benchmarks.faults.disturbances import Bounds, Kill
+from benchmarks.faults.leaks import Samples
 from hedgemix.runtime.layout import RESULT
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "pipeline" / "record.py"), "laptop"]
 OPTIONS = """
 --record soak --data.source docs --data.packages numpy --data.max-text-bytes 300000 --data.vocab-size 512
@@ -60,7 +60,7 @@ class Plan:
     """Of the random draws."""
     mean_seconds: float = 15.0
     """Between kills."""
-    kinds: tuple[str, ...] = tuple(disturbance.WEIGHTS)
+    kinds: tuple[str, ...] = tuple(disturbances.WEIGHTS)
     """What may happen."""
 
 
@@ -157,7 +157,7 @@ class Disturbed:
         def watch() -> None:
             sampled = -SAMPLE_SECONDS
             while not ended.wait(WATCH_SECONDS):
-                disturbance.look([each for each in self.kills if each.recovered_seconds is None], self.runs)
+                disturbances.look([each for each in self.kills if each.recovered_seconds is None], self.runs)
                 if self.seconds() - sampled >= SAMPLE_SECONDS:
                     sampled = self.seconds()
                     self.sample()
@@ -186,9 +186,9 @@ class Disturbed:
 
     def strike(self, kind: str) -> bool:
         """Disturb the work if there is one of this kind to be met now."""
-        held = disturbance.holders(self.runs)
-        if kind in disturbance.TITLES:
-            found = disturbance.victims(kind, self.pids(), held)
+        held = disturbances.holders(self.runs)
+        if kind in disturbances.TITLES:
+            found = disturbances.victims(kind, self.pids(), held)
             if not found:
                 return False
             pid = self.victim.choice(found)
@@ -217,16 +217,16 @@ class Disturbed:
         elif kind == "storage":
             gate = self.folder / "full"
             gate.touch()
-            time.sleep(disturbance.FULL_SECONDS)
+            time.sleep(disturbances.FULL_SECONDS)
             gate.unlink()
-            self.hit(kind, f"no space for {disturbance.FULL_SECONDS:g} s", [], {})
+            self.hit(kind, f"no space for {disturbances.FULL_SECONDS:g} s", [], {})
         elif kind == "byte":
-            paths = disturbance.damageable(self.runs)
+            paths = disturbances.damageable(self.runs)
             if not paths:
                 return False
             path = self.victim.choice(paths)
             try:
-                disturbance.flip(path, self.victim)
+                disturbances.flip(path, self.victim)
             except OSError:  # it went just now
                 return False
             self.hit(kind, path.name, [], {}, [path.parent.name])
@@ -237,9 +237,9 @@ class Disturbed:
     def hit(self, kind: str, what: str, pids: list[int], held: dict[int, str], steps: list[str] | None = None) -> None:
         """Kill these and note it. `held`: who works on which step."""
         began, seconds = time.time(), self.seconds()
-        disturbance.kill(pids)
+        disturbances.kill(pids)
         steps = steps or sorted({name for pid, name in held.items() if pid in pids})
-        disturbance.note(self.bounds, self.runs, steps if pids else [])
+        disturbances.note(self.bounds, self.runs, steps if pids else [])
         writing = {pid for pid, name in held.items() if kind in ("driver", "cluster") or name in steps}
         self.kills.append(Kill(kind, seconds, began, what, steps, writing))
         print(f"[{seconds:6.1f} s] {kind}: {what} {' '.join(steps)}", flush=True)
@@ -267,11 +267,11 @@ class Disturbed:
                 continue  # the last seeds end in peace
             if not kind:
                 due = max(due, self.seconds()) + self.draw.expovariate(1 / self.plan.mean_seconds)
-                kind = disturbance.draw_kind(self.draw, kinds)
+                kind = disturbances.draw_kind(self.draw, kinds)
             elif self.seconds() >= due:
                 if self.strike(kind):
                     kind, due = "", self.seconds()
-                elif self.seconds() >= due + disturbance.PATIENCE_SECONDS:
+                elif self.seconds() >= due + disturbances.PATIENCE_SECONDS:
                     self.missed.append(kind)
                     kind = ""
 

@@ -1,7 +1,7 @@
 """Run by every Python process that has this folder on its PYTHONPATH (a test's command, Ray's daemons, its workers):
 arms the faults in the folder that FAULTS names, and with PRETEND_GPUS lets a CPU do the work of a GPU Ray counts.
 
-Without these variables it does nothing. `fault.py` writes the plan and reads what happened.
+Without these variables it does nothing. `injection.py` writes the plan and reads what happened.
 """
 
 import errno

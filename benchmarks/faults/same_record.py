@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.disturbance import Bounds
+from benchmarks.faults.disturbances import Bounds
 from hedgemix import stages
 from hedgemix.runtime.files import read_json, sha256_of, write_json
 from hedgemix.runtime.layout import RESULT

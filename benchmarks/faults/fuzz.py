@@ -1,6 +1,6 @@
 """Damaged artifacts: none is read as anything but what a checksum allows, and none takes the machine with it.
 
-    python benchmarks/fuzz.py [--mutations 10000] [--seed 0] [--artifact FILE]
+    python benchmarks/faults/fuzz.py [--mutations 10000] [--seed 0] [--artifact FILE]
 
 Cuts, flips bits and writes over bytes of an artifact, with its checksum made right again, and lies in its document
 about names, kinds and shapes. Each damaged file is read; only ArtifactError may come of it, or a model of the shapes it

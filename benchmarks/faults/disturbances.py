@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.leaks import title
+from benchmarks.faults.leaks import title
 from hedgemix.runtime import clock
 from hedgemix.runtime.layout import RESULT
 

@@ -1,10 +1,10 @@
 """Faults for a command, a test's or the soak's: real processes killed, and real writes failed, at a chosen file event.
 
-    plan = fault.Plan(tmp_path / "faults", fault.kill("*/checkpoint*.pt", at=2), fault.fail("*/weights.pt", "ENOSPC"))
-    tiny_record.run(options, tmp_path, plan.environment())
+    plan = injection.Plan(tmp_path / "faults", injection.kill("*/checkpoint*.pt", at=2), injection.fail("*/weights.pt",
+    "ENOSPC")) tiny_record.run(options, tmp_path, plan.environment())
     plan.check()
 
-`faults/sitecustomize.py` carries them out. A match is counted over all processes of the command, so what fires once
+`armed/sitecustomize.py` carries them out. A match is counted over all processes of the command, so what fires once
 does not fire again in the process that is started anew.
 """
 
@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-HOOKS = Path(__file__).resolve().parent / "faults"
+HOOKS = Path(__file__).resolve().parent / "armed"
 
 
 @dataclass(frozen=True)

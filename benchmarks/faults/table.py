@@ -1,4 +1,4 @@
-"""The table of docs/faults.md from what tests measured: python -m benchmarks.faulttable LINES [docs/faults.md]
+"""The table of docs/faults.md from what tests measured: python -m benchmarks.faults.table LINES [docs/faults.md]
 
 LINES is the file that FAULTS_TABLE named when the tests ran. Of a fault measured twice the last line counts; a row of
 the table that was not measured this time goes.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- faults:table -->", "<!-- /faults:table -->"
 HEAD = ["fault", "where it comes", "work goes on after", "work repeated", "same numbers", "test", "in"]
 
