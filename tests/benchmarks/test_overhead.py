@@ -1,4 +1,4 @@
-"""What benchmarks/overhead.py says about marks that are known, and the plain side's whole seed, marked."""
+"""What benchmarks/overhead/overhead.py says about marks that are known, and the plain side's whole seed, marked."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import overhead, timeline
-from benchmarks.timeline import Command, Mark
+from benchmarks.overhead import overhead, timeline
+from benchmarks.overhead.timeline import Command, Mark
 from hedgemix.config import to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import write_json
@@ -67,7 +67,7 @@ def test_the_plain_side_does_a_whole_seed_and_is_marked(text: Path, tmp_path: Pa
     environment = {
         **os.environ,
         overhead.MARKS: str(marks),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks" / "marks"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks" / "overhead" / "marks"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
     }
     stages = ["train", "quantize", "score", "counts", "evaluate"]

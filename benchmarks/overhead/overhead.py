@@ -1,12 +1,12 @@
 """What Ray costs: the same seed through the pipeline's command and through plain processes, in turns.
 
-    python -m benchmarks.overhead --quick     # minutes on two cores
-    python -m benchmarks.overhead             # three turns of each
+    python -m benchmarks.overhead.overhead --quick     # minutes on two cores
+    python -m benchmarks.overhead.overhead             # three turns of each
 
 The plain side is `benchmarks/plain/launch.py`, started by torchrun for training and for evaluation: the same functions
-on the same text, with as many ranks and threads. `benchmarks/marks` notes in both what ran when. Work is what the
-stages of `hedgemix/stages.py` do; everything else, from a command's start to its end, is not. The pipeline prepares the
-text beforehand.
+on the same text, with as many ranks and threads. `benchmarks/overhead/marks` notes in both what ran when. Work is what
+the stages of `hedgemix/stages.py` do; everything else, from a command's start to its end, is not. The pipeline prepares
+the text beforehand.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import torch
 import tyro
 from rich.console import Console
 
+from benchmarks.overhead.timeline import Command, Sampler, phases, read
 from benchmarks.suite import machine, report
-from benchmarks.timeline import Command, Sampler, phases, read
 from hedgemix.config import Recipe, to_dict
 from hedgemix.runtime.files import write_json
 from pipeline import record
 from pipeline.steps import graph
 from pipeline.storage.store import Storage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 MARKS = "HEDGEMIX_MARKS"
 STEPS = {False: 80, True: 60}
 """Of training, by --quick."""
@@ -128,7 +128,7 @@ def run(side: str, options: Options, workers: int, folder: Path, text: Path) -> 
     environment = {
         **os.environ,
         MARKS: str(marks),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks" / "marks"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks" / "overhead" / "marks"), str(ROOT)]),
         "OMP_NUM_THREADS": str(int(recipe.compute.cpus_per_worker)),
         "TMPDIR": str(folder),  # this process holds the lock of records that share a machine
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", tempfile.gettempdir()),
