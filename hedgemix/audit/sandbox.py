@@ -32,12 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MAKERS = (
-    *("train", "calibrate", "batches", "schedule", "recipes"),
-    *("quantize", "allocate", "gptq", "fit_to_size", "published_export"),
-    *("corpus", "dataset", "fineweb"),
-)
-"""Modules of hedgemix that train, that quantize and that prepare text: a score needs none of them."""
+MAKERS = ("train", "quantize", "recipes", "data.corpus", "data.dataset", "data.dataloader", "data.fineweb")
+"""What trains, quantizes and prepares text: a score needs none of it."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
