@@ -18,12 +18,13 @@ from benchmarks.gpu.smoke import emptied, evaluated, shortened
 from benchmarks.suite.timing import once
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_model
 from hedgemix.audit import sandbox
 from hedgemix.audit.replay import Source
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate.evaluator import load_model, score_model
+from hedgemix.evaluate.evaluator import score_model
 from hedgemix.standalone import script
 
 STAGES = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")

@@ -27,10 +27,11 @@ import tyro
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_model
 from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.data import bpb, dataset, tokenizer
 from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate.evaluator import load_model, target_nats
+from hedgemix.evaluate.evaluator import target_nats
 from hedgemix.evaluate.scoring_order import chunk_rows, chunks
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import match, ngram

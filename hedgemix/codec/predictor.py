@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from hedgemix.artifact.format import Artifact
+from hedgemix.artifact.load_model import load_model
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import bpb, tokenizer
 from hedgemix.evaluate import scoring_order
-from hedgemix.evaluate.evaluator import load_model
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import match, registry
 from hedgemix.experts.ngram_online import Counts

@@ -43,10 +43,10 @@ import torch
 
 from hedgemix.artifact.format import Artifact
 from hedgemix.artifact.format import read as read_artifact
+from hedgemix.artifact.load_model import load_model
 from hedgemix.codec.predictor import Predictor
 from hedgemix.config import EvaluateConfig, from_dict, to_dict
 from hedgemix.data import tokenizer
-from hedgemix.evaluate.evaluator import load_model
 from hedgemix.runtime import source_bundle
 from hedgemix.runtime.files import Log, replacing, silent
 

@@ -7,7 +7,6 @@ frozen, and the ones that test-time training moves, so that one pass tells what 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +21,14 @@ import torch
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
-from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError, from_dict
+from hedgemix.artifact.load_model import load_model
+from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.breakdown import Tally
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks
+from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.mixers import published
@@ -78,18 +79,6 @@ class EvaluateResult:
     """The neural model and one logistic mixer a gate."""
     ensemble_weights: list[float]
     """Their Hedge weights after the last token."""
-
-
-def load_model(found: artifact.Artifact) -> Model:
-    """The model an artifact holds; raises ArtifactError when header and tensors do not fit together."""
-    header = found.header
-    try:
-        config = from_dict(ModelConfig, header["model"])
-        model = Model(config, header["vocab_size"], header["context_tokens"], draw=False)
-        model.load_state_dict(found.tensors)
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise artifact.ArtifactError(f"the artifact's header and tensors do not fit together: {error}") from None
-    return model
 
 
 def score_model(model: Model, stream: TokenStream, config: EvaluateConfig, log: Log = silent) -> float:
@@ -153,44 +142,6 @@ def evaluate_artifact(
         if trace is not None and collectives.rank() == 0:
             work.tally.write(trace.parent)
         return work.result()
-
-
-class Start:
-    """One start of an evaluation, on every rank; this one is the only one."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.now = now
-        self.began = now()
-        self.trace: Path | None = None
-
-    def elapsed(self) -> float:
-        """Seconds that the evaluation has used."""
-        return self.now() - self.began
-
-    def take_up(
-        self,
-        found: artifact.Artifact,
-        stream: TokenStream,
-        config: EvaluateConfig,
-        trace: Path | None,
-        device: torch.device,
-    ) -> dict[str, Any] | None:
-        """What `Evaluation.load_state_dict` goes on from, on every rank; the trace then has its chunks' lines."""
-        self.trace = trace
-        return None
-
-    def beat(self) -> None:
-        """Called many times in a chunk."""
-
-    def after_chunk(self, work: Evaluation, line: dict[str, Any]) -> None:
-        """Add the chunk's line to the trace."""
-        if self.trace is not None and collectives.rank() == 0:
-            self.trace.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.trace, "a" if line["chunk"] else "w") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        """Called at the end, however it came."""
 
 
 class Evaluation:

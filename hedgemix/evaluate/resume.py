@@ -21,7 +21,8 @@ from hedgemix import __version__
 from hedgemix.artifact.format import Artifact
 from hedgemix.config import EvaluateConfig, config_hash
 from hedgemix.data.shards import PIECE_TOKENS, TokenStream
-from hedgemix.evaluate.evaluator import Evaluation, Start
+from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.trace_file import Lines
 from hedgemix.runtime import collectives
 from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hedgemix.runtime import collectives
-from hedgemix.train.optim import ALIGNED_NUMBERS
+
+ALIGNED_NUMBERS = 4
+"""Gradients start at multiples of so many float32 numbers, 16 bytes: what a GPU's kernels read and write at once."""
 
 
 class FlatGradient:

@@ -119,10 +119,6 @@ class Optimizers:
         self.adamw.load_state_dict(state["adamw"])
 
 
-ALIGNED_NUMBERS = 4
-"""Gradients start at multiples of so many float32 numbers, 16 bytes: what a GPU's kernels read and write at once."""
-
-
 class EMA:
     """Exponential moving average of a model's weights."""
 

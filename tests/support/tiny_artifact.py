@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_model
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
 from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
-from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact, load_model
+from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact
 from hedgemix.experts import ngram
 from hedgemix.model.transformer import Model
 from hedgemix.quantize.calibration import Moments

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import ArtifactError
+from hedgemix.artifact.load_model import load_model
 from hedgemix.audit.sandbox import FORBIDDEN
 from hedgemix.config import RecipeError, TTTConfig
 from hedgemix.data import tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
-from hedgemix.evaluate.evaluator import Evaluation, load_model, score_model
+from hedgemix.evaluate.evaluator import Evaluation, score_model
 from hedgemix.evaluate.scoring_order import Piece, chunks, piece_rows, pieces
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram

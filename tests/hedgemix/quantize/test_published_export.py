@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_model
 from hedgemix.config import QuantizeConfig
-from hedgemix.evaluate.evaluator import load_model
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import published_export, quantizer
 from hedgemix.quantize.published_export import Quantized

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact import tensors as artifact_tensors
+from hedgemix.artifact.load_model import load_model
 from hedgemix.artifact.tensors import Stepped
 from hedgemix.config import QuantizeConfig, RecipeError
-from hedgemix.evaluate.evaluator import load_model
 from hedgemix.quantize import bit_allocation, quantizer
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.fit_to_size import CLOSE_ENOUGH, MOST_TRIES, fit_to_size
