@@ -79,8 +79,8 @@ class PlainRun:
         for matrix, buffer in zip(self.matrices, self.momenta, strict=True):
             gradient = matrix.grad
             assert gradient is not None
-            buffer.lerp_(gradient, 1 - momentum)
-            update = newton_schulz(gradient.lerp(buffer, momentum), self.config.newton_schulz_steps)
+            buffer.mul_(momentum).add_(gradient)
+            update = newton_schulz(gradient + momentum * buffer, self.config.newton_schulz_steps)
             rows, columns = matrix.shape
             matrix.mul_(1 - rate * self.config.weight_decay)
             matrix.add_(update, alpha=-rate * math.sqrt(max(1, rows / columns)))

@@ -1,8 +1,10 @@
 """Muon for matrices, AdamW for the rest.
 
 Notable: Muon stacks matrices of one shape, orthogonalises them in one batched Newton-Schulz, and gives each rank its
-share of the stack; momentum lives in the stack. torch.optim.Muon does the same update one matrix at a time on every
-rank, and is the test's oracle.
+share of the stack; momentum lives in the stack. It is a decayed sum: while it rises, every gradient has entered with
+the same weight. torch.optim.Muon keeps an average, in which those of the start, at 0.92, weigh eight times those that
+enter at 0.99. At a steady momentum the two are proportional, and orthogonalising makes them one: there torch's, one
+matrix at a time on every rank, is the test's oracle.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hedgemix.config import TrainConfig
+from hedgemix.config import RecipeError, TrainConfig
 from hedgemix.model.transformer import Linear, Model
 from hedgemix.runtime import collectives
 
@@ -37,8 +39,8 @@ def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
 
 
 class Muon:
-    """Momentum orthogonalised by Newton-Schulz, with decoupled weight decay, Nesterov, and the step scaled by
-    sqrt(max(1, rows / columns))."""
+    """Momentum, a decayed sum of gradients, orthogonalised by Newton-Schulz, with decoupled weight decay, Nesterov, and
+    the step scaled by sqrt(max(1, rows / columns))."""
 
     def __init__(self, parameters: Iterable[Tensor], weight_decay: float, newton_schulz_steps: int) -> None:
         self.weight_decay, self.newton_schulz_steps = weight_decay, newton_schulz_steps
@@ -53,8 +55,8 @@ class Muon:
         updates = []
         for stack, momentum_NRC in zip(self.stacks, self.momenta, strict=True):
             gradient_NRC = torch.stack([parameter.grad for parameter in stack if parameter.grad is not None])
-            momentum_NRC.lerp_(gradient_NRC, 1 - momentum)
-            updates.append(self.start_orthogonalise(gradient_NRC.lerp_(momentum_NRC, momentum)))
+            momentum_NRC.mul_(momentum).add_(gradient_NRC)
+            updates.append(self.start_orthogonalise(gradient_NRC.add_(momentum_NRC, alpha=momentum)))
         for stack, finish in zip(self.stacks, updates, strict=True):
             update_NRC = finish()
             rows, columns = stack[0].shape
@@ -76,10 +78,13 @@ class Muon:
         return lambda: torch.cat(finish())[:count]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"momenta": self.momenta}
+        return {"sums": self.momenta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(self.momenta, state["momenta"], strict=True):
+        """Raises RecipeError for a state whose momentum is an average, which no sum can go on from to the same bits."""
+        if "sums" not in state:
+            raise RecipeError("an earlier hedgemix left this checkpoint, with averaged momentum; remove its folder")
+        for mine, saved in zip(self.momenta, state["sums"], strict=True):
             mine.copy_(saved)
 
 

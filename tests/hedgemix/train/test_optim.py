@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hedgemix.config import ModelConfig, TrainConfig
+from hedgemix.config import ModelConfig, RecipeError, TrainConfig
 from hedgemix.model.transformer import Linear, Model
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.train.optim import EMA, Muon, Optimizers, orthogonalise
@@ -51,8 +51,9 @@ def test_a_stack_is_orthogonalised_as_one_by_one(rows: int, columns: int) -> Non
     assert not orthogonalise(torch.zeros(2, rows, columns), 5).any()
 
 
-def test_muon_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's orthogonalisation rounds to bfloat16 wherever it runs, ours on a GPU only; here both stay in float32."""
+def test_muon_equals_torchs_at_a_steady_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's orthogonalisation rounds to bfloat16 wherever it runs, ours on a GPU only; here both stay in float32.
+    Its momentum is an average, ours a sum: where momentum does not move, one is a multiple of the other."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     shapes = [SHAPES["tall"], SHAPES["square"], SHAPES["wide"], SHAPES["tall"], SHAPES["tall"]]
     start = [torch.randn(*shape, generator=generator(i)) for i, shape in enumerate(shapes)]
@@ -60,7 +61,7 @@ def test_muon_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     muon = Muon(mine, weight_decay=0.1, newton_schulz_steps=5)
     oracle = torch.optim.Muon(theirs, weight_decay=0.1, nesterov=True, ns_steps=5, adjust_lr_fn="original")
     for step in range(8):
-        rate, momentum = 0.1 / (step + 1), 0.8 + 0.02 * step
+        rate, momentum = 0.1 / (step + 1), 0.9
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             gradient = torch.randn(a.shape, generator=generator(100 * step + i))
             a.grad, b.grad = gradient.clone(), gradient.clone()
@@ -70,6 +71,30 @@ def test_muon_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
     assert min((a - x).abs().max() for a, x in zip(mine, start, strict=True)) > 0.1
+
+
+def test_momentum_that_rises_is_a_sum_in_which_gradients_entered_alike() -> None:
+    rates, momenta = [0.1, 0.05, 0.02, 0.01], [0.5, 0.8, 0.9, 0.95]
+    gradients = [torch.randn(24, 16, generator=generator(step)) for step in range(4)]
+    matrix, expected = nn.Parameter(torch.zeros(24, 16)), torch.zeros(1, 24, 16)
+    muon = Muon([matrix], weight_decay=0.0, newton_schulz_steps=5)
+    for step, (rate, momentum) in enumerate(zip(rates, momenta, strict=True)):
+        matrix.grad = gradients[step].clone()
+        muon.step(rate, momentum)
+        # The gradient of step s, and of this one once more (Nesterov), through every momentum since.
+        total = gradients[step] + momentum * sum(
+            math.prod(momenta[s + 1 : step + 1]) * gradients[s] for s in range(step + 1)
+        )
+        expected = expected - rate * math.sqrt(24 / 16) * orthogonalise(total[None], 5)
+        torch.testing.assert_close(matrix.detach(), expected[0], rtol=0, atol=2e-6)
+
+
+def test_a_state_with_averaged_momentum_is_refused() -> None:
+    muon = Muon([nn.Parameter(torch.zeros(4, 4))], weight_decay=0.0, newton_schulz_steps=5)
+    with pytest.raises(RecipeError, match="averaged momentum; remove its folder"):
+        muon.load_state_dict({"momenta": [torch.ones(1, 4, 4)]})
+    muon.load_state_dict({"sums": [torch.ones(1, 4, 4)]})
+    assert torch.equal(muon.state_dict()["sums"][0], torch.ones(1, 4, 4))
 
 
 def test_gradients_stay_views_of_one_buffer() -> None:
