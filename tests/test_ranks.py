@@ -21,11 +21,12 @@ from hedgemix.dataset import Dataset
 from hedgemix.files import load_tensors, save_tensors
 from hedgemix.model import Model
 
-FIXED = recipe(
-    steps=20, late_qat=True, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5
-)
+# Compared with one rank, up to rounding, so without late QAT: a weight between two levels would make that 1e-4.
+FIXED = recipe(steps=20, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5)
 # Lines of the log are added up over the ranks, here at checkpoints only: a rank that saves alone waits for ever.
-TIMED = recipe(steps=0, budget_seconds=3, reserve_seconds=1, checkpoint_seconds=0.3, log_every_steps=1000)
+TIMED = recipe(
+    steps=0, budget_seconds=3, reserve_seconds=1, checkpoint_seconds=0.3, log_every_steps=1000, late_qat=True
+)
 
 
 class OwnClock:
@@ -127,5 +128,6 @@ def test_ranks_hold_the_same_bits(folder: Path, both: list[dict[str, Any]], name
 def test_rank_0s_clock_ends_the_run_on_every_rank(folder: Path, both: list[dict[str, Any]]) -> None:
     steps = [found["timed"]["result"]["steps"] for found in both]
     assert steps[0] == steps[1] == len(lines(folder / "timed")) > 10
+    assert both[0]["timed"]["result"]["qat_steps"] == both[1]["timed"]["result"]["qat_steps"] > 0
     elapsed = [line["elapsed_seconds"] for line in lines(folder / "timed")]
     assert elapsed == sorted(elapsed) and 1.8 < elapsed[-1] < 2
