@@ -20,6 +20,7 @@ from hedgemix import train as training
 from hedgemix.dataset import Dataset
 from hedgemix.files import load_tensors, save_tensors
 from hedgemix.model import Model
+from pipeline.gang import Gang, Rank
 
 # Compared with one rank, up to rounding, so without late QAT: a weight between two levels would make that 1e-4.
 FIXED = recipe(steps=20, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5)
@@ -90,6 +91,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def both(folder: Path) -> list[dict[str, Any]]:
     return [load_tensors(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "gpus", "visible", "index"),
+    [(0, 1, 1, 0), (5, 1, 1, 0), (5, 1, 8, 5), (5, 0, 8, None), (0, 0.5, 1, 0), (3, 2, 2, 1), (3, 1, 0, None)],
+)
+def test_each_rank_has_a_gpu_of_those_it_sees(rank: int, gpus: float, visible: int, index: int | None) -> None:
+    assert ranks.device_index(rank, gpus, visible) == index
+
+
+@pytest.mark.parametrize(("gpus", "chosen", "bound"), [(1, [5], torch.device("cuda", 5)), (0, [], None)])
+def test_a_gangs_rank_chooses_its_gpu_before_it_joins(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, chosen: list[int], bound: torch.device | None
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: told.append(options["device_id"]))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("left"))
+    found = Rank().run(5, Gang("g", 8, 1, gpus, ranks.backend(gpus)), "localhost:1", lambda x: x + 1, (1,))
+    assert found == 2 and told == [*chosen, bound, "left"]
+
+
+@pytest.mark.parametrize(("backend", "ids"), [("nccl", [3]), ("gloo", None)])
+def test_a_barrier_names_its_gpu(monkeypatch: pytest.MonkeyPatch, backend: str, ids: list[int] | None) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(ranks, "active", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: told.append(device_ids))
+    ranks.barrier()
+    assert told == [ids]
 
 
 def test_rank_0_decides_numbers(both: list[dict[str, Any]]) -> None:
