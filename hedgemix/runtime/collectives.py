@@ -14,6 +14,14 @@ def backend(gpus_per_worker: float) -> str:
     return "nccl" if gpus_per_worker else "gloo"
 
 
+def device_index(rank: int, gpus: float, visible: int) -> int | None:
+    """Which of the GPUs that a rank's process sees is its own; None for a rank without.
+
+    Ray shows each process its own GPUs only, unless it is told to leave CUDA_VISIBLE_DEVICES alone: then all of a node.
+    """
+    return rank % visible if gpus and visible else None
+
+
 def active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -62,7 +70,8 @@ def start_gather(tensor: Tensor) -> Callable[[], list[Tensor]]:
 
 def barrier() -> None:
     if active():
-        dist.barrier()
+        # Without its GPU's number NCCL takes a guess, and says so.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 class Agreement:

@@ -10,11 +10,13 @@ from datetime import timedelta
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hedgemix.runtime.collectives import device_index
 from pipeline.execution.failures import RAY_RETRIES
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -30,12 +32,16 @@ class Rank:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def run(self, rank: int, gang: Gang, address: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        index = device_index(rank, gang.gpus, torch.cuda.device_count())
+        if index is not None:
+            torch.cuda.set_device(index)
         dist.init_process_group(
             gang.backend,
             init_method=f"tcp://{address}",
             rank=rank,
             world_size=gang.ranks,
             timeout=COLLECTIVE_TIMEOUT,
+            device_id=None if index is None else torch.device("cuda", index),
         )
         value = work(*arguments)
         # Only after success: leaving the group would wait for ranks that wait for this one. The process ends anyway.

@@ -19,13 +19,15 @@ from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import load_tensors, save_tensors
 from hedgemix.train import trainer
+from pipeline.execution.rank_group import Gang, Rank
 from tests.hedgemix.train.test_trainer import CPU, Clock, Killed, lines, recipe, weights, write_data
 
-FIXED = recipe(
-    steps=20, late_qat=True, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5
-)
+# Compared with one rank, up to rounding, so without late QAT: a weight between two levels would make that 1e-4.
+FIXED = recipe(steps=20, warmup_steps=2, microbatch_sequences=3, calibration_sequences=7, checkpoint_seconds=5)
 # Lines of the log are added up over the ranks, here at checkpoints only: a rank that saves alone waits for ever.
-TIMED = recipe(steps=0, budget_seconds=3, reserve_seconds=1, checkpoint_seconds=0.3, log_every_steps=1000)
+TIMED = recipe(
+    steps=0, budget_seconds=3, reserve_seconds=1, checkpoint_seconds=0.3, log_every_steps=1000, late_qat=True
+)
 
 
 class OwnClock:
@@ -91,6 +93,38 @@ def both(folder: Path) -> list[dict[str, Any]]:
     return [load_tensors(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("rank", "gpus", "visible", "index"),
+    [(0, 1, 1, 0), (5, 1, 1, 0), (5, 1, 8, 5), (5, 0, 8, None), (0, 0.5, 1, 0), (3, 2, 2, 1), (3, 1, 0, None)],
+)
+def test_each_rank_has_a_gpu_of_those_it_sees(rank: int, gpus: float, visible: int, index: int | None) -> None:
+    assert collectives.device_index(rank, gpus, visible) == index
+
+
+@pytest.mark.parametrize(("gpus", "chosen", "bound"), [(1, [5], torch.device("cuda", 5)), (0, [], None)])
+def test_a_gangs_rank_chooses_its_gpu_before_it_joins(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, chosen: list[int], bound: torch.device | None
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: told.append(options["device_id"]))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("left"))
+    found = Rank().run(5, Gang("g", 8, 1, gpus, collectives.backend(gpus)), "localhost:1", lambda x: x + 1, (1,))
+    assert found == 2 and told == [*chosen, bound, "left"]
+
+
+@pytest.mark.parametrize(("backend", "ids"), [("nccl", [3]), ("gloo", None)])
+def test_a_barrier_names_its_gpu(monkeypatch: pytest.MonkeyPatch, backend: str, ids: list[int] | None) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(collectives, "active", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: told.append(device_ids))
+    collectives.barrier()
+    assert told == [ids]
+
+
 def test_rank_0_decides_numbers(both: list[dict[str, Any]]) -> None:
     assert both[0]["told"] == both[1]["told"] == [1 / 3, 1e-300]
 
@@ -127,5 +161,6 @@ def test_ranks_hold_the_same_bits(folder: Path, both: list[dict[str, Any]], name
 def test_rank_0s_clock_ends_the_run_on_every_rank(folder: Path, both: list[dict[str, Any]]) -> None:
     steps = [found["timed"]["result"]["steps"] for found in both]
     assert steps[0] == steps[1] == len(lines(folder / "timed")) > 10
+    assert both[0]["timed"]["result"]["qat_steps"] == both[1]["timed"]["result"]["qat_steps"] > 0
     elapsed = [line["elapsed_seconds"] for line in lines(folder / "timed")]
     assert elapsed == sorted(elapsed) and 1.8 < elapsed[-1] < 2
