@@ -75,7 +75,7 @@ def single_gpu() -> Recipe:
     return Recipe(
         recipe="single_gpu",
         data=fineweb(),
-        model=ModelConfig(),
+        model=ModelConfig(residual_dtype="bfloat16"),
         train=TrainConfig(batch_tokens=393_216),
         evaluate=EvaluateConfig(chunk_tokens=131_072, mixer=LONG_BLOCKS),
         compute=ComputeConfig(workers=1, gpus_per_worker=1, cpus_per_worker=0, evaluate_workers=1),
@@ -91,6 +91,7 @@ def record() -> Recipe:
     return Recipe(
         recipe="record",
         data=fineweb(),
+        model=ModelConfig(residual_dtype="bfloat16"),
         evaluate=EvaluateConfig(ttt=reference, mixer=LONG_BLOCKS),
     )
 
