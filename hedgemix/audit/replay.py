@@ -1,4 +1,4 @@
-"""An evaluation that tells what it does, for an audit to judge. Runs in processes of its own; see `isolation`.
+"""An evaluation that tells what it does, for an audit to judge. Runs in processes of its own; see `sandbox`.
 
 The watched evaluation is the one that scores records, a subclass at its seams: what it charges, which rows it charges
 from, where the counts stood, which weights made the rows, what was learned when. Nothing it is told by the record

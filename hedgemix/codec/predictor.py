@@ -5,7 +5,7 @@ counts, mixing weights and, at the end of a chunk, the model's weights move. Not
 this gives is decodable by construction. Up to float rounding the rows are those of `evaluate`, which knows the whole
 text and works in blocks.
 
-Two predictors agree bitwise on one machine with one thread; see `codec` for the conditions.
+Two predictors agree bitwise on one machine with one thread; see `text_codec` for the conditions.
 
 Shapes as in `hedge`: one position (B = 1), one row set (R = 1), K experts, V vocabulary, M logistic mixers.
 """

@@ -1,4 +1,4 @@
-"""Lists of integer vectors as bytes: steps and widths, noisy or smooth, each of one width (see `widths`).
+"""Lists of integer vectors as bytes: steps and widths, noisy or smooth, each of one width (see `gaussian_tables`).
 
 What is coded of a vector is the distance of its integers to their mean (mode 0), to the one before (mode 1), or to the
 last vector of the same length, minus the mean of these distances (mode 2).

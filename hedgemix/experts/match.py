@@ -3,8 +3,8 @@
 Of the match lengths, the longest m whose last m tokens occurred before wins; their most recent occurrence predicts the
 token that followed it, with the share of tokens that matches of this length got right so far as confidence. Equality is
 exact, without hashing: m-grams are told apart by labels of the two shorter ones that they consist of (prefix doubling,
-Karp, Miller and Rosenberg 1972), with no loop over tokens; see `grams`. Whether two grams are equal depends on their m
-tokens alone (tests change the future, bitwise).
+Karp, Miller and Rosenberg 1972), with no loop over tokens; see `sorted_ngrams`. Whether two grams are equal depends on
+their m tokens alone (tests change the future, bitwise).
 
 `Follower` is the same expert for a decoder, one token after another.
 

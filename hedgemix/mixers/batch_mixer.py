@@ -40,7 +40,7 @@ class Scores:
 
     Kinds: neural, order1 ..., match, the further experts, hedge, linear and logistic (the first mixer of each),
     ensemble. `weights[row set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic mixers,
-    linear (L, S, K), logistic (M, S, J), see `blend`.
+    linear (L, S, K), logistic (M, S, J), see `network`.
     """
 
     nll: dict[str, dict[str, Tensor]]

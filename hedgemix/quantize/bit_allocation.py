@@ -1,7 +1,7 @@
 """Where the bits go: one step size for each row and each column of every quantized tensor.
 
 Rounding in GPTQ's order adds about `1/24 sum_rc G_r D_c step_rc^2` nats a token (a uniform error has variance
-step^2 / 12), with G_r as in `calibrate` and D_c the squared diagonal of the factor U of H = U U^T: what GPTQ cannot
+step^2 / 12), with G_r as in `calibration` and D_c the squared diagonal of the factor U of H = U U^T: what GPTQ cannot
 pass on to later columns. An ideal coder spends a constant less log2(step) bits on a weight. Equal slopes give
 
     step_rc = theta / sqrt(G_r D_c),   loss = weights * theta^2 / 24,
