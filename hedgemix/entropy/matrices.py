@@ -2,8 +2,8 @@
 
 The integers of a matrix are coded with widths (see `gaussian_tables`) that are the sum of a number for the row and one
 for the column, both fitted and transmitted, in quarters of an octave, or in eighths where at least 512 integers share
-one. A caller whose decoder knows the steps of rows and columns hands them in: weights of equal width have integers of width
--step, so the numbers become small corrections. Matrices of one shape share their tables.
+one. A caller whose decoder knows the steps of rows and columns hands them in: weights of equal width have integers of
+width -step, so the numbers become small corrections. Matrices of one shape share their tables.
 
 The bytes are those of `vectors`, of each matrix's rows' numbers and its columns'; in the same stream the integers of
 the matrices follow, shape by shape. Shapes are not stored.

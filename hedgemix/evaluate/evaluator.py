@@ -108,8 +108,8 @@ def evaluate_artifact(
 ) -> EvaluateResult:
     """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
 
-    counts: folder of the stream's n-gram index (`ngram.build_index`). trace: file for one JSON line a chunk, by rank 0, with
-    the files of `breakdown` beside it at the end.
+    counts: folder of the stream's n-gram index (`ngram.build_index`). trace: file for one JSON line a chunk, by rank 0,
+    with the files of `breakdown` beside it at the end.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
     start: a `resume.Restart` goes on where an earlier one was stopped.
     Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text, OSError

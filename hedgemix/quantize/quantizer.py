@@ -1,8 +1,8 @@
 """A trained model to the tensors of its artifact.
 
 By default every matrix and table gets steps by row and column from what its weights matter (`bit_allocation`), GPTQ in
-those steps, and an entropy coder; what is left (gates, scales) is float16. Method `reference` is the published export, for
-comparison: `published_export`.
+those steps, and an entropy coder; what is left (gates, scales) is float16. Method `reference` is the published export,
+for comparison: `published_export`.
 """
 
 from __future__ import annotations
