@@ -70,10 +70,19 @@ FIRST: dict[str, dict[str, Prediction]] = {
         "sliding": Prediction(15_000, 15_000, unit="tokens/s", reference="47,000 (62 M in 165 s on 8 GPUs)"),
     },
     "mixing": {
-        "blocks of 512": Prediction(2.7, 2.7, unit="us a token"),
-        "blocks of 128": Prediction(6.4, 6.4, unit="us a token"),
-        "us a launch, blocks of 512": Prediction(RATES.launch_seconds * US, RATES.launch_seconds * US, unit="us"),
-        "device at work, blocks of 512": Prediction(2, 25, unit="%"),
+        "blocks of 512": Prediction(0.67, 0.67, unit="us a token"),
+        "blocks of 512, eager": Prediction(1.7, 1.7, unit="us a token"),
+        "graphs of blocks of 512": Prediction(said="kept"),
+        "graph against eager, blocks of 512: difference": Prediction(0, 0),
+        "us a launch, blocks of 512, eager": Prediction(
+            RATES.launch_seconds * US, RATES.launch_seconds * US, unit="us"
+        ),
+        "us an operation of a span, blocks of 512": Prediction(2.2, 2.2, unit="us"),
+        "device at work, blocks of 512": Prediction(40, 100, unit="%"),
+        "blocks of 128": Prediction(1.6, 1.6, unit="us a token"),
+        "blocks of 128, eager": Prediction(5.1, 5.1, unit="us a token"),
+        "graphs of blocks of 128": Prediction(said="kept"),
+        "graph against eager, blocks of 128: difference": Prediction(0, 0),
     },
     "adapting": {
         "step of test-time training": Prediction(200, 260, unit="ms"),
@@ -99,7 +108,7 @@ RECORD: dict[str, dict[str, Prediction]] = {
         "index": Prediction(5, 5, unit="s"),
         "scoring seconds": Prediction(8, 8, unit="s"),
         "ttt seconds": Prediction(18, 25, unit="s"),
-        "mixing seconds": Prediction(11, 12, unit="s"),
+        "mixing seconds": Prediction(3.5, 4, unit="s"),
     },
     "audit": {
         "refused": Prediction(said="nothing"),

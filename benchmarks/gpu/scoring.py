@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,11 +27,15 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, cut
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer, Scores
 from hedgemix.model.transformer import Model
+from hedgemix.runtime.cuda_graph import CHECKED
 from hedgemix.train.trainer import Run, deterministic
 
 ROW_SETS = ("frozen", "adapted")
+WARM_PIECES = CHECKED + 2
+"""Mixed before the clock starts: the first of a text, which is no whole one, and those that graphs are compared in."""
+PROFILED_PIECES = 2
 
 
 def scoring(job: Job) -> None:
@@ -73,52 +78,95 @@ def rows(model: Model, text_N: Tensor, start: int, config: EvaluateConfig) -> No
 
 
 def mixing(job: Job) -> None:
-    """All mixtures of two row sets over the held-out text, in blocks of several sizes."""
+    """All mixtures of two row sets over the held-out text, in blocks of several sizes, with CUDA graphs and without."""
     sizes, recipe, device = job.sizes, job.sizes.recipe, job.device
-    config, V = recipe.evaluate.mixer, recipe.data.vocab_size
-    tokens = held_out(job, sizes.mixed_tokens + 1).cpu().numpy().astype(np.uint16)
+    config, V, segment = recipe.evaluate.mixer, recipe.data.vocab_size, recipe.evaluate.segment_tokens
+    tokens = held_out(job, (WARM_PIECES + PROFILED_PIECES) * segment + sizes.mixed_tokens).cpu().numpy()
+    tokens = tokens.astype(np.uint16)
     seconds, index = once(lambda: ngram.build_index(tokens, config.orders, V, config.match_lengths))
-    job.tell("index", (len(tokens) - 1) / seconds, "tokens/s", note="on the CPU")
-    generator = seeded(6)
-    pieces = cut(1, len(tokens), recipe.evaluate.segment_tokens)
-    logits = 2 * torch.randn(len(ROW_SETS), recipe.evaluate.segment_tokens, V, generator=generator).to(device)
+    job.tell("index", len(tokens) / seconds, "tokens/s", note="on the CPU")
+    pieces = cut(1, len(tokens), segment)
+    logits = 2 * torch.randn(len(ROW_SETS), segment, V, generator=seeded(6)).to(device)
+
+    def begin(block: int, graph: bool | None) -> Mixer:
+        span = min(SPAN_TOKENS["cuda"], segment)  # as an evaluation on a GPU has it
+        settings = replace(config, block_tokens=block)
+        return Mixer(settings, V, index, device, names=ROW_SETS, span_tokens=span, resident=True, graph=graph)
+
     for block in sizes.blocks:
+        found: list[list[Scores]] = []
+        for graph, name in ((None, f"blocks of {block}"), (False, f"blocks of {block}, eager")):
+            mixer = begin(block, graph)
+            work = partial(mixed, mixer, logits)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                work(pieces[:WARM_PIECES])
+            some = pieces[WARM_PIECES:-PROFILED_PIECES]
+            seconds, scores = once(partial(work, some))
+            found.append(scores)
+            n_tokens = some[-1].stop - some[0].start
+            each = 1e6 * seconds / n_tokens
+            job.tell(name, each, "us a token", note=f"{n_tokens:,} tokens, two row sets")
+            if graph is None:
+                job.tell(f"graphs of {name}", graphs(mixer), note="; ".join(str(each.message) for each in told))
+            profiled_mixing(
+                job, name, block, partial(work, pieces[-PROFILED_PIECES:]), each * PROFILED_PIECES * segment
+            )
+            replayed_span(job, name, mixer)
+            job.peak(f"mixing, {name}")
+        job.tell(f"graph against eager, blocks of {block}: difference", apart(*found), "nats", most=0.0)
 
-        def begin(block: int = block) -> Mixer:
-            return Mixer(replace(config, block_tokens=block), V, index, device, names=ROW_SETS)
 
-        def mixed(mixer: Mixer, some: list[Piece]) -> None:
-            for piece in some:
-                given = logits[:, : piece.stop - piece.start]
-                mixer.score(dict(zip(ROW_SETS, given, strict=True)), piece.start, piece.stop)
-
-        mixed(begin(), pieces[:1])
-        mixer = begin()
-        seconds, _ = once(partial(mixed, mixer, pieces))
-        each = 1e6 * seconds / (len(tokens) - 1)
-        job.tell(f"blocks of {block}", each, "us a token", note=f"{len(tokens) - 1:,} tokens, two row sets")
-        profiled_mixing(job, block, begin(), mixed, pieces[:3], each)
-        job.peak(f"mixing, blocks of {block}")
+def mixed(mixer: Mixer, logits: Tensor, pieces: list[Piece]) -> list[Scores]:
+    """Score the pieces, each with the same logits (R, B, V)."""
+    found = []
+    for piece in pieces:
+        given = logits[:, : piece.stop - piece.start]
+        found.append(mixer.score(dict(zip(ROW_SETS, given, strict=True)), piece.start, piece.stop))
+    return found
 
 
-def profiled_mixing(
-    job: Job, block: int, mixer: Mixer, mixed: Callable[..., None], pieces: list[Piece], each: float
-) -> None:
-    """Of a block: array operations, launches, waits of the host, and how much of the time the device works; over all
-    pieces but the first. each: microseconds a token without the profiler."""
-    mixed(mixer, pieces[:1])
-    tokens = pieces[-1].stop - pieces[1].start
-    blocks = tokens / block
+def graphs(mixer: Mixer) -> str:
+    """Whether the mixer replays both of its graphs, having compared them with the work as often as it does."""
+    replays = [mixer._spans, mixer._call and mixer._call[2]]
+    if not any(replays):
+        return "none made"
+    kept = [each is not None and each.replay is not each.work and not each.unchecked for each in replays]
+    return "kept" if all(kept) else "given up"
+
+
+def apart(ours: list[Scores], theirs: list[Scores]) -> float:
+    """The largest difference between what two mixers charged any token, in nats; NaN where one of them has it."""
+    nats = [
+        torch.cat([x for each in of for kinds in each.nll.values() for x in kinds.values()]) for of in (ours, theirs)
+    ]
+    return float((nats[0] - nats[1]).abs().max())
+
+
+def profiled_mixing(job: Job, name: str, block: int, work: Callable[[], object], microseconds: float) -> None:
+    """Of whole pieces: array operations or launches a block, waits of the host, and how much of the time the device
+    works. microseconds: what the work takes without the profiler."""
+    blocks = PROFILED_PIECES * job.sizes.recipe.evaluate.segment_tokens / block
     if job.device.type == "cpu":
-        job.tell(f"operations a block of {block}", gpu_plan.counted(partial(mixed, mixer, pieces[1:])) / blocks)
+        job.tell(f"operations a block, {name}", gpu_plan.counted(work) / blocks)
         return
-    found = Profile(partial(mixed, mixer, pieces[1:]), job.device)
-    launches, microseconds = found.count(LAUNCHES), each * tokens
-    job.tell(f"launches a block of {block}", launches / blocks)
-    job.tell(f"waits a block of {block}", found.count(WAITS) / blocks)
-    job.tell(f"us a launch, blocks of {block}", microseconds / launches, "us", note="wall clock over launches")
+    found = Profile(work, job.device)
+    launches = found.count(LAUNCHES)
+    job.tell(f"launches a block, {name}", launches / blocks)
+    job.tell(f"waits a block, {name}", found.count(WAITS) / blocks)
+    job.tell(f"us a launch, {name}", microseconds / launches, "us", note="wall clock over launches")
     busy = 1000 * sum(found.kinds().values())
-    job.tell(f"device at work, blocks of {block}", 100 * busy / microseconds, "%")
+    job.tell(f"device at work, {name}", 100 * busy / microseconds, "%")
+
+
+def replayed_span(job: Job, name: str, mixer: Mixer) -> None:
+    """Of what a graph replays, a span's blocks: microseconds from one of its operations to the next. The mixer is of no
+    use after it: it learns the same span again and again."""
+    work = partial(mixer._mix, mixer._blocks(0, mixer.span))
+    operations = gpu_plan.counted(work)
+    spent = milliseconds(mixer._spans or work, job.device, job.sizes.repeats)
+    note = f"{operations} operations a span, {spent:.3f} ms"
+    job.tell(f"us an operation of a span, {name}", 1000 * spent / operations, "us", note=note)
 
 
 def adapting(job: Job) -> None:

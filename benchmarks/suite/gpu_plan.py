@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.suite import operations
@@ -25,17 +26,18 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.experts import ngram
 from hedgemix.mixers import published
-from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer, Scores
 from hedgemix.model.transformer import Model, parameter_count
 
 VALID_TOKENS = 62_021_846
 """FineWeb's validation shard with this tokenizer."""
-SPAN_WAITS = 36
-"""Columns of the index that the mixer copies to a GPU for each span of 4,096 tokens; each copy is a wait."""
-PIECE_WAITS = 18
-"""Sums and counts that are read, and tokens that are copied, for each piece of 8,192 tokens beside the mixer."""
+PIECE_WAITS, CHUNK_WAITS = 1, 6
+"""Times that the host waits for a GPU beside the mixer, which never waits. For each piece: what the tally is told. For
+each chunk: all sums, the four kinds of weights that the trace shows, and the clock of its phases."""
 EVALUATION = ("scoring", "test-time training", "mixing", "published rule and sums")
 """Stages inside the evaluation's clock."""
+FREE = torch.ops.aten._unsafe_view.default, torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default
+"""Array operations that start nothing on a device, beside those that torch calls views."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Rates:
     """bytes a second of an all-reduce or all-gather over the node"""
     launch_seconds: float = 8e-6
     """from one small array operation to the next: 6.3 us of torch's own work on a CPU core, and a launch"""
+    replay_seconds: float = 2.2e-6
+    """from one operation of a CUDA graph to the next, all of them small"""
     wait_seconds: float = 1.1e-5
     """each time the host waits for what it queued: a copy from pageable memory, or a number that is read"""
-    host_seconds: float = 5.6e-7
-    """CPU: the mixer's own numpy a token, between launches; 2.3 ms a span of 4,096 tokens of prose, on one CPU core"""
     coding: float = 3e6
     """CPU: weights a second through the entropy coder"""
     indexing: float = 1e6
@@ -100,12 +102,14 @@ def rates_from(rows: Iterable[Row], limits: Limits, cuda: bool, indexing: float)
 
 @dataclass(frozen=True)
 class Launches:
-    """Array operations that one device queues one after the other while it mixes; see `count_launches`."""
+    """Array operations of one piece of `segment_tokens`, one after the other on one device; see `count_launches`."""
 
-    block: float
-    """Of one of the mixer's blocks, its share of a span's and a piece's included."""
+    asked: float
+    """By the host while it mixes; a replay of a graph is one."""
+    replayed: float
+    """In graphs, while it mixes."""
     rule: float
-    """Of one piece beside the mixer: the published rule and the sums."""
+    """By the host, beside the mixer: the published rule and the sums."""
 
 
 def plan(recipe: Recipe, rates: Rates, counted: Launches, valid_tokens: int = VALID_TOKENS) -> list[Stage]:
@@ -151,17 +155,17 @@ def plan(recipe: Recipe, rates: Rates, counted: Launches, valid_tokens: int = VA
                             f"{evaluate.ttt.epochs} epochs; backward through all blocks counted"))  # fmt: skip
     mixer = evaluate.mixer
     products, n_bytes = operations.mixing_costs(V, mixer)
-    launches = counted.block * valid_tokens / mixer.block_tokens
-    waits = SPAN_WAITS * valid_tokens / SPAN_TOKENS["cuda"]
+    pieces = valid_tokens / evaluate.segment_tokens
     n_bytes *= row_sets * valid_tokens
     products *= row_sets * valid_tokens
-    host = valid_tokens * rates.host_seconds
-    seconds = launches * rates.launch_seconds + waits * rates.wait_seconds + host + n_bytes / rates.bandwidth
-    what = f"{counted.block:.0f} array operations a block of {mixer.block_tokens}, {waits:,.0f} waits"
-    what += f", {host:.0f} s of numpy; every rank mixes all"
-    stages.append(Stage("mixing", products, n_bytes, launches, seconds, what))
-    pieces = valid_tokens / evaluate.segment_tokens
-    n_bytes, waits = valid_tokens * operations.rule_bytes(V), PIECE_WAITS * pieces
+    # As if the host asked for nothing while a graph is replayed, and operations took their time beside their bytes.
+    seconds = counted.asked * rates.launch_seconds + counted.replayed * rates.replay_seconds
+    seconds = pieces * seconds + n_bytes / rates.bandwidth
+    what = f"{counted.asked:.0f} array operations asked for and {counted.replayed:.0f} replayed a piece of "
+    what += f"{evaluate.segment_tokens:,}, in blocks of {mixer.block_tokens}; every rank mixes all"
+    stages.append(Stage("mixing", products, n_bytes, counted.asked * pieces, seconds, what))
+    n_bytes = valid_tokens * operations.rule_bytes(V)
+    waits = PIECE_WAITS * pieces + CHUNK_WAITS * valid_tokens / evaluate.chunk_tokens
     seconds = counted.rule * pieces * rates.launch_seconds + waits * rates.wait_seconds + n_bytes / rates.bandwidth
     what = (
         f"{counted.rule:.0f} array operations a piece of {evaluate.segment_tokens:,}, {waits:,.0f} waits; on every rank"
@@ -192,27 +196,37 @@ def weakest(recipe: Recipe, rates: Rates, counted: Launches) -> tuple[str, float
 
 
 class Counter(TorchDispatchMode):
-    """Counts the array operations inside it that do work: views are free."""
+    """Counts the array operations inside it that do work: views are free, and so is memory that is not filled."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
+        self.count += not (func.is_view or func in FREE)
         return func(*args, **(kwargs or {}))
 
 
+class Graphs:
+    """In the place of CUDA graphs where there are none: what would be replayed is run, and counted."""
+
+    def __init__(self) -> None:
+        self.replays = self.operations = 0
+
+    def record(self, work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        def replay() -> None:
+            self.replays += 1
+            self.operations += counted(work)
+
+        return replay
+
+
 def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
-    """Of one piece of an evaluation with two row sets, counted on a CPU on random tokens; a GPU's are the same but for
-    a few of the n-gram rows."""
+    """Of one piece of an evaluation with two row sets, counted on a CPU on random tokens, as a GPU would work: with a
+    resident index, and what is in graphs apart."""
     size = config.segment_tokens
-    tokens = np.random.default_rng(0).integers(0, vocab_size, size).astype(np.uint16)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * size).astype(np.uint16)
     index = ngram.build_index(tokens, config.mixer.orders, vocab_size, config.mixer.match_lengths)
-    rows = {name: torch.randn(size - 1, vocab_size) for name in ("frozen", "adapted")}
-
-    def mix(mixer: Mixer) -> int:
-        return counted(lambda: mixer.score(rows, 1, size))
-
-    block = mix(Mixer(config.mixer, vocab_size, index, names=tuple(rows), span_tokens=SPAN_TOKENS["cuda"]))
+    rows = {name: torch.randn(size, vocab_size) for name in ("frozen", "adapted")}
+    asked, replayed = count_mixing(config, index, rows)
     tables = ByteTables(*(np.ones(vocab_size, kind) for kind in (np.int16, bool, bool)))
     shape = ModelConfig(
         layers=1, width=64, heads=1, kv_heads=1, mlp_hidden=64, bigram_buckets=0, value_embedding_layers=0
@@ -222,9 +236,33 @@ def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
     work = Evaluation(model, Text(tokens, torch.device("cpu")), tables, index, settings)
     work.published.counted = size**2  # long past its beginning, when it has nothing to do
     published.open_chunk(work.published, config.chunk_tokens)
-    all_of_it = counted(lambda: work.score(Piece(1, size), rows))
-    alone = mix(Mixer(config.mixer, vocab_size, index, names=tuple(rows)))
-    return Launches(block / (size / config.mixer.block_tokens), all_of_it - alone)
+    mixing = 0
+
+    def score(*args: Any) -> Scores:
+        nonlocal mixing
+        with Counter() as counter:
+            scores = mix(*args)
+        mixing = counter.count
+        return scores
+
+    mix, work.mixer.score = work.mixer.score, score  # type: ignore[method-assign]
+    first = {name: of[1:] for name, of in rows.items()}
+    return Launches(asked, replayed, counted(lambda: work.score(Piece(1, size), first)) - mixing)
+
+
+def count_mixing(config: EvaluateConfig, index: ngram.NgramIndex, rows: dict[str, Tensor]) -> tuple[int, int]:
+    """Of a piece that is no text's first: operations that the host asks for, and those in graphs."""
+    size, graphs = config.segment_tokens, Graphs()
+    span = min(SPAN_TOKENS["cuda"], size)
+    mixer = Mixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
+    mixer._record = graphs.record
+    mixer.score({name: of[1:] for name, of in rows.items()}, 1, size)
+    mixer.score(rows, size, 2 * size)
+    assert mixer._spans is not None and mixer._call is not None, "pieces are no whole spans: nothing is replayed"
+    mixer._spans.unchecked = mixer._call[2].unchecked = 0
+    graphs.replays = graphs.operations = 0
+    total = counted(lambda: mixer.score(rows, 2 * size, 3 * size))
+    return total - graphs.operations + graphs.replays, graphs.operations
 
 
 def counted(work: Callable[[], Any]) -> int:

@@ -298,8 +298,9 @@ def test_every_document_says_what_the_plan_computes() -> None:
         if f"| {name} | {told[name]} | assumed |" in shown:
             assert float(told[name]) == pytest.approx(getattr(gpu_plan.Rates(), name), rel=0.01), name
     rates = replace(gpu_plan.Rates(), **{name: float(value) for name, value in told.items()})
-    counted = [re.search(rf"(\d+) array operations a {of}", shown) for of in ("block", "piece")]
-    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.Launches(*(float(found[1]) for found in counted if found)))
+    pattern = r"(\d+) array operations asked for and (\d+) replayed.*?(\d+) array operations a piece"
+    [counted] = re.findall(pattern, shown, re.DOTALL)
+    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.Launches(*map(float, counted)))
     seconds = gpu_plan.evaluation_seconds(stages)
     [said] = re.findall(r"^Evaluation: (\d+) s", shown, re.MULTILINE)
     assert float(said) == pytest.approx(seconds, rel=0.01)
@@ -316,5 +317,19 @@ def test_launches_are_those_of_an_evaluation() -> None:
     small = replace(evaluate.mixer, orders=(1, 2), match_lengths=(), block_tokens=64)
     found = gpu_plan.count_launches(replace(evaluate, mixer=small), 50)
     longer = gpu_plan.count_launches(replace(evaluate, mixer=replace(small, block_tokens=128)), 50)
-    assert 50 < found.block < longer.block < 2 * found.block  # a span's share grows with the block
+    assert found.asked == longer.asked > 50  # the host asks for a replay, whatever is in it
+    assert longer.replayed < found.replayed < 2 * longer.replayed
     assert found.rule == longer.rule > 50
+
+
+def test_memory_that_is_not_filled_is_no_operation() -> None:
+    x = torch.ones(2, 3, 4)
+    assert gpu_plan.counted(lambda: torch.empty(3)) == 0
+    assert gpu_plan.counted(lambda: x @ torch.ones(4, 5)) == 2  # ones, and a product whose shape is changed
+
+
+def test_what_is_in_graphs_is_counted_apart() -> None:
+    graphs, x = gpu_plan.Graphs(), torch.ones(4)
+    replay = graphs.record(lambda: x.mul_(2).add_(1), x.device)
+    assert gpu_plan.counted(lambda: (replay(), replay(), x.exp())) == 5
+    assert graphs.replays == 2 and graphs.operations == 4

@@ -115,22 +115,29 @@ def test_plain_windows_score_every_target_once_with_a_full_context() -> None:
 
 
 def test_the_plan_follows_its_rates() -> None:
-    recipe, rates, counts = recipes.record(), gpu_plan.Rates(measured=("coding",)), gpu_plan.Launches(100.0, 50.0)
+    recipe, rates, counts = (
+        recipes.record(),
+        gpu_plan.Rates(measured=("coding",)),
+        gpu_plan.Launches(100.0, 300.0, 50.0),
+    )
     stages = {stage.name: stage for stage in gpu_plan.plan(recipe, rates, counts)}
     rule = "published rule and sums"
     slower = {stage.name: stage for stage in gpu_plan.plan(recipe, replace(rates, launch_seconds=1e-5), counts)}
-    assert stages["mixing"].launches == 100 * gpu_plan.VALID_TOKENS / recipe.evaluate.mixer.block_tokens
-    assert stages[rule].launches == 50 * gpu_plan.VALID_TOKENS / recipe.evaluate.segment_tokens
+    pieces = gpu_plan.VALID_TOKENS / recipe.evaluate.segment_tokens
+    assert stages["mixing"].launches == 100 * pieces and stages[rule].launches == 50 * pieces
     for name in ("mixing", rule):
         assert slower[name].seconds - stages[name].seconds == pytest.approx(stages[name].launches * 2e-6)
     assert slower["scoring"] == stages["scoring"]
-    host = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, host_seconds=0.0, wait_seconds=0.0), counts)}
-    waits = gpu_plan.SPAN_WAITS * gpu_plan.VALID_TOKENS / 4096 * rates.wait_seconds
-    saved = stages["mixing"].seconds - host["mixing"].seconds
-    assert saved == pytest.approx(gpu_plan.VALID_TOKENS * rates.host_seconds + waits)
+    replays = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, replay_seconds=0.0), counts)}
+    assert stages["mixing"].seconds - replays["mixing"].seconds == pytest.approx(300 * pieces * rates.replay_seconds)
+    patient = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, wait_seconds=0.0), counts)}
+    waits = pieces + 6 * gpu_plan.VALID_TOKENS / recipe.evaluate.chunk_tokens
+    assert stages[rule].seconds - patient[rule].seconds == pytest.approx(waits * rates.wait_seconds)
+    assert patient["mixing"] == stages["mixing"]
     within = [stages[name].seconds for name in ("scoring", "test-time training", "mixing", rule)]
     assert gpu_plan.evaluation_seconds(list(stages.values())) == pytest.approx(sum(within))
-    assert gpu_plan.weakest(recipe, rates, counts)[0] == "launch_seconds"
+    assert gpu_plan.weakest(recipe, rates, counts)[0] == "peak"
+    assert gpu_plan.weakest(recipe, rates, replace(counts, asked=9000.0))[0] == "launch_seconds"
     assert "coding" not in rates.assumed() and "peak" in rates.assumed()
     fewer = replace(recipe, compute=replace(recipe.compute, workers=1))
     assert {s.name: s for s in gpu_plan.plan(fewer, rates, counts)}["training step"].seconds > stages[
@@ -142,7 +149,7 @@ def test_the_plan_follows_its_rates() -> None:
 def test_a_gpus_rates_replace_assumptions_and_a_cpus_do_not(rows: list[Row]) -> None:
     limits = Limits(1e12, 2e12, 3e9)
     assert gpu_plan.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
-    assumed = {"double", "link", "launch_seconds", "wait_seconds", "host_seconds"}
+    assumed = {"double", "link", "launch_seconds", "replay_seconds", "wait_seconds"}
     assert set(gpu_plan.rates_from(rows, limits, True, 5.0).assumed()) == assumed
 
 
