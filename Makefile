@@ -32,10 +32,15 @@ BIN := .venv/bin
 record: .venv/installed
 	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
 
-# Tests that start a cluster of their own must not share a process with the session's ray.init. Last line: pytest's own.
+# Tests that start a cluster of their own must not share a process with the session's ray.init. Of the others, those that
+# run records mostly wait: a process of theirs runs beside one for the rest, and what it printed follows. 5: no test.
 test: .venv/installed-dev
 	$(BIN)/pytest -m "cluster and not soak" $(ARGS) || test $$? -eq 5
-	$(BIN)/pytest -m "not cluster and not soak" $(ARGS)
+	@log=$$(mktemp); \
+	$(BIN)/pytest -m "not cluster and not soak" tests/integration tests/pipeline $(ARGS) > $$log 2>&1 & waiting=$$!; \
+	$(BIN)/pytest -m "not cluster and not soak" tests/hedgemix tests/benchmarks tests/repo $(ARGS); one=$$?; \
+	wait $$waiting; two=$$?; cat $$log; rm -f $$log; \
+	test $$one -eq 5 && exit $$two; test $$two -eq 5 && exit $$one; test $$one -eq 0 && exit $$two; exit $$one
 
 soak: .venv/installed-dev
 	mkdir -p bench && rm -f bench/faults.jsonl
