@@ -58,6 +58,8 @@ FIRST: dict[str, dict[str, Prediction]] = {
         "profile: matrix products": Prediction(34, 34, unit="ms"),
         "profile: element-wise": Prediction(45, 46, unit="ms"),
         "eager, ms a step": Prediction(200, 300, unit="ms"),
+        "first step, compiling, bfloat16 stream": Prediction(30, 70, unit="s"),
+        "ms a step, bfloat16 stream": Prediction(92, 112, unit="ms"),
     },
     "kernels": {
         "attention, cudnn_attention": Prediction(2.2, 2.5, unit="ms"),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,23 +33,14 @@ PROFILE = "profile.txt"
 
 
 def training(job: Job) -> None:
-    """Compiled steps of one GPU's share of the record's batch, then eager ones."""
+    """Compiled steps of one GPU's share of the record's batch with a float32 residual stream, eager ones, and compiled
+    ones with a bfloat16 stream: last, since it compiles a second time."""
     recipe, sizes = job.sizes.recipe, job.sizes
     config = replace(recipe.train, warmup_steps=0)
     deterministic(config, job.device)  # by the clock: nothing is asked of the kernels
-    run = begun(job, config)
-    parameters = parameter_count(run.model)
-    job.tell("parameters", parameters)
-    began = time.monotonic()
-    float(run.train_step(0.1))
-    job.tell("first step, compiling", time.monotonic() - began, "s")
-    float(run.train_step(0.1))
-    watch = Stopwatch(job.device)
-    for _ in range(sizes.steps):
-        run.train_step(0.1)
-        watch.mark()
-    step = watch.milliseconds()
-    job.tell("ms a step", median(step), "ms", note=f"least {min(step):.1f}, most {max(step):.1f} of {len(step)}")
+    run = begun(job, config, "float32")
+    job.tell("parameters", parameter_count(run.model))
+    step, losses = timed_steps(job, run)
     spent = operations.train_operations(recipe.model, config, recipe.data.vocab_size)
     spent += operations.muon_operations(operations.matrix_shapes(recipe.model), config.newton_schulz_steps)
     job.tell("operations a step", spent)
@@ -64,13 +55,39 @@ def training(job: Job) -> None:
     run.read.close()
     del run
     eager(job, config)
+    run = begun(job, config, "bfloat16")
+    _, others = timed_steps(job, run, ", bfloat16 stream")
+    job.peak("compiled steps, bfloat16 stream")
+    apart = [abs(other - loss) for loss, other in zip(losses, others, strict=True)]
+    note = f"the largest; losses {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+    job.tell("loss, bfloat16 stream against float32: difference", max(apart), "nats", note=note)
+    run.read.close()
 
 
-def begun(job: Job, config: TrainConfig) -> Run:
-    """A new model's run, the training text being the given shards' and the text's."""
+def timed_steps(job: Job, run: Run, of: str = "") -> tuple[list[float], list[float]]:
+    """Milliseconds of steps after two that compile, and the losses of all of them, in nats a token."""
+    began = time.monotonic()
+    losses = [run.train_step(0.1)]
+    float(losses[0])
+    job.tell(f"first step, compiling{of}", time.monotonic() - began, "s")
+    losses.append(run.train_step(0.1))
+    float(losses[1])
+    watch = Stopwatch(job.device)
+    for _ in range(job.sizes.steps):
+        losses.append(run.train_step(0.1))
+        watch.mark()
+    step = watch.milliseconds()
+    job.tell(f"ms a step{of}", median(step), "ms", note=f"least {min(step):.1f}, most {max(step):.1f} of {len(step)}")
+    return step, [float(loss) for loss in losses]
+
+
+def begun(job: Job, config: TrainConfig, residual: Literal["float32", "bfloat16"] | None = None) -> Run:
+    """A new model's run, the training text being the given shards' and the text's. residual: type of its residual
+    stream, the recipe's if not given."""
     recipe = job.sizes.recipe
+    shape = replace(recipe.model, residual_dtype=residual or recipe.model.residual_dtype)
     torch.manual_seed(1)
-    model = Model(recipe.model, recipe.data.vocab_size, config.sequence_tokens).to(job.device)
+    model = Model(shape, recipe.data.vocab_size, config.sequence_tokens).to(job.device)
     stream = datasets.train_stream(job.text.wait())
     batches = Batches(stream, config.sequence_tokens, config.batch_tokens // config.sequence_tokens, seed=1)
     return Run(model, config, batches, job.device)
