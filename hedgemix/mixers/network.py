@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig
-from hedgemix.mixers import hedge
+from hedgemix.mixers import linear, logistic
 
 
 def expert_names(config: MixerConfig) -> tuple[str, ...]:
@@ -102,9 +102,9 @@ class Blend:
         self.gates = (*config.linear_gates, *config.gates)
         self.linears = len(config.linear_gates)
         size, experts = weight_sets(config), len(expert_names(config))
-        self.linear = hedge.start_linear(sets, self.linears, size, experts, config.linear_rate, device)
+        self.linear = linear.start(sets, self.linears, size, experts, config.linear_rate, device)
         inputs = self.linears + len(self.experts)
-        self.logistic = hedge.start_logistic(
+        self.logistic = logistic.start(
             sets, config.memory_tokens, size, inputs, config.logistic_ridge, device, vocab_size, config.bias_rate
         )
 
@@ -119,11 +119,12 @@ class Blend:
         shape = size, sets, self.linears + len(self.experts), vocab_size
         log_BRJV = p_BKV.new_empty(shape) if out_BRJV is None else out_BRJV
         # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
-        neural_BRV = torch.clamp(neural_BRV.float().log_softmax(-1), hedge.LOG_FLOOR, out=log_BRJV[:, :, self.linears])
+        neural_BRV = neural_BRV.float().log_softmax(-1)
+        neural_BRV = torch.clamp(neural_BRV, logistic.LOG_FLOOR, out=log_BRJV[:, :, self.linears])
         shared = log_BRJV[:, :, self.linears + 1 :]
         for j, k in enumerate(self.experts[1:]):
             torch.log(p_BKV[:, k - 1], out=shared[:, 0, j])
-        shared[:, 0].clamp_min_(hedge.LOG_FLOOR)
+        shared[:, 0].clamp_min_(logistic.LOG_FLOOR)
         if sets > 1:
             shared[:, 1:] = shared[:, :1]
         return Positions(p_BKV, log_BRJV, gate_sets(self.config, self.gates, neural_BRV, longest_B[:, None]))
@@ -144,26 +145,25 @@ class Blend:
 
     def mix(self, at: Positions) -> Mixed:
         """What every mixer says; moves nothing."""
-        weights_BRLK = hedge.linear_weights(self.linear, at.gate_BRG[..., : self.linears])
-        linear = hedge.linear_rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
-        at.log_BRJV[:, :, : self.linears] = linear.log_()  # torch.compile takes no view for `out`
-        rows_BRMV = hedge.logistic_rows(self.logistic, at.log_BRJV, at.gate_BRG[..., self.linears :])
+        weights_BRLK = linear.position_weights(self.linear, at.gate_BRG[..., : self.linears])
+        mixed_BRLV = linear.rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
+        at.log_BRJV[:, :, : self.linears] = mixed_BRLV.log_()  # torch.compile takes no view for `out`
+        rows_BRMV = logistic.rows(self.logistic, at.log_BRJV, at.gate_BRG[..., self.linears :])
         return Mixed(at.p_BKV, at.log_BRJV, at.gate_BRG, weights_BRLK, rows_BRMV)
 
     def learn(self, said: Mixed, token_B: Tensor) -> None:
         """Move the weights, once the block was scored."""
         linear_BRL, gate_BRM = said.gate_BRG.tensor_split([self.linears], -1)
-        hedge.learn_linear(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
-        hedge.learn_logistic(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
+        linear.learn(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
+        logistic.learn(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
 
     def learned(self) -> dict[str, Tensor]:
         """What `learn` moves, in the memory that it moves it in, which stays the same."""
-        logistic = self.logistic
         return {
             "linear": self.linear.weights,
-            "logistic": logistic.weights,
-            "curvature": logistic.curvature,
-            "bias": logistic.bias_RMV,
+            "logistic": self.logistic.weights,
+            "curvature": self.logistic.curvature,
+            "bias": self.logistic.bias_RMV,
         }
 
     def state_dict(self) -> dict[str, Tensor]:

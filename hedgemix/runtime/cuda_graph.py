@@ -68,7 +68,7 @@ def record_graph(work: Callable[[], object], device: torch.device) -> Callable[[
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Handles and workspaces of cuBLAS and what `hedge` keeps must not be made while it is recorded.
+            # Handles and workspaces of cuBLAS, and what the mixers cache, must not be made while it is recorded.
             for _ in range(2):
                 work()
         torch.cuda.current_stream().wait_stream(stream)

@@ -23,7 +23,7 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
-from hedgemix.mixers import hedge, published
+from hedgemix.mixers import logistic, published
 from hedgemix.mixers.batch_mixer import Mixer
 from hedgemix.model.transformer import Model
 
@@ -50,12 +50,12 @@ def score_rank(log: Any, **given: Any) -> dict[str, Any]:
 @contextmanager
 def unnormalised() -> Iterator[None]:
     """A mixer whose row adds up to 1.01."""
-    logistic_rows = hedge.logistic_rows
+    logistic_rows = logistic.rows
 
     def more(*given: Any) -> Tensor:
         return logistic_rows(*given) + math.log(1.01)
 
-    with patch.object(hedge, "logistic_rows", more):
+    with patch.object(logistic, "rows", more):
         yield
 
 
