@@ -25,7 +25,7 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.evaluate.scoring_order import Piece, piece_rows
 from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import gptq
 
@@ -152,7 +152,7 @@ def mixed_difference(job: Job, tokens: np.ndarray) -> float:
     rows = {name: 2 * torch.randn(len(tokens) - 1, vocab_size, generator=generator) for name in ("frozen", "adapted")}
 
     def nats(device: torch.device) -> Tensor:
-        mixer = Mixer(config, vocab_size, index, device, names=tuple(rows))
+        mixer = BatchMixer(config, vocab_size, index, device, names=tuple(rows))
         scores = mixer.score({name: each.to(device) for name, each in rows.items()}, 1, len(tokens))
         return torch.stack([each.cpu() for kinds in scores.nll.values() for each in kinds.values()])
 

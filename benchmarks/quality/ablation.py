@@ -38,7 +38,7 @@ from hedgemix.experts import match, ngram
 from hedgemix.experts.ngram import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from pipeline.results.table import mean_and_deviation
 from pipeline.steps import graph
 from pipeline.storage.store import Storage
@@ -147,10 +147,10 @@ def score(
     sizes = bpb.token_bytes(bpb.byte_tables(tokenizer.load(found.tokenizer)), tokens[:-1], tokens[1:])
     tokens_N = torch.from_numpy(tokens.astype(np.int64)).to(device)
     watch = Watch(device)
-    todo, mixers = lines(config.ttt.enabled), dict[tuple[MixerConfig, str], Mixer]()
+    todo, mixers = lines(config.ttt.enabled), dict[tuple[MixerConfig, str], BatchMixer]()
     for line in todo:
         if (line.mixer, line.rows) not in mixers:
-            mixers[line.mixer, line.rows] = Mixer(line.mixer, model.vocab_size, select(index, line.mixer), device)
+            mixers[line.mixer, line.rows] = BatchMixer(line.mixer, model.vocab_size, select(index, line.mixer), device)
     nll: dict[tuple[MixerConfig, str], dict[str, list[Tensor]]] = {key: {} for key in mixers}
     neural = dict.fromkeys(("frozen", "adapted", "sliding"), 0.0)
     parts = chunks(len(tokens), config.chunk_tokens)

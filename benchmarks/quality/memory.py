@@ -31,7 +31,7 @@ from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream, write_shard
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
 
 VOCAB = 1024
@@ -187,7 +187,7 @@ def _orders(stream: TokenStream, folder: Path, orders: tuple[int, ...]) -> dict[
         ngram.rows(state, index, start, stop)
         ngram.advance(state, index, start, stop)
         rows_seconds += time.monotonic() - began
-    mixer, rows_BV = Mixer(config, VOCAB, index), torch.zeros(512, VOCAB)
+    mixer, rows_BV = BatchMixer(config, VOCAB, index), torch.zeros(512, VOCAB)
     with Watch() as watch:
         for start in range(1, len(stream), 512):
             stop = min(start + 512, len(stream))

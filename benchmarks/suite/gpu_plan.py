@@ -26,7 +26,7 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.experts import ngram
 from hedgemix.mixers import published
-from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer, Scores
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer, Scores
 from hedgemix.model.transformer import Model, parameter_count
 
 VALID_TOKENS = 62_021_846
@@ -254,7 +254,7 @@ def count_mixing(config: EvaluateConfig, index: ngram.NgramIndex, rows: dict[str
     """Of a piece that is no text's first: operations that the host asks for, and those in graphs."""
     size, graphs = config.segment_tokens, Graphs()
     span = min(SPAN_TOKENS["cuda"], size)
-    mixer = Mixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
+    mixer = BatchMixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
     mixer._record = graphs.record
     mixer.score({name: of[1:] for name, of in rows.items()}, 1, size)
     mixer.score(rows, size, 2 * size)

@@ -32,7 +32,7 @@ from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.mixers import published
-from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, silent
@@ -168,7 +168,7 @@ class Evaluation:
         self.best = names[-1]
         # On a GPU pieces of whole spans: what they take is known, and they are replayed.
         span = 0 if device.type == "cpu" else min(SPAN_TOKENS["cuda"], config.segment_tokens)
-        self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names, span_tokens=span)
+        self.mixer = BatchMixer(config.mixer, model.vocab_size, index, device, names=names, span_tokens=span)
         self.published = published.start(model.vocab_size, device, ranks=config.published_ranks)
         self.weights_N = self.bytes_N if config.ttt.byte_weighted else Ones(tokens_N)
         self.nats: dict[str, float] = dict.fromkeys(

@@ -56,7 +56,7 @@ class _State:
     ensemble_RK: Tensor
 
 
-class Mixer:
+class BatchMixer:
     """All mixtures over one text; call `score` with rising, adjoining spans."""
 
     def __init__(

@@ -24,7 +24,7 @@ from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.mixers import logistic, published
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
 
 SECRET = Path(__file__).resolve().parent.parent.parent / "LICENSE"
@@ -103,7 +103,7 @@ def counted_early() -> Iterator[None]:
 @contextmanager
 def scored_twice() -> Iterator[None]:
     """The last piece of each chunk is scored again once the mixture has learned it, and charged again."""
-    chunk_rows, score = evaluator.chunk_rows, Mixer.score
+    chunk_rows, score = evaluator.chunk_rows, BatchMixer.score
 
     def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
         for piece, found in chunk_rows(models, tokens_N, chunk, config):
@@ -116,21 +116,21 @@ def scored_twice() -> Iterator[None]:
         mixer.before = copy.deepcopy(mixer._state.ngrams)
         return score(mixer, log_rows, start, stop)
 
-    with patch.object(evaluator, "chunk_rows", rows), patch.object(Mixer, "score", again), both_look(again):
+    with patch.object(evaluator, "chunk_rows", rows), patch.object(BatchMixer, "score", again), both_look(again):
         yield
 
 
 @contextmanager
 def both_look(again: Any) -> Iterator[None]:
     """Let the rows be looked at a second time as well."""
-    look = Mixer.rows
+    look = BatchMixer.rows
 
     def rows(mixer: Any, log_rows: dict[str, Tensor], start: int, stop: int) -> Any:
         if start < mixer.position:
             mixer._state.ngrams = copy.deepcopy(mixer.before)
         return look(mixer, log_rows, start, stop)
 
-    with patch.object(Mixer, "rows", rows):
+    with patch.object(BatchMixer, "rows", rows):
         yield
 
 

@@ -14,7 +14,7 @@ from hedgemix.config import MixerConfig
 from hedgemix.data import tokenizer
 from hedgemix.experts import match, ngram
 from hedgemix.experts.device_index import Resident
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from support.no_host_sync import unattended
 from support.text_data import documents, processor
 
@@ -92,7 +92,9 @@ def neural(text: np.ndarray, start: int, stop: int) -> dict[str, torch.Tensor]:
 def test_real_text_scores_the_same_bitwise(text: np.ndarray) -> None:
     index = ngram.build_index(text, CONFIG.orders, 512, CONFIG.match_lengths)
     names = ("frozen", "adapted")
-    mixers = [Mixer(CONFIG, 512, index, names=names, span_tokens=64, resident=resident) for resident in (False, True)]
+    mixers = [
+        BatchMixer(CONFIG, 512, index, names=names, span_tokens=64, resident=resident) for resident in (False, True)
+    ]
     for start, stop in ((1, 128), (128, 700), (700, 1500)):
         given = neural(text, start, stop)
         rows, other = (mixer.rows(given, start, stop) for mixer in mixers)
@@ -106,7 +108,9 @@ def test_real_text_scores_the_same_bitwise(text: np.ndarray) -> None:
 
 def test_a_state_goes_on_in_a_resident_index(text: np.ndarray) -> None:
     index = ngram.build_index(text, CONFIG.orders, 512, CONFIG.match_lengths)
-    mixers = [Mixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True) for _ in range(2)]
+    mixers = [
+        BatchMixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True) for _ in range(2)
+    ]
     given = neural(text, 700, 1500)
     mixers[0].score(neural(text, 1, 700), 1, 700)
     saved = mixers[0].state_dict()
@@ -119,7 +123,7 @@ def test_a_state_goes_on_in_a_resident_index(text: np.ndarray) -> None:
 def test_host_and_device_leave_each_other_alone_in_a_call(text: np.ndarray) -> None:
     """All spans of one call, mixing and learning included: no read of the device, nothing sent to it, no NumPy."""
     index = ngram.build_index(text, CONFIG.orders, 512, CONFIG.match_lengths)
-    mixer = Mixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True)
+    mixer = BatchMixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True)
     mixer.score(neural(text, 1, 128), 1, 128)  # what is kept from span to span is made here
     given = neural(text, 128, 1500)
     mixer.index = None  # type: ignore[assignment]
@@ -160,4 +164,4 @@ def test_what_cannot_work_says_so(text: np.ndarray) -> None:
         resident_rows(Resident(index, "cpu", 16), index, 5, 9)
     config = MixerConfig(orders=(1, 2), match_lengths=())
     with pytest.raises(ValueError, match="graph=True"):
-        Mixer(config, 512, index, graph=True)
+        BatchMixer(config, 512, index, graph=True)

@@ -8,7 +8,7 @@ import torch
 from hedgemix.config import MixerConfig
 from hedgemix.experts import ngram
 from hedgemix.experts.recency import Recency
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 
 VOCAB = 40
 TEXT = (np.random.default_rng(0).zipf(1.4, 300) % (VOCAB // 2)).astype(np.uint16)
@@ -35,5 +35,9 @@ def test_recency_follows_a_text_that_moves_on() -> None:
     text = np.concatenate([rng.choice(VOCAB, 4, replace=False)[rng.integers(0, 4, 100)] for _ in range(10)])
     config = MixerConfig(orders=(1, 2), match_lengths=(), experts=("recency",))
     index = ngram.build_index(text.astype(np.uint16), config.orders, VOCAB)
-    nll = Mixer(config, VOCAB, index).score({"neural": torch.zeros(len(text) - 1, VOCAB)}, 1, len(text)).nll["neural"]
+    nll = (
+        BatchMixer(config, VOCAB, index)
+        .score({"neural": torch.zeros(len(text) - 1, VOCAB)}, 1, len(text))
+        .nll["neural"]
+    )
     assert nll["recency"].mean() < 0.95 * min(nll["order1"].mean(), nll["order2"].mean())

@@ -16,7 +16,7 @@ from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import ngram, registry
 from hedgemix.experts.recency import Recency
 from hedgemix.experts.registry import EXPERTS, Expert
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from support import tiny_artifact
 from support.tiny_artifact import CONFIG, Case
 
@@ -66,7 +66,7 @@ def test_a_row_does_not_depend_on_whether_earlier_ones_were_asked(name: str) -> 
 def test_names_that_cannot_be_are_refused(names: tuple[str, ...], told: str) -> None:
     index = ngram.build_index(TEXT, (1,), VOCAB)
     with pytest.raises(RecipeError, match=rf"evaluate\.mixer\.experts.*{told}"):
-        Mixer(MixerConfig(orders=(1,), match_lengths=(), experts=names), VOCAB, index)
+        BatchMixer(MixerConfig(orders=(1,), match_lengths=(), experts=names), VOCAB, index)
 
 
 class Fixed:
@@ -113,4 +113,4 @@ def test_an_expert_cannot_take_the_name_of_another_part(monkeypatch: pytest.Monk
     monkeypatch.setitem(EXPERTS, "order1", Recency)
     index = ngram.build_index(TEXT, (1,), VOCAB)
     with pytest.raises(AssertionError, match="the name of another part"):
-        Mixer(MixerConfig(orders=(1,), match_lengths=(), experts=("order1",)), VOCAB, index)
+        BatchMixer(MixerConfig(orders=(1,), match_lengths=(), experts=("order1",)), VOCAB, index)

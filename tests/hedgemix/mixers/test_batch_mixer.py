@@ -13,7 +13,7 @@ from torch import Tensor
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import ngram
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.network import Blend, classes, expert_names, gate_sets, join, weight_sets
 
 VOCAB = 40
@@ -38,7 +38,7 @@ def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex
 
 
 def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
-    mixer = Mixer(config, VOCAB, index_of(text, config), names=("a", "b"))
+    mixer = BatchMixer(config, VOCAB, index_of(text, config), names=("a", "b"))
     rows = {"a": neural_rows(text), "b": neural_rows(text, 1)}
     parts = []
     for start, stop in zip([1, *cuts], [*cuts, len(text)], strict=True):
@@ -59,7 +59,7 @@ def test_hedge_does_not_depend_on_cuts_at_all(text: np.ndarray) -> None:
 
 def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
     index = index_of(text)
-    alone = Mixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
+    alone = BatchMixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
     both = scored(text, [])
     for kind, nll in alone.items():
         torch.testing.assert_close(both[f"b.{kind}"], nll, rtol=1e-5, atol=1e-6, msg=kind)
@@ -67,7 +67,7 @@ def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
 
 @BOTH
 def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray, config: MixerConfig) -> None:
-    mixer = Mixer(config, VOCAB, index_of(text))
+    mixer = BatchMixer(config, VOCAB, index_of(text))
     neural = neural_rows(text)
     neural[5, 3:] = -1e30
     for start, stop in ((1, 320), (320, 700)):
@@ -89,7 +89,7 @@ def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int, confi
     changed[t:] = np.random.default_rng(1).integers(0, VOCAB, len(text) - t)
     neural = {"neural": neural_rows(text)[1:]}
     before, after = (
-        Mixer(config, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
+        BatchMixer(config, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
     )
     for kind in before:
         assert torch.equal(before[kind][:t], after[kind][:t]), kind
@@ -102,7 +102,7 @@ def test_mixers_beat_the_experts_they_mix(kind: str) -> None:
     words = np.random.default_rng(0).integers(0, VOCAB, (20, 8))
     text = words[np.random.default_rng(1).integers(0, 20, 800)].reshape(-1).astype(np.uint16)
     flat = {"neural": torch.zeros(len(text) - 1, VOCAB)}
-    nll = Mixer(CONFIG, VOCAB, index_of(text)).score(flat, 1, len(text)).nll["neural"]
+    nll = BatchMixer(CONFIG, VOCAB, index_of(text)).score(flat, 1, len(text)).nll["neural"]
     assert nll[kind].sum() < 0.98 * min(nll[expert].sum() for expert in expert_names(CONFIG))
 
 
@@ -131,14 +131,14 @@ def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
 )
 def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
     with pytest.raises(RecipeError):
-        Mixer(replace(CONFIG, **bad), VOCAB, index_of(text))
+        BatchMixer(replace(CONFIG, **bad), VOCAB, index_of(text))
 
 
 @pytest.mark.parametrize("rows", [1, 63, 65])
 def test_another_number_of_rows_is_refused(text: np.ndarray, rows: int) -> None:
     """One row for all positions would fit their memory."""
     with pytest.raises(ValueError, match="rows of"):
-        Mixer(CONFIG, VOCAB, index_of(text)).score({"neural": neural_rows(text)[1 : 1 + rows]}, 1, 65)
+        BatchMixer(CONFIG, VOCAB, index_of(text)).score({"neural": neural_rows(text)[1 : 1 + rows]}, 1, 65)
 
 
 def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
@@ -165,7 +165,7 @@ def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
 def test_other_shapes_of_mixer_score_from_their_rows(text: np.ndarray, changes: dict) -> None:
     config = replace(CONFIG, **changes)
     config = replace(config, memory_tokens=(900.0,) * len(config.gates))
-    mixer, given = Mixer(config, VOCAB, index_of(text, config)), {"neural": neural_rows(text)[1:300]}
+    mixer, given = BatchMixer(config, VOCAB, index_of(text, config)), {"neural": neural_rows(text)[1:300]}
     rows, token = mixer.rows(given, 1, 300)["neural"], torch.from_numpy(text[1:300].astype(np.int64))
     nll = mixer.score(given, 1, 300).nll["neural"]
     assert set(rows) == set(nll) == set(mixer.kinds) and ("linear" in rows) == bool(config.linear_gates)
