@@ -21,7 +21,7 @@ from hedgemix.data.bpb import bits_per_byte
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import EvaluateResult, evaluate_artifact, score_model
 from hedgemix.evaluate.resume import Restart
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
@@ -168,7 +168,7 @@ def counts_stage(*, recipe: Recipe, dataset: Dataset, folder: Path) -> CountsRes
     """Index the n-grams of the validation text, in `folder`."""
     stream = datasets.valid_stream(dataset)
     mixer = recipe.evaluate.mixer
-    ngram.build_index(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
+    ngram_index.build(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
     return CountsResult(len(stream))
 
 

@@ -26,7 +26,7 @@ from hedgemix.data.dataloader import Batches
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, cut
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer, Scores
 from hedgemix.model.transformer import Model
 from hedgemix.runtime.cuda_graph import CHECKED
@@ -83,7 +83,7 @@ def mixing(job: Job) -> None:
     config, V, segment = recipe.evaluate.mixer, recipe.data.vocab_size, recipe.evaluate.segment_tokens
     tokens = held_out(job, (WARM_PIECES + PROFILED_PIECES) * segment + sizes.mixed_tokens).cpu().numpy()
     tokens = tokens.astype(np.uint16)
-    seconds, index = once(lambda: ngram.build_index(tokens, config.orders, V, config.match_lengths))
+    seconds, index = once(lambda: ngram_index.build(tokens, config.orders, V, config.match_lengths))
     job.tell("index", len(tokens) / seconds, "tokens/s", note="on the CPU")
     pieces = cut(1, len(tokens), segment)
     logits = 2 * torch.randn(len(ROW_SETS), segment, V, generator=seeded(6)).to(device)

@@ -18,7 +18,7 @@ from benchmarks.suite.setup import Agreement, Bench, Costs, Row
 from benchmarks.suite.timing import compare
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.online_mixer import OnlineMixer
 from hedgemix.model.transformer import Model, parameter_count
@@ -114,7 +114,7 @@ def mixing(bench: Bench) -> Iterator[Row]:
     all_targets = Piece(1, len(tokens_N))
     rows = torch.cat([found["model"] for _, found in chunk_rows({"model": model}, tokens_N, all_targets, config)])
     mixer, text = config.mixer, tokens_N.cpu().numpy().astype(np.uint16)
-    index = ngram.build_index(text, mixer.orders, vocab_size, mixer.match_lengths)
+    index = ngram_index.build(text, mixer.orders, vocab_size, mixer.match_lengths)
     nats_N = -rows.gather(1, tokens_N[1:, None])[:, 0]
 
     def mixed(stop: int) -> dict[str, Tensor]:

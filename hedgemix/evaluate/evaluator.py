@@ -30,7 +30,7 @@ from hedgemix.evaluate.breakdown import Tally
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks
 from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer
 from hedgemix.model.transformer import Model
@@ -108,7 +108,7 @@ def evaluate_artifact(
 ) -> EvaluateResult:
     """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
 
-    counts: folder of the stream's n-gram index (`ngram.build_index`). trace: file for one JSON line a chunk, by rank 0,
+    counts: folder of the stream's n-gram index (`ngram_index.build`). trace: file for one JSON line a chunk, by rank 0,
     with the files of `breakdown` beside it at the end.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
     start: a `resume.Restart` goes on where an earlier one was stopped.
@@ -118,7 +118,7 @@ def evaluate_artifact(
     start = start or Start()
     found = artifact.read(path)
     state = start.take_up(found, stream, config, trace, device)
-    index = ngram.load(counts)
+    index = ngram_index.load(counts)
     if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
     work = Evaluation.begin(found, stream, config, device, index=index, start=start)
@@ -152,7 +152,7 @@ class Evaluation:
         model: Model,
         tokens_N: Text,
         tables: bpb.ByteTables,
-        index: ngram.NgramIndex,
+        index: ngram_index.NgramIndex,
         config: EvaluateConfig,
         schedule_tokens: int = 0,
         start: Start | None = None,
@@ -193,7 +193,7 @@ class Evaluation:
         config: EvaluateConfig,
         device: torch.device,
         *,
-        index: ngram.NgramIndex | None = None,
+        index: ngram_index.NgramIndex | None = None,
         schedule_tokens: int = 0,
         start: Start | None = None,
     ) -> Self:
@@ -205,7 +205,7 @@ class Evaluation:
         model = load_model(found).to(device)
         if index is None:
             mixer = config.mixer
-            index = ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
+            index = ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
         tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
         return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start)
 

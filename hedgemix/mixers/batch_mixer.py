@@ -23,8 +23,9 @@ from torch import Tensor
 
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.data.shards import PIECE_TOKENS
-from hedgemix.experts import match, ngram, registry
+from hedgemix.experts import match, ngram_index, registry
 from hedgemix.experts.device_index import Resident
+from hedgemix.experts.ngram import NgramRows
 from hedgemix.mixers import hedge
 from hedgemix.mixers.network import Blend, Mixed, expert_names, gather, join
 from hedgemix.runtime.cuda_graph import Record, Replay, record_graph
@@ -49,7 +50,7 @@ class Scores:
 
 @dataclass
 class _State:
-    ngrams: ngram.NgramState | Resident
+    ngrams: NgramRows | Resident
     further: dict[str, registry.Expert]
     blend: Blend
     hedge_RK: Tensor
@@ -63,7 +64,7 @@ class BatchMixer:
         self,
         config: MixerConfig,
         vocab_size: int,
-        index: ngram.NgramIndex,
+        index: ngram_index.NgramIndex,
         device: torch.device | str = "cpu",
         names: tuple[str, ...] = ("neural",),
         span_tokens: int = 0,
@@ -104,7 +105,7 @@ class BatchMixer:
 
         further = registry.start(config.experts, vocab_size)
         blend = Blend(config, sets, vocab_size, self.device)
-        ngrams = ngram.start_state(index) if on_host and not resident else Resident(index, self.device, self.span)
+        ngrams = NgramRows(index) if on_host and not resident else Resident(index, self.device, self.span)
         self._state = _State(ngrams, further, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
         self._count(min(1, len(index.tokens_N)))
         # Memory that every span uses again: fresh pages cost a CPU more than what is written to them, and a graph
@@ -173,7 +174,7 @@ class BatchMixer:
         if isinstance(state.ngrams, Resident):
             state.ngrams.move(before["position"])
         else:
-            ngram.retreat(state.ngrams, self.index, before["position"])
+            state.ngrams.retreat(before["position"])
         state.further = further
         self.load_state_dict(before)
         return {name: dict(zip(self.kinds, joined[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
@@ -190,7 +191,7 @@ class BatchMixer:
         if isinstance(ngrams, Resident):
             ngrams.move(stop)
         else:
-            ngram.advance(ngrams, self.index, ngrams.position, stop)
+            ngrams.advance(stop)
 
     def _run(self, log_rows: dict[str, Tensor], start: int, stop: int, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Log probabilities (B, R, kinds), float64, of what occurred and, if kept, log rows (B, R, kinds, V)."""
@@ -285,10 +286,10 @@ class BatchMixer:
                 p_BKV[:, k].copy_(rows_BV)
             return
         text_3B[0].copy_(torch.from_numpy(index.tokens_N[start:stop].astype(np.int64)))
-        text_3B[1].copy_(torch.from_numpy(ngram.longest_class(index, start, stop)))
-        rows = ngram.rows(state.ngrams, index, start, stop)
+        text_3B[1].copy_(torch.from_numpy(ngram_index.longest_class(index, start, stop)))
+        rows = state.ngrams.rows(start, stop)
         if matches:
-            rows.append(match.rows_at(index.match, rows[-1], start, stop))
+            rows.append(match.rows(index.match, rows[-1], start, stop))
         torch.stack([*rows, *further], 1, out=p_BKV)
 
     def _mix(self, blocks: Sequence[slice], keep: bool = False) -> list[Tensor]:

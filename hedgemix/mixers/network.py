@@ -30,7 +30,7 @@ def expert_names(config: MixerConfig) -> tuple[str, ...]:
 
 
 def classes(config: MixerConfig) -> int:
-    """How many values `ngram.longest_class` takes."""
+    """How many values `ngram_index.longest_class` takes."""
     return 1 + sum(n > 1 for n in config.orders) + len(config.match_lengths)
 
 
@@ -47,7 +47,7 @@ def logistic_experts(config: MixerConfig) -> list[int]:
 
 def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
     """Each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context occurred
-    before (`ngram.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's
+    before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's
     bucket, both or neither."""
     entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
     bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
@@ -111,7 +111,7 @@ class Blend:
     def positions(
         self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor, out_BRJV: Tensor | None = None
     ) -> Positions:
-        """From neural log rows or logits, the other experts' probability rows and `ngram.longest_class`.
+        """From neural log rows or logits, the other experts' probability rows and `ngram_index.longest_class`.
 
         out_BRJV: float32 memory to use for the inputs of the logistic mixers.
         """

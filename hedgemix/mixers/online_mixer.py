@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hedgemix.config import MixerConfig
 from hedgemix.experts import match, registry
-from hedgemix.experts.ngram_online import Counts
+from hedgemix.experts.match_online import OnlineMatch
+from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.mixers import hedge
 from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
 
@@ -25,11 +26,11 @@ class OnlineMixer:
     def __init__(self, config: MixerConfig, vocab_size: int, first_token: int) -> None:
         """Begin behind the text's first token, which is not scored; check_mixer has passed the configuration."""
         self.config = config
-        self.counts = Counts(self.config.orders, vocab_size)
-        self.follower = match.Follower(self.config.match_lengths, vocab_size)
+        self.ngram = OnlineNgram(self.config.orders, vocab_size)
+        self.match = OnlineMatch(self.config.match_lengths, vocab_size)
         self.further = registry.start(self.config.experts, vocab_size)
-        self.counts.add(first_token)
-        self.follower.update(first_token)
+        self.ngram.update(first_token)
+        self.match.update(first_token)
         registry.tell(self.further, [first_token])
         self.blend = Blend(self.config, 1, vocab_size, "cpu")
         size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
@@ -53,16 +54,16 @@ class OnlineMixer:
         if ends_block:
             self.blend.learn(join([said for said, _ in self.block]), torch.tensor([token for _, token in self.block]))
             self.block = []
-        self.counts.add(token)
-        self.follower.update(token)
+        self.ngram.update(token)
+        self.match.update(token)
         registry.tell(self.further, [token])
 
     def _position(self, neural_V: Tensor) -> Positions:
-        rows, longest = [row[None] for row in self.counts.rows()], self.counts.longest_class()
+        rows, longest = [row[None] for row in self.ngram.predict()], self.ngram.longest_class()
         if self.config.match_lengths:
-            predicted, matched, confidence = self.follower.predict()
-            rows.append(match.rows(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
-            longest = len(self.counts.followers) + matched if matched else longest
+            predicted, matched, confidence = self.match.predict()
+            rows.append(match.lean(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
+            longest = len(self.ngram.followers) + matched if matched else longest
         rows += [registry.row(name, expert)[None] for name, expert in self.further.items()]
         return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
 

@@ -29,7 +29,7 @@ from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import Evaluation, score_model
 from hedgemix.evaluate.scoring_order import Piece, chunks, piece_rows, pieces
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import BatchMixer
 from support import tiny_artifact
@@ -117,7 +117,7 @@ def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> N
     sizes_N = torch.tensor([0.0, *map(float, token_sizes(case.tokens))])
     found = chunks(len(text), CONFIG.chunk_tokens)
     adapter = Adapter(frozen, CONFIG.ttt, len(found), "float32")
-    mixer = BatchMixer(CONFIG.mixer, frozen.vocab_size, ngram.load(case.folder / "counts"), names=("a", "b"))
+    mixer = BatchMixer(CONFIG.mixer, frozen.vocab_size, ngram_index.load(case.folder / "counts"), names=("a", "b"))
     rule = published.start(frozen.vocab_size)
     nats, mass = dict.fromkeys(("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0), 0.0
     for chunk in found:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hedgemix.config import MixerConfig
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.experts.recency import Recency
 from hedgemix.mixers.batch_mixer import BatchMixer
 
@@ -34,7 +34,7 @@ def test_recency_follows_a_text_that_moves_on() -> None:
     rng = np.random.default_rng(0)
     text = np.concatenate([rng.choice(VOCAB, 4, replace=False)[rng.integers(0, 4, 100)] for _ in range(10)])
     config = MixerConfig(orders=(1, 2), match_lengths=(), experts=("recency",))
-    index = ngram.build_index(text.astype(np.uint16), config.orders, VOCAB)
+    index = ngram_index.build(text.astype(np.uint16), config.orders, VOCAB)
     nll = (
         BatchMixer(config, VOCAB, index)
         .score({"neural": torch.zeros(len(text) - 1, VOCAB)}, 1, len(text))

@@ -13,7 +13,7 @@ import torch
 from hedgemix.artifact import format as artifact
 from hedgemix.codec.predictor import Predictor
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.experts import ngram, registry
+from hedgemix.experts import ngram_index, registry
 from hedgemix.experts.recency import Recency
 from hedgemix.experts.registry import EXPERTS, Expert
 from hedgemix.mixers.batch_mixer import BatchMixer
@@ -64,7 +64,7 @@ def test_a_row_does_not_depend_on_whether_earlier_ones_were_asked(name: str) -> 
 
 @pytest.mark.parametrize(("names", "told"), [(("recent",), "choose from recency"), (("recency",) * 2, "once")])
 def test_names_that_cannot_be_are_refused(names: tuple[str, ...], told: str) -> None:
-    index = ngram.build_index(TEXT, (1,), VOCAB)
+    index = ngram_index.build(TEXT, (1,), VOCAB)
     with pytest.raises(RecipeError, match=rf"evaluate\.mixer\.experts.*{told}"):
         BatchMixer(MixerConfig(orders=(1,), match_lengths=(), experts=names), VOCAB, index)
 
@@ -111,6 +111,6 @@ def test_a_row_that_is_no_distribution_ends_evaluation_and_coding(
 
 def test_an_expert_cannot_take_the_name_of_another_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPERTS, "order1", Recency)
-    index = ngram.build_index(TEXT, (1,), VOCAB)
+    index = ngram_index.build(TEXT, (1,), VOCAB)
     with pytest.raises(AssertionError, match="the name of another part"):
         BatchMixer(MixerConfig(orders=(1,), match_lengths=(), experts=("order1",)), VOCAB, index)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.network import Blend, classes, expert_names, gate_sets, join, weight_sets
@@ -33,8 +33,8 @@ FURTHER = replace(CONFIG, experts=tuple(EXPERTS))
 BOTH = pytest.mark.parametrize("config", [CONFIG, FURTHER], ids=["default", "further experts"])
 
 
-def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex:
-    return ngram.build_index(text, config.orders, VOCAB, config.match_lengths)
+def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram_index.NgramIndex:
+    return ngram_index.build(text, config.orders, VOCAB, config.match_lengths)
 
 
 def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def test_another_number_of_rows_is_refused(text: np.ndarray, rows: int) -> None:
 
 def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
     config = replace(CONFIG, gates=("order", "both", "none", "entropy"), memory_tokens=(1.0, 1.0, 1.0, 1.0))
-    rows, longest = neural_rows(text).log_softmax(-1), ngram.longest_class(index_of(text), 0, len(text))
+    rows, longest = neural_rows(text).log_softmax(-1), ngram_index.longest_class(index_of(text), 0, len(text))
     together = gate_sets(config, config.gates, rows[:, None], torch.from_numpy(longest)[:, None])
     assert together.shape == (len(text), 1, 4) and together.amax() < weight_sets(config)
     assert [len(together[..., gate].unique()) for gate in (0, 2)] == [classes(config), 1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hedgemix.config import MixerConfig
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.online_mixer import OnlineMixer
@@ -30,7 +30,7 @@ CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
 )
 def test_every_row_is_the_batchs(changes: dict[str, Any]) -> None:
     config = replace(CONFIG, **changes)
-    index = ngram.build_index(TEXT, config.orders, VOCAB, config.match_lengths)
+    index = ngram_index.build(TEXT, config.orders, VOCAB, config.match_lengths)
     neural = torch.randn(len(TEXT), VOCAB, generator=torch.manual_seed(0)).mul_(2).log_softmax(-1)
     batch, online = BatchMixer(config, VOCAB, index), OnlineMixer(config, VOCAB, int(TEXT[0]))
     expected_BV = batch.rows({"neural": neural[1:]}, 1, len(TEXT))["neural"][batch.kind]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.runtime.cuda_graph import CHECKED, Record
 from support.recorded_operations import Recorder
@@ -21,7 +21,7 @@ from support.recorded_operations import Recorder
 VOCAB, SPAN, NAMES = 40, 32, ("frozen", "adapted")
 CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=8)
 TEXT = (np.random.default_rng(0).zipf(1.4, 1800) % VOCAB).astype(np.uint16)
-INDEX = ngram.build_index(TEXT, CONFIG.orders, VOCAB, CONFIG.match_lengths)
+INDEX = ngram_index.build(TEXT, CONFIG.orders, VOCAB, CONFIG.match_lengths)
 ROWS = {name: torch.randn(len(TEXT), VOCAB, generator=torch.manual_seed(at)) * 2 for at, name in enumerate(NAMES)}
 CUTS = [1, *range(96, 1473, 64), 1480]
 
