@@ -157,13 +157,14 @@ class Resident:
             flat.scatter_add_(0, place, share)
         return top_BV
 
-    def move(self, stop: int) -> None:
-        """Count the tokens up to stop, after they were scored; or take those from stop on back out of the counts."""
-        left, right, by = min(self.position, stop), max(self.position, stop), 1 if stop > self.position else -1
-        token_B = self.text_3N[0, left:right]
-        self.count_V.index_add_(0, token_B, torch.full_like(token_B, by))
-        pair_F = (self.columns_4ON[1, :, left:right] + self.base_O1).flatten()
-        self.count_P.index_add_(0, pair_F, torch.full_like(pair_F, by, dtype=torch.int32))
+    def advance(self, stop: int) -> None:
+        """Count the tokens up to stop, after they were scored. Raises ValueError for a stop that lies behind."""
+        if stop < self.position:
+            raise ValueError(f"tokens {self.position}..{stop} asked of counts that stand at {self.position}")
+        token_B = self.text_3N[0, self.position : stop]
+        self.count_V.index_add_(0, token_B, torch.ones_like(token_B))
+        pair_F = (self.columns_4ON[1, :, self.position : stop] + self.base_O1).flatten()
+        self.count_P.index_add_(0, pair_F, torch.ones_like(pair_F, dtype=torch.int32))
         self.position = stop
 
 

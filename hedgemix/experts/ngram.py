@@ -56,27 +56,17 @@ class NgramRows:
     def advance(self, stop: int) -> None:
         """Count the tokens up to stop, after they were scored. Raises ValueError for a stop that lies behind."""
         self._check(self.position, stop)
-        self._count(self.position, stop, 1)
+        token_B = _tensor(self.index.tokens_N[self.position : stop])
+        self.unigram_V.index_add_(0, token_B, torch.ones_like(token_B, dtype=torch.int32))
+        for n, table in self.index.tables.items():
+            pair_host = table.pair_N[self.position : stop]
+            pair_B = _tensor(pair_host[pair_host >= 0])
+            self.count_P[n].index_add_(0, pair_B, torch.ones_like(pair_B, dtype=torch.int32))
         self.position = stop
-
-    def retreat(self, start: int) -> None:
-        """Take the tokens from start on back out of the counts. Raises ValueError when these stand before start."""
-        if not 0 <= start <= self.position:
-            raise ValueError(f"tokens from {start} on taken out of counts that stand at {self.position}")
-        self._count(start, self.position, -1)
-        self.position = start
 
     def _check(self, start: int, stop: int) -> None:
         if self.position != start or not start <= stop <= len(self.index.tokens_N):
             raise ValueError(f"tokens {start}..{stop} asked of counts that stand at {self.position}")
-
-    def _count(self, start: int, stop: int, by: int) -> None:
-        token_B = _tensor(self.index.tokens_N[start:stop])
-        self.unigram_V.index_add_(0, token_B, torch.full_like(token_B, by, dtype=torch.int32))
-        for n, table in self.index.tables.items():
-            pair_host = table.pair_N[start:stop]
-            pair_B = _tensor(pair_host[pair_host >= 0])
-            self.count_P[n].index_add_(0, pair_B, torch.full_like(pair_B, by, dtype=torch.int32))
 
 
 def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:

@@ -24,31 +24,31 @@ from hedgemix.mixers import linear, logistic
 
 
 def expert_names(config: MixerConfig) -> tuple[str, ...]:
-    """The experts in the order of their rows: neural, order1 ..., match, then those of `experts`."""
+    """Name the experts in the order of their rows: neural, order1 ..., match, then those of `experts`."""
     match = ("match",) if config.match_lengths else ()
     return "neural", *(f"order{n}" for n in config.orders), *match, *config.experts
 
 
 def classes(config: MixerConfig) -> int:
-    """How many values `ngram_index.longest_class` takes."""
+    """Count the values that `ngram_index.longest_class` takes."""
     return 1 + sum(n > 1 for n in config.orders) + len(config.match_lengths)
 
 
 def weight_sets(config: MixerConfig) -> int:
-    """S, the most weight sets a gate chooses from."""
+    """Compute S, the most weight sets a gate chooses from."""
     return classes(config) * config.entropy_sets
 
 
 def logistic_experts(config: MixerConfig) -> list[int]:
-    """The experts that logistic mixers see beside the linear mixtures; what the rest know, those mixtures bring."""
+    """Choose the experts that logistic mixers see beside the linear mixtures, which bring what the rest know."""
     orders = len(config.orders)
     return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config)))})
 
 
 def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
-    """Each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context occurred
-    before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's
-    bucket, both or neither."""
+    """Find each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context
+    occurred before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural
+    entropy's bucket, both or neither."""
     entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
     bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
     longest = longest_class.expand_as(bucket)
@@ -90,7 +90,7 @@ class Mixed:
 
 
 def join(parts: Sequence[Mixed]) -> Mixed:
-    """Several positions' as one."""
+    """Concatenate several positions' as one."""
     return Mixed(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Mixed)))
 
 
@@ -111,7 +111,8 @@ class Blend:
     def positions(
         self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor, out_BRJV: Tensor | None = None
     ) -> Positions:
-        """From neural log rows or logits, the other experts' probability rows and `ngram_index.longest_class`.
+        """Prepare positions from neural log rows or logits (B, R, V), the other experts' probability rows (B, K - 1, V)
+        and `ngram_index.longest_class` (B,), int64.
 
         out_BRJV: float32 memory to use for the inputs of the logistic mixers.
         """
@@ -130,21 +131,21 @@ class Blend:
         return Positions(p_BKV, log_BRJV, gate_sets(self.config, self.gates, neural_BRV, longest_B[:, None]))
 
     def neural(self, at: Positions | Mixed) -> Tensor:
-        """The neural model's log rows, (B, R, 1, V)."""
+        """Select the neural model's log rows, (B, R, 1, V) float32: a view."""
         return at.log_BRJV[:, :, self.linears : self.linears + 1]
 
     def expert_rows(self, at: Positions | Mixed) -> Tensor:
-        """Log rows of all experts, (B, R, K, V)."""
+        """Compute log rows of all experts, (B, R, K, V) float32."""
         shared = at.p_BKV.log()[:, None].expand(-1, at.log_BRJV.shape[1], -1, -1)
         return torch.cat([self.neural(at), shared], 2)
 
     def expert_log_p(self, at: Positions | Mixed, token_B: Tensor) -> Tensor:
-        """Log probability of the tokens under every expert, (B, R, K) float64."""
+        """Compute the tokens' log probabilities, in nats, under every expert, (B, R, K) float64."""
         shared = gather(at.p_BKV[:, None], token_B).log().expand(-1, at.log_BRJV.shape[1], -1)
         return torch.cat([gather(self.neural(at), token_B), shared], 2)
 
     def mix(self, at: Positions) -> Mixed:
-        """What every mixer says; moves nothing."""
+        """Mix the positions by every mixer; moves no weight, and fills the linear mixtures into `at`."""
         weights_BRLK = linear.position_weights(self.linear, at.gate_BRG[..., : self.linears])
         mixed_BRLV = linear.rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
         at.log_BRJV[:, :, : self.linears] = mixed_BRLV.log_()  # torch.compile takes no view for `out`
@@ -158,7 +159,7 @@ class Blend:
         logistic.learn(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
 
     def learned(self) -> dict[str, Tensor]:
-        """What `learn` moves, in the memory that it moves it in, which stays the same."""
+        """Name what `learn` moves, in the memory that it moves it in, which stays the same."""
         return {
             "linear": self.linear.weights,
             "logistic": self.logistic.weights,
@@ -167,7 +168,7 @@ class Blend:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of what `learn` moved."""
+        """Copy what `learn` moved."""
         return {name: value.clone() for name, value in self.learned().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -177,6 +178,6 @@ class Blend:
 
 
 def gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:
-    """Each row's value at the position's token, (B, R, K) float64."""
+    """Select each row's value at the position's token, (B, R, K) float64."""
     index = token_B[:, None, None, None].expand(-1, *rows_BRKV.shape[1:3], 1)
     return rows_BRKV.gather(3, index)[..., 0].double()

@@ -57,7 +57,7 @@ def slow_sizes(index: NgramIndex, start: int, stop: int) -> tuple[list[int], int
 def test_rows_are_those_of_the_mapped_index_bitwise(
     tokens: np.ndarray, orders: tuple[int, ...], lengths: tuple[int, ...], span: int, data: st.DataObject
 ) -> None:
-    """Spans of the grid and others; then back to a span that was counted, and on again."""
+    """Spans of the grid and others; asked again, the same."""
     index = ngram_index.build(tokens, orders, VOCAB, lengths)
     mapped, here = NgramRows(index), Resident(index, "cpu", span)
     cuts = data.draw(st.sets(st.integers(1, len(tokens) - 1), max_size=4)) | {*range(0, len(tokens), span)}
@@ -69,11 +69,7 @@ def test_rows_are_those_of_the_mapped_index_bitwise(
             assert text_3B[0].tolist() == tokens[start:stop].tolist()
             assert text_3B[1].tolist() == ngram_index.longest_class(index, start, stop).tolist()
             assert here.sizes(start, stop) == slow_sizes(index, start, stop)
-            here.move(stop)
-            here.move(start)
-            mapped.advance(stop)
-            mapped.retreat(start)
-        here.move(stop)
+        here.advance(stop)
         mapped.advance(stop)
     assert here.position == mapped.position == len(tokens)
     assert torch.equal(here.count_V, mapped.unigram_V)
@@ -152,7 +148,7 @@ def test_a_span_takes_few_array_operations(text: np.ndarray) -> None:
     for orders in ((1, 2, 3), (1, 2, 3, 4, 5, 6)):
         index = ngram_index.build(text, orders, 512)
         here = Resident(index, "cpu", 256)
-        here.move(256)
+        here.advance(256)
         p_BKV, text_3B = torch.empty(256, len(orders), 512), here.text(256, 512).long()
         with unattended() as operations:
             here.fill(p_BKV, text_3B, 256, 512, False)
@@ -164,6 +160,10 @@ def test_what_cannot_work_says_so(text: np.ndarray) -> None:
     index = ngram_index.build(text, (1, 2), 512)
     with pytest.raises(ValueError, match="stand at 0"):
         resident_rows(Resident(index, "cpu", 16), index, 5, 9)
+    here = Resident(index, "cpu", 16)
+    here.advance(9)
+    with pytest.raises(ValueError, match="stand at 9"):
+        here.advance(8)
     config = MixerConfig(orders=(1, 2), match_lengths=())
     with pytest.raises(ValueError, match="graph=True"):
         BatchMixer(config, 512, index, graph=True)

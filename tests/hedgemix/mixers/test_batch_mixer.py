@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,15 @@ BOTH = pytest.mark.parametrize("config", [CONFIG, FURTHER], ids=["default", "fur
 
 def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram_index.NgramIndex:
     return ngram_index.build(text, config.orders, VOCAB, config.match_lengths)
+
+
+def parts_of(value: Any) -> Any:
+    """The tensors and numbers of nested objects, for a comparison."""
+    if isinstance(value, (list, tuple)):
+        return [parts_of(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): parts_of(each) for key, each in value.items() if key not in ("index", "device", "_sizes")}
+    return value if isinstance(value, (Tensor, int, float)) else parts_of(vars(value))
 
 
 def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
@@ -80,6 +91,23 @@ def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray, config:
             assert row.double().logsumexp(1).abs().max() < 1e-5, kind
             gathered = -row.gather(1, token[:, None])[:, 0].double()
             torch.testing.assert_close(nll[kind], gathered, rtol=1e-5, atol=1e-5, msg=kind)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_looking_at_rows_moves_nothing(text: np.ndarray, resident: bool) -> None:
+    """Not even memory that the next span overwrites: a graph would replay on it."""
+    index, neural = index_of(text, FURTHER), neural_rows(text)
+    seen, plain = (BatchMixer(FURTHER, VOCAB, index, resident=resident, span_tokens=64) for _ in range(2))
+    for start, stop in ((1, 40), (40, 320), (320, 700)):
+        given = {"neural": neural[start:stop]}
+        parts = seen._memory, seen._state.ngrams, *seen._state.further.values()
+        before = copy.deepcopy(parts)
+        rows = seen.rows(given, start, stop)["neural"]
+        torch.testing.assert_close(parts_of(parts), parts_of(before), rtol=0, atol=0, equal_nan=True)
+        assert all(torch.equal(row, rows[kind]) for kind, row in seen.rows(given, start, stop)["neural"].items())
+        mine, theirs = (mixer.score(given, start, stop).nll["neural"] for mixer in (seen, plain))
+        assert all(torch.equal(nll, theirs[kind]) for kind, nll in mine.items())
+        torch.testing.assert_close(seen.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 @BOTH

@@ -95,7 +95,7 @@ class Differing:
             self.sound -= 1
             if self.sound < 0:
                 state = self.found._state.blend.linear.weights
-                (state if self.moves_state else self.found._log_y_BRC).mul_(1 + 1e-15)
+                (state if self.moves_state else self.found._memory.log_p.joined_BRC).mul_(1 + 1e-15)
 
         return replay
 
