@@ -78,7 +78,7 @@ class Ahead:
         return [(tokens[:, :-1], tokens[:, 1:]) for tokens in moved]
 
     def read(self, step: int) -> list[Tensor]:
-        """Read the step's microbatches as `Batches.rows` does, on the calling thread."""
+        """Read the step's microbatches as `Batches.rows` does."""
         pieces = self.batches.microbatches(step, self.rank, self.world, self.largest)
         return [self.batches.rows(indices, self.device) for indices in pieces]
 

@@ -45,7 +45,7 @@ class Text:
         return copy_N
 
     def read(self, span: slice) -> np.ndarray:
-        """Read tokens on the host, in the type they are stored in."""
+        """Read tokens on the host, in the type they are stored in (uint16 from a stream)."""
         start, stop, _ = span.indices(len(self))
         if isinstance(self.tokens_N, TokenStream):
             return self.tokens_N.read(start, max(stop - start, 0))

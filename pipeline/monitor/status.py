@@ -104,7 +104,8 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
 def fraction(
     storage: Storage, folder: Path, kind: str, recipe: dict[str, Any], chunks: int, used: float | None
 ) -> float | None:
-    """Compute how much of a step is done, where it tells: of a training its budget's seconds, or its steps."""
+    """Compute how much of a step is done, 0 to 1, where it tells: of a training its budget's seconds, or its steps, of
+    an evaluation its chunks."""
     train = inner(recipe, "train")
     if kind == "train" and not train.get("steps"):
         budget = number(train.get("budget_seconds"))
@@ -123,7 +124,7 @@ def fraction(
 
 
 def checkpoint(storage: Storage, folder: Path, kind: str) -> str:
-    """Tell how far the step's first checkpoint is; empty where it has none."""
+    """Tell how far the step's newest checkpoint is; empty where it has none."""
     if kind not in UNITS:
         return ""
     try:

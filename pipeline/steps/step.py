@@ -163,8 +163,8 @@ def now() -> str:
 
 
 def keep(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]] | None = None) -> Made:
-    """Sum all that the step's folder holds, and push copies of it where a runs folder needs them. For the process that
-    did the work, when it is done."""
+    """Hash every file of the step's folder, and push copies where a runs folder needs them. For the process that did
+    the work, when it is done."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(step.folder.rglob("*")):
         name = path.relative_to(step.folder).as_posix()
