@@ -27,6 +27,11 @@ def by_hand(x: Tensor) -> bool:
     )
 
 
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """Compute a model's products in bfloat16 where `dtype` says so, and everything in float32 where not."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 class Table(nn.Embedding):
     """An embedding whose gradient, where a buffer waits for it, is the few rows that were read, not a dense table."""
 

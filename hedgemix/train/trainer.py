@@ -25,6 +25,7 @@ from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Ahead, Batches
 from hedgemix.data.dataset import Dataset
+from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
@@ -201,7 +202,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         self.gradient.zero()
         for tokens, targets in self.read(step):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            with autocast(self.config.dtype, self.device):
                 loss = self.loss(tokens, targets, qat) / self.batch_tokens
             loss.backward()
             total += loss.detach()
