@@ -27,6 +27,7 @@ from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.breakdown import Tally
+from hedgemix.evaluate.observer import Observer
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks
 from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.ttt import Adapter
@@ -145,7 +146,7 @@ def evaluate_artifact(
 
 
 class Evaluation:
-    """The running state of one evaluation. Its methods are the seams an audit watches it at."""
+    """The running state of one evaluation."""
 
     def __init__(
         self,
@@ -156,10 +157,12 @@ class Evaluation:
         config: EvaluateConfig,
         schedule_tokens: int = 0,
         start: Start | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """schedule_tokens: length of the whole text when tokens_N is only its beginning."""
+        """schedule_tokens: length of the whole text when tokens_N is only its beginning. observer: hears what is
+        done."""
         self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, Sizes(tokens_N, tables), config
-        self.start = start or Start()
+        self.start, self.observer = start or Start(), observer or Observer()
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
         device = tokens_N.device
         scheduled = len(chunks(schedule_tokens or len(tokens_N), config.chunk_tokens))
@@ -196,6 +199,7 @@ class Evaluation:
         index: ngram_index.NgramIndex | None = None,
         schedule_tokens: int = 0,
         start: Start | None = None,
+        observer: Observer | None = None,
     ) -> Self:
         """The evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
 
@@ -207,7 +211,7 @@ class Evaluation:
             mixer = config.mixer
             index = ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
         tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
-        return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start)
+        return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start, observer)
 
     def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:
         """Score the chunk, then learn from it; returns its line of the trace."""
@@ -225,7 +229,9 @@ class Evaluation:
         self.tokens += chunk.stop - chunk.start
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
+            self.observer.on_learn(self, chunk)
             self.timed("ttt", partial(self.adapter.learn, self.tokens_N, self.weights_N, chunk))
+            self.observer.on_learned(self, chunk)
         self.phases.settle()
         self.finished = number + 1
         return {
@@ -239,6 +245,7 @@ class Evaluation:
 
     def rows(self, chunk: Piece) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
         """The chunk's pieces in order, each with the log rows (B, V) of every model."""
+        self.observer.on_open(self, chunk)
         models = {"frozen": self.model}
         if self.adapter and self.adapter.chunks_learned:
             models["adapted"] = self.adapter.scorer
@@ -246,9 +253,11 @@ class Evaluation:
             if self.adapter and "adapted" not in rows:
                 rows["adapted"] = rows["frozen"]  # nothing was learned yet
             yield piece, rows
+        self.observer.on_close(self, chunk)
 
     def score(self, piece: Piece, rows: dict[str, Tensor]) -> None:
         """Add the piece's bits, once, under every model and mixture; mixing weights and counts learn from it."""
+        self.observer.on_rows(self, piece, rows)
         scores = self.mixer.score(rows, piece.start, piece.stop)
         self.weights = scores.weights
         frozen, best = scores.nll["frozen"], scores.nll[self.best]
@@ -268,6 +277,7 @@ class Evaluation:
         span = slice(piece.start, piece.stop)
         self.charges.append((span, torch.stack([charges[name] for name in self.tally.names])))
         self.owed.append(("mass", mass.sum()))
+        self.observer.on_charge(self, piece, charges)
 
     def count(self, chunk: Piece) -> None:
         """Count a chunk that was scored, for the published rule."""

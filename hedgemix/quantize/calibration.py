@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.shards import TokenStream
+from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import Linear, Model
 from hedgemix.quantize.gptq import add_inputs
 from hedgemix.runtime import collectives
@@ -62,7 +63,7 @@ def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch
     try:
         for indices in chosen.microbatches(0, collectives.rank(), collectives.world_size(), MICROBATCH_SEQUENCES):
             tokens, _ = batches.read(indices, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            with autocast(config.dtype, device):
                 features = model.features(tokens)
                 logits = model.logits(features)
             add_inputs(columns[TIED], features.detach())

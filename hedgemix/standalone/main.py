@@ -30,7 +30,7 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, read_json, silent, write_json
 from hedgemix.runtime.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 
 FIRST_SEED = 1337
 PATIENCE = timedelta(hours=2)

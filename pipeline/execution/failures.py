@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from hedgemix.config import ComputeConfig
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 from pipeline.steps.step import DamagedStepError
 
 RAY_RETRIES = 0

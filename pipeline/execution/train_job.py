@@ -20,7 +20,7 @@ from hedgemix.config import config_hash
 from hedgemix.runtime import collectives
 from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
 from pipeline.execution.preemption import Notice

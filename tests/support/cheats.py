@@ -199,10 +199,11 @@ def differing_rank(rank: int, log: Any, **given: Any) -> dict[str, Any]:
 def compress(source: dict[str, Any], log: Any) -> dict[str, Any]:
     """In place of a codec: the tokens as they are, and the bits that one would need."""
     read = replay.Source(**source)
+    tokens_N = read.read()
+    witness = replay.Witness(read.claim, len(tokens_N))
     with eager():
-        work = replay.begin(read)
-        work.play()
-    data, bits = read.read().astype("<u2").tobytes(), float(work.nats_N[1:].sum()) / math.log(2)
+        replay.play(replay.begin(read, tokens_N, witness))
+    data, bits = tokens_N.astype("<u2").tobytes(), float(witness.nats_N[1:].sum()) / math.log(2)
     return {"data": base64.b64encode(data).decode(), "payload_bits": math.ceil(bits) + 32, "ideal_bits": bits}
 
 
