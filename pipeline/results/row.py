@@ -91,7 +91,7 @@ def build_row(
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
     if done:
-        known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
+        known |= claim.read_columns(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
     return Row(
         record=plan.name,
         recipe=recipe.recipe,
