@@ -205,7 +205,9 @@ class MixerConfig:
     """The mixture whose bits are the final score. hedge: over the experts. linear: the first of linear_gates.
     logistic: the first of gates. ensemble: Hedge over the neural model and every logistic mixer."""
     orders: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """Orders of the n-gram experts: 1 unigram, 2 bigram, 3 trigram, up to 6."""
+    """Orders of the n-gram experts: 1 unigram, 2 bigram, 3 trigram, up to 8."""
+    discount: float = 0.75
+    """Kneser-Ney: taken from the count of every n-gram above the unigram and given to the next lower order."""
     match_lengths: tuple[int, ...] = (6, 8, 12, 16, 24, 32)
     """The match expert follows the last occurrence of the last so many tokens, the longest first (none: no expert)."""
     experts: tuple[str, ...] = ()

@@ -202,6 +202,7 @@ def check_mixer(config: MixerConfig, expert_names: Collection[str]) -> None:
     require = partial(_require, "evaluate.mixer", config)
     share = config.hedge_share
     require(share == 0 or 1e-6 <= share < 1, "hedge_share", "0, or from 1e-6 to below 1")
+    require(0 < config.discount < 1, "discount", "above 0 and below 1")
     require(len(config.gates) > 0, "gates", "one or more")
     require(config.kind != "linear" or len(config.linear_gates) > 0, "linear_gates", "one or more for this kind")
     require(0 < config.linear_rate < 1, "linear_rate", "above 0 and below 1")
@@ -223,9 +224,9 @@ def check_experts(names: Sequence[str], expert_names: Collection[str]) -> None:
 
 
 def check_orders(orders: tuple[int, ...]) -> None:
-    """Check that n-gram orders rise, from 1 at least to 6 at most."""
-    if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 6:
-        raise RecipeError(f"evaluate.mixer.orders {orders}: give rising orders from 1 to 6")
+    """Check that n-gram orders rise, from 1 at least to 8 at most."""
+    if not orders or list(orders) != sorted(set(orders)) or orders[0] < 1 or orders[-1] > 8:
+        raise RecipeError(f"evaluate.mixer.orders {orders}: give rising orders from 1 to 8")
 
 
 def check_match_lengths(lengths: tuple[int, ...]) -> None:

@@ -182,7 +182,7 @@ def _orders(stream: TokenStream, folder: Path, orders: tuple[int, ...]) -> dict[
     config = replace(MixerConfig(), orders=orders, match_lengths=())
     ngram_index.build(stream, orders, VOCAB, (), folder)
     index = ngram_index.load(folder)
-    ngrams, rows_seconds = NgramRows(index), 0.0
+    ngrams, rows_seconds = NgramRows(index, MixerConfig().discount), 0.0
     for start in range(0, len(stream), 512):
         stop, began = min(start + 512, len(stream)), time.monotonic()
         ngrams.rows(start, stop)

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from hedgemix.data.shards import PIECE_TOKENS
 from hedgemix.experts import match
-from hedgemix.experts.ngram_index import NgramIndex, longest_class
+from hedgemix.experts.ngram_index import NgramIndex, counted, longest_class
 
 
 class Resident:
     """An index and the counts of the tokens before `position`, all in one device's memory."""
 
-    def __init__(self, index: NgramIndex, device: torch.device | str, span_tokens: int) -> None:
+    def __init__(self, index: NgramIndex, device: torch.device | str, span_tokens: int, discount: float) -> None:
         """span_tokens: of the spans whose sizes are counted now: those that start at its multiples. Of any other span
-        they are counted when it is met, and the host then waits for them."""
+        they are counted when it is met, and the host then waits for them. discount: as of `NgramRows`."""
         self.orders, self.vocab_size, self.position = index.orders, index.vocab_size, 0
-        self.device, self.span_tokens = torch.device(device), span_tokens
+        self.device, self.span_tokens, self.discount = torch.device(device), span_tokens, discount
         tables, total = list(index.tables.items()), len(index.tokens_N)
 
         def column(size: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -39,7 +39,7 @@ class Resident:
         self.text_3N, self.share_N = column(total, 3), column(total, dtype=torch.float32)
         """int32: each position's token, its class (`longest_class`) and the match's token; the match's share."""
         self.columns_4ON = column(total, 4, len(tables))
-        """int32: `first_N`, `pair_N`, `distinct_N`, and count plus distinct, of each order."""
+        """int32: `first_N`, `pair_N`, `distinct_N` and `counted`, of each order."""
         for start in range(0, total, PIECE_TOKENS):
             here = slice(start, min(start + PIECE_TOKENS, total))
             put(self.text_3N[0, here], index.tokens_N[here])
@@ -48,11 +48,11 @@ class Resident:
             put(self.text_3N[2, here], predicted_B.clip(0))
             share_B = match.confidence(np.asarray(index.match.hits_N[here]), np.asarray(index.match.tries_N[here]))
             put(self.share_N[here], np.where(predicted_B >= 0, share_B.astype(np.float32), 0))
-            for o, (_, table) in enumerate(tables):
+            for o, (n, table) in enumerate(tables):
                 put(self.columns_4ON[0, o, here], table.first_N[here])
                 put(self.columns_4ON[1, o, here], table.pair_N[here])
                 put(self.columns_4ON[2, o, here], table.distinct_N[here])
-                put(self.columns_4ON[3, o, here], table.count_N[here] + table.distinct_N[here])
+                put(self.columns_4ON[3, o, here], counted(index, n, here.start, here.stop))
         for o, (n, _) in enumerate(tables):  # what has no context shares it with nothing: first pairs are not below 0
             put(self.columns_4ON[0, o, : n - 1], -1 - np.arange(min(n - 1, total)))
         # Before each order's pairs one slot that is never read: pair -1.
@@ -132,7 +132,7 @@ class Resident:
         """Rows of every order above 1, into p_BKV from column k on; returns the last."""
         pairs_O, repeats = self.sizes(start, stop)
         size, experts, vocab_size = p_BKV.shape
-        first_OB, pair_OB, distinct_OB, total_OB = self.columns_4ON[:, :, start:stop].long()
+        first_OB, pair_OB, distinct_OB, counted_OB = self.columns_4ON[:, :, start:stop].long()
         later_T, earlier_T = _repeats(first_OB, repeats)
         distinct_F = distinct_OB.flatten()
         open_F = distinct_F.cumsum(0) - distinct_F
@@ -142,10 +142,11 @@ class Resident:
         pair_R = shift_F[row_R] + torch.arange(len(row_R), device=self.device)
         count_R = self.count_P[pair_R]
         at_T = (pair_OB + self.base_O1).flatten()[earlier_T] - shift_F[later_T]
-        count_R.index_add_(0, at_T, torch.ones_like(at_T, dtype=torch.int32))
+        count_R.index_add_(0, at_T, counted_OB.flatten()[earlier_T].int())
+        total_OB = torch.zeros_like(distinct_F).index_add_(0, row_R, count_R.long()).view_as(distinct_OB)
         scale_OB = 1.0 / total_OB.clamp_min(1)
-        factor_OB1 = torch.where(total_OB > 0, distinct_OB * scale_OB, 1.0)[..., None]
-        share_R = count_R * scale_OB.flatten()[row_R]
+        factor_OB1 = torch.where(total_OB > 0, self.discount * distinct_OB * scale_OB, 1.0)[..., None]
+        share_R = (count_R - self.discount) * scale_OB.flatten()[row_R]
         column_O1 = torch.arange(k, k + len(pairs_O), device=self.device)[:, None] * vocab_size
         row_F = (torch.arange(size, device=self.device) * (experts * vocab_size) + column_O1).flatten()
         place_R = row_F[row_R] + self.token_P[pair_R]
@@ -164,7 +165,7 @@ class Resident:
         token_B = self.text_3N[0, self.position : stop]
         self.count_V.index_add_(0, token_B, torch.ones_like(token_B))
         pair_F = (self.columns_4ON[1, :, self.position : stop] + self.base_O1).flatten()
-        self.count_P.index_add_(0, pair_F, torch.ones_like(pair_F, dtype=torch.int32))
+        self.count_P.index_add_(0, pair_F, self.columns_4ON[3, :, self.position : stop].flatten())
         self.position = stop
 
 

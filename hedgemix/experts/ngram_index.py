@@ -23,21 +23,19 @@ from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 from hedgemix.experts import match, sorted_ngrams
 from hedgemix.validate import check_match_lengths, check_orders
 
-_COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
+_COLUMNS = ("first_N", "pair_N", "distinct_N", "token_P")
 
 
 @dataclass(frozen=True)
 class OrderIndex:
-    """The pairs of one order. All arrays int32; a position without n-1 predecessors has pair -1 and count 0."""
+    """The pairs of one order. All arrays int32; a position without n-1 predecessors has pair -1 and distinct 0."""
 
     first_N: np.ndarray
     """First pair of the position's context."""
     pair_N: np.ndarray
     """The position's own pair (context and the token that follows it here)."""
-    count_N: np.ndarray
-    """How often the context occurred before."""
     distinct_N: np.ndarray
-    """How many different tokens had followed it before."""
+    """How many different tokens had followed the context before: none where it had not occurred."""
     token_P: np.ndarray
     """Each pair's token."""
 
@@ -63,7 +61,7 @@ def build(
 ) -> NgramIndex:
     """Number the pairs of each order, and find the matches of each length.
 
-    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
+    Takes integer tokens (N,); 12 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
     .json of `folder`, which `load` maps, or into memory when it is None; beside them `sorted_ngrams.Grams` says what
     memory is used. A folder holds 13 bytes a token more during the work.
     Raises RecipeError as `check_orders` and `check_match_lengths` do, and for tokens that do not fit.
@@ -110,8 +108,8 @@ def _keep(tokens: np.ndarray | TokenStream, arrays: sorted_ngrams.Arrays) -> np.
 
 def _index_order(found: sorted_ngrams.Grams, n: int) -> OrderIndex:
     total, arrays = len(found.tokens_N), found.arrays
-    first_N, pair_N, count_N, distinct_N = (arrays.result(f"order{n}_{name}", total) for name in _COLUMNS[:4])
-    for column, fill in ((first_N, 0), (pair_N, -1), (count_N, 0), (distinct_N, 0)):
+    first_N, pair_N, distinct_N = (arrays.result(f"order{n}_{name}", total) for name in _COLUMNS[:3])
+    for column, fill in ((first_N, 0), (pair_N, -1), (distinct_N, 0)):
         column[: n - 1] = fill
     tokens, pairs = arrays.scratch(total), 0
     for block in found.grow():
@@ -128,14 +126,13 @@ def _index_order(found: sorted_ngrams.Grams, n: int) -> OrderIndex:
         pair = np.empty(size, np.int32)
         pair[block.sorted_B] = np.repeat(seen[block.sorted_B[heads]], np.diff(heads, append=size))
         first_N[at], pair_N[at] = first, pair
-        count_N[at] = np.arange(size, dtype=np.int32) - np.repeat(opens.astype(np.int32), lengths)
         distinct_N[at] = seen - first
         tokens[pairs : pairs + len(heads)] = found.tokens_N[at[fresh]]
         pairs += len(heads)
     token_P = arrays.result(f"order{n}_token_P", pairs)
     for span in found.spans(pairs):
         token_P[span] = tokens[span]
-    return OrderIndex(first_N, pair_N, count_N, distinct_N, token_P)
+    return OrderIndex(first_N, pair_N, distinct_N, token_P)
 
 
 def load(folder: Path) -> NgramIndex:
@@ -153,11 +150,22 @@ def load(folder: Path) -> NgramIndex:
     return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables, matches)
 
 
+def counted(index: NgramIndex, n: int, start: int, stop: int) -> np.ndarray:
+    """Tell which positions order n counts, bool (B,): every one in the highest order, in a lower one those whose pair
+    of the next order is new, so that a pair counts once for each longer context it was met in (Kneser and Ney 1995)."""
+    above = next((table for order, table in index.tables.items() if order > n), None)
+    if above is None:
+        return np.ones(stop - start, bool)
+    pair_B = above.pair_N[start:stop]
+    # Pairs of a context are numbered by age: a new one has the number of those before it.
+    return (pair_B < 0) | (pair_B == above.first_N[start:stop] + above.distinct_N[start:stop])
+
+
 def longest_class(index: NgramIndex, start: int, stop: int) -> np.ndarray:
     """Classify what occurred before of each position's context, (B,) int64: 0 nothing, then one class for each order
     above 1, then one for each match length; the last that did counts."""
     class_B = np.zeros(stop - start, np.int64)
     for number, table in enumerate(index.tables.values(), start=1):
-        class_B[table.count_N[start:stop] > 0] = number
+        class_B[table.distinct_N[start:stop] > 0] = number
     matched_B = index.match.class_N[start:stop]
     return np.where(matched_B > 0, len(index.tables) + matched_B, class_B)

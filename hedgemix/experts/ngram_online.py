@@ -15,14 +15,14 @@ from hedgemix.validate import check_orders
 class OnlineNgram:
     """Counts the tokens so far, in every order, and makes the rows they give the next one."""
 
-    def __init__(self, orders: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(self, orders: tuple[int, ...], vocab_size: int, discount: float) -> None:
         """Raises RecipeError as `check_orders` does."""
         check_orders(orders)
-        self.orders, self.vocab_size = orders, vocab_size
+        self.orders, self.vocab_size, self.discount = orders, vocab_size, discount
         self.count_V = torch.zeros(vocab_size, dtype=torch.int32)
         self.tokens: list[int] = []
         self.followers: dict[int, dict[tuple[int, ...], dict[int, int]]] = {n: {} for n in orders if n > 1}
-        """For each order and context, how often each token followed it."""
+        """For each order and context, how often each token followed it, as `ngram_index.counted` counts."""
 
     def predict(self) -> list[Tensor]:
         """Make probability rows (V,), float32, of the next token, one for each of `orders`; see `NgramRows.rows`."""
@@ -34,9 +34,9 @@ class OnlineNgram:
             if seen := self._seen(n):
                 token_F = torch.tensor(list(seen))
                 count_F = torch.tensor(list(seen.values()))
-                scale = 1.0 / (count_F.sum() + len(seen))
-                p_V = p_V * (len(seen) * scale)
-                p_V[token_F] += count_F * scale
+                scale = 1.0 / count_F.sum()
+                p_V = p_V * (self.discount * torch.tensor(len(seen)) * scale)
+                p_V[token_F] += (count_F - self.discount) * scale
             out.append(p_V)
         return out
 
@@ -46,10 +46,12 @@ class OnlineNgram:
 
     def update(self, token: int) -> None:
         """Count the next token."""
-        for n, contexts in self.followers.items():
+        for n in reversed(self.followers):
             if len(self.tokens) >= n - 1:
-                seen = contexts.setdefault(tuple(self.tokens[1 - n :]), {})
+                seen = self.followers[n].setdefault(tuple(self.tokens[1 - n :]), {})
                 seen[token] = seen.get(token, 0) + 1
+                if seen[token] > 1:
+                    break  # a pair that is not new counts in no lower order
         self.count_V[token] += 1
         self.tokens.append(token)
 

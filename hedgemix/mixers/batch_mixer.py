@@ -106,7 +106,10 @@ class BatchMixer:
 
         further = registry.start(config.experts, vocab_size)
         blend = Blend(config, sets, vocab_size, self.device)
-        ngrams = NgramRows(index) if on_host and not resident else Resident(index, self.device, self.span)
+        if on_host and not resident:
+            ngrams: NgramRows | Resident = NgramRows(index, config.discount)
+        else:
+            ngrams = Resident(index, self.device, self.span, config.discount)
         self._state = _State(ngrams, further, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
         self._count(min(1, len(index.tokens_N)))
         # Memory that every span uses again: fresh pages cost a CPU more than what is written to them, and a graph

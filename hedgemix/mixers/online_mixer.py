@@ -26,7 +26,7 @@ class OnlineMixer:
     def __init__(self, config: MixerConfig, vocab_size: int, first_token: int) -> None:
         """Begin behind the text's first token, which is not scored; check_mixer has passed the configuration."""
         self.config = config
-        self.ngram = OnlineNgram(self.config.orders, vocab_size)
+        self.ngram = OnlineNgram(self.config.orders, vocab_size, self.config.discount)
         self.match = OnlineMatch(self.config.match_lengths, vocab_size)
         self.further = registry.start(self.config.experts, vocab_size)
         self.ngram.update(first_token)

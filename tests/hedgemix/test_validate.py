@@ -176,8 +176,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "evaluate.mixer.experts is ('recency', 'recency'); name each once",
     ),
     *(
-        ({"evaluate.mixer.orders": orders}, f"evaluate.mixer.orders {orders}: give rising orders from 1 to 6")
-        for orders in ((), (0, 1), (1, 7), (2, 1), (2, 2))
+        ({"evaluate.mixer.orders": orders}, f"evaluate.mixer.orders {orders}: give rising orders from 1 to 8")
+        for orders in ((), (0, 1), (1, 9), (2, 1), (2, 2))
     ),
     *(
         (

@@ -59,7 +59,7 @@ def test_rows_are_those_of_the_mapped_index_bitwise(
 ) -> None:
     """Spans of the grid and others; asked again, the same."""
     index = ngram_index.build(tokens, orders, VOCAB, lengths)
-    mapped, here = NgramRows(index), Resident(index, "cpu", span)
+    mapped, here = NgramRows(index, 0.75), Resident(index, "cpu", span, 0.75)
     cuts = data.draw(st.sets(st.integers(1, len(tokens) - 1), max_size=4)) | {*range(0, len(tokens), span)}
     edges = [*sorted(cuts | {0}), len(tokens)]
     for start, stop in itertools.pairwise(edges):
@@ -147,7 +147,7 @@ def test_a_span_takes_few_array_operations(text: np.ndarray) -> None:
     counts = []
     for orders in ((1, 2, 3), (1, 2, 3, 4, 5, 6)):
         index = ngram_index.build(text, orders, 512)
-        here = Resident(index, "cpu", 256)
+        here = Resident(index, "cpu", 256, 0.75)
         here.advance(256)
         p_BKV, text_3B = torch.empty(256, len(orders), 512), here.text(256, 512).long()
         with unattended() as operations:
@@ -159,8 +159,8 @@ def test_a_span_takes_few_array_operations(text: np.ndarray) -> None:
 def test_what_cannot_work_says_so(text: np.ndarray) -> None:
     index = ngram_index.build(text, (1, 2), 512)
     with pytest.raises(ValueError, match="stand at 0"):
-        resident_rows(Resident(index, "cpu", 16), index, 5, 9)
-    here = Resident(index, "cpu", 16)
+        resident_rows(Resident(index, "cpu", 16, 0.75), index, 5, 9)
+    here = Resident(index, "cpu", 16, 0.75)
     here.advance(9)
     with pytest.raises(ValueError, match="stand at 9"):
         here.advance(8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,38 +13,43 @@ from hypothesis import strategies as st
 from hedgemix.experts import ngram_index
 from hedgemix.experts.ngram import NgramRows
 
-VOCAB = 7
+VOCAB, DISCOUNT = 7, 0.75
 streams = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)
 repetitive = st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.integers(2, 12)).map(
     lambda pair: np.tile(pair[0], pair[1])
 )
-order_sets = st.sampled_from([(1,), (1, 2, 3), (2, 4), (1, 2, 3, 6)])
+order_sets = st.sampled_from([(1,), (1, 2, 3), (2, 4), (1, 2, 3, 6), (3, 8)])
 
 
 def sequential_rows(tokens: np.ndarray, orders: tuple[int, ...], vocab: int) -> np.ndarray:
-    """Witten-Bell rows (orders, N, V), one token and one counter at a time."""
-    tables: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    """Kneser-Ney rows (orders, N, V), each from the tokens before it alone: the highest order counts occurrences, a
+    lower one in how many different contexts of the next order its pairs were met, the unigram occurrences again."""
     out = np.zeros((len(orders), len(tokens), vocab))
-    for t, token in enumerate(tokens.tolist()):
-        row = np.full(vocab, 1 / vocab)
-        for n in sorted({1, *orders}):
-            if t < n - 1:
-                context = None
-            else:
-                context = (n, *tokens[t - n + 1 : t].tolist())
-                seen = tables[context]
+    above = [n for n in orders if n > 1]
+    for t in range(len(tokens)):
+        past = tokens[:t].tolist()
+        counts = np.bincount(past, minlength=vocab)
+        row = (counts + len(set(past)) / vocab) / (t + len(set(past))) if t else np.full(vocab, 1 / vocab)
+        if 1 in orders:
+            out[orders.index(1), t] = row
+        for n in above:
+            context = past[t - n + 1 :]
+            if t >= n - 1:
+                longer = next((m for m in above if m > n), None)
+                met = [at for at in range(n - 1, t) if past[at - n + 1 : at] == context]
+                # A gram of the next order for each place; what the text's beginning cuts short counts as it is.
+                grams = [at if longer is None else tuple(past[max(at - longer + 1, 0) : at + 1]) for at in met]
+                seen = Counter(past[at] for at in {gram: at for at, gram in zip(met, grams, strict=True)}.values())
                 if seen:
                     counts = np.array([seen[w] for w in range(vocab)])
-                    row = (counts + len(seen) * row) / (counts.sum() + len(seen))
-            if n in orders:
-                out[orders.index(n), t] = row
-            if context:
-                tables[context][token] += 1
+                    given = DISCOUNT * len(seen) * row
+                    row = (np.maximum(counts - DISCOUNT, 0) + given) / counts.sum()
+            out[orders.index(n), t] = row
     return out
 
 
 def rows_in_blocks(tokens: np.ndarray, orders: tuple[int, ...], block: int, vocab: int = VOCAB) -> torch.Tensor:
-    ngrams, parts = NgramRows(ngram_index.build(tokens, orders, vocab)), []
+    ngrams, parts = NgramRows(ngram_index.build(tokens, orders, vocab), DISCOUNT), []
     for start in range(0, len(tokens), block):
         stop = min(start + block, len(tokens))
         parts.append(torch.stack(ngrams.rows(start, stop)))
@@ -86,7 +91,7 @@ def test_the_future_changes_no_row(text: np.ndarray, t: int) -> None:
 
 
 def test_what_cannot_work_says_so(text: np.ndarray) -> None:
-    ngrams = NgramRows(ngram_index.build(text, (1, 2), 50))
+    ngrams = NgramRows(ngram_index.build(text, (1, 2), 50), DISCOUNT)
     with pytest.raises(ValueError, match="stand at 0"):
         ngrams.rows(5, 9)
     ngrams.advance(9)

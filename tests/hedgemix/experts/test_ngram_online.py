@@ -20,7 +20,7 @@ def test_rows_are_those_of_the_index_bitwise(source: str, orders: tuple[int, ...
     else:
         tokens, vocab_size = np.random.default_rng(0).integers(0, 3, 200), 4
     index = ngram_index.build(tokens, orders, vocab_size)
-    batch, online = NgramRows(index), OnlineNgram(orders, vocab_size)
+    batch, online = NgramRows(index, 0.6), OnlineNgram(orders, vocab_size, 0.6)
     longest = ngram_index.longest_class(index, 0, len(tokens))
     for t, token in enumerate(tokens.tolist()):
         for row, expected in zip(online.predict(), batch.rows(t, t + 1), strict=True):
@@ -32,4 +32,4 @@ def test_rows_are_those_of_the_index_bitwise(source: str, orders: tuple[int, ...
 
 def test_orders_are_checked() -> None:
     with pytest.raises(RecipeError, match="orders"):
-        OnlineNgram((3, 2), 4)
+        OnlineNgram((3, 2), 4, 0.75)
