@@ -50,7 +50,7 @@ def build_row(
     counted: dict[str, Any] | None,
     error: str | None,
 ) -> Row:
-    """What is known of the seed so far; columns of steps that are not done stay empty.
+    """Build the row from what is known of the seed so far; columns of steps that are not done stay empty.
 
     standing: the records of the seed's finished steps by their kind (`SeedSteps.records`); counted: of its counts.
     """
@@ -113,4 +113,5 @@ def filled(standing: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int) -> bool:
+    """Say whether bytes, training seconds and evaluation seconds all keep the recipe's limits."""
     return not stages.excesses(recipe.limits, total_bytes, values["train_seconds"], values["evaluate_seconds"])

@@ -14,6 +14,8 @@ SMALL_BYTES = 2**20
 
 @dataclass(frozen=True)
 class PendingUpload:
+    """Holds a file whose turn is to come."""
+
     path: Path
     data: bytes | None
     """A small file as it was when the uploader was called; None for one that is read when its turn comes."""
