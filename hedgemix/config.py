@@ -230,6 +230,11 @@ class TTTConfig:
     polyak: float = 0.0
     """Decay per step of the averaged weights that score (0: score with the trained weights themselves)."""
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether chunks are learned, with a backward pass."""
+        return self.enabled and self.kind == "weights"
+
 
 @dataclass(frozen=True)
 class MixerConfig:

@@ -255,11 +255,12 @@ def count_mixing(config: EvaluateConfig, index: ngram_index.NgramIndex, rows: di
     size, graphs = config.segment_tokens, Graphs()
     span = min(SPAN_TOKENS["cuda"], size)
     mixer = BatchMixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
-    mixer._record = graphs.record
+    (sets,) = mixer.sets
+    sets.record = graphs.record
     mixer.score({name: of[1:] for name, of in rows.items()}, 1, size)
     mixer.score(rows, size, 2 * size)
-    assert mixer._spans is not None and mixer._call is not None, "pieces are no whole spans: nothing is replayed"
-    mixer._spans.unchecked = mixer._call[2].unchecked = 0
+    assert sets.spans is not None and sets.call is not None, "pieces are no whole spans: nothing is replayed"
+    sets.spans.unchecked = sets.call[2].unchecked = 0
     graphs.replays = graphs.operations = 0
     total = counted(lambda: mixer.score(rows, 2 * size, 3 * size))
     return total - graphs.operations + graphs.replays, graphs.operations

@@ -17,6 +17,7 @@ from hedgemix.config import EvaluateConfig
 from hedgemix.experts.fast_head import FastHead
 from hedgemix.experts.feature_metric import FeatureMetric
 from hedgemix.experts.neural_cache import NeuralCache
+from hedgemix.model.transformer import Model
 
 CACHE, HEAD = "cache", "head"
 
@@ -97,3 +98,8 @@ class FeatureExperts:
         for name, part in {"metric": self.metric, CACHE: self.cache, HEAD: self.head}.items():
             if part:
                 part.load_state_dict(state[name])
+
+
+def start_experts(config: EvaluateConfig, model: Model, device: torch.device | str = "cpu") -> FeatureExperts | None:
+    """Begin the experts over the model's features, before a text's first scored position; None when all are off."""
+    return FeatureExperts(config, model.vocab_size, model.config.width, device) if names(config) else None
