@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import itertools
 from dataclasses import replace
@@ -23,6 +24,7 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(feature_metric, "FIRST_TOKENS", 16)
     monkeypatch.setattr(neural_cache, "BLOCK_TOKENS", {"cpu": 8})
     monkeypatch.setattr(neural_cache, "STEP_TOKENS", 32)
+    monkeypatch.setattr(fast_head, "SPAN_TOKENS", 16)
 
 
 @pytest.fixture
@@ -163,6 +165,25 @@ def test_what_was_saved_goes_on_to_the_same_bits(text, stop):
     second.load_state_dict(saved)
     for name, rows in second.rows(*after).items():
         assert torch.equal(rows, whole[name][stop:]) and torch.equal(rows, gone_on[name])
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_replayed_spans_have_the_bits_of_plain_ones(text, sound):
+    """As a GPU's graphs do; one that differs is told and done without."""
+    plain, replayed, replays = run(text, cuts=[40]), FeatureExperts(CONFIG, VOCAB, WIDTH), []
+
+    def record(work, _device):
+        def replay():
+            work()
+            replays.append(sound or replayed.head.steps_DV.mul_(2))
+
+        return replay
+
+    replayed.head.record = record
+    with contextlib.nullcontext() if sound else pytest.warns(RuntimeWarning, match="differs"):
+        parts = [replayed.rows(*(each[here] for each in text)) for here in (slice(40), slice(40, None))]
+    assert torch.equal(torch.cat([part[HEAD] for part in parts]), plain[HEAD])
+    assert len(replays) == (7 if sound else 1)  # 16 .. 31, then from 48 to 143: 41 begins within a span
 
 
 def test_features_of_half_precision_are_taken(text):
