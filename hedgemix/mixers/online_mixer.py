@@ -8,6 +8,7 @@ Shapes as in `hedge`: one position (B = 1), one row set (R = 1), K experts, V vo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,31 +18,32 @@ from hedgemix.experts import match, registry
 from hedgemix.experts.match_online import OnlineMatch
 from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.mixers import hedge
-from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
+from hedgemix.mixers.network import Blend, Mixed, Positions, join
 
 
 class OnlineMixer:
     """Mixes what the experts say of the next token, then learns from the token."""
 
-    def __init__(self, config: MixerConfig, vocab_size: int, first_token: int) -> None:
-        """Begin behind the text's first token, which is not scored; check_mixer has passed the configuration."""
-        self.config = config
+    def __init__(self, config: MixerConfig, vocab_size: int, first_token: int, given: Sequence[str] = ()) -> None:
+        """Begin behind the text's first token, which is not scored; check_mixer has passed the configuration. given:
+        experts whose rows `predict` is handed."""
+        self.config, self.given = config, tuple(given)
         self.ngram = OnlineNgram(self.config.orders, vocab_size, self.config.discount)
         self.match = OnlineMatch(self.config.match_lengths, vocab_size)
         self.further = registry.start(self.config.experts, vocab_size)
         self.ngram.update(first_token)
         self.match.update(first_token)
         registry.tell(self.further, [first_token])
-        self.blend = Blend(self.config, 1, vocab_size, "cpu")
-        size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
+        self.blend = Blend(self.config, 1, vocab_size, "cpu", given)
+        size = {"hedge": len(self.blend.names), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
         self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
         self.block: list[tuple[Mixed, int]] = []
 
-    def predict(self, neural_V: Tensor) -> Tensor:
+    def predict(self, neural_V: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Mix the neural log row (V,), float32, of the next token with the other experts': the mixture's log row (V,),
-        float32. Moves nothing."""
-        self.said = self.blend.mix(self._position(neural_V))
+        float32. Moves nothing. given: the probabilities (V,), float32, of the experts from elsewhere."""
+        self.said = self.blend.mix(self._position(neural_V, given or {}))
         self.team_BRKV = self._team(self.said)
         return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]
 
@@ -58,13 +60,14 @@ class OnlineMixer:
         self.match.update(token)
         registry.tell(self.further, [token])
 
-    def _position(self, neural_V: Tensor) -> Positions:
+    def _position(self, neural_V: Tensor, given: Mapping[str, Tensor]) -> Positions:
         rows, longest = [row[None] for row in self.ngram.predict()], self.ngram.longest_class()
         if self.config.match_lengths:
             predicted, matched, confidence = self.match.predict()
             rows.append(match.lean(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
             longest = len(self.ngram.followers) + matched if matched else longest
         rows += [registry.row(name, expert)[None] for name, expert in self.further.items()]
+        rows += [given[name][None] for name in self.given]
         return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
 
     def _team(self, said: Mixed) -> Tensor:

@@ -16,11 +16,12 @@ import pytest
 from hedgemix.audit import auditor, claim, sandbox
 from hedgemix.audit.auditor import Audit, Plan, Work
 from hedgemix.audit.findings import Finding, failed
-from hedgemix.config import RecipeError
+from hedgemix.config import EvaluateConfig, RecipeError
+from hedgemix.experts import feature_experts
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
 from support import cheats
-from support.tiny_artifact import CONFIG
+from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG
 from support.tiny_run import Record, make
 
 PLAN = Plan(draws=12)
@@ -117,6 +118,20 @@ def test_further_experts_pass_every_check_of_a_repeated_run(tmp_path: Path) -> N
     auditor.ranks_agree(work)
     assert work.findings and failed(work.findings) == []
     assert set(EXPERTS) < set(work.parts["replay"][0]["result"]["expert_names"])
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("config", [ADAPTIVE, CACHE_OVER_TRAINED])
+def test_experts_over_features_pass_every_check_and_a_cache_that_remembers_itself_does_not(
+    tmp_path: Path, config: EvaluateConfig
+) -> None:
+    made = make(tmp_path / "runs", config)
+    work = repeated(made)
+    auditor.ranks_agree(work)
+    assert work.findings and failed(work.findings) == []
+    assert set(feature_experts.names(config)) < set(work.parts["replay"][0]["result"]["expert_names"])
+    with cheats.remembers_itself():
+        assert set(failed(repeated(made).findings)) == {"blind-to-target", "bits"}
 
 
 @pytest.mark.usefixtures("here")

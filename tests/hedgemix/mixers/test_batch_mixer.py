@@ -100,7 +100,7 @@ def test_looking_at_rows_moves_nothing(text: np.ndarray, resident: bool) -> None
     seen, plain = (BatchMixer(FURTHER, VOCAB, index, resident=resident, span_tokens=64) for _ in range(2))
     for start, stop in ((1, 40), (40, 320), (320, 700)):
         given = {"neural": neural[start:stop]}
-        parts = seen._memory, seen._state.ngrams, *seen._state.further.values()
+        parts = seen.sets[0].memory, seen._state.ngrams, *seen._state.further.values()
         before = copy.deepcopy(parts)
         rows = seen.rows(given, start, stop)["neural"]
         torch.testing.assert_close(parts_of(parts), parts_of(before), rtol=0, atol=0, equal_nan=True)
@@ -138,9 +138,9 @@ def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
     nll = scored(text, [], replace(CONFIG, hedge_share=0.0))
     best = min(nll["a.neural"].sum(), nll["a.logistic"].sum())
     assert nll["a.ensemble"].sum() <= best + math.log(4)
-    assert nll["a.hedge"].sum() <= min(nll[f"a.{k}"].sum() for k in ("neural", "order1", "order3", "match")) + math.log(
-        5
-    )
+    best = min(nll[f"a.{k}"].sum() for k in ("neural", "order1", "order3", "match"))
+    rounding = 1e-9  # the unigram wins early, and the bound is then met exactly
+    assert nll["a.hedge"].sum() <= best + math.log(5) + rounding
 
 
 @pytest.mark.parametrize(
