@@ -32,7 +32,7 @@ STAGES = {
     "quantized": "bpb_quantized",
     "mixed": "bpb_mixed",
     "TTT, not mixed": "bpb_ttt",
-    "final: both": "bpb_final",
+    "final: all": "bpb_final",
 }
 RUNNING = {
     "quantized": "quantized",
@@ -43,7 +43,7 @@ RUNNING = {
     "final": "final",
     "published*": "published",
 }
-SAVINGS = {"mixture": ("quantized", "mixed"), "TTT": ("quantized", "ttt"), "both": ("quantized", "final")}
+SAVINGS = {"mixture": ("quantized", "mixed"), "TTT": ("quantized", "ttt"), "all": ("quantized", "final")}
 """What saves: from which stage of the tally to which."""
 RANKS = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 MOST_BARS = 14
@@ -62,7 +62,7 @@ def ladder(record: Record) -> Section:
         ("quantization costs", "full precision", "quantized"),
         ("test-time training gains", "quantized", "TTT, not mixed"),
         ("the mixture gains", "quantized", "mixed"),
-        ("test-time training gains on top of the mixture", "mixed", "final: both"),
+        ("cache and test-time training gain on top of the mixture", "mixed", "final: all"),
     ]
     rows = []
     for what, one, other in steps:
@@ -158,7 +158,7 @@ def helped(record: Record) -> Section:
             Plot(
                 "documents",
                 figures.sorted_savings(helped_by),
-                f"Bits per byte saved in each of {len(helped_by['both']):,} documents. Made worse: {told}.",
+                f"Bits per byte saved in each of {len(helped_by['all']):,} documents. Made worse: {told}.",
             ),
             "Tokens by the bits that mixture and test-time training saved in all, the most helped and the most hurt:",
             extremes(record, ranked),
@@ -203,18 +203,18 @@ def by_rank(ranked: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def extremes(record: Record, ranked: Sequence[Row]) -> Table:
-    """List the tokens on which both together saved most and least bits, with their pieces where the artifact is
+    """List the tokens on which all of it saved most and least bits, with their pieces where the artifact is
     there."""
     content = record.content(record.done[0], "artifact_path")
     pieces = tokenizer.load(parts_of(content).tokenizer) if content else None
-    ordered = sorted(ranked, key=lambda line: -saving(line, "both"))
+    ordered = sorted(ranked, key=lambda line: -saving(line, "all"))
     chosen = ordered[:SHOWN_TOKENS] + ordered[-SHOWN_TOKENS:] if len(ordered) > 2 * SHOWN_TOKENS else ordered
     rows = [
         [
             f"`{visible(pieces.id_to_piece(line['token']))}`" if pieces else str(line["token"]),
             f"{line['tokens'] / len(record.done):,.0f}",
             *(f"{round(saving(line, name) / len(record.done)):+,}" for name in SAVINGS),
-            f"{saving(line, 'both') / line['tokens']:+.3f}",
+            f"{saving(line, 'all') / line['tokens']:+.3f}",
         ]
         for line in chosen
     ]
