@@ -42,6 +42,9 @@ class DataConfig:
     """docs, text: read at most this many bytes of text (0: all)."""
     valid_fraction: float = 0.02
     """docs, text: share of documents held out, chosen by the hash of their content."""
+    overlap_words: int = 8
+    """docs, text: leave out the paragraphs of training text that have this many words in a row in common with
+    validation text, whatever their case and the space between them (0: leave out none)."""
     max_valid_tokens: int = 0
     """Score at most this many validation tokens, from the start (0: all)."""
 
@@ -232,7 +235,7 @@ class TTTConfig:
 
     @property
     def trains_weights(self) -> bool:
-        """Whether chunks are learned, with a backward pass."""
+        """Tell whether chunks are learned, with a backward pass."""
         return self.enabled and self.kind == "weights"
 
 

@@ -25,8 +25,8 @@ from hedgemix.experts import ngram_index
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
-from hedgemix.runtime.checkpoint import Kept, nothing
-from hedgemix.runtime.clock import never
+from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
+from hedgemix.runtime.clock import no_notice
 from hedgemix.runtime.files import Log, load_tensors, silent
 from hedgemix.runtime.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.train.trainer import TrainResult, train
@@ -92,9 +92,9 @@ class RunOptions:
     """Takes progress records, dicts of JSON values."""
     profile: bool = False
     """Write profile.json.gz and profile.txt of a few training steps, or of a chunk, into the stage's folder."""
-    on_file_written: Kept = nothing
+    on_file_written: OnFileWritten = no_copy
     """Told of every file that a restart needs."""
-    preempted: Callable[[], bool] = never
+    preempted: Callable[[], bool] = no_notice
     """Asked often: whether this machine is about to be taken away. A checkpoint is left when it first says so."""
 
 

@@ -154,7 +154,7 @@ def run(
     work.progress("scoring with two ranks")
     ranks_agree(work)
     work.progress("reading the training text")
-    work.find(timed(lambda: limits.limits(claim)))
+    work.find(timed(lambda: limits.check_limits(claim)))
     work.find(timed(lambda: limits.unseen(claim, plan.windows, plan.seed)))
     work.progress("compressing and decompressing")
     work.find(timed(lambda: really_coded(work, coded_stop)))

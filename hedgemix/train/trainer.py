@@ -29,8 +29,8 @@ from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
-from hedgemix.runtime.clock import Clock, Due, never
+from hedgemix.runtime.checkpoint import Checkpoints, OnFileWritten, no_copy
+from hedgemix.runtime.clock import Clock, Due, no_notice
 from hedgemix.runtime.files import Log, save_tensors, silent
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
@@ -81,8 +81,8 @@ def train(
     log: Log = silent,
     now: Callable[[], float] = time.monotonic,
     profile: Path | None = None,
-    kept: Kept = nothing,
-    notice: Callable[[], bool] = never,
+    kept: OnFileWritten = no_copy,
+    notice: Callable[[], bool] = no_notice,
     fractions: Sequence[float] | None = None,
 ) -> TrainResult:
     """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.

@@ -11,7 +11,7 @@ import torch
 
 from hedgemix.config import Recipe
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Kept, nothing
+from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
 from hedgemix.runtime.files import Log
 from pipeline.steps.graph import RecordPlan
 from pipeline.steps.recovery import resuming
@@ -50,11 +50,11 @@ def use_cpus(cpus: float) -> None:
 
 
 @contextmanager
-def one_writer(job: Job, step: Step) -> Iterator[Kept]:
+def one_writer(job: Job, step: Step) -> Iterator[OnFileWritten]:
     """Let every rank go on once rank 0 alone writes the step's files and what it reads is on this machine; yields what
     keeps copies of files (`resuming`), on other ranks a function that does nothing."""
     with ExitStack() as stack:
-        kept: Kept = nothing
+        kept: OnFileWritten = no_copy
         if collectives.rank() == 0:
             kept = stack.enter_context(resuming(step))
             fetch(job.plan.data)

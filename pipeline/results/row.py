@@ -74,6 +74,10 @@ def build_row(
         "valid_tokens": dataset.valid_tokens - 1,
         "valid_bytes": dataset.valid_bytes,
         "valid_sha256": dataset.valid_sha256,
+        "valid_overlap_share": dataset.valid_overlap_share,
+        "overlap_window": dataset.overlap_window or None,
+        "train_bytes": dataset.train_bytes,
+        "train_bytes_removed": dataset.train_bytes_removed,
         "train_sha256": dataset.train_sha256,
         "tokenizer_sha256": dataset.tokenizer_sha256,
         "vocab_size": dataset.vocab_size,
@@ -91,7 +95,7 @@ def build_row(
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
     if done:
-        known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
+        known |= claim.read_columns(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
     return Row(
         record=plan.name,
         recipe=recipe.recipe,

@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,14 @@ class Row:
     """Of the scored tokens (16-bit little-endian)."""
     train_set_tokens: int | None = None
     """Tokens of the training text."""
+    valid_overlap_share: float | None = None
+    """Share of the validation text's windows that occur in the training text."""
+    overlap_window: str | None = None
+    """What these windows are: 8 words (data.overlap_words) without case and white space; shards: 13 tokens."""
+    train_bytes: int | None = None
+    """Bytes of the training text (empty for shards)."""
+    train_bytes_removed: int | None = None
+    """Bytes left out of the training text, since they repeat validation text (0 for shards)."""
     train_sha256: str | None = None
     """Of each training shard's name, size, first and last megabyte."""
     text_sha256: str | None = None

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 
 from hedgemix.runtime import clock
-from hedgemix.runtime.checkpoint import Kept
+from hedgemix.runtime.checkpoint import OnFileWritten
 from hedgemix.runtime.clock import Clock
 from hedgemix.runtime.files import write_json
 from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
@@ -48,7 +48,7 @@ def set_aside(step: Step) -> None:
 
 
 @contextmanager
-def resuming(step: Step) -> Iterator[Kept]:
+def resuming(step: Step) -> Iterator[OnFileWritten]:
     """Hold the step as the only process that writes its files, with what an earlier attempt left; yields what keeps
     copies of files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait
     for it."""

@@ -104,11 +104,11 @@ def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record
     assert pd.read_parquet(record.table).set_index("seed").loc[8].audited is None
 
     result, sha256 = record.claim().result, record.claim().row["artifact_sha256"]
-    kept = claim.kept(record.evaluation(), sha256, result)
+    kept = claim.read_columns(record.evaluation(), sha256, result)
     assert kept["audited"] is True and set(kept) == set(claim.AUDITED)
-    assert claim.kept(record.evaluation(), "0" * 64, result) == {}
-    assert claim.kept(record.evaluation(), sha256, {**result, "bpb_final": 1.0}) == {}
-    assert claim.kept(record.folder, sha256, result) == {}
+    assert claim.read_columns(record.evaluation(), "0" * 64, result) == {}
+    assert claim.read_columns(record.evaluation(), sha256, {**result, "bpb_final": 1.0}) == {}
+    assert claim.read_columns(record.folder, sha256, result) == {}
 
 
 @pytest.mark.usefixtures("here")
