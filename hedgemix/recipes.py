@@ -19,7 +19,7 @@ WEIGHTS_OF_THE_REFERENCE = TTTConfig(
     rate=1e-4, epochs=3, last_blocks=2, byte_weighted=True, cosine=True, ramp=3.0, ramp_fraction=0.3, polyak=0.998
 )
 """What --evaluate.ttt.kind weights then is. The kind stays head: it needs no backward pass and no second forward pass.
-On 62 M tokens and 8 GPUs neural cache and fast head take about 100 of evaluation's 190 seconds, computed, not measured."""
+On 62 M tokens and 8 GPUs cache and head take about 100 of evaluation's 190 seconds, computed, not measured."""
 LONG_BLOCKS = MixerConfig(block_tokens=512)
 """For 62 M tokens on GPUs, where launches count: 60 % fewer than with 128, 0.009 bits a token more; docs/mixers.md."""
 
