@@ -42,6 +42,9 @@ class DataConfig:
     """docs, text: read at most this many bytes of text (0: all)."""
     valid_fraction: float = 0.02
     """docs, text: share of documents held out, chosen by the hash of their content."""
+    memory_bytes: int = 0
+    """Most bytes of training text, compressed, that every artifact carries, so that its n-gram and match experts begin
+    as if they had read it (0: none)."""
     max_valid_tokens: int = 0
     """Score at most this many validation tokens, from the start (0: all)."""
 

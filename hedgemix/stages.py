@@ -9,8 +9,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -146,16 +146,20 @@ def quantize_stage(
         "vocab_size": dataset.vocab_size,
         "context_tokens": recipe.train.sequence_tokens,
     }
-    pack = partial(artifact.pack, header, Path(dataset.tokenizer).read_bytes(), zstd_level=recipe.quantize.zstd_level)
+    rest: dict[str, Any] = {
+        "tokenizer": Path(dataset.tokenizer).read_bytes(),
+        "zstd_level": recipe.quantize.zstd_level,
+        "memory": datasets.read_memory(dataset),
+    }
     tensors, report = quantize_model(
         model.to(device),
         moments,
         recipe.quantize,
         room_bytes,
-        lambda tensors: len(pack(tensors=tensors)),
+        lambda tensors: len(artifact.pack(header, tensors=tensors, **rest)),
     )
     path = folder / ARTIFACT
-    size = artifact.write(path, header, Path(dataset.tokenizer).read_bytes(), tensors, recipe.quantize.zstd_level)
+    size = artifact.write(path, header, tensors=tensors, **rest)
     return QuantizeResult(
         **report,
         artifact_bytes=size,

@@ -50,6 +50,7 @@ def check_recipe(recipe: Recipe, qat_levels: int, expert_names: Collection[str])
     check_ttt(evaluate.ttt, context_tokens)
     if recipe.data.vocab_size < 2:
         raise RecipeError("data.vocab_size must be at least 2")
+    check_memory(recipe)
     check_mixer(evaluate.mixer, expert_names)
     check_orders(evaluate.mixer.orders)
     check_match_lengths(evaluate.mixer.match_lengths)
@@ -181,6 +182,15 @@ def check_ttt(config: TTTConfig, context_tokens: int) -> None:
     require(0 <= config.polyak < 1, "polyak", "at least 0 and below 1")
     rule = f"at most train.sequence_tokens, {context_tokens}"
     require(config.sequence_tokens <= context_tokens, "sequence_tokens", rule)
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Check that the artifact has room for the training text that it is to carry, and for something beside it."""
+    memory, room = recipe.data.memory_bytes, recipe.quantize.target_bytes or recipe.limits.total_bytes
+    if memory < 0:
+        raise RecipeError(f"data.memory_bytes is {memory}; 0 means none")
+    if memory >= room:
+        raise RecipeError(f"data.memory_bytes {memory:,} fills the {room:,} bytes that the artifact may have; lower it")
 
 
 def check_mixer(config: MixerConfig, expert_names: Collection[str]) -> None:

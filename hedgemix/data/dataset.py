@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from hedgemix.data import bpb
 from hedgemix.data import corpus
+from hedgemix.data import memory
 from hedgemix.data import shards
 from hedgemix.data import tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
@@ -60,6 +62,16 @@ class Dataset:
     """Of each training shard's name, size, first and last megabyte."""
     text_sha256: str
     """docs, text: of the sorted SHA-256 of all documents; shards: ''."""
+    memory: str = ""
+    """Path of the training text that every artifact carries, compressed; '' without."""
+    memory_documents: int = 0
+    memory_text_bytes: int = 0
+    """Bytes it decompresses to."""
+    memory_bytes: int = 0
+    """Bytes it takes in an artifact."""
+    memory_tokens: int = 0
+    memory_sha256: str = ""
+    """Of the compressed bytes."""
     folder: str = field(default="", compare=False)
     """Where dataset.json was loaded from."""
 
@@ -69,9 +81,10 @@ def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print
 
     Raises RecipeError when the source cannot be used, RuntimeError should tokens and text disagree (a bug).
     """
+    folder = Path(folder)
     if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
         raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
-    return _from_shards(config, log) if config.source == "shards" else _from_text(config, Path(folder), log)
+    return _from_shards(config, Path(folder), log) if config.source == "shards" else _from_text(config, folder, log)
 
 
 def train_stream(dataset: Dataset) -> shards.TokenStream:
@@ -82,6 +95,23 @@ def train_stream(dataset: Dataset) -> shards.TokenStream:
 def valid_stream(dataset: Dataset) -> shards.TokenStream:
     """Open the validation tokens, cut to max_valid_tokens; all but the first are scored."""
     return shards.TokenStream(dataset.valid_shards, dataset.max_valid_tokens)
+
+
+def read_memory(dataset: Dataset) -> memory.Memory | None:
+    """Read the training text that every artifact carries, None without; raises RecipeError when the file is not the one
+    described."""
+    if not dataset.memory:
+        return None
+    data = Path(dataset.memory).read_bytes()
+    if hashlib.sha256(data).hexdigest() != dataset.memory_sha256:
+        raise RecipeError(f"{dataset.memory} is not the file that {FILE_NAME} names; prepare the data again")
+    return memory.Memory(dataset.memory_text_bytes, data)
+
+
+def memory_tokens(dataset: Dataset) -> np.ndarray:
+    """Tokenize the training text that every artifact carries, uint16 (M,); raises as `read_memory` does."""
+    found = read_memory(dataset)
+    return memory.tokens(tokenizer.load(dataset.tokenizer), memory.decompress(found) if found else [])
 
 
 def save(dataset: Dataset, folder: str | Path) -> None:
@@ -113,6 +143,8 @@ def check_places(dataset: Dataset, config: DataConfig) -> None:
     mine = {path.resolve() for path in folder.iterdir()}
     if config.source == "shards" and config.tokenizer:
         mine.add(Path(config.tokenizer).resolve())
+    if dataset.memory and Path(dataset.memory).resolve() != Path(dataset.folder).resolve() / memory.FILE_NAME:
+        raise RecipeError(f"{dataset.folder}/{FILE_NAME} names {dataset.memory}, which is not its memory; remove it")
     for path in (*dataset.train_shards, *dataset.valid_shards, dataset.tokenizer):
         place = Path(path).resolve()
         if place not in mine or (config.source != "shards" and place.parent != folder.resolve()):
@@ -157,20 +189,21 @@ def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> 
         model,
         paths["train"],
         paths["val"],
+        memory=memory.write(train, config.memory_bytes, processor, folder, log),
         documents=len(train),
         text_sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
         log=log,
     )
 
 
-def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
-    folder = Path(config.shards_dir)
-    if not config.shards_dir or not folder.is_dir():
+def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
+    source = Path(config.shards_dir)
+    if not config.shards_dir or not source.is_dir():
         raise RecipeError(
             f"data.shards_dir: {config.shards_dir!r} is not a folder; name the folder of the shards, or run "
-            f"`hedgemix download --folder {folder if config.shards_dir else 'data/fineweb'}` first"
+            f"`hedgemix download --folder {source if config.shards_dir else 'data/fineweb'}` first"
         )
-    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(folder)
+    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(source)
     processor = tokenizer.load(model)
     if processor.vocab_size() != config.vocab_size:
         raise RecipeError(
@@ -179,13 +212,24 @@ def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
         )
     paths: dict[str, list[Path]] = {}
     for name in ("train", "val"):
-        paths[name] = sorted(set(folder.glob(f"*_{name}_*.bin")) | set(folder.glob(f"{name}_*.bin")))
+        paths[name] = sorted(set(source.glob(f"*_{name}_*.bin")) | set(source.glob(f"{name}_*.bin")))
         if not paths[name]:
-            raise RecipeError(f"data.shards_dir: {folder} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
+            raise RecipeError(f"data.shards_dir: {source} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
         for path in paths[name]:
             shards.open_shard(path, config.vocab_size)
     log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
-    return _describe(config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", log=log)
+    documents = memory.shard_documents(processor, shards.TokenStream(paths["train"]))
+    return _describe(
+        config,
+        processor,
+        model,
+        paths["train"],
+        paths["val"],
+        memory=memory.write(documents, config.memory_bytes, processor, folder, log),
+        documents=0,
+        text_sha256="",
+        log=log,
+    )
 
 
 def _only_tokenizer(folder: Path) -> Path:
@@ -205,6 +249,7 @@ def _describe(
     train: Sequence[Path],
     valid: Sequence[Path],
     *,
+    memory: dict[str, Any],
     documents: int,
     text_sha256: str,
     log: Callable[[str], None],
@@ -235,6 +280,7 @@ def _describe(
         valid_sha256=digest.hexdigest(),
         train_sha256=edges_sha256(train),
         text_sha256=text_sha256,
+        **memory,
     )
     log(f"tokens: {dataset.train_tokens:,} for training, {dataset.valid_tokens:,} for validation")
     return dataset
@@ -303,4 +349,5 @@ def _with_paths(dataset: Dataset, change: Callable[[str], str]) -> Dataset:
         train_shards=tuple(map(change, dataset.train_shards)),
         valid_shards=tuple(map(change, dataset.valid_shards)),
         tokenizer=change(dataset.tokenizer),
+        memory=change(dataset.memory) if dataset.memory else "",
     )

@@ -139,6 +139,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "evaluate.ttt.sequence_tokens is 257; it must be at most train.sequence_tokens, 256",
     ),
     ({"data.vocab_size": 1}, "data.vocab_size must be at least 2"),
+    ({"data.memory_bytes": -1}, "data.memory_bytes is -1; 0 means none"),
+    (
+        {"data.memory_bytes": 500, "quantize.target_bytes": 500},
+        "data.memory_bytes 500 fills the 500 bytes that the artifact may have; lower it",
+    ),
     *(
         ({f"evaluate.mixer.{field}": value}, f"evaluate.mixer.{field} is {value}; it must be {rule}")
         for field, value, rule in (
