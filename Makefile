@@ -1,5 +1,6 @@
 # make record   install, then train, quantize and score the recipe on this machine, and print the table
 # make test     install, then run every test but the long ones
+# make quick    style, types and the tests of pure functions, side by side: no Ray, no process; for every few edits
 # make soak     the long tests, what they measure into docs/faults.md; then ten minutes of random kills; bench/soak.md
 # make lint     style and types;  make clean: what tools left behind
 # make bench    install, then time every stage beside a plain baseline; bench/results.md and bench/results.parquet
@@ -8,7 +9,7 @@ RECIPE ?= laptop
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: record test soak lint bench clean
+.PHONY: record test quick soak lint bench clean
 .DEFAULT_GOAL := record
 
 .venv/made:
@@ -32,15 +33,28 @@ BIN := .venv/bin
 record: .venv/installed
 	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
 
-# Tests that start a cluster of their own must not share a process with the session's ray.init. Of the others, those that
-# run records mostly wait: a process of theirs runs beside one for the rest, and what it printed follows. 5: no test.
+# Two processes of tests side by side, as records wait now and then: one computes; the other runs records, what it printed
+# follows. Tests marked `cluster` start a cluster of their own, which must not share a process with the session's ray.init:
+# they come first in the second, in a process of their own. pytest's code 5, no test, is an error only if all three say so.
+FAST := not cluster and not soak
+
 test: .venv/installed-dev
-	$(BIN)/pytest -m "cluster and not soak" $(ARGS) || test $$? -eq 5
 	@log=$$(mktemp); \
-	$(BIN)/pytest -m "not cluster and not soak" tests/integration tests/pipeline $(ARGS) > $$log 2>&1 & waiting=$$!; \
-	$(BIN)/pytest -m "not cluster and not soak" tests/hedgemix tests/benchmarks tests/repo $(ARGS); one=$$?; \
-	wait $$waiting; two=$$?; cat $$log; rm -f $$log; \
-	test $$one -eq 5 && exit $$two; test $$two -eq 5 && exit $$one; test $$one -eq 0 && exit $$two; exit $$one
+	worst() { for code; do case $$code in 0|5) ;; *) return $$code; esac; done; for code; do test $$code -eq 5 || return 0; done; return 5; }; \
+	( $(BIN)/pytest -m "cluster and not soak" tests/integration $(ARGS); one=$$?; \
+	$(BIN)/pytest -m "$(FAST)" tests/integration tests/pipeline $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
+	$(BIN)/pytest -m "$(FAST)" tests/hedgemix tests/benchmarks tests/repo $(ARGS); one=$$?; \
+	wait $$records; two=$$?; cat $$log; rm -f $$log; worst $$one $$two
+
+# Functions whose tests start no Ray and no process; tests/repo/test_make_quick.py checks that these say so and are many.
+QUICK := tests/hedgemix/entropy tests/hedgemix/data tests/hedgemix/model tests/hedgemix/experts tests/hedgemix/mixers \
+	tests/hedgemix/artifact/test_format.py tests/hedgemix/quantize/test_gptq.py \
+	tests/hedgemix/test_validate.py tests/repo/test_structure.py tests/repo/test_layers.py tests/repo/test_make_quick.py
+
+quick: .venv/installed-dev
+	@log=$$(mktemp); $(MAKE) --no-print-directory lint > $$log 2>&1 & lint=$$!; \
+	$(BIN)/pytest -q -m "$(FAST) and not slow" $(QUICK) $(ARGS); tests=$$?; \
+	wait $$lint; lint=$$?; cat $$log; rm -f $$log; test $$tests -eq 0 && exit $$lint; exit $$tests
 
 soak: .venv/installed-dev
 	mkdir -p bench && rm -f bench/faults.jsonl

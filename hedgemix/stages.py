@@ -21,12 +21,12 @@ from hedgemix.data.bpb import bits_per_byte
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import EvaluateResult, evaluate_artifact, score_model
 from hedgemix.evaluate.resume import Restart
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
-from hedgemix.runtime.checkpoint import Kept, nothing
-from hedgemix.runtime.clock import never
+from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
+from hedgemix.runtime.clock import no_notice
 from hedgemix.runtime.files import Log, load_tensors, silent
 from hedgemix.runtime.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.train.trainer import TrainResult, train
@@ -38,12 +38,16 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TrainStageResult(TrainResult):
+    """Holds what training gave, and on what."""
+
     hardware: str
     """What rank 0 ran on, and with how many GPUs or threads."""
 
 
 @dataclass(frozen=True)
 class ScoreResult:
+    """Holds the score of the weights before quantization."""
+
     nats: float
     """Of the whole scored text, under the averaged weights at full precision."""
     bpb_full: float
@@ -52,6 +56,8 @@ class ScoreResult:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeResult:
+    """Tells how the artifact was made, and its size."""
+
     theta: float | None = None
     """What sets all quantization steps together; larger means coarser. The reference's export has none."""
     expected_loss_nats: float | None = None
@@ -72,21 +78,23 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class CountsResult:
+    """Tells what was indexed."""
+
     tokens: int
     """Of the text whose n-grams were indexed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What surrounds a training or an evaluation, and changes no number of it."""
+    """Holds what surrounds a training or an evaluation, and changes no number of it."""
 
     log: Log = silent
     """Takes progress records, dicts of JSON values."""
     profile: bool = False
     """Write profile.json.gz and profile.txt of a few training steps, or of a chunk, into the stage's folder."""
-    on_file_written: Kept = nothing
+    on_file_written: OnFileWritten = no_copy
     """Told of every file that a restart needs."""
-    preempted: Callable[[], bool] = never
+    preempted: Callable[[], bool] = no_notice
     """Asked often: whether this machine is about to be taken away. A checkpoint is left when it first says so."""
 
 
@@ -172,7 +180,7 @@ def counts_stage(*, recipe: Recipe, dataset: Dataset, folder: Path) -> CountsRes
     """Index the n-grams of the validation text, in `folder`."""
     stream = datasets.valid_stream(dataset)
     mixer = recipe.evaluate.mixer
-    ngram.build_index(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
+    ngram_index.build(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
     return CountsResult(len(stream))
 
 
@@ -209,7 +217,7 @@ def evaluate_stage(
 
 
 def excesses(limits: LimitsConfig, total_bytes: int, train_seconds: float, evaluate_seconds: float) -> list[str]:
-    """What is over its limit, one line each."""
+    """List what is over its limit, one line each."""
     measured = (
         ("bytes", total_bytes, limits.total_bytes),
         ("training seconds", train_seconds, limits.train_seconds),
@@ -232,7 +240,7 @@ def check_data(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def artifact_room(recipe: Recipe, code_bytes: int) -> int:
-    """Most bytes of the artifact: `quantize.target_bytes`, or what the limit leaves beside the code.
+    """Compute the most bytes of the artifact: `quantize.target_bytes`, or what the limit leaves beside the code.
 
     The code counts in whole pages, so that a few bytes more of code or settings do not ask for another artifact.
     """
@@ -241,7 +249,8 @@ def artifact_room(recipe: Recipe, code_bytes: int) -> int:
 
 
 def pick_device(recipe: Recipe) -> torch.device:
-    """This process's GPU when the recipe asks for one, else the CPU."""
+    """Choose this process's GPU when the recipe asks for one, else the CPU. Raises RecipeError when torch sees no
+    GPU."""
     if recipe.compute.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -250,6 +259,7 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 
 def hardware(device: torch.device) -> str:
+    """Name the GPUs that this process sees with their number, or the CPU with torch's threads."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"

@@ -25,7 +25,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Compare:
-    """Two records beside each other: every seed, a test of the difference, the settings that differ."""
+    """Set two records beside each other: every seed, a test of the difference, the settings that differ."""
 
     run: tyro.conf.Positional[str]
     """The record's parquet file."""
@@ -93,7 +93,7 @@ COMMANDS: cli.Commands = {**cli.COMMANDS, Report: _report, Compare: _compare, Su
 
 
 def main() -> None:
-    """Entry point; exits with 2 after a user's mistake."""
+    """Run the command line; exits with 2 after a user's mistake."""
     cli.main(COMMANDS)
 
 

@@ -10,12 +10,13 @@ from hedgemix.model.transformer import Model, parameter_count
 
 
 def print_plan(recipe: Recipe, seeds: tuple[int, ...], console: Console) -> None:
-    """The resources, batch arithmetic and sizes of a record, from the same configuration that will run it."""
+    """Print the resources, batch arithmetic and sizes of a record, from the same configuration that will run it."""
     for name, value in plan_lines(recipe, seeds).items():
         console.print(f"{name:14} {value}", markup=False, soft_wrap=True)
 
 
 def plan_lines(recipe: Recipe, seeds: tuple[int, ...]) -> dict[str, str]:
+    """Describe the record in lines, by their headings; builds the model without weights to count its parameters."""
     compute, train, evaluate, limits = recipe.compute, recipe.train, recipe.evaluate, recipe.limits
     with torch.device("meta"):
         model = Model(recipe.model, recipe.data.vocab_size, train.sequence_tokens)

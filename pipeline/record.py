@@ -82,6 +82,8 @@ from pipeline.tracking.follower import check_trackers
 
 @dataclass(frozen=True)
 class Options:
+    """Holds the options of the command: a recipe's parts, and what belongs to the run alone."""
+
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
@@ -129,7 +131,8 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
-    """The recipe named first (or the one for this machine), with every field overridable by an option."""
+    """Parse the recipe named first (or the one for this machine), with every field overridable by an option. Raises
+    RecipeError for an unknown recipe, no seeds or one named twice, and a record's name that leads out of its folder."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else default_recipe()
     if name not in recipes.RECIPES:
@@ -152,12 +155,15 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
 
 
 def default_recipe() -> str:
+    """Name the recipe for this machine: single_gpu with a GPU, else laptop."""
     import torch
 
     return "single_gpu" if torch.cuda.is_available() else "laptop"
 
 
 def run(recipe: Recipe, options: Options, console: Console) -> int:
+    """Run the record from its lock to its report; returns the exit code: 0 when every seed is done, else 1. Raises
+    RecipeError, OSError and RayError."""
     storage = open_storage(options.out)
     check_trackers(options.track, storage)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
@@ -182,7 +188,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
 
 
 def write_report(storage: Storage, record: str, console: Console) -> None:
-    """For people; nothing that goes wrong here fails a record."""
+    """Write the report for people; nothing that goes wrong here fails a record."""
     from pipeline.analysis.records import Record
     from pipeline.report import build as report  # matplotlib takes a second to import, which work should not wait for
 
@@ -195,7 +201,7 @@ def write_report(storage: Storage, record: str, console: Console) -> None:
 
 
 def finished(plan: RecordPlan) -> list[Row]:
-    """The rows of a record whose every seed is done and whose artifacts are what was written; else none."""
+    """Build the rows of a record whose every seed is done and whose artifacts are what was written; else none."""
     standing = {seed: steps.records() for seed, steps in plan.seeds.items()}
     if not all(len(standing[seed]) == len(steps.all()) for seed, steps in plan.seeds.items()):
         return []
@@ -209,7 +215,8 @@ def finished(plan: RecordPlan) -> list[Row]:
 
 
 def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
-    """One record is one recipe: its table compares seeds, not settings."""
+    """Write the recipe where the record lies, or raise RecipeError when it was begun with another: one record is one
+    recipe, its table compares seeds, not settings."""
     try:
         begun = json.loads(storage.read_bytes(path) or b"")
     except ValueError:  # new, or damaged: nothing else is lost with it
@@ -221,7 +228,8 @@ def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> No
 
 
 def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
-    """The dataset the recipe names, made once a runs folder, and checked against what one step and one window take."""
+    """Make the dataset the recipe names, once a runs folder, and check it against what one step and one window take.
+    Raises RecipeError."""
     step = data_step(storage, recipe.data)
 
     def work() -> Made:

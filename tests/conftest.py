@@ -17,9 +17,20 @@ from hypothesis import settings
 
 from support import fault_costs, faulty_record, tiny_record
 
+INTEGRATION = Path(__file__).parent / "integration"
+
 settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("CI"):  # the same examples every time; new ones are for a person to meet
     settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test that `make test` would not run: it looks for those marked `cluster` in one folder."""
+    lost = [
+        item.nodeid for item in items if item.get_closest_marker("cluster") and INTEGRATION not in item.path.parents
+    ]
+    if lost:
+        raise pytest.UsageError(f"tests marked cluster belong in tests/integration: {', '.join(lost)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -50,6 +50,9 @@ def write(page: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     if not 1 <= len(arguments) <= 2:
         print(__doc__, file=sys.stderr)
         return 2

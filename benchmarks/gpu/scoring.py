@@ -26,8 +26,8 @@ from hedgemix.data.dataloader import Batches
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, cut
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer, Scores
+from hedgemix.experts import ngram_index
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer, Scores
 from hedgemix.model.transformer import Model
 from hedgemix.runtime.cuda_graph import CHECKED
 from hedgemix.train.trainer import Run, deterministic
@@ -83,15 +83,15 @@ def mixing(job: Job) -> None:
     config, V, segment = recipe.evaluate.mixer, recipe.data.vocab_size, recipe.evaluate.segment_tokens
     tokens = held_out(job, (WARM_PIECES + PROFILED_PIECES) * segment + sizes.mixed_tokens).cpu().numpy()
     tokens = tokens.astype(np.uint16)
-    seconds, index = once(lambda: ngram.build_index(tokens, config.orders, V, config.match_lengths))
+    seconds, index = once(lambda: ngram_index.build(tokens, config.orders, V, config.match_lengths))
     job.tell("index", len(tokens) / seconds, "tokens/s", note="on the CPU")
     pieces = cut(1, len(tokens), segment)
     logits = 2 * torch.randn(len(ROW_SETS), segment, V, generator=seeded(6)).to(device)
 
-    def begin(block: int, graph: bool | None) -> Mixer:
+    def begin(block: int, graph: bool | None) -> BatchMixer:
         span = min(SPAN_TOKENS["cuda"], segment)  # as an evaluation on a GPU has it
         settings = replace(config, block_tokens=block)
-        return Mixer(settings, V, index, device, names=ROW_SETS, span_tokens=span, resident=True, graph=graph)
+        return BatchMixer(settings, V, index, device, names=ROW_SETS, span_tokens=span, resident=True, graph=graph)
 
     for block in sizes.blocks:
         found: list[list[Scores]] = []
@@ -117,7 +117,7 @@ def mixing(job: Job) -> None:
         job.tell(f"graph against eager, blocks of {block}: difference", apart(*found), "nats", most=0.0)
 
 
-def mixed(mixer: Mixer, logits: Tensor, pieces: list[Piece]) -> list[Scores]:
+def mixed(mixer: BatchMixer, logits: Tensor, pieces: list[Piece]) -> list[Scores]:
     """Score the pieces, each with the same logits (R, B, V)."""
     found = []
     for piece in pieces:
@@ -126,7 +126,7 @@ def mixed(mixer: Mixer, logits: Tensor, pieces: list[Piece]) -> list[Scores]:
     return found
 
 
-def graphs(mixer: Mixer) -> str:
+def graphs(mixer: BatchMixer) -> str:
     """Whether the mixer replays both of its graphs, having compared them with the work as often as it does."""
     replays = [mixer._spans, mixer._call and mixer._call[2]]
     if not any(replays):
@@ -159,7 +159,7 @@ def profiled_mixing(job: Job, name: str, block: int, work: Callable[[], object],
     job.tell(f"device at work, {name}", 100 * busy / microseconds, "%")
 
 
-def replayed_span(job: Job, name: str, mixer: Mixer) -> None:
+def replayed_span(job: Job, name: str, mixer: BatchMixer) -> None:
     """Of what a graph replays, a span's blocks: microseconds from one of its operations to the next. The mixer is of no
     use after it: it learns the same span again and again."""
     work = partial(mixer._mix, mixer._blocks(0, mixer.span))

@@ -24,8 +24,8 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.evaluate.scoring_order import Piece, piece_rows
-from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.experts import ngram_index
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
 from hedgemix.quantize import gptq
 
@@ -147,12 +147,12 @@ def agreement(job: Job) -> None:
 def mixed_difference(job: Job, tokens: np.ndarray) -> float:
     """The largest difference of any target's nats under any mixture of two row sets."""
     config, vocab_size = job.sizes.recipe.evaluate.mixer, job.sizes.recipe.data.vocab_size
-    index = ngram.build_index(tokens, config.orders, vocab_size, config.match_lengths)
+    index = ngram_index.build(tokens, config.orders, vocab_size, config.match_lengths)
     generator = seeded(6)
     rows = {name: 2 * torch.randn(len(tokens) - 1, vocab_size, generator=generator) for name in ("frozen", "adapted")}
 
     def nats(device: torch.device) -> Tensor:
-        mixer = Mixer(config, vocab_size, index, device, names=tuple(rows))
+        mixer = BatchMixer(config, vocab_size, index, device, names=tuple(rows))
         scores = mixer.score({name: each.to(device) for name, each in rows.items()}, 1, len(tokens))
         return torch.stack([each.cpu() for kinds in scores.nll.values() for each in kinds.values()])
 

@@ -142,5 +142,8 @@ def encode(documents: list[str]) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 7:
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & {*sys.argv[1:]} else 2)
     to, model_path, given_folder, fraction, number, *paths = sys.argv[1:]
     main(Path(to), Path(model_path), Path(given_folder), float(fraction), int(number), [Path(path) for path in paths])

@@ -1,8 +1,8 @@
 """Sliding-window scoring, plain: each window runs whole and makes logits at all of its positions.
 
 The contexts are those of `hedgemix.evaluate.scoring_order`'s sliding order on a text in one chunk, so the bits are
-equal to rounding. A plain mixture for one token at a time is `hedgemix.codec.predictor`; a plain one for blocks, the
-published rule's, is `hedgemix.mixers.published`.
+equal to rounding. A plain mixture for one token at a time is `hedgemix.mixers.online_mixer`; a plain one for blocks,
+the published rule's, is `hedgemix.mixers.published`.
 """
 
 from __future__ import annotations

@@ -34,11 +34,11 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import target_nats
 from hedgemix.evaluate.scoring_order import chunk_rows, chunks
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import match, ngram
-from hedgemix.experts.ngram import NgramIndex
+from hedgemix.experts import ngram_index
+from hedgemix.experts.ngram_index import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from pipeline.results.table import mean_and_deviation
 from pipeline.steps import graph
 from pipeline.storage.store import Storage
@@ -114,7 +114,7 @@ def main(options: Options) -> None:
     stream = dataset.valid_stream(text)
     tokens = stream.read(0, min(len(stream), options.tokens or len(stream)))
     print(f"{len(tokens):,} tokens; counting", file=sys.stderr, flush=True)
-    index = ngram.build_index(tokens, MIXER.orders, text.vocab_size, MIXER.match_lengths)
+    index = ngram_index.build(tokens, MIXER.orders, text.vocab_size, MIXER.match_lengths)
     found = []
     for row in table.to_dict("records"):
         lines_of = score(Path(row["artifact_path"]), tokens, index, recipe.evaluate, torch.device(options.device))
@@ -147,10 +147,10 @@ def score(
     sizes = bpb.token_bytes(bpb.byte_tables(tokenizer.load(found.tokenizer)), tokens[:-1], tokens[1:])
     tokens_N = torch.from_numpy(tokens.astype(np.int64)).to(device)
     watch = Watch(device)
-    todo, mixers = lines(config.ttt.enabled), dict[tuple[MixerConfig, str], Mixer]()
+    todo, mixers = lines(config.ttt.enabled), dict[tuple[MixerConfig, str], BatchMixer]()
     for line in todo:
         if (line.mixer, line.rows) not in mixers:
-            mixers[line.mixer, line.rows] = Mixer(line.mixer, model.vocab_size, select(index, line.mixer), device)
+            mixers[line.mixer, line.rows] = BatchMixer(line.mixer, model.vocab_size, select(index, line.mixer), device)
     nll: dict[tuple[MixerConfig, str], dict[str, list[Tensor]]] = {key: {} for key in mixers}
     neural = dict.fromkeys(("frozen", "adapted", "sliding"), 0.0)
     parts = chunks(len(tokens), config.chunk_tokens)
@@ -202,7 +202,7 @@ def score(
 def select(index: NgramIndex, config: MixerConfig) -> NgramIndex:
     """The part of an index that a mixer of fewer experts reads."""
     tables = {n: table for n, table in index.tables.items() if n in config.orders}
-    matches = index.match if config.match_lengths else match.build(index.tokens_N, (), index.vocab_size)
+    matches = index.match if config.match_lengths else ngram_index.build(index.tokens_N, (1,), index.vocab_size).match
     return replace(index, orders=config.orders, tables=tables, match=matches)
 
 

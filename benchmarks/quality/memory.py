@@ -30,8 +30,9 @@ from hedgemix.data import bpb
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream, write_shard
 from hedgemix.evaluate.evaluator import Evaluation
-from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.experts import ngram_index
+from hedgemix.experts.ngram import NgramRows
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
 
 VOCAB = 1024
@@ -157,8 +158,8 @@ def measure(work: str, tokens: int, *more: int) -> dict[str, Any]:
 
 def _index(stream: TokenStream, folder: Path, mixer: MixerConfig) -> dict[str, Any]:
     with Watch() as watch:
-        ngram.build_index(stream, mixer.orders, VOCAB, mixer.match_lengths, folder)
-    pairs = {str(n): len(table.token_P) for n, table in ngram.load(folder).tables.items()}
+        ngram_index.build(stream, mixer.orders, VOCAB, mixer.match_lengths, folder)
+    pairs = {str(n): len(table.token_P) for n, table in ngram_index.load(folder).tables.items()}
     return {**watch.told(), "disk_bytes": sum(path.stat().st_size for path in folder.iterdir()), "pairs": pairs}
 
 
@@ -167,11 +168,11 @@ def _evaluation(stream: TokenStream, folder: Path) -> dict[str, Any]:
         window_tokens=128, segment_tokens=2048, overlap_tokens=128, chunk_tokens=16_384, dtype="float32",
         ttt=TTTConfig(enabled=False),
     )  # fmt: skip
-    ngram.build_index(stream, config.mixer.orders, VOCAB, config.mixer.match_lengths, folder)
+    ngram_index.build(stream, config.mixer.orders, VOCAB, config.mixer.match_lengths, folder)
     ones = bpb.ByteTables(np.ones(VOCAB, np.int16), np.zeros(VOCAB, bool), np.zeros(VOCAB, bool))
     model = Model(MODEL, VOCAB, 128)
     with Watch() as watch:
-        work = Evaluation(model, Text(stream, torch.device("cpu")), ones, ngram.load(folder), config)
+        work = Evaluation(model, Text(stream, torch.device("cpu")), ones, ngram_index.load(folder), config)
         for number, chunk in enumerate(work.chunks):
             work.run_chunk(number, chunk)
     return {**watch.told(), **{f"{name}_seconds": value for name, value in work.seconds.items()}}
@@ -179,15 +180,15 @@ def _evaluation(stream: TokenStream, folder: Path) -> dict[str, Any]:
 
 def _orders(stream: TokenStream, folder: Path, orders: tuple[int, ...]) -> dict[str, Any]:
     config = replace(MixerConfig(), orders=orders, match_lengths=())
-    ngram.build_index(stream, orders, VOCAB, (), folder)
-    index = ngram.load(folder)
-    state, rows_seconds = ngram.start_state(index), 0.0
+    ngram_index.build(stream, orders, VOCAB, (), folder)
+    index = ngram_index.load(folder)
+    ngrams, rows_seconds = NgramRows(index), 0.0
     for start in range(0, len(stream), 512):
         stop, began = min(start + 512, len(stream)), time.monotonic()
-        ngram.rows(state, index, start, stop)
-        ngram.advance(state, index, start, stop)
+        ngrams.rows(start, stop)
+        ngrams.advance(stop)
         rows_seconds += time.monotonic() - began
-    mixer, rows_BV = Mixer(config, VOCAB, index), torch.zeros(512, VOCAB)
+    mixer, rows_BV = BatchMixer(config, VOCAB, index), torch.zeros(512, VOCAB)
     with Watch() as watch:
         for start in range(1, len(stream), 512):
             stop = min(start + 512, len(stream))

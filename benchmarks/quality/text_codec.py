@@ -33,7 +33,7 @@ from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.data import dataset, tokenizer
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import evaluate_artifact
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def reported(model: Path, text: bytes, recipe: Recipe, counts: Path) -> float:
     found = artifact.read(model)
     processor, mixer = tokenizer.load(found.tokenizer), recipe.evaluate.mixer
     tokens = np.array(tokenizer.encode_exact(processor, text.decode()), dtype=np.uint16)
-    ngram.build_index(tokens, mixer.orders, processor.vocab_size(), mixer.match_lengths, counts)
+    ngram_index.build(tokens, mixer.orders, processor.vocab_size(), mixer.match_lengths, counts)
     result = evaluate_artifact(model, TokenStream([tokens]), counts, recipe.evaluate, torch.device("cpu"))
     return result.nats_per_token * result.scored_tokens / math.log(2)
 

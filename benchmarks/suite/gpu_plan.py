@@ -24,9 +24,9 @@ from hedgemix.data.bpb import ByteTables
 from hedgemix.data.device_text import Text
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers import published
-from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer, Scores
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer, Scores
 from hedgemix.model.transformer import Model, parameter_count
 
 VALID_TOKENS = 62_021_846
@@ -224,7 +224,7 @@ def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
     resident index, and what is in graphs apart."""
     size = config.segment_tokens
     tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * size).astype(np.uint16)
-    index = ngram.build_index(tokens, config.mixer.orders, vocab_size, config.mixer.match_lengths)
+    index = ngram_index.build(tokens, config.mixer.orders, vocab_size, config.mixer.match_lengths)
     rows = {name: torch.randn(size, vocab_size) for name in ("frozen", "adapted")}
     asked, replayed = count_mixing(config, index, rows)
     tables = ByteTables(*(np.ones(vocab_size, kind) for kind in (np.int16, bool, bool)))
@@ -250,11 +250,11 @@ def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
     return Launches(asked, replayed, counted(lambda: work.score(Piece(1, size), first)) - mixing)
 
 
-def count_mixing(config: EvaluateConfig, index: ngram.NgramIndex, rows: dict[str, Tensor]) -> tuple[int, int]:
+def count_mixing(config: EvaluateConfig, index: ngram_index.NgramIndex, rows: dict[str, Tensor]) -> tuple[int, int]:
     """Of a piece that is no text's first: operations that the host asks for, and those in graphs."""
     size, graphs = config.segment_tokens, Graphs()
     span = min(SPAN_TOKENS["cuda"], size)
-    mixer = Mixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
+    mixer = BatchMixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
     mixer._record = graphs.record
     mixer.score({name: of[1:] for name, of in rows.items()}, 1, size)
     mixer.score(rows, size, 2 * size)

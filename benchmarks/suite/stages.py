@@ -16,11 +16,11 @@ from benchmarks.plain.training import PlainRun
 from benchmarks.suite import operations
 from benchmarks.suite.setup import Agreement, Bench, Costs, Row
 from benchmarks.suite.timing import compare
-from hedgemix.codec.predictor import Mixture
 from hedgemix.config import EvaluateConfig, Recipe
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows
-from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.experts import ngram_index
+from hedgemix.mixers.batch_mixer import BatchMixer
+from hedgemix.mixers.online_mixer import OnlineMixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.train.trainer import Run
 
@@ -114,15 +114,15 @@ def mixing(bench: Bench) -> Iterator[Row]:
     all_targets = Piece(1, len(tokens_N))
     rows = torch.cat([found["model"] for _, found in chunk_rows({"model": model}, tokens_N, all_targets, config)])
     mixer, text = config.mixer, tokens_N.cpu().numpy().astype(np.uint16)
-    index = ngram.build_index(text, mixer.orders, vocab_size, mixer.match_lengths)
+    index = ngram_index.build(text, mixer.orders, vocab_size, mixer.match_lengths)
     nats_N = -rows.gather(1, tokens_N[1:, None])[:, 0]
 
     def mixed(stop: int) -> dict[str, Tensor]:
-        mixer_now = Mixer(mixer, vocab_size, index, bench.device)
+        mixer_now = BatchMixer(mixer, vocab_size, index, bench.device)
         return mixer_now.score({"neural": rows[: stop - 1]}, 1, stop).nll["neural"]
 
     def told(stop: int) -> Tensor:
-        one_by_one, nats = Mixture(config, vocab_size, int(text[0])), []
+        one_by_one, nats = OnlineMixer(mixer, vocab_size, int(text[0])), []
         cpu_rows = rows[: stop - 1].cpu()
         for at in range(1, stop):
             nats.append(-one_by_one.predict(cpu_rows[at - 1])[int(text[at])])

@@ -26,7 +26,7 @@ from benchmarks.suite import export, gpu_plan, machine, parallel, report, stages
 from benchmarks.suite.setup import Bench, Row, sizes
 from benchmarks.suite.timing import once
 from hedgemix import recipes
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -95,7 +95,7 @@ def plan_part(rows: list[Row], bench: Bench, quick: bool) -> str:
     mixer, count = recipe.evaluate.mixer, 5_000 if quick else 500_000
     tokens = np.random.default_rng(0).zipf(1.2, count).clip(max=recipe.data.vocab_size) - 1
     seconds, _ = once(
-        lambda: ngram.build_index(
+        lambda: ngram_index.build(
             tokens.astype(np.uint16), mixer.orders, recipe.data.vocab_size, mixer.match_lengths
         )
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The audit of a finished run: its claim derived again by running it, and what was found written beside it.
 
 Everything is computed from the artifact and the shards in processes of their own; the record is only compared with. The
-functions that do the work there are named in `Plan`, so that a test can name one that cheats and see it caught.
+functions that do the work there are named in `Work`, so that a test can name one that cheats and see it caught.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROWS_A_PIECE = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Says how much is looked at, and what does the work."""
+    """Says how much is looked at."""
 
     first_tokens: int = 0
     """Audit this many tokens from the start, rounded up to whole chunks (0: all)."""
@@ -58,6 +58,12 @@ class Plan:
     """Largest relative difference of bits between two machines or numbers of ranks."""
     seed: int = 0
     """Of everything that is drawn."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Names the functions that do the work in processes of their own, as "module:function"; see `sandbox.run`."""
+
     witness: str = "hedgemix.audit.replay:testify"
     rank: str = "hedgemix.audit.replay:score_rank"
     coder: str = "hedgemix.audit.replay:compress"
@@ -74,6 +80,7 @@ class Audit:
     source: Source
     spans: list[Piece]
     """The chunks audited."""
+    done_by: Work = Work()
     findings: list[Finding] = field(default_factory=list)
     parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """What the witness logged."""
@@ -90,7 +97,7 @@ class Audit:
         return [self.claim.artifact, *map(Path, self.claim.dataset.valid_shards)]
 
 
-def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None]) -> Audit:
+def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None], done_by: Work = Work()) -> Audit:
     """Begin an audit; raises RecipeError for a plan that cannot be carried out."""
     if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
         raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
@@ -112,7 +119,7 @@ def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None]) -> Au
         device="cuda" if on_gpu else "cpu",
         threads=torch.get_num_threads(),
     )
-    return Audit(claim, plan, on_finding, source, spans)
+    return Audit(claim, plan, on_finding, source, spans, done_by)
 
 
 def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Console) -> int:
@@ -136,17 +143,18 @@ def run(
     plan: Plan,
     on_finding: Callable[[Finding], None] = lambda finding: None,
     progress: Callable[[str], None] = lambda text: None,
+    done_by: Work = Work(),
 ) -> list[Finding]:
     """Make all checks of one claim, handed on one by one; writes audit.json, audit.md and, for the score, the table's
     columns."""
-    work = start(claim, plan, on_finding)
+    work = start(claim, plan, on_finding, done_by)
     work.progress = progress
     coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
     repeat(work, coded_stop)
     work.progress("scoring with two ranks")
     ranks_agree(work)
     work.progress("reading the training text")
-    work.find(timed(lambda: limits.limits(claim)))
+    work.find(timed(lambda: limits.check_limits(claim)))
     work.find(timed(lambda: limits.unseen(claim, plan.windows, plan.seed)))
     work.progress("compressing and decompressing")
     work.find(timed(lambda: really_coded(work, coded_stop)))
@@ -174,7 +182,7 @@ def repeat(work: Audit, coded_stop: int) -> None:
                 judge(work, name)
 
     try:
-        outcome = sandbox.run(plan.witness, arguments, work.readable(), hear)
+        outcome = sandbox.run(work.done_by.witness, arguments, work.readable(), hear)
         work.find(checks.self_contained(outcome.confined, "", len(work.readable()), outcome.start_seconds))
         return
     except WorkError as error:
@@ -184,7 +192,7 @@ def repeat(work: Audit, coded_stop: int) -> None:
         work.find(checks.self_contained(None, message, len(work.readable()), 0.0))
         work.parts.clear()
         try:
-            sandbox.run(plan.witness, arguments, None, hear)
+            sandbox.run(work.done_by.witness, arguments, None, hear)
             return
         except WorkError as error:
             message = str(error)
@@ -239,7 +247,9 @@ def ranks_agree(work: Audit) -> None:
     def check() -> Finding:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(RANKS) as pool:
             shared = {"source": asdict(source), "world": RANKS, "meeting": f"{folder}/meeting"}
-            running = [pool.submit(sandbox.run, work.plan.rank, shared | {"rank": rank}, None) for rank in range(RANKS)]
+            running = [
+                pool.submit(sandbox.run, work.done_by.rank, shared | {"rank": rank}, None) for rank in range(RANKS)
+            ]
             try:
                 outcomes = [each.result().value for each in running]
             except WorkError as error:
@@ -257,10 +267,10 @@ def really_coded(work: Audit, stop: int) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "coded"
         try:
-            written = sandbox.run(work.plan.coder, {"source": asdict(source)}, work.readable()).value
+            written = sandbox.run(work.done_by.coder, {"source": asdict(source)}, work.readable()).value
             file.write_bytes(base64.b64decode(written["data"]))
             given = {"artifact_path": source.artifact, "data_path": str(file), "threads": source.threads}
-            back = sandbox.run(work.plan.decoder, given, [work.claim.artifact, file]).value
+            back = sandbox.run(work.done_by.decoder, given, [work.claim.artifact, file]).value
         except WorkError as error:
             return checks.not_done("coded", str(error))
     sha256 = hashlib.sha256(source.read().astype("<u2").tobytes()).hexdigest()

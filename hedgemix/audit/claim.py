@@ -150,7 +150,7 @@ def columns(verdict: Mapping[str, Any]) -> dict[str, Any]:
     return {column: verdict[name] for column, name in AUDITED.items()}
 
 
-def kept(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def read_columns(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """Read the audit columns from the audit.json in the folder of an evaluation; empty when there is none, or when it
     is about another artifact or another result."""
     try:

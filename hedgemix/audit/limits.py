@@ -22,7 +22,7 @@ KNOWN_SHARE = 0.5
 READ_TOKENS = 1 << 22
 
 
-def limits(claim: Claim) -> Finding:
+def check_limits(claim: Claim) -> Finding:
     """Check bytes, from the artifact file and the code bundled anew, and the row's seconds, against the recipe's
     limits."""
     row, allowed = claim.row, claim.recipe.limits

@@ -1,8 +1,8 @@
 """An evaluation that tells what it does, for an audit to judge. Runs in processes of its own; see `sandbox`.
 
-The watched evaluation is the one that scores records, a subclass at its seams: what it charges, which rows it charges
-from, where the counts stood, which weights made the rows, what was learned when. Nothing it is told by the record
-enters; all of it is computed from the artifact and the tokens.
+The watched evaluation is the one that scores records. A witness hears what it charges, which rows it charges from,
+where the counts stood, which weights made the rows, what was learned when. Nothing of the record enters; all of it is
+computed from the artifact and the tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.data import tokenizer
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import Evaluation
+from hedgemix.evaluate.observer import Observer
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.mixers import published
 from hedgemix.model.transformer import Model
@@ -63,115 +64,116 @@ class Source:
 
 
 class Enough(Exception):
-    """Raised by a watched evaluation when it has scored the last piece that it was asked for."""
+    """Raised by a witness when the last piece that it was asked for is scored."""
 
 
-class Watched(Evaluation):
-    """An evaluation with a memory. Set `wanted` and `until` before the first chunk."""
+class Witness(Observer):
+    """Keeps what an evaluation does."""
 
-    claim = "final"
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        size = len(self.tokens_N)
-        self.wanted: Sequence[int] = ()
-        """Positions whose full rows are kept."""
-        self.until = size
-        """Stop after the piece that holds this position."""
-        self.nats_N = np.full(size, np.nan)
-        """What each position was charged under the claim."""
+    def __init__(self, claim: str, tokens: int, wanted: Sequence[int] = (), until: int | None = None) -> None:
+        """claim: the name of `nats` that is taken for the score. tokens: N, of the text. wanted: positions whose full
+        rows are kept. until: stop after the piece that holds this position."""
+        self.claim, self.wanted, self.until = claim, wanted, tokens if until is None else until
+        self.nats_N = np.full(tokens, np.nan)
+        """What each position was charged under the claim, in nats."""
         self.charged = 0
+        """Targets charged under the claim."""
         self.full: dict[int, Tensor] = {}
         """Log rows (V,) float64 of the wanted positions under the claim."""
         self.seen: list[dict[str, Any]] = []
+        """What the rows of the wanted positions are, and what was charged there."""
         self.events: list[dict[str, Any]] = []
         self.row_seconds = 0.0
-        self._added: list[Tensor] = []
-        if self.adapter:
-            learn, adapter = self.adapter.learn, self.adapter
-
-            def watched(tokens_N: Any, weights_N: Any, chunk: Piece) -> None:
-                before = fingerprint(adapter.scorer)
-                learn(tokens_N, weights_N, chunk)
-                self.tell("learn", chunk, before=before, after=fingerprint(adapter.scorer))
-
-            self.adapter.learn = watched  # type: ignore[method-assign]
+        self._looked: list[dict[str, Any]] = []
+        self._position = self._scorer = 0
 
     def tell(self, event: str, span: Piece, **more: Any) -> None:
+        """Keep an event."""
         self.events.append({"event": event, "start": span.start, "stop": span.stop, **more})
 
-    def weights_now(self) -> dict[str, int]:
-        """Fingerprints of the weights that make the next rows."""
-        shipped = fingerprint(self.model)
-        learned = self.adapter is not None and self.adapter.chunks_learned > 0
-        scorer = fingerprint(self.adapter.scorer) if self.adapter and learned else shipped
-        return {"frozen": shipped, "scorer": scorer}
+    def on_open(self, work: Evaluation, chunk: Piece) -> None:
+        self.tell("open", chunk, **weights_now(work))
 
-    def rows(self, chunk: Piece) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-        self.tell("open", chunk, **self.weights_now())
-        yield from super().rows(chunk)
-        self.tell("close", chunk, **self.weights_now())
+    def on_close(self, work: Evaluation, chunk: Piece) -> None:
+        self.tell("close", chunk, **weights_now(work))
 
-    def score(self, piece: Piece, rows: dict[str, Tensor]) -> None:
+    def on_learn(self, work: Evaluation, chunk: Piece) -> None:
+        assert work.adapter
+        self._scorer = fingerprint(work.adapter.scorer)
+
+    def on_learned(self, work: Evaluation, chunk: Piece) -> None:
+        assert work.adapter
+        self.tell("learn", chunk, before=self._scorer, after=fingerprint(work.adapter.scorer))
+
+    def on_rows(self, work: Evaluation, piece: Piece, rows: dict[str, Tensor]) -> None:
         asked = [t for t in self.wanted if piece.start <= t < piece.stop]
         began = time.monotonic()
-        found = self.look(piece, rows, asked) if asked else []
+        self._looked = self.look(work, piece, rows, asked) if asked else []
         self.row_seconds += time.monotonic() - began
-        before, self._added = self.mixer.position, []
-        super().score(piece, rows)
-        nats = torch.cat(self._added).double().cpu().numpy() if self._added else np.zeros(0)
+        self._position = work.mixer.position
+
+    def on_charge(self, work: Evaluation, piece: Piece, charges: dict[str, Tensor]) -> None:
+        nats = charges[self.claim].double().cpu().numpy()
         self.charged += len(nats)
         self.nats_N[piece.start : piece.stop] = nats[: piece.stop - piece.start]
-        self.tell("score", piece, before=before, after=self.mixer.position, charged=len(nats))
-        for t, told in zip(asked, found, strict=True):
-            self.seen.append({"position": t, **told, "charged_nats": float(self.nats_N[t])})
+        self.tell("score", piece, before=self._position, after=work.mixer.position, charged=len(nats))
+        for row in self._looked:
+            self.seen.append(row | {"charged_nats": float(self.nats_N[row["position"]])})
         if piece.stop > self.until:
             raise Enough
 
-    def add(self, name: str, nats_B: Tensor) -> None:
-        if name == self.claim:
-            self._added.append(nats_B)
-        super().add(name, nats_B)
-
-    def look(self, piece: Piece, rows: dict[str, Tensor], asked: Sequence[int]) -> list[dict[str, Any]]:
-        """What the rows of the asked positions are, right before the piece is scored."""
-        mixed_BV = self.mixer.rows(rows, piece.start, piece.stop)[self.best][self.mixer.kind]
-        told = []
+    def look(
+        self, work: Evaluation, piece: Piece, rows: dict[str, Tensor], asked: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Describe the rows of the asked positions, right before the piece is scored."""
+        mixed_BV = work.mixer.rows(rows, piece.start, piece.stop)[work.best][work.mixer.kind]
+        looked = []
         for t in asked:
-            rule_V = self.published_row(piece, rows[self.best], t)
+            rule_V = published_row(work, piece, rows[work.best], t)
             row_V = mixed_BV[t - piece.start].double() if self.claim == "final" else rule_V
             self.full[t] = row_V.clone()
-            told.append(
+            looked.append(
                 {
+                    "position": t,
                     "log_sum": float(row_V.logsumexp(0)),
                     "sound": bool((row_V < math.inf).all()),  # NaN is not
-                    "row_nats": -float(row_V[self.tokens_N[t : t + 1]]),
+                    "row_nats": -float(row_V[work.tokens_N[t : t + 1]]),
                     "published_log_sum": float(rule_V.logsumexp(0)),
                 }
             )
-        return told
+        return looked
 
-    def published_row(self, piece: Piece, rows_BV: Tensor, t: int) -> Tensor:
-        """Log of what the published rule gives each token at t, (V,) float64: it is asked for every one."""
-        state, done = copy.copy(self.published), t - piece.start  # its scoring replaces fields and changes none
-        history_B2, targets_B = self.history(piece), self.tokens_N[piece.start : piece.stop]
-        if done:
-            published.score(state, rows_BV[:done], history_B2[:done], targets_B[:done])
-        every_V = torch.arange(rows_BV.shape[1], device=rows_BV.device)
-        row, history = rows_BV[done].expand(len(every_V), -1), history_B2[done].expand(len(every_V), -1)
-        nats_V, _ = published.mix(state, *published.losses(state, row, history, every_V))
-        return -nats_V.double()
 
-    def play(self, log: Log = silent) -> list[dict[str, Any]]:
-        """Run all chunks, or as far as `until`; returns their lines of the trace."""
-        lines = []
-        for number, chunk in enumerate(self.chunks):
-            try:
-                lines.append(self.run_chunk(number, chunk))
-            except Enough:
-                break
-            log({"fraction": chunk.stop / len(self.tokens_N)})
-        return lines
+def published_row(work: Evaluation, piece: Piece, rows_BV: Tensor, t: int) -> Tensor:
+    """Log of what the published rule gives each token at t, (V,) float64: it is asked for every one."""
+    state, done = copy.copy(work.published), t - piece.start  # its scoring replaces fields and changes none
+    history_B2, targets_B = work.history(piece), work.tokens_N[piece.start : piece.stop]
+    if done:
+        published.score(state, rows_BV[:done], history_B2[:done], targets_B[:done])
+    every_V = torch.arange(rows_BV.shape[1], device=rows_BV.device)
+    row, history = rows_BV[done].expand(len(every_V), -1), history_B2[done].expand(len(every_V), -1)
+    nats_V, _ = published.mix(state, *published.losses(state, row, history, every_V))
+    return -nats_V.double()
+
+
+def play(work: Evaluation, log: Log = silent) -> list[dict[str, Any]]:
+    """Run all chunks, or as far as the witness asks; returns their lines of the trace."""
+    lines = []
+    for number, chunk in enumerate(work.chunks):
+        try:
+            lines.append(work.run_chunk(number, chunk))
+        except Enough:
+            break
+        log({"fraction": chunk.stop / len(work.tokens_N)})
+    return lines
+
+
+def weights_now(work: Evaluation) -> dict[str, int]:
+    """Fingerprints of the weights that make the next rows."""
+    shipped = fingerprint(work.model)
+    learned = work.adapter is not None and work.adapter.chunks_learned > 0
+    scorer = fingerprint(work.adapter.scorer) if work.adapter and learned else shipped
+    return {"frozen": shipped, "scorer": scorer}
 
 
 def fingerprint(model: Model) -> int:
@@ -182,17 +184,14 @@ def fingerprint(model: Model) -> int:
     return total % 2**63
 
 
-def begin(source: Source, tokens_N: np.ndarray | None = None) -> Watched:
-    """The watched evaluation of the source's text, or of another, its n-grams indexed here and now."""
+def begin(source: Source, tokens_N: np.ndarray, observer: Observer | None = None) -> Evaluation:
+    """The source's evaluation of its own text or of another, uint16 (N,), whose n-grams are indexed here and now."""
     torch.set_num_threads(source.threads)
     if source.device == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)  # copies are compared to the bit
-    found, config = artifact.read(source.artifact), source.settings()
-    tokens_N = source.read() if tokens_N is None else tokens_N
     device = torch.device(source.device)
-    work = Watched.begin(found, tokens_N, config, device, schedule_tokens=source.schedule_tokens)
-    work.claim = source.claim
-    return work
+    given = artifact.read(source.artifact), tokens_N, source.settings(), device
+    return Evaluation.begin(*given, schedule_tokens=source.schedule_tokens, observer=observer)
 
 
 def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks: list[int], log: Log) -> None:
@@ -203,33 +202,34 @@ def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks
     """
     read = Source(**source)
     began = time.monotonic()
-    work, tokens_N = begin(read), read.read()
-    work.wanted = sorted({*positions, *cuts})
-    lines = work.play(log)
+    tokens_N = read.read()
+    witness = Witness(read.claim, len(tokens_N), sorted({*positions, *cuts}))
+    work = begin(read, tokens_N, witness)
+    lines = play(work, log)
     found = artifact.read(read.artifact)
     processor = tokenizer.load(found.tokenizer)
     text_bytes = len(tokenizer.decode(processor, tokens_N)) - len(tokenizer.decode(processor, tokens_N[:1]))
     replay = {
         "lines": [{name: line[name] for name in ("chunk", "tokens", "bytes", "bits")} for line in lines],
-        "events": work.events,
-        "rows": [row for row in work.seen if row["position"] in {*positions}],
+        "events": witness.events,
+        "rows": [row for row in witness.seen if row["position"] in {*positions}],
         "tokens": work.tokens,
         "bytes": work.bytes,
         "text_bytes": text_bytes,
-        "charged": work.charged,
+        "charged": witness.charged,
         "nats": work.nats[read.claim],
-        "nats_of_spans": float(np.nansum(work.nats_N)),
-        "marks": {str(mark): float(work.nats_N[1:mark].sum()) for mark in marks},
+        "nats_of_spans": float(np.nansum(witness.nats_N)),
+        "marks": {str(mark): float(witness.nats_N[1:mark].sum()) for mark in marks},
         "published_mass": work.result().published_mass,
         "result": asdict(work.result()),
         "tokens_sha256": hashlib.sha256(tokens_N[1:].astype("<u2").tobytes()).hexdigest(),
         "artifact_sha256": found.sha256,
         "torch": torch.__version__,
-        "row_seconds": work.row_seconds,
+        "row_seconds": witness.row_seconds,
         "seconds": time.monotonic() - began,
     }
     log({"replay": replay})
-    nats_N, full = work.nats_N, work.full
+    nats_N, full = witness.nats_N, witness.full
     del work
     for changed in ("target", "future"):
         for cut in cuts:
@@ -241,16 +241,16 @@ def compare(
 ) -> dict[str, Any]:
     """Evaluate a copy of the text in which only the token at `cut` is another one, or all tokens after it are."""
     began = time.monotonic()
-    work = begin(source, altered(tokens_N, changed, cut, row_V.shape[0]))
-    work.wanted, work.until = [cut], cut
-    work.play(log)
+    witness = Witness(source.claim, len(tokens_N), [cut], until=cut)
+    work = begin(source, altered(tokens_N, changed, cut, row_V.shape[0]), witness)
+    play(work, log)
     stop = cut + (changed == "future")
-    mine, expected = work.nats_N[1:stop], nats_N[1:stop]
+    mine, expected = witness.nats_N[1:stop], nats_N[1:stop]
     other = np.flatnonzero((mine != expected) & ~(np.isnan(mine) & np.isnan(expected)))
     return {
         "position": cut,
-        "row_equal": torch.equal(work.full[cut], row_V),
-        "row_difference": float((work.full[cut] - row_V).abs().nan_to_num(math.inf).max()),
+        "row_equal": torch.equal(witness.full[cut], row_V),
+        "row_difference": float((witness.full[cut] - row_V).abs().nan_to_num(math.inf).max()),
         "nats_compared": len(mine),
         "nats_different": len(other),
         "first_different": int(other[0]) + 1 if len(other) else None,
@@ -276,9 +276,9 @@ def score_rank(source: dict[str, Any], rank: int, world: int, meeting: str, log:
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(minutes=10)
     )
-    work = begin(read)
-    lines = work.play(log)
-    return {"bits": [line["bits"] for line in lines], "weights": work.weights_now()["scorer"]}
+    work = begin(read, read.read())
+    lines = play(work, log)
+    return {"bits": [line["bits"] for line in lines], "weights": weights_now(work)["scorer"]}
 
 
 def compress(source: dict[str, Any], log: Log) -> dict[str, Any]:

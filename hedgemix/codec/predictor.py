@@ -7,12 +7,11 @@ text and works in blocks.
 
 Two predictors agree bitwise on one machine with one thread; see `text_codec` for the conditions.
 
-Shapes as in `hedge`: one position (B = 1), one row set (R = 1), K experts, V vocabulary, M logistic mixers.
+Shapes: N tokens of the text, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,10 +24,8 @@ from hedgemix.config import EvaluateConfig
 from hedgemix.data import bpb, tokenizer
 from hedgemix.evaluate import scoring_order
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import match, registry
-from hedgemix.experts.ngram_online import Counts
-from hedgemix.mixers import hedge
-from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
+from hedgemix.experts import registry
+from hedgemix.mixers.online_mixer import OnlineMixer
 from hedgemix.model.attention import Cache
 from hedgemix.model.transformer import Model
 from hedgemix.validate import check_evaluate, check_mixer, check_ttt
@@ -57,13 +54,13 @@ class Predictor:
         self.model = self.adapter.scorer if self.adapter else model
         self.contexts = self._contexts()
         self.targets, self.piece_stop, self.cache = scoring_order.Piece(1, 1), 1, model.start_cache(0)
-        self.mixture = Mixture(config, model.vocab_size, first_token)
+        self.mixer = OnlineMixer(config.mixer, model.vocab_size, first_token)
         self.row: np.ndarray | None = None
 
     def predict(self) -> np.ndarray:
         """Give the probabilities (V,), float64, of the next token; asked again, the same."""
         if self.row is None:
-            self.row = self.mixture.predict(self._neural_row()).double().softmax(0).numpy()
+            self.row = self.mixer.predict(self._neural_row()).double().softmax(0).numpy()
         return self.row
 
     def update(self, token: int) -> None:
@@ -78,7 +75,7 @@ class Predictor:
         self.tokens_N[self.position] = token
         self.position += 1
         block = self.config.mixer.block_tokens
-        self.mixture.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
+        self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
 
     def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, int]]:
         """Every piece's contexts with the piece's end; between chunks the model learns."""
@@ -90,7 +87,7 @@ class Predictor:
                 self.adapter.learn(self.tokens_N, self.weights_N, chunk)
 
     def _neural_row(self) -> Tensor:
-        """Log-probabilities (V,) of the next token, float32."""
+        """Compute log probabilities (V,), float32, of the next token."""
         begin = self.position - 1
         if self.position == self.targets.stop:
             begin, self.targets, self.piece_stop = next(self.contexts)
@@ -108,56 +105,3 @@ def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig)
             model.features(tokens[None, :-1], band=band, cache=cache)
         features = model.features(tokens[None, -1:], band=band, cache=cache)
         return torch.log_softmax(model.logits(features)[0, -1], dim=-1)
-
-
-class Mixture:
-    """Does what `batch_mixer.Mixer` does for a whole text, for the one mixture that is the score."""
-
-    def __init__(self, config: EvaluateConfig, vocab_size: int, first_token: int) -> None:
-        self.config = config.mixer
-        self.counts = Counts(self.config.orders, vocab_size)
-        self.follower = match.Follower(self.config.match_lengths, vocab_size)
-        self.further = registry.start(self.config.experts, vocab_size)
-        self.counts.add(first_token)
-        self.follower.update(first_token)
-        registry.tell(self.further, [first_token])
-        self.blend = Blend(self.config, 1, vocab_size, "cpu")
-        size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
-        over = size.get(self.config.kind, 1)
-        self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
-        self.block: list[tuple[Mixed, int]] = []
-
-    def predict(self, neural_V: Tensor) -> Tensor:
-        """Mix the log row (V,), float32, of the next token."""
-        self.said = self.blend.mix(self._position(neural_V))
-        self.team_BRKV = self._team(self.said)
-        return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]
-
-    def update(self, token: int, ends_block: bool) -> None:
-        """Learn the token that `predict` was about."""
-        log_p_RK = self.team_BRKV[0, :, :, token].double()
-        self.log_weights_RK = hedge.share_step(log_p_RK, self.log_weights_RK, self.config.hedge_share)
-        self.block.append((self.said, token))
-        if ends_block:
-            self.blend.learn(join([said for said, _ in self.block]), torch.tensor([token for _, token in self.block]))
-            self.block = []
-        self.counts.add(token)
-        self.follower.update(token)
-        registry.tell(self.further, [token])
-
-    def _position(self, neural_V: Tensor) -> Positions:
-        rows, longest = [row[None] for row in self.counts.rows()], self.counts.longest_class()
-        if self.config.match_lengths:
-            predicted, matched, confidence = self.follower.predict()
-            rows.append(match.rows(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
-            longest = len(self.counts.followers) + matched if matched else longest
-        rows += [registry.row(name, expert)[None] for name, expert in self.further.items()]
-        return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
-
-    def _team(self, said: Mixed) -> Tensor:
-        """The log rows that the score's mixture is over, (1, 1, K, V): of experts, or of mixers."""
-        neural = self.blend.neural(said)
-        if self.config.kind == "ensemble":
-            return torch.cat([neural, said.log_BRMV], 2)
-        team = {"none": neural, "linear": said.log_BRJV[:, :, :1], "logistic": said.log_BRMV[:, :, :1]}
-        return self.blend.expert_rows(said) if self.config.kind == "hedge" else team[self.config.kind]

@@ -22,7 +22,7 @@ class Batches:
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> np.ndarray:
-        """Sequence numbers of one step over all ranks, shape (sequences_per_step,)."""
+        """Draw the sequence numbers of one step over all ranks, int64 (sequences_per_step,)."""
         places = np.arange(step * self.per_step, (step + 1) * self.per_step)
         epochs, offsets = places // self.total, places % self.total
         found = np.empty_like(places)
@@ -34,13 +34,13 @@ class Batches:
         return found
 
     def read(self, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 (len(indices), sequence_tokens), of the given sequences."""
+        """Read the given sequences: inputs and targets, int64 (len(indices), sequence_tokens), on the device."""
         tokens = self.rows(indices, device).to(device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
 
     def rows(self, indices: np.ndarray, device: torch.device) -> Tensor:
-        """Inputs and the last target, int64 (len(indices), sequence_tokens + 1), in memory that `device` copies from
-        without waiting."""
+        """Read inputs and the last target, int64 (len(indices), sequence_tokens + 1), into memory that `device` copies
+        from without waiting."""
         T = self.sequence_tokens
         rows = np.empty((len(indices), T + 1), np.int64)
         for row, i in zip(rows, indices, strict=True):
@@ -49,13 +49,13 @@ class Batches:
         return tokens.pin_memory() if device.type == "cuda" else tokens
 
     def microbatches(self, step: int, rank: int, world: int, largest: int) -> list[np.ndarray]:
-        """This rank's sequences of the step in pieces of at most `largest`."""
+        """Split this rank's sequences of the step into pieces of at most `largest`."""
         mine = np.array_split(self.indices(step), world)[rank]
         return [mine[start : start + largest] for start in range(0, len(mine), largest)]
 
 
 class Ahead:
-    """One rank's microbatches of a step, those of the next step read by a thread while this one is computed.
+    """Gives one rank's microbatches of a step, those of the next step read by a thread while this one is computed.
 
     An error in the thread is raised by the call that wanted its tokens. `close` ends the thread.
     """
@@ -78,8 +78,10 @@ class Ahead:
         return [(tokens[:, :-1], tokens[:, 1:]) for tokens in moved]
 
     def read(self, step: int) -> list[Tensor]:
+        """Read the step's microbatches as `Batches.rows` does."""
         pieces = self.batches.microbatches(step, self.rank, self.world, self.largest)
         return [self.batches.rows(indices, self.device) for indices in pieces]
 
     def close(self) -> None:
+        """End the thread once it has read what it is reading."""
         self.pool.shutdown(cancel_futures=True)

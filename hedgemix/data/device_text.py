@@ -19,7 +19,7 @@ from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens: integers (N,), or a stream of them."""
+    """Holds tokens: integers (N,), or a stream of them."""
 
     tokens_N: np.ndarray | TokenStream
     device: torch.device
@@ -45,6 +45,7 @@ class Text:
         return copy_N
 
     def read(self, span: slice) -> np.ndarray:
+        """Read tokens on the host, in the type they are stored in (uint16 from a stream)."""
         start, stop, _ = span.indices(len(self))
         if isinstance(self.tokens_N, TokenStream):
             return self.tokens_N.read(start, max(stop - start, 0))
@@ -53,7 +54,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of every token of a text but the first, which is given and counts none; see `bpb.token_bytes`."""
+    """Gives the bytes of every token of a text but the first, which is given and counts none; see `bpb.token_bytes`."""
 
     text: Text
     tables: bpb.ByteTables
@@ -62,7 +63,7 @@ class Sizes:
         return len(self.text)
 
     def read(self, span: slice) -> np.ndarray:
-        """int16."""
+        """Count the bytes of these tokens on the host, int16."""
         start, stop, _ = span.indices(len(self))
         first = min(max(start, 1), stop)
         tokens = self.text.read(slice(max(first - 1, 0), stop))
@@ -76,7 +77,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Ones:
-    """A weight of one for every token."""
+    """Gives every token a weight of one."""
 
     text: Text
 
@@ -86,6 +87,6 @@ class Ones:
 
 
 def same(one: np.ndarray, other: TokenStream, piece_tokens: int = 1 << 20) -> bool:
-    """Whether two texts are equal, looked at in pieces."""
+    """Say whether two texts are equal, looked at in pieces."""
     spans = ((at, min(piece_tokens, len(one) - at)) for at in range(0, len(one), piece_tokens))
     return len(one) == len(other) and all(np.array_equal(one[at : at + n], other.read(at, n)) for at, n in spans)

@@ -27,12 +27,13 @@ from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.breakdown import Tally
+from hedgemix.evaluate.observer import Observer
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks
 from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers import published
-from hedgemix.mixers.batch_mixer import SPAN_TOKENS, Mixer
+from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, silent
@@ -108,7 +109,7 @@ def evaluate_artifact(
 ) -> EvaluateResult:
     """Score `stream` (all tokens but the first) with the artifact at `path`; every rank calls this.
 
-    counts: folder of the stream's n-gram index (`ngram.build_index`). trace: file for one JSON line a chunk, by rank 0,
+    counts: folder of the stream's n-gram index (`ngram_index.build`). trace: file for one JSON line a chunk, by rank 0,
     with the files of `breakdown` beside it at the end.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
     start: a `resume.Restart` goes on where an earlier one was stopped.
@@ -118,7 +119,7 @@ def evaluate_artifact(
     start = start or Start()
     found = artifact.read(path)
     state = start.take_up(found, stream, config, trace, device)
-    index = ngram.load(counts)
+    index = ngram_index.load(counts)
     if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
     work = Evaluation.begin(found, stream, config, device, index=index, start=start)
@@ -145,21 +146,23 @@ def evaluate_artifact(
 
 
 class Evaluation:
-    """The running state of one evaluation. Its methods are the seams an audit watches it at."""
+    """The running state of one evaluation."""
 
     def __init__(
         self,
         model: Model,
         tokens_N: Text,
         tables: bpb.ByteTables,
-        index: ngram.NgramIndex,
+        index: ngram_index.NgramIndex,
         config: EvaluateConfig,
         schedule_tokens: int = 0,
         start: Start | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """schedule_tokens: length of the whole text when tokens_N is only its beginning."""
+        """schedule_tokens: length of the whole text when tokens_N is only its beginning. observer: hears what is
+        done."""
         self.model, self.tokens_N, self.bytes_N, self.config = model, tokens_N, Sizes(tokens_N, tables), config
-        self.start = start or Start()
+        self.start, self.observer = start or Start(), observer or Observer()
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
         device = tokens_N.device
         scheduled = len(chunks(schedule_tokens or len(tokens_N), config.chunk_tokens))
@@ -168,7 +171,7 @@ class Evaluation:
         self.best = names[-1]
         # On a GPU pieces of whole spans: what they take is known, and they are replayed.
         span = 0 if device.type == "cpu" else min(SPAN_TOKENS["cuda"], config.segment_tokens)
-        self.mixer = Mixer(config.mixer, model.vocab_size, index, device, names=names, span_tokens=span)
+        self.mixer = BatchMixer(config.mixer, model.vocab_size, index, device, names=names, span_tokens=span)
         self.published = published.start(model.vocab_size, device, ranks=config.published_ranks)
         self.weights_N = self.bytes_N if config.ttt.byte_weighted else Ones(tokens_N)
         self.nats: dict[str, float] = dict.fromkeys(
@@ -193,9 +196,10 @@ class Evaluation:
         config: EvaluateConfig,
         device: torch.device,
         *,
-        index: ngram.NgramIndex | None = None,
+        index: ngram_index.NgramIndex | None = None,
         schedule_tokens: int = 0,
         start: Start | None = None,
+        observer: Observer | None = None,
     ) -> Self:
         """The evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
 
@@ -205,9 +209,9 @@ class Evaluation:
         model = load_model(found).to(device)
         if index is None:
             mixer = config.mixer
-            index = ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
+            index = ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
         tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
-        return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start)
+        return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start, observer)
 
     def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:
         """Score the chunk, then learn from it; returns its line of the trace."""
@@ -225,7 +229,9 @@ class Evaluation:
         self.tokens += chunk.stop - chunk.start
         self.bytes += chunk_bytes
         if self.adapter and number + 1 < len(self.chunks):
+            self.observer.on_learn(self, chunk)
             self.timed("ttt", partial(self.adapter.learn, self.tokens_N, self.weights_N, chunk))
+            self.observer.on_learned(self, chunk)
         self.phases.settle()
         self.finished = number + 1
         return {
@@ -239,6 +245,7 @@ class Evaluation:
 
     def rows(self, chunk: Piece) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
         """The chunk's pieces in order, each with the log rows (B, V) of every model."""
+        self.observer.on_open(self, chunk)
         models = {"frozen": self.model}
         if self.adapter and self.adapter.chunks_learned:
             models["adapted"] = self.adapter.scorer
@@ -246,9 +253,11 @@ class Evaluation:
             if self.adapter and "adapted" not in rows:
                 rows["adapted"] = rows["frozen"]  # nothing was learned yet
             yield piece, rows
+        self.observer.on_close(self, chunk)
 
     def score(self, piece: Piece, rows: dict[str, Tensor]) -> None:
         """Add the piece's bits, once, under every model and mixture; mixing weights and counts learn from it."""
+        self.observer.on_rows(self, piece, rows)
         scores = self.mixer.score(rows, piece.start, piece.stop)
         self.weights = scores.weights
         frozen, best = scores.nll["frozen"], scores.nll[self.best]
@@ -268,6 +277,7 @@ class Evaluation:
         span = slice(piece.start, piece.stop)
         self.charges.append((span, torch.stack([charges[name] for name in self.tally.names])))
         self.owed.append(("mass", mass.sum()))
+        self.observer.on_charge(self, piece, charges)
 
     def count(self, chunk: Piece) -> None:
         """Count a chunk that was scored, for the published rule."""

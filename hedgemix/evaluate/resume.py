@@ -25,8 +25,8 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.trace_file import Lines
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
-from hedgemix.runtime.clock import Clock, Due, never
+from hedgemix.runtime.checkpoint import Checkpoints, OnFileWritten, no_copy
+from hedgemix.runtime.clock import Clock, Due, no_notice
 from hedgemix.runtime.files import DamagedFileError
 from hedgemix.runtime.layout import CLOCK
 
@@ -39,8 +39,8 @@ class Restart(Start):
         folder: Path,
         checkpoint_seconds: float = 60.0,
         *,
-        notice: Callable[[], bool] = never,
-        kept: Kept = nothing,
+        notice: Callable[[], bool] = no_notice,
+        kept: OnFileWritten = no_copy,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """checkpoint_seconds: the most that a kill costs, but for the chunk it falls into. notice: whether the machine

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hedgemix.config import EvaluateConfig
 from hedgemix.data.device_text import Text
+from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 
@@ -76,7 +77,7 @@ def piece_rows(model: Model, tokens_N: Tensor | Text, piece: Piece, config: Eval
     """
     device = tokens_N.device
     count, window = piece.stop - piece.start, config.window_tokens
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with autocast(config.dtype, device):
         if config.order == "streaming":
             begin = max(0, piece.start - 1 - config.overlap_tokens)
             features = model.features(tokens_N[begin : piece.stop - 1][None], band=window, last=count)[0]

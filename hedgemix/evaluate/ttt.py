@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hedgemix.config import TTTConfig
 from hedgemix.data.device_text import Ones, Sizes, Text
 from hedgemix.evaluate.scoring_order import Piece
+from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 from hedgemix.runtime.flat_gradient import FlatGradient
@@ -83,7 +84,7 @@ class Adapter:
         for inputs, targets, weights in zip(*(part.split(MICROBATCH_SEQUENCES) for part in mine), strict=True):
             if not len(inputs):
                 continue  # a rank without sequences still joins the sum below
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            with autocast(self.dtype, inputs.device):
                 logits = self.model.logits(self.model.features(inputs))
                 losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             (losses @ weights.flatten() / total).backward()

@@ -1,6 +1,6 @@
 """The n-gram and match rows of `ngram` and `match` where the index lies on the device, for a GPU.
 
-A span makes its rows, bitwise those of `ngram.rows`, without a word from the host: every column is a slice of memory
+A span makes its rows, bitwise those of `NgramRows`, without a word from the host: every column is a slice of memory
 that is there, all orders go through the same few array operations, and how many pairs and repeats a span has is known
 from the start. So the host never waits for the device, and the device never for the host. 96 bytes a token of the text
 with five orders above 1, and 8 a pair.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hedgemix.data.shards import PIECE_TOKENS
 from hedgemix.experts import match
-from hedgemix.experts.ngram import NgramIndex, longest_class
+from hedgemix.experts.ngram_index import NgramIndex, longest_class
 
 
 class Resident:
@@ -37,7 +37,7 @@ class Resident:
             out.copy_(torch.from_numpy(np.array(values, np.float32 if out.is_floating_point() else np.int32)))
 
         self.text_3N, self.share_N = column(total, 3), column(total, dtype=torch.float32)
-        """int32: each position's token, its class (`ngram.longest_class`) and the match's token; the match's share."""
+        """int32: each position's token, its class (`longest_class`) and the match's token; the match's share."""
         self.columns_4ON = column(total, 4, len(tables))
         """int32: `first_N`, `pair_N`, `distinct_N`, and count plus distinct, of each order."""
         for start in range(0, total, PIECE_TOKENS):
@@ -95,11 +95,11 @@ class Resident:
         return self._sizes[key]
 
     def text(self, start: int, stop: int) -> Tensor:
-        """int32 (3, B), a view: tokens, their classes (`ngram.longest_class`) and what the match predicts."""
+        """int32 (3, B), a view: tokens, their classes (`longest_class`) and what the match predicts."""
         return self.text_3N[:, start:stop]
 
     def fill(self, p_BKV: Tensor, text_3B: Tensor, start: int, stop: int, matches: bool) -> None:
-        """Write `ngram.rows` of the positions, and behind them `match.rows_at`, into the first of p_BKV (float32,
+        """Write `NgramRows.rows` of the positions, and behind them `match.rows`, into the first of p_BKV (float32,
         contiguous). text_3B: `text` as int64. Leaves the counts as they are.
 
         Raises ValueError unless they stand at start.
@@ -157,13 +157,14 @@ class Resident:
             flat.scatter_add_(0, place, share)
         return top_BV
 
-    def move(self, stop: int) -> None:
-        """Count the tokens up to stop, after they were scored; or take those from stop on back out of the counts."""
-        left, right, by = min(self.position, stop), max(self.position, stop), 1 if stop > self.position else -1
-        token_B = self.text_3N[0, left:right]
-        self.count_V.index_add_(0, token_B, torch.full_like(token_B, by))
-        pair_F = (self.columns_4ON[1, :, left:right] + self.base_O1).flatten()
-        self.count_P.index_add_(0, pair_F, torch.full_like(pair_F, by, dtype=torch.int32))
+    def advance(self, stop: int) -> None:
+        """Count the tokens up to stop, after they were scored. Raises ValueError for a stop that lies behind."""
+        if stop < self.position:
+            raise ValueError(f"tokens {self.position}..{stop} asked of counts that stand at {self.position}")
+        token_B = self.text_3N[0, self.position : stop]
+        self.count_V.index_add_(0, token_B, torch.ones_like(token_B))
+        pair_F = (self.columns_4ON[1, :, self.position : stop] + self.base_O1).flatten()
+        self.count_P.index_add_(0, pair_F, torch.ones_like(pair_F, dtype=torch.int32))
         self.position = stop
 
 

@@ -6,14 +6,13 @@ exact, without hashing: m-grams are told apart by labels of the two shorter ones
 Karp, Miller and Rosenberg 1972), with no loop over tokens; see `sorted_ngrams`. Whether two grams are equal depends on
 their m tokens alone (tests change the future, bitwise).
 
-`Follower` is the same expert for a decoder, one token after another.
+`match_online` is the same expert for a decoder, one token after another.
 
 Shapes: N tokens of the text, B positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 from hedgemix.experts import sorted_ngrams
-from hedgemix.validate import check_match_lengths
 
 PRIOR_HITS, PRIOR_TRIES = 0.5, 1.0
 _COLUMNS = ("predicted_N", "class_N", "tries_N", "hits_N")
@@ -45,24 +43,12 @@ class MatchIndex:
 
 
 def confidence(hits: Any, tries: Any) -> Any:
-    """Probability given to the predicted token, below 1, for integers or arrays of them."""
+    """Compute the probability given to the predicted token, below 1, for integers or arrays of them."""
     return (hits + PRIOR_HITS) / (tries + PRIOR_TRIES)
 
 
-def build(tokens_N: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> MatchIndex:
-    """Matches at every position of a text, in memory; `ngram.build_index` finds them beside its pairs."""
-    check_match_lengths(lengths)
-    found = sorted_ngrams.Grams(tokens_N, vocab_size, sorted_ngrams.Arrays(None))
-    index = start(len(tokens_N), lengths, found.arrays)
-    for m in lengths:
-        found.grow_to(m)
-        follow(index, found)
-    rate(index, found)
-    return index
-
-
 def start(total: int, lengths: tuple[int, ...], arrays: sorted_ngrams.Arrays) -> MatchIndex:
-    """An index in which nothing matches yet."""
+    """Begin an index in which nothing matches yet; `ngram_index.build` fills it in beside its pairs."""
     columns = [arrays.result(f"match_{name}", total) for name in _COLUMNS]
     for column, fill in zip(columns, (-1, 0, 0, 0), strict=True):
         column[:] = fill
@@ -95,8 +81,16 @@ def rate(index: MatchIndex, found: sorted_ngrams.Grams) -> None:
             hits[number] += hit_B[here].sum()
 
 
-def rows(top_BV: Tensor, predicted_B: Tensor, confidence_B: Tensor) -> Tensor:
-    """Probability rows (B, V) of the expert: (1 - c) times the top n-gram expert's row, and c on the predicted token.
+def rows(index: MatchIndex, top_BV: Tensor, start: int, stop: int) -> Tensor:
+    """Make probability rows (B, V), of the type of the top n-gram expert's rows, of positions start..stop-1."""
+    here = slice(start, stop)
+    share = confidence(np.asarray(index.hits_N[here]), np.asarray(index.tries_N[here])).astype(np.float32)
+    predicted_B = torch.from_numpy(index.predicted_N[here].astype(np.int64))
+    return lean(top_BV, predicted_B, torch.from_numpy(share))
+
+
+def lean(top_BV: Tensor, predicted_B: Tensor, confidence_B: Tensor) -> Tensor:
+    """Make rows (B, V) of (1 - c) times the top n-gram expert's row, and c on the predicted token.
 
     `predicted_B` int64, `confidence_B` of the rows' type; where nothing is predicted (-1) the row stays what it is.
     """
@@ -104,52 +98,7 @@ def rows(top_BV: Tensor, predicted_B: Tensor, confidence_B: Tensor) -> Tensor:
     return (top_BV * (1 - share_B1)).scatter_add_(1, predicted_B.clamp_min(0)[:, None], share_B1)
 
 
-def rows_at(index: MatchIndex, top_BV: Tensor, start: int, stop: int) -> Tensor:
-    """`rows` of the positions start..stop-1 of the text."""
-    here = slice(start, stop)
-    share = confidence(np.asarray(index.hits_N[here]), np.asarray(index.tries_N[here])).astype(np.float32)
-    predicted_B = torch.from_numpy(index.predicted_N[here].astype(np.int64))
-    return rows(top_BV, predicted_B, torch.from_numpy(share))
-
-
 def load(folder: Path, lengths: tuple[int, ...]) -> MatchIndex:
     """Map the arrays that `start` made in a folder, read only."""
     columns = (np.load(folder / f"match_{name}.npy", mmap_mode="r", allow_pickle=False) for name in _COLUMNS)
     return MatchIndex(lengths, *columns)
-
-
-class Follower:
-    """The expert one token after another; memory grows with every token and length."""
-
-    def __init__(self, lengths: tuple[int, ...], vocab_size: int) -> None:
-        check_match_lengths(lengths)
-        self.lengths, self.vocab_size = lengths, vocab_size
-        self.tries, self.hits = [0] * len(lengths), [0] * len(lengths)
-        self._history = array("i")
-        self._next: list[dict[bytes, int]] = [{} for _ in lengths]
-        self._predicted, self._class = -1, 0
-
-    def predict(self) -> tuple[int, int, float]:
-        """The predicted token (-1: none), its length class (0: none) and its confidence, a float32 value (none: 0)."""
-        if not self._class:
-            return -1, 0, 0.0
-        at = self._class - 1
-        return self._predicted, self._class, float(np.float32(confidence(self.hits[at], self.tries[at])))
-
-    def update(self, token: int) -> None:
-        """Take the token that occurred; ValueError outside the vocabulary."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token {token} outside 0..{self.vocab_size - 1}")
-        if self._class:
-            self.tries[self._class - 1] += 1
-            self.hits[self._class - 1] += token == self._predicted
-        self._history.append(token)
-        self._predicted, self._class = -1, 0
-        for at, m in enumerate(self.lengths):
-            if m > len(self._history):
-                break
-            key = self._history[-m:].tobytes()
-            source = self._next[at].get(key)
-            if source is not None:
-                self._predicted, self._class = self._history[source], at + 1
-            self._next[at][key] = len(self._history)

@@ -1,7 +1,7 @@
 """The n-gram experts of `ngram`, one token at a time: what a decoder, which knows only earlier tokens, can keep.
 
-`ngram` numbers the pairs of a whole text in advance; here a table grows with the text. The rows are the same, bitwise
-on a CPU: the same integers go through the same operations.
+`ngram_index` numbers the pairs of a whole text in advance; here a table grows with the text. The rows are the same,
+bitwise on a CPU: the same integers go through the same operations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from hedgemix.validate import check_orders
 
 
-class Counts:
+class OnlineNgram:
     """Counts the tokens so far, in every order, and makes the rows they give the next one."""
 
     def __init__(self, orders: tuple[int, ...], vocab_size: int) -> None:
@@ -24,8 +24,8 @@ class Counts:
         self.followers: dict[int, dict[tuple[int, ...], dict[int, int]]] = {n: {} for n in orders if n > 1}
         """For each order and context, how often each token followed it."""
 
-    def rows(self) -> list[Tensor]:
-        """Make probability rows (V,), float32, of the next token, one for each of `orders`; see `ngram.rows`."""
+    def predict(self) -> list[Tensor]:
+        """Make probability rows (V,), float32, of the next token, one for each of `orders`; see `NgramRows.rows`."""
         total = len(self.tokens)
         distinct = int((self.count_V > 0).sum()) if total else 1
         p_V = (self.count_V + torch.tensor(float(distinct)) / self.vocab_size) / torch.tensor(float(total + distinct))
@@ -44,7 +44,7 @@ class Counts:
         """Find 1 + the place, among the orders above 1, of the longest whose context was seen; 0 when none was."""
         return max((at for at, n in enumerate(self.followers, start=1) if self._seen(n)), default=0)
 
-    def add(self, token: int) -> None:
+    def update(self, token: int) -> None:
         """Count the next token."""
         for n, contexts in self.followers.items():
             if len(self.tokens) >= n - 1:

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.data.shards import PIECE_TOKENS
-from hedgemix.experts import match, ngram, registry
+from hedgemix.experts import match, ngram_index, registry
 from hedgemix.experts.device_index import Resident
-from hedgemix.mixers import hedge
-from hedgemix.mixers.network import Blend, Mixed, expert_names, gather, join
+from hedgemix.experts.ngram import NgramRows
+from hedgemix.mixers import hedge, span
+from hedgemix.mixers.network import Blend, expert_names
+from hedgemix.mixers.span import Memory, TargetLogP
 from hedgemix.runtime.cuda_graph import Record, Replay, record_graph
 from hedgemix.validate import check_mixer
 
@@ -49,21 +51,21 @@ class Scores:
 
 @dataclass
 class _State:
-    ngrams: ngram.NgramState | Resident
+    ngrams: NgramRows | Resident
     further: dict[str, registry.Expert]
     blend: Blend
     hedge_RK: Tensor
     ensemble_RK: Tensor
 
 
-class Mixer:
-    """All mixtures over one text; call `score` with rising, adjoining spans."""
+class BatchMixer:
+    """Scores and learns one text under all mixtures; call `score` with rising, adjoining spans."""
 
     def __init__(
         self,
         config: MixerConfig,
         vocab_size: int,
-        index: ngram.NgramIndex,
+        index: ngram_index.NgramIndex,
         device: torch.device | str = "cpu",
         names: tuple[str, ...] = ("neural",),
         span_tokens: int = 0,
@@ -95,8 +97,8 @@ class Mixer:
         self.kinds = (*self.experts, "hedge", *linear, "logistic", "ensemble")
         assert len(set(self.kinds)) == len(self.kinds), f"an expert has the name of another part: {self.kinds}"
         self.kind = "neural" if config.kind == "none" else config.kind
-        span = span_tokens or SPAN_TOKENS["cpu" if on_host else "cuda"]
-        self.span = max(span // config.block_tokens, 1) * config.block_tokens
+        size = span_tokens or SPAN_TOKENS["cpu" if on_host else "cuda"]
+        self.span = max(size // config.block_tokens, 1) * config.block_tokens
         sets = len(names)
 
         def uniform(size: int) -> Tensor:
@@ -104,18 +106,12 @@ class Mixer:
 
         further = registry.start(config.experts, vocab_size)
         blend = Blend(config, sets, vocab_size, self.device)
-        ngrams = ngram.start_state(index) if on_host and not resident else Resident(index, self.device, self.span)
+        ngrams = NgramRows(index) if on_host and not resident else Resident(index, self.device, self.span)
         self._state = _State(ngrams, further, blend, uniform(len(self.experts)), uniform(1 + len(config.gates)))
         self._count(min(1, len(index.tokens_N)))
         # Memory that every span uses again: fresh pages cost a CPU more than what is written to them, and a graph
         # knows no others.
-        inputs = blend.linears + len(blend.experts)
-        self._text_3B = torch.zeros(3, self.span, dtype=torch.int64, device=self.device)
-        """Tokens, their classes, and what the match predicts where the index is resident."""
-        self._neural_BRV = torch.empty(self.span, sets, vocab_size, device=self.device)
-        self._p_BKV = torch.empty(self.span, len(self.experts) - 1, vocab_size, device=self.device)
-        self._log_BRJV = torch.empty(self.span, sets, inputs, vocab_size, device=self.device)
-        self._log_y_BRC = torch.empty(self.span, sets, sum(self._layers()), dtype=torch.float64, device=self.device)
+        self._memory = Memory.allocate(blend, self.span, sets, vocab_size, self.device)
         self._record: Record | None = None if graph is False or on_host else record_graph
         self._spans: Replay | None = None
         self._call: tuple[Tensor, Tensor, Replay] | None = None
@@ -130,14 +126,23 @@ class Mixer:
 
         `log_rows[name][i]` is the neural row (V) of position start + i, made from tokens before it: log probabilities
         or logits of any float type (normalised here, in float32), on any device. A text's first scored position is 1.
+        Raises ValueError for rows of other names or positions, and unless start is `position`.
         """
-        log_y_BRK, _ = self._run(log_rows, start, stop, keep=False)
-        nll = -log_y_BRK
+        self._check(log_rows, start, stop)
+        parts = []
+        left = start
+        while left < stop:
+            right = min((left // self.span + 1) * self.span, stop)
+            self._tell(self._memory, {name: rows[left - start : right - start] for name, rows in log_rows.items()})
+            self._span(left, right)
+            parts.append(self._memory.log_p.joined_BRC[: right - left].clone())
+            left = right
+        nll = -self._shared(torch.cat(parts))
         scored = {name: dict(zip(self.kinds, nll[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
         return Scores(scored, self.weights())
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The weights as they are now; see `Scores`."""
+        """Copy the weights as they are now; see `Scores`."""
         state = self._state
         return {
             name: {"hedge": state.hedge_RK[r].exp(), "ensemble": state.ensemble_RK[r].exp()}
@@ -146,7 +151,7 @@ class Mixer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned before `position`, without what the text alone tells."""
+        """Copy what was learned before `position`, without what the text alone tells."""
         state = self._state
         return {
             "position": self.position,
@@ -165,17 +170,24 @@ class Mixer:
         state.blend.load_state_dict(saved["blend"])
 
     def rows(self, log_rows: dict[str, Tensor], start: int, stop: int) -> dict[str, dict[str, Tensor]]:
-        """The log rows (B, V), float32, that `score` would gather from, by row set and kind; nothing is learned."""
-        state, before = self._state, self.state_dict()
-        further = copy.deepcopy(state.further)
-        _, joined = self._run(log_rows, start, stop, keep=True)
-        assert joined is not None
-        if isinstance(state.ngrams, Resident):
-            state.ngrams.move(before["position"])
-        else:
-            ngram.retreat(state.ngrams, self.index, before["position"])
-        state.further = further
-        self.load_state_dict(before)
+        """Make the log rows (B, V), float32, that `score` would gather from, by row set and kind.
+
+        Learns and moves nothing here: the network and the further experts go on as copies, in memory of their own, and
+        the n-grams' rows of the whole call come from the counts before it, which bitwise are those of its spans.
+        Raises ValueError as `score` does.
+        """
+        self._check(log_rows, start, stop)
+        blend, further = copy.deepcopy((self._state.blend, self._state.further))
+        memory = Memory.allocate(blend, stop - start, len(self.names), self.index.vocab_size, self.device)
+        self._tell(memory, log_rows)
+        self._fill(memory, further, start, stop)
+        (experts, linear, logistic), log_p = span.rows(blend, memory, self._blocks(start, stop))
+        team = torch.cat([experts[:, :, :1], logistic], 2)
+        hedge_rows, team_rows = (
+            hedge.mix(weights.flatten(0, 1), of.flatten(0, 1)).view_as(of[:, :, 0])[:, :, None]
+            for (_, weights, _), of in zip(self._share(log_p), (experts, team), strict=True)
+        )
+        joined = torch.cat([experts, hedge_rows, linear, logistic[:, :, :1], team_rows], 2)
         return {name: dict(zip(self.kinds, joined[:, r].unbind(1), strict=True)) for r, name in enumerate(self.names)}
 
     def _count(self, stop: int) -> None:
@@ -183,87 +195,59 @@ class Mixer:
         state = self._state
         if state.further:
             registry.tell(state.further, self.index.tokens_N[self.position : stop].tolist())
-        self._advance(stop)
+        state.ngrams.advance(stop)
 
-    def _advance(self, stop: int) -> None:
-        ngrams = self._state.ngrams
-        if isinstance(ngrams, Resident):
-            ngrams.move(stop)
-        else:
-            ngram.advance(ngrams, self.index, ngrams.position, stop)
-
-    def _run(self, log_rows: dict[str, Tensor], start: int, stop: int, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Log probabilities (B, R, kinds), float64, of what occurred and, if kept, log rows (B, R, kinds, V)."""
+    def _check(self, log_rows: dict[str, Tensor], start: int, stop: int) -> None:
         if set(log_rows) != set(self.names):
             raise ValueError(f"rows of {sorted(log_rows)}, mixer of {sorted(self.names)}")
         if any(len(rows) != stop - start for rows in log_rows.values()):
             raise ValueError(f"rows of {[len(rows) for rows in log_rows.values()]} positions for {start}..{stop}")
-        parts, kept = [], []
-        left = start
-        while left < stop:
-            right = min((left // self.span + 1) * self.span, stop)
-            for r, name in enumerate(self.names):
-                self._neural_BRV[: right - left, r].copy_(log_rows[name][left - start : right - start])
-            rows = self._span(left, right, keep)
-            parts.append(self._log_y_BRC[: right - left].clone())
-            kept += rows
-            left = right
-        log_y_BRC = torch.cat(parts)
-        if not keep:
-            return self._shared(log_y_BRC), None
-        log_y_BRK, hedge_w, team_w = self._share(log_y_BRC)
-        experts, linear, logistic = torch.cat(kept).split(self._layers(), 2)
-        team = torch.cat([experts[:, :, :1], logistic], 2)
-        hedge_rows, team_rows = (
-            hedge.mix(weights.flatten(0, 1), of.flatten(0, 1)).view_as(of[:, :, 0])[:, :, None]
-            for weights, of in ((hedge_w, experts), (team_w, team))
-        )
-        return log_y_BRK, torch.cat([experts, hedge_rows, linear, logistic[:, :, :1], team_rows], 2)
 
-    def _share(self, log_y_BRC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From what `_mix` leaves, of a whole call: log probabilities (B, R, kinds), and the weights that Hedge and the
-        ensemble used. Once a call, not once a span: what it costs hardly grows with the number of positions."""
-        state, share = self._state, self.config.hedge_share
-        expert_y, linear_y, logistic_y = log_y_BRC.split(self._layers(), 2)
-        hedge_y, hedge_w, hedge_RK = hedge.fixed_share(expert_y, state.hedge_RK, share)
-        team_y = torch.cat([expert_y[:, :, :1], logistic_y], 2)
-        team_log, team_w, ensemble_RK = hedge.fixed_share(team_y, state.ensemble_RK, share)
-        state.hedge_RK.copy_(hedge_RK)
-        state.ensemble_RK.copy_(ensemble_RK)
-        kinds = [expert_y, hedge_y[..., None], linear_y, logistic_y[:, :, :1], team_log[..., None]]
-        return torch.cat(kinds, 2), hedge_w, team_w
+    def _tell(self, memory: Memory, log_rows: dict[str, Tensor]) -> None:
+        for r, name in enumerate(self.names):
+            memory.neural_BRV[: len(log_rows[name]), r].copy_(log_rows[name])
 
-    def _shared(self, log_y_BRC: Tensor) -> Tensor:
-        """The first of what `_share` gives; replayed where a call is as long as the first one of whole spans was."""
-        if self._record and self._call is None and len(log_y_BRC) % self.span == 0:
-            given, state = torch.empty_like(log_y_BRC), [self._state.hedge_RK, self._state.ensemble_RK]
-            said = log_y_BRC.new_empty(*log_y_BRC.shape[:2], len(self.kinds))
-            replay = Replay(lambda: said.copy_(self._share(given)[0]), state, said, self._record)
-            self._call = given, said, replay
-        if self._call is None or len(self._call[0]) != len(log_y_BRC):
-            return self._share(log_y_BRC)[0]
-        given, said, replay = self._call
-        given.copy_(log_y_BRC)
+    def _share(self, log_p: TargetLogP) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`fixed_share` over the experts, and over the ensemble's members; moves nothing. Once a call, not once a span:
+        what it costs hardly grows with the number of positions."""
+        team_BRK = torch.cat([log_p.experts_BRK[:, :, :1], log_p.logistic_BRM], 2)
+        members = (log_p.experts_BRK, self._state.hedge_RK), (team_BRK, self._state.ensemble_RK)
+        return [hedge.fixed_share(log_p_BRK, log_w_RK, self.config.hedge_share) for log_p_BRK, log_w_RK in members]
+
+    def _learn_share(self, log_p: TargetLogP) -> Tensor:
+        """Score a whole call's tokens under every kind, (B, R, kinds) float64, and move the weights of both."""
+        (hedge_BR, _, hedge_RK), (team_BR, _, ensemble_RK) = self._share(log_p)
+        self._state.hedge_RK.copy_(hedge_RK)
+        self._state.ensemble_RK.copy_(ensemble_RK)
+        first_BRM = log_p.logistic_BRM[:, :, :1]
+        kinds = [log_p.experts_BRK, hedge_BR[..., None], log_p.linear_BRC, first_BRM, team_BR[..., None]]
+        return torch.cat(kinds, 2)
+
+    def _shared(self, log_p_BRC: Tensor) -> Tensor:
+        """`_learn_share`; replayed where a call is as long as the first one of whole spans was."""
+        if self._record and self._call is None and len(log_p_BRC) % self.span == 0:
+            given, state = torch.empty_like(log_p_BRC), [self._state.hedge_RK, self._state.ensemble_RK]
+            kinds_BRK = log_p_BRC.new_empty(*log_p_BRC.shape[:2], len(self.kinds))
+            work = partial(self._learn_share, TargetLogP.view(given, self.config))
+            self._call = given, kinds_BRK, Replay(lambda: kinds_BRK.copy_(work()), state, kinds_BRK, self._record)
+        if self._call is None or len(self._call[0]) != len(log_p_BRC):
+            return self._learn_share(TargetLogP.view(log_p_BRC, self.config))
+        given, kinds_BRK, replay = self._call
+        given.copy_(log_p_BRC)
         replay()
-        return said.clone()
+        return kinds_BRK.clone()
 
-    def _layers(self) -> list[int]:
-        """How many columns of what `_span` gives are experts, linear and logistic mixers."""
-        return [len(self.experts), min(self._state.blend.linears, 1), len(self.config.gates)]
-
-    def _span(self, start: int, stop: int, keep: bool) -> list[Tensor]:
-        """Score and learn the span whose neural rows are in fixed memory; see `_mix`."""
-        self._fill(start, stop)
-        rows: list[Tensor] = []
-        if self._record and not keep and start % self.span == 0 and stop - start == self.span:
+    def _span(self, start: int, stop: int) -> None:
+        """Score and learn the span whose neural rows are in the fixed memory; see `span.score`."""
+        self._fill(self._memory, self._state.further, start, stop)
+        if self._record and start % self.span == 0 and stop - start == self.span:
             if self._spans is None:
                 work, state = partial(self._mix, self._blocks(start, stop)), self._state.blend.learned()
-                self._spans = Replay(work, list(state.values()), self._log_y_BRC, self._record)
+                self._spans = Replay(work, list(state.values()), self._memory.log_p.joined_BRC, self._record)
             self._spans()
         else:
-            rows = self._mix(self._blocks(start, stop), keep)
-        self._advance(stop)
-        return rows
+            self._mix(self._blocks(start, stop))
+        self._state.ngrams.advance(stop)
 
     def _blocks(self, start: int, stop: int) -> list[slice]:
         """The blocks of a span, as places in it."""
@@ -271,42 +255,25 @@ class Mixer:
         edges = [start, *range((start // block + 1) * block, stop, block), stop]
         return [slice(left - start, right - start) for left, right in itertools.pairwise(edges)]
 
-    def _fill(self, start: int, stop: int) -> None:
-        """Put into fixed memory what a span's text tells: tokens, classes, and the rows of every expert but the neural
-        one; the further ones are then told the span."""
-        state, text_3B, p_BKV = self._state, self._text_3B[:, : stop - start], self._p_BKV[: stop - start]
+    def _mix(self, blocks: Sequence[slice]) -> None:
+        span.score(self._state.blend, self._memory, blocks)
+
+    def _fill(self, memory: Memory, experts: dict[str, registry.Expert], start: int, stop: int) -> None:
+        """Put into memory what a span's text tells: tokens, classes, and the rows of every expert but the neural one;
+        the further ones, `experts`, are then told the span."""
+        ngrams, text_3B, p_BKV = self._state.ngrams, memory.text_3B[:, : stop - start], memory.p_BKV[: stop - start]
         further, index, matches = [], self.index, bool(self.config.match_lengths)
-        if state.further:
-            further = registry.rows(state.further, index.tokens_N[start:stop], index.vocab_size)
-        if isinstance(state.ngrams, Resident):
-            text_3B.copy_(state.ngrams.text(start, stop))
-            state.ngrams.fill(p_BKV, text_3B, start, stop, matches)
+        if experts:
+            further = registry.rows(experts, index.tokens_N[start:stop], index.vocab_size)
+        if isinstance(ngrams, Resident):
+            text_3B.copy_(ngrams.text(start, stop))
+            ngrams.fill(p_BKV, text_3B, start, stop, matches)
             for k, rows_BV in enumerate(further, len(self.experts) - 1 - len(further)):
                 p_BKV[:, k].copy_(rows_BV)
             return
         text_3B[0].copy_(torch.from_numpy(index.tokens_N[start:stop].astype(np.int64)))
-        text_3B[1].copy_(torch.from_numpy(ngram.longest_class(index, start, stop)))
-        rows = ngram.rows(state.ngrams, index, start, stop)
+        text_3B[1].copy_(torch.from_numpy(ngram_index.longest_class(index, start, stop)))
+        rows = ngrams.rows(start, stop)
         if matches:
-            rows.append(match.rows_at(index.match, rows[-1], start, stop))
+            rows.append(match.rows(index.match, rows[-1], start, stop))
         torch.stack([*rows, *further], 1, out=p_BKV)
-
-    def _mix(self, blocks: Sequence[slice], keep: bool = False) -> list[Tensor]:
-        """Mix and learn what lies in fixed memory, one block after another, without a word from the host.
-
-        Leaves in `_log_y_BRC` the log probabilities of what occurred under each expert, the first linear and every
-        logistic mixer, (B, R, K + 1 + M) float64, and returns, if kept, the log rows that they come from."""
-        blend, here = self._state.blend, slice(0, blocks[-1].stop)
-        token_B, longest_B = self._text_3B[0, here], self._text_3B[1, here]
-        at = blend.positions(self._neural_BRV[here], self._p_BKV[here], longest_B, self._log_BRJV[here])
-        parts: list[Mixed] = []
-        logistic = []
-        for block in blocks:
-            said = blend.mix(at[block])
-            logistic.append(gather(said.log_BRMV, token_B[block]))
-            blend.learn(said, token_B[block])
-            parts += [said] if keep else []
-        linear = at.log_BRJV[:, :, : min(blend.linears, 1)]  # filled in by the blocks
-        log_y = [blend.expert_log_p(at, token_B), gather(linear, token_B), torch.cat(logistic)]
-        torch.cat(log_y, 2, out=self._log_y_BRC[here])
-        return [torch.cat([blend.expert_rows(at), linear, join(parts).log_BRMV], 2)] if keep else []

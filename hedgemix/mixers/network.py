@@ -20,35 +20,35 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig
-from hedgemix.mixers import hedge
+from hedgemix.mixers import linear, logistic
 
 
 def expert_names(config: MixerConfig) -> tuple[str, ...]:
-    """The experts in the order of their rows: neural, order1 ..., match, then those of `experts`."""
+    """Name the experts in the order of their rows: neural, order1 ..., match, then those of `experts`."""
     match = ("match",) if config.match_lengths else ()
     return "neural", *(f"order{n}" for n in config.orders), *match, *config.experts
 
 
 def classes(config: MixerConfig) -> int:
-    """How many values `ngram.longest_class` takes."""
+    """Count the values that `ngram_index.longest_class` takes."""
     return 1 + sum(n > 1 for n in config.orders) + len(config.match_lengths)
 
 
 def weight_sets(config: MixerConfig) -> int:
-    """S, the most weight sets a gate chooses from."""
+    """Compute S, the most weight sets a gate chooses from."""
     return classes(config) * config.entropy_sets
 
 
 def logistic_experts(config: MixerConfig) -> list[int]:
-    """The experts that logistic mixers see beside the linear mixtures; what the rest know, those mixtures bring."""
+    """Choose the experts that logistic mixers see beside the linear mixtures, which bring what the rest know."""
     orders = len(config.orders)
     return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config)))})
 
 
 def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
-    """Each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context occurred
-    before (`ngram.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural entropy's
-    bucket, both or neither."""
+    """Find each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context
+    occurred before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural
+    entropy's bucket, both or neither."""
     entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
     bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
     longest = longest_class.expand_as(bucket)
@@ -90,7 +90,7 @@ class Mixed:
 
 
 def join(parts: Sequence[Mixed]) -> Mixed:
-    """Several positions' as one."""
+    """Concatenate several positions' as one."""
     return Mixed(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Mixed)))
 
 
@@ -102,16 +102,17 @@ class Blend:
         self.gates = (*config.linear_gates, *config.gates)
         self.linears = len(config.linear_gates)
         size, experts = weight_sets(config), len(expert_names(config))
-        self.linear = hedge.start_linear(sets, self.linears, size, experts, config.linear_rate, device)
+        self.linear = linear.start(sets, self.linears, size, experts, config.linear_rate, device)
         inputs = self.linears + len(self.experts)
-        self.logistic = hedge.start_logistic(
+        self.logistic = logistic.start(
             sets, config.memory_tokens, size, inputs, config.logistic_ridge, device, vocab_size, config.bias_rate
         )
 
     def positions(
         self, neural_BRV: Tensor, p_BKV: Tensor, longest_B: Tensor, out_BRJV: Tensor | None = None
     ) -> Positions:
-        """From neural log rows or logits, the other experts' probability rows and `ngram.longest_class`.
+        """Prepare positions from neural log rows or logits (B, R, V), the other experts' probability rows (B, K - 1, V)
+        and `ngram_index.longest_class` (B,), int64.
 
         out_BRJV: float32 memory to use for the inputs of the logistic mixers.
         """
@@ -119,55 +120,55 @@ class Blend:
         shape = size, sets, self.linears + len(self.experts), vocab_size
         log_BRJV = p_BKV.new_empty(shape) if out_BRJV is None else out_BRJV
         # The floor moves no sum by more than V * exp(-60); it keeps impossible tokens from turning into NaN.
-        neural_BRV = torch.clamp(neural_BRV.float().log_softmax(-1), hedge.LOG_FLOOR, out=log_BRJV[:, :, self.linears])
+        neural_BRV = neural_BRV.float().log_softmax(-1)
+        neural_BRV = torch.clamp(neural_BRV, logistic.LOG_FLOOR, out=log_BRJV[:, :, self.linears])
         shared = log_BRJV[:, :, self.linears + 1 :]
         for j, k in enumerate(self.experts[1:]):
             torch.log(p_BKV[:, k - 1], out=shared[:, 0, j])
-        shared[:, 0].clamp_min_(hedge.LOG_FLOOR)
+        shared[:, 0].clamp_min_(logistic.LOG_FLOOR)
         if sets > 1:
             shared[:, 1:] = shared[:, :1]
         return Positions(p_BKV, log_BRJV, gate_sets(self.config, self.gates, neural_BRV, longest_B[:, None]))
 
     def neural(self, at: Positions | Mixed) -> Tensor:
-        """The neural model's log rows, (B, R, 1, V)."""
+        """Select the neural model's log rows, (B, R, 1, V) float32: a view."""
         return at.log_BRJV[:, :, self.linears : self.linears + 1]
 
     def expert_rows(self, at: Positions | Mixed) -> Tensor:
-        """Log rows of all experts, (B, R, K, V)."""
+        """Compute log rows of all experts, (B, R, K, V) float32."""
         shared = at.p_BKV.log()[:, None].expand(-1, at.log_BRJV.shape[1], -1, -1)
         return torch.cat([self.neural(at), shared], 2)
 
     def expert_log_p(self, at: Positions | Mixed, token_B: Tensor) -> Tensor:
-        """Log probability of the tokens under every expert, (B, R, K) float64."""
+        """Compute the tokens' log probabilities, in nats, under every expert, (B, R, K) float64."""
         shared = gather(at.p_BKV[:, None], token_B).log().expand(-1, at.log_BRJV.shape[1], -1)
         return torch.cat([gather(self.neural(at), token_B), shared], 2)
 
     def mix(self, at: Positions) -> Mixed:
-        """What every mixer says; moves nothing."""
-        weights_BRLK = hedge.linear_weights(self.linear, at.gate_BRG[..., : self.linears])
-        linear = hedge.linear_rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
-        at.log_BRJV[:, :, : self.linears] = linear.log_()  # torch.compile takes no view for `out`
-        rows_BRMV = hedge.logistic_rows(self.logistic, at.log_BRJV, at.gate_BRG[..., self.linears :])
+        """Mix the positions by every mixer; moves no weight, and fills the linear mixtures into `at`."""
+        weights_BRLK = linear.position_weights(self.linear, at.gate_BRG[..., : self.linears])
+        mixed_BRLV = linear.rows(weights_BRLK, self.neural(at)[:, :, 0].exp(), at.p_BKV)
+        at.log_BRJV[:, :, : self.linears] = mixed_BRLV.log_()  # torch.compile takes no view for `out`
+        rows_BRMV = logistic.rows(self.logistic, at.log_BRJV, at.gate_BRG[..., self.linears :])
         return Mixed(at.p_BKV, at.log_BRJV, at.gate_BRG, weights_BRLK, rows_BRMV)
 
     def learn(self, said: Mixed, token_B: Tensor) -> None:
         """Move the weights, once the block was scored."""
         linear_BRL, gate_BRM = said.gate_BRG.tensor_split([self.linears], -1)
-        hedge.learn_linear(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
-        hedge.learn_logistic(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
+        linear.learn(self.linear, said.weights_BRLK, self.expert_log_p(said, token_B).exp(), linear_BRL)
+        logistic.learn(self.logistic, said.log_BRJV, said.log_BRMV, token_B, gate_BRM)
 
     def learned(self) -> dict[str, Tensor]:
-        """What `learn` moves, in the memory that it moves it in, which stays the same."""
-        logistic = self.logistic
+        """Name what `learn` moves, in the memory that it moves it in, which stays the same."""
         return {
             "linear": self.linear.weights,
-            "logistic": logistic.weights,
-            "curvature": logistic.curvature,
-            "bias": logistic.bias_RMV,
+            "logistic": self.logistic.weights,
+            "curvature": self.logistic.curvature,
+            "bias": self.logistic.bias_RMV,
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of what `learn` moved."""
+        """Copy what `learn` moved."""
         return {name: value.clone() for name, value in self.learned().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -177,6 +178,6 @@ class Blend:
 
 
 def gather(rows_BRKV: Tensor, token_B: Tensor) -> Tensor:
-    """Each row's value at the position's token, (B, R, K) float64."""
+    """Select each row's value at the position's token, (B, R, K) float64."""
     index = token_B[:, None, None, None].expand(-1, *rows_BRKV.shape[1:3], 1)
     return rows_BRKV.gather(3, index)[..., 0].double()

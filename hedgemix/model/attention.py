@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hedgemix.model import cpu_kernels
+from hedgemix.model.layers import causal_attention
 
 
 def windowed(q_BHTE: Tensor) -> bool:
@@ -113,9 +113,7 @@ def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) 
     queries, keys = q_BHTE.shape[2], k_BHTE.shape[2]
     if band is None or band >= keys:
         if queries == keys:
-            if cpu_kernels.usable(q_BHTE) and keys <= cpu_kernels.MOST_POSITIONS:
-                return cpu_kernels.CausalAttention.apply(q_BHTE, k_BHTE, v_BHTE)
-            return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+            return causal_attention(q_BHTE, k_BHTE, v_BHTE)
         # is_causal would count both from the first position.
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTE.device).tril(keys - queries)
         return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask)

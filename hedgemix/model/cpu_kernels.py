@@ -1,9 +1,9 @@
-"""Parts of the model with hand-written gradients, for training on a CPU without a compiler.
+"""Hand-written gradients of the model's parts, for training on a CPU without a compiler; `layers` says when.
 
 Shapes: B sequences, T positions, D width, H heads, E head width, N positions of all sequences, V vocabulary.
 
 Each equals the plain expression in its docstring up to float rounding, with fewer passes over memory and less kept for
-the backward pass. A compiled graph fuses the plain expressions itself, so these are for eager mode: `usable` says when.
+the backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_NUMBERS = 1 << 18
@@ -22,64 +22,6 @@ ATTENTION_BLOCK = 64
 """Queries whose scores are taken at once; keys behind a block are never multiplied."""
 MOST_POSITIONS = 512
 """Longest sequence whose attention weights are kept for the backward pass."""
-UNTOUCHED = 4
-"""A table with this many times more rows than a batch has positions gets its gradient row by row."""
-
-
-def usable(x: Tensor) -> bool:
-    """Whether `x` is trained on here: on a CPU, eagerly, with gradients, in its own precision."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-class Table(nn.Embedding):
-    """An embedding whose gradient, where a buffer waits for it, is the few rows that were read, not a dense table."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        few = usable(weight) and weight.grad is not None and len(weight) > UNTOUCHED * input.numel()
-        return F.embedding(input, weight, sparse=few)
-
-
-def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """`x` with a mean square of `scale`^2 over its last dimension, in float32 where `x` is in bfloat16."""
-    if usable(x):
-        return RMSNorm.apply(x, scale)
-    # Of its own, torch would round to bfloat16 on a CPU, with that type's eps: 0.008 beside a mean square of 1.
-    y = F.rms_norm(x.float() if x.dtype == torch.bfloat16 else x, (x.shape[-1],))
-    return y * scale if scale != 1 else y
-
-
-def rotate(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) on the first 2R of each head's dimensions."""
-    half = cos_TR.shape[-1]
-    first, second, rest = x_BHTE.split([half, half, x_BHTE.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos_TR - second * sin_TR, first * sin_TR + second * cos_TR, rest], dim=-1)
-
-
-def normalised_rotary(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Heads (B, H, T, E) normalised, then rotated to their positions."""
-    if usable(x_BTHE):
-        return NormalisedRotary.apply(x_BTHE, cos_TR, sin_TR)
-    return rotate(rms_norm(x_BTHE.transpose(1, 2)), cos_TR, sin_TR)
-
-
-def without_projection(y: Tensor, v: Tensor) -> Tensor:
-    """`y` less its projection on `v`, over the last dimension."""
-    if usable(y):
-        return WithoutProjection.apply(y, v)
-    direction = F.normalize(v, dim=-1)
-    return y - (y * direction).sum(-1, keepdim=True) * direction
-
-
-def leaky_square(x: Tensor, slope: float) -> Tensor:
-    if usable(x):
-        return LeakySquare.apply(x, slope)
-    return F.leaky_relu(x, slope).square()
 
 
 class RMSNorm(torch.autograd.Function):

@@ -16,9 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hedgemix.config import ModelConfig
-from hedgemix.model import cpu_kernels
 from hedgemix.model.attention import Cache, attention
-from hedgemix.model.cpu_kernels import leaky_square, normalised_rotary, rms_norm, without_projection
+from hedgemix.model.layers import (
+    Table,
+    capped_cross_entropy,
+    capped_logits,
+    leaky_square,
+    normalised_rotary,
+    rms_norm,
+    without_projection,
+)
 from hedgemix.validate import check_model
 
 # Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
@@ -151,7 +158,7 @@ class BigramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.buckets = config.bigram_buckets
-        self.table = cpu_kernels.Table(config.bigram_buckets, config.bigram_width)
+        self.table = Table(config.bigram_buckets, config.bigram_width)
         self.project = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
@@ -279,17 +286,12 @@ class Model(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Capped logits (…, V) in float32 of features (…, D)."""
-        cap = self.config.logit_cap
-        return cap * torch.tanh(F.linear(features, self.embedding.weight).float() / cap)
+        return capped_logits(features, self.embedding.weight, self.config.logit_cap)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False) -> Tensor:
         """Summed negative log-likelihood of the targets in nats, float32 scalar."""
         features = self.features(tokens_BT, qat=qat)
-        if cpu_kernels.usable(features):
-            weight, cap = self.embedding.weight, self.config.logit_cap
-            return cpu_kernels.CappedCrossEntropy.apply(features.flatten(0, 1), weight, targets_BT.flatten(), cap)
-        logits = self.logits(features)
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        return capped_cross_entropy(features, self.embedding.weight, targets_BT, self.config.logit_cap)
 
     def matrices(self) -> dict[str, Linear]:
         """The attention and MLP matrices by name: what Muon trains with the projections, and what GPTQ quantizes."""

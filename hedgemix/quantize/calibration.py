@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.shards import TokenStream
+from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import Linear, Model
 from hedgemix.quantize.gptq import add_inputs
 from hedgemix.runtime import collectives
@@ -34,7 +35,7 @@ FREQUENCY_TOKENS = 4_000_000
 
 @dataclass(frozen=True)
 class Moments:
-    """By tensor name, a token's mean. Matrices with one input share one Hessian, under `Model.inputs`' key."""
+    """Holds, by tensor name, a token's mean. Matrices with one input share one Hessian, under `Model.inputs`' key."""
 
     columns: dict[str, Tensor]
     """H, float32 (C, C)."""
@@ -43,7 +44,7 @@ class Moments:
 
 
 def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch.device) -> Moments:
-    """Moments of every matrix and table over calibration sequences of the training stream.
+    """Measure the moments of every matrix and table over calibration sequences of the training stream.
 
     One forward and one backward pass; the Hessians take 4 C^2 bytes for each distinct input. Ranks add up to what one
     rank gives: labels are drawn by sequence, not by rank.
@@ -62,7 +63,7 @@ def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch
     try:
         for indices in chosen.microbatches(0, collectives.rank(), collectives.world_size(), MICROBATCH_SEQUENCES):
             tokens, _ = batches.read(indices, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            with autocast(config.dtype, device):
                 features = model.features(tokens)
                 logits = model.logits(features)
             add_inputs(columns[TIED], features.detach())
@@ -83,15 +84,18 @@ TIED = "embedding.weight"
 
 
 def matrices(model: Model) -> dict[str, Linear]:
-    """Every matrix of the model, by the name of its weight."""
+    """List every matrix of the model, by the name of its weight."""
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def square(size: int, device: torch.device) -> Tensor:
+    """Make a matrix of zeros, float32 (size, size)."""
     return torch.zeros(size, size, device=device)
 
 
 def inputs_to(total: Tensor) -> Callable[..., None]:
+    """Make a hook that adds the outer products of a module's inputs to `total`, float32 (C, C)."""
+
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         add_inputs(total, arguments[0].detach().flatten(0, -2))
 
@@ -99,7 +103,7 @@ def inputs_to(total: Tensor) -> Callable[..., None]:
 
 
 def squares_to(total: Tensor) -> Callable[..., None]:
-    """Sums the squared gradients at a module's outputs."""
+    """Make a hook that adds the squared gradients at a module's outputs to `total`, float32 (R,)."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         def collect(gradient: Tensor) -> None:
@@ -111,7 +115,7 @@ def squares_to(total: Tensor) -> Callable[..., None]:
 
 
 def gradients_to(total: Tensor) -> Callable[..., None]:
-    """Sums the outer products of the gradient at a table's outputs."""
+    """Make a hook that adds the outer products of the gradient at a table's outputs to `total`, float32 (C, C)."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         def collect(gradient: Tensor) -> None:
@@ -124,7 +128,7 @@ def gradients_to(total: Tensor) -> Callable[..., None]:
 
 @torch.no_grad()
 def drawn(logits_BTV: Tensor, indices: np.ndarray, cap: float, total_V: Tensor) -> Tensor:
-    """Labels (B, T) drawn from the model, each sequence by its own generator; and to `total_V` is added the expected
+    """Draw labels (B, T) from the model, each sequence by its own generator; and to `total_V` is added the expected
     squared gradient before the cap, `p (1 - p) (1 - tanh^2)^2`."""
     p_BTV = logits_BTV.softmax(-1)
     slope_BTV = 1 - (logits_BTV / cap).square()
@@ -138,7 +142,8 @@ def drawn(logits_BTV: Tensor, indices: np.ndarray, cap: float, total_V: Tensor) 
 
 
 def frequencies(model: Model, stream: TokenStream, device: torch.device) -> dict[str, Tensor]:
-    """How often a token reads each row of the tables that are only read (not the tied one)."""
+    """Measure how often a token reads each row of the tables that are only read (not the tied one): shares, float32
+    (R,)."""
     tokens = torch.from_numpy(stream.read(0, min(len(stream), FREQUENCY_TOKENS)).astype(np.int64)).to(device)
     read = {}
     if model.value_embedding is not None:

@@ -20,11 +20,11 @@ from hedgemix.runtime.files import DamagedFileError, load_tensors, read_json, sa
 
 KEPT = 2
 
-Kept = Callable[[Path], None]
+OnFileWritten = Callable[[Path], None]
 """Told of every file a restart needs, each time it is whole on disk; on any thread, in the order they are needed."""
 
 
-def nothing(path: Path) -> None:
+def no_copy(path: Path) -> None:
     """Keep no copy."""
 
 
@@ -32,7 +32,7 @@ class Checkpoints:
     """Keeps the checkpoints of one piece of work in `folder`, numbered by how far it is. Rank 0 writes, every rank
     loads."""
 
-    def __init__(self, folder: Path, name: str = "checkpoint", kept: Kept = nothing) -> None:
+    def __init__(self, folder: Path, name: str = "checkpoint", kept: OnFileWritten = no_copy) -> None:
         self.folder, self.name, self.kept = folder, name, kept
         self.damaged: list[str] = []
         """What `load` had to pass over."""

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Kept, nothing
+from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
 from hedgemix.runtime.files import read_json, write_json
 
 BEAT_SECONDS = 1.0
 FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
 
 
-def never() -> bool:
+def no_notice() -> bool:
     """Say that no notice came."""
     return False
 
@@ -31,7 +31,7 @@ class Clock:
         path: Path,
         saved_seconds: float | None,
         now: Callable[[], float] = time.monotonic,
-        kept: Kept = nothing,
+        kept: OnFileWritten = no_copy,
         began: float | None = None,
     ) -> None:
         """saved_seconds: what the checkpoint that is taken up had used; None when the work begins anew, and then with
@@ -73,7 +73,7 @@ class Due:
     """Says on rank 0, asked between two pieces of work, whether a checkpoint is due: by the clock, or once on notice
     that the machine is about to be taken away."""
 
-    def __init__(self, clock: Clock, every_seconds: float, notice: Callable[[], bool] = never) -> None:
+    def __init__(self, clock: Clock, every_seconds: float, notice: Callable[[], bool] = no_notice) -> None:
         self.clock, self.every_seconds, self.notice = clock, every_seconds, notice
         self.saved_at = clock.elapsed()
         self.noticed = False

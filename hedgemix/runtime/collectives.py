@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def backend(gpus_per_worker: float) -> str:
-    """What ranks speak over: their GPUs, or their host."""
+    """Choose what ranks speak over: their GPUs (nccl), or their host (gloo)."""
     return "nccl" if gpus_per_worker else "gloo"
 
 
 def device_index(rank: int, gpus: float, visible: int) -> int | None:
-    """Which of the GPUs that a rank's process sees is its own; None for a rank without.
+    """Choose which of the GPUs that a rank's process sees is its own; None for a rank without.
 
     Ray shows each process its own GPUs only, unless it is told to leave CUDA_VISIBLE_DEVICES alone: then all of a node.
     """
@@ -23,14 +23,17 @@ def device_index(rank: int, gpus: float, visible: int) -> int | None:
 
 
 def active() -> bool:
+    """Say whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
+    """Return this process's rank; 0 when it is alone."""
     return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 when this process is alone."""
     return dist.get_world_size() if active() else 1
 
 
@@ -49,12 +52,12 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """Every rank's `tensor` (same shape everywhere), in rank order, on every rank."""
+    """Gather every rank's `tensor` (same shape everywhere), in rank order, on every rank."""
     return start_gather(tensor)()
 
 
 def start_gather(tensor: Tensor) -> Callable[[], list[Tensor]]:
-    """`gather` begun: what comes next runs beside it until its result is asked for. Ranks begin in the same order."""
+    """Begin a `gather`: what comes next runs beside it until its result is asked for. Ranks begin in the same order."""
     if not active():
         return lambda: [tensor]
     tensor = tensor.contiguous()  # before empty_like, which would keep its strides
@@ -69,13 +72,15 @@ def start_gather(tensor: Tensor) -> Callable[[], list[Tensor]]:
 
 
 def barrier() -> None:
+    """Wait until every rank is here."""
     if active():
         # Without its GPU's number NCCL takes a guess, and says so.
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 class Agreement:
-    """Numbers rank 0 decides (its clock, above all), told to every rank over gloo: no wait for the GPU's queue."""
+    """Tells every rank the numbers that rank 0 decides (its clock, above all) over gloo, float64: no wait for the GPU's
+    queue."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo") if active() else None

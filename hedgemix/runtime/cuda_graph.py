@@ -62,13 +62,13 @@ class Replay:
 
 
 def record_graph(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The replay of `work` as a CUDA graph; runs the work. Raises RuntimeError, as torch does, for work that cannot be
-    recorded."""
+    """Record `work` as a CUDA graph, and return its replay; runs the work. Raises RuntimeError, as torch does, for work
+    that cannot be recorded."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Handles and workspaces of cuBLAS and what `hedge` keeps must not be made while it is recorded.
+            # Handles and workspaces of cuBLAS, and what the mixers cache, must not be made while it is recorded.
             for _ in range(2):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
@@ -80,6 +80,7 @@ def record_graph(work: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy each tensor."""
     return [tensor.clone() for tensor in tensors]
 
 

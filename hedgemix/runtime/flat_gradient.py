@@ -14,7 +14,8 @@ ALIGNED_NUMBERS = 4
 
 
 class FlatGradient:
-    """All gradients as views of one buffer: one zeroing, one norm, one all-reduce a step. Zeros fill its gaps."""
+    """Holds all gradients as views of one float32 buffer: one zeroing, one norm, one all-reduce a step. Zeros fill its
+    gaps."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -24,6 +25,7 @@ class FlatGradient:
             parameter.grad = piece[: parameter.numel()].view_as(parameter)
 
     def zero(self) -> None:
+        """Set all gradients to zero."""
         self.buffer.zero_()
 
     def reduce(self, clip: float) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 
 
 class Phases:
-    """Seconds of each phase. A GPU is behind its host: there the device's own events take the time, and `settle` waits
-    for them."""
+    """Adds up the seconds of each phase. A GPU is behind its host: there the device's own events take the time, and
+    `settle` waits for them."""
 
     def __init__(self, seconds: dict[str, float], device: torch.device, event: Callable[[], Any] | None = None) -> None:
         """seconds: what is added to, by phase. event: makes a torch.cuda.Event, or what is like it."""
@@ -21,7 +21,7 @@ class Phases:
         self.running: list[tuple[str, Any, Any]] = []
 
     def timed(self, phase: str, work: Callable[[], Any]) -> Any:
-        """What `work` gives, its time taken."""
+        """Do the work, its time taken, and return what it gives."""
         if self.event is None:
             start = time.monotonic()
             value = work()

@@ -21,8 +21,8 @@ LISTED = 40
 def tracing(
     folder: Path | None, name: str, device: torch.device, skipped: int = 3, recorded: int = 5
 ) -> Iterator[Callable[[], None]]:
-    """Gives the function to call after every step. Nothing is written without a folder, or for too few steps: it takes
-    `skipped`, one that warms the profiler up, and `recorded`."""
+    """Profile some steps; yields the function to call after every step. Nothing is written without a folder, or for too
+    few steps: it takes `skipped`, one that warms the profiler up, and `recorded`."""
     if folder is None:
         yield lambda: None
         return

@@ -30,7 +30,7 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, read_json, silent, write_json
 from hedgemix.runtime.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 
 FIRST_SEED = 1337
 PATIENCE = timedelta(hours=2)
@@ -42,7 +42,7 @@ Result = TypeVar("Result", bound=Any)
 
 
 class Results(NamedTuple):
-    """What the stages of one seed give."""
+    """Holds what the stages of one seed give."""
 
     train: TrainStageResult
     score: ScoreResult
@@ -68,6 +68,7 @@ def main(values: dict[str, Any], sources: Mapping[str, str], code_bytes: int, ar
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of train_gpt.py; exits with 2 for options that it does not have."""
     parser = argparse.ArgumentParser(description="Train, quantize and score one seed of the recipe in this file.")
     add = parser.add_argument
     add("--seed", type=int, help=f"of the weights and the order of the text (default: the log's, else {FIRST_SEED})")
@@ -80,6 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> None:
+    """Write sources and recipe.json as files in the folder."""
     for name, source in sources.items():
         package = any(other.startswith(name + ".") for other in sources)
         path = folder.joinpath(*name.split("."))
@@ -91,7 +93,8 @@ def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> 
 
 
 def placed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe with what an option says of this machine."""
+    """Put what an option says of this machine into the recipe. Raises RecipeError for --data where packages are
+    read."""
     data, compute = recipe.data, recipe.compute
     if options.cpus:
         compute = replace(compute, cpus_per_worker=options.cpus)
@@ -107,6 +110,8 @@ def placed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 
 
 def run(recipe: Recipe, options: argparse.Namespace, code_bytes: int) -> int:
+    """Run one seed in this process, one of torchrun's; returns the exit code. Raises RecipeError for a number of
+    processes that is not the recipe's, and for a seed that is not the log's."""
     processes, rank, compute = world(), int(os.environ.get("RANK", 0)), recipe.compute
     wanted = max(compute.workers, compute.evaluate_workers)
     if processes != wanted:
@@ -129,11 +134,13 @@ def run(recipe: Recipe, options: argparse.Namespace, code_bytes: int) -> int:
 
 
 def world() -> int:
+    """Return the number of torchrun's processes; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def begin(out: Path, mine: dict[str, Any]) -> None:
-    """One folder is one run: what stands in it is gone on with."""
+    """Write down which run the folder is, or raise RecipeError when it is another: what stands in it is gone on
+    with."""
     path = out / "run.json"
     if path.is_file() and read_json(path) != mine:
         raise RecipeError(f"{out} holds another run ({path}); name another --out")
@@ -149,7 +156,7 @@ def work(
     fractions: list[float] | None,
     say: Callable[..., None],
 ) -> Results | None:
-    """All stages, each on the ranks it takes; their results on rank 0."""
+    """Do all stages, each on the ranks it takes; returns their results on rank 0."""
     compute = recipe.compute
     trained, quantized, counted, evaluated = (out / name for name in ("train", "quantize", "counts", "evaluate"))
     share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.workers
@@ -209,7 +216,7 @@ def work(
 
 @contextlib.contextmanager
 def group(name: str, size: int, gpus_per_worker: float) -> Iterator[bool]:
-    """The first `size` of torchrun's processes as the ranks of one job; whether this process is one of them.
+    """Make the first `size` of torchrun's processes the ranks of one job; yields whether this process is one of them.
 
     Those of the next job that are not in this one wait there for rank 0.
     """
@@ -226,7 +233,8 @@ def group(name: str, size: int, gpus_per_worker: float) -> Iterator[bool]:
 
 
 def standing(folder: Path, kind: type[Result], work: Callable[[], Result]) -> Result:
-    """The result that an earlier start left in the folder, or the work's, which rank 0 then leaves there."""
+    """Read the result that an earlier start left in the folder, or do the work, whose result rank 0 then leaves
+    there."""
     path = folder / RESULT
     there = path.is_file()
     collectives.barrier()  # every rank has looked before rank 0 can write it
@@ -239,7 +247,8 @@ def standing(folder: Path, kind: type[Result], work: Callable[[], Result]) -> Re
 
 
 def prepare(recipe: Recipe, folder: Path, told: Mapping[str, Any], say: Callable[..., None]) -> None:
-    """The dataset, made or found in the folder, checked against the recipe and against the log to be replayed."""
+    """Make the dataset, or find it in the folder, and check it against the recipe and against the log to be replayed.
+    Raises RecipeError."""
     if not (folder / datasets.FILE_NAME).is_file():
         dataset = datasets.prepare(recipe.data, folder, log=lambda line: say(f"data: {line}", flush=True))
         datasets.save(dataset, folder)
@@ -259,7 +268,7 @@ def prepare(recipe: Recipe, folder: Path, told: Mapping[str, Any], say: Callable
 
 
 def forget_training(recipe: Recipe) -> None:
-    """What training chose for its process; the pipeline's later stages run in others, and give these numbers."""
+    """Undo what training chose for its process; the pipeline's later stages run in others, and give these numbers."""
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
     if recipe.train.compile:
@@ -269,7 +278,7 @@ def forget_training(recipe: Recipe) -> None:
 
 
 def replayed(path: Path) -> tuple[dict[str, Any], list[float]]:
-    """What a log says of its run, and the share of the run that was over at each step. Raises RecipeError."""
+    """Read what a log says of its run, and the share of the run that was over at each step. Raises RecipeError."""
     told, fractions = dict[str, Any](), list[float]()
     for line in path.read_text().splitlines():
         try:
@@ -287,12 +296,12 @@ def replayed(path: Path) -> tuple[dict[str, Any], list[float]]:
 
 
 def fingerprint(fractions: list[float] | None) -> str:
-    """Of the steps to be replayed; empty without."""
+    """Hash the steps to be replayed, SHA-256 in hex; empty without."""
     return hashlib.sha256(json.dumps(fractions).encode()).hexdigest() if fractions else ""
 
 
 def shown(stage: str, say: Callable[..., None]) -> Log:
-    """Progress as lines."""
+    """Make the function that prints a stage's progress as lines, on rank 0."""
     if int(os.environ.get("RANK", 0)) != 0:
         return silent
 

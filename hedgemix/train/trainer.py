@@ -10,16 +10,12 @@ averaged weights) and moments.pt (calibration).
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,24 +25,20 @@ from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Ahead, Batches
 from hedgemix.data.dataset import Dataset
+from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Checkpoints, Kept, nothing
-from hedgemix.runtime.clock import Clock, Due, never
+from hedgemix.runtime.checkpoint import Checkpoints, OnFileWritten, no_copy
+from hedgemix.runtime.clock import Clock, Due, no_notice
 from hedgemix.runtime.files import Log, save_tensors, silent
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.runtime.profiler import tracing
 from hedgemix.train.optim import EMA, Optimizers
 from hedgemix.train.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.train.step_log import ADVICE, DivergedError, StepLog
 from hedgemix.validate import check_train
-
-ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or set train.gradient_clip"
-
-
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,8 @@ def train(
     log: Log = silent,
     now: Callable[[], float] = time.monotonic,
     profile: Path | None = None,
-    kept: Kept = nothing,
-    notice: Callable[[], bool] = never,
+    kept: OnFileWritten = no_copy,
+    notice: Callable[[], bool] = no_notice,
     fractions: Sequence[float] | None = None,
 ) -> TrainResult:
     """Train one seed, resuming from `folder` if it was begun there. Every rank calls this; rank 0 writes.
@@ -145,7 +137,14 @@ def train(
             loss = run.train_step(fraction)
             queue.wait()
             traced()
-            steps.add(run, loss, fraction, elapsed)
+            steps.add(
+                loss,
+                step=run.step,
+                tokens=run.step * run.batch_tokens,
+                elapsed_seconds=elapsed,
+                fraction=fraction,
+                matrix_rate=config.matrix_rate * rate_factor(fraction, config.warmdown_fraction),
+            )
             if run.step % config.log_every_steps == 0:
                 steps.flush(clock.elapsed())
             clock.beat()
@@ -203,7 +202,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         self.gradient.zero()
         for tokens, targets in self.read(step):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            with autocast(self.config.dtype, self.device):
                 loss = self.loss(tokens, targets, qat) / self.batch_tokens
             loss.backward()
             total += loss.detach()
@@ -286,76 +285,6 @@ class RunAhead:
                 self.before.synchronize()
             self.before = torch.cuda.Event()
             self.before.record()
-
-
-class StepLog:
-    """One line a step in log.jsonl; losses stay on the device until `flush`, the loop's only wait for it."""
-
-    def __init__(self, path: Path, step: int, seed: int, log: Log) -> None:
-        self.path, self.seed, self.log = path, seed, log
-        self.waiting: list[tuple[dict[str, Any], Tensor]] = []
-        self.unwritten: list[dict[str, Any]] = []
-        kept = path.read_text().splitlines() if path.exists() else []
-        self.lines = [record for line in kept if (record := parse(line)) and record["step"] <= step]
-        self.previous_seconds = self.lines[-1]["elapsed_seconds"] if self.lines else 0.0
-        collectives.barrier()  # every rank has read it before rank 0 writes it anew
-        if collectives.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in self.lines))
-
-    def add(self, run: Run, loss: Tensor, fraction: float, elapsed_seconds: float) -> None:
-        rate = run.config.matrix_rate * rate_factor(fraction, run.config.warmdown_fraction)
-        record = {
-            "step": run.step,
-            "tokens": run.step * run.batch_tokens,
-            "elapsed_seconds": round(elapsed_seconds, 4),
-            "fraction": fraction,
-            "matrix_rate": rate,
-        }
-        self.waiting.append((record, loss))
-
-    def flush(self, elapsed_seconds: float) -> None:
-        """Write the waiting lines; raises DivergedError if a loss among them is not finite."""
-        if not self.waiting:
-            return
-        losses = collectives.sum_over(torch.stack([loss for _, loss in self.waiting])).tolist()
-        tokens = self.waiting[-1][0]["tokens"] - (self.lines[-1]["tokens"] if self.lines else 0)
-        speed = tokens / max(1e-9, elapsed_seconds - self.previous_seconds)
-        self.previous_seconds = elapsed_seconds
-        records = []
-        for (record, _), loss in zip(self.waiting, losses, strict=True):
-            records.append({**record, "loss_nats": loss, "tokens_per_second": round(speed, 1)})
-        self.waiting = []
-        self.lines += records
-        if collectives.rank() == 0:
-            self.write(records)
-            self.log(records[-1])
-        for record in records:
-            if not math.isfinite(record["loss_nats"]):
-                raise DivergedError(
-                    f"seed {self.seed}: the loss is {record['loss_nats']} at step {record['step']}; {ADVICE}"
-                )
-
-    def write(self, records: list[dict[str, Any]]) -> None:
-        """Lines that storage refuses now are kept for the next time: a full disk ends the run only if it stays full."""
-        self.unwritten += records
-        with contextlib.suppress(OSError):
-            with open(self.path, "a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in self.unwritten))
-            self.unwritten = []
-
-    def last_tenth(self) -> float:
-        losses = [record["loss_nats"] for record in self.lines]
-        tail = losses[-max(1, len(losses) // 10) :]
-        return sum(tail) / len(tail)
-
-
-def parse(line: str) -> dict[str, Any] | None:
-    """A log line, or None for one that a kill cut short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def synchronise(device: torch.device) -> None:

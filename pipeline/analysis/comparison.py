@@ -19,8 +19,8 @@ NOT_SETTINGS = ("recipe",)
 
 
 def scores(record: Record) -> list[float]:
-    """bpb_final of the finished seeds. Raises RecipeError, saying why, when they are not one record's: then no mean of
-    them means anything."""
+    """Collect bpb_final of the finished seeds. Raises RecipeError, saying why, when they are not one record's: then no
+    mean of them means anything."""
     if not record.done:
         raise RecipeError(f"record {record.name} has no finished seed")
     if why := significance.mixed(record.done):
@@ -29,8 +29,8 @@ def scores(record: Record) -> list[float]:
 
 
 def same_text(one: Record, other: Record) -> str:
-    """Why scores of the two cannot be compared; empty when they can. Other tokenizers may cut one text differently: its
-    bytes, and the documents it comes from, must then be the same."""
+    """Say why scores of the two cannot be compared; empty when they can. Other tokenizers may cut one text differently:
+    its bytes, and the documents it comes from, must then be the same."""
     mine, theirs = one.done[0], other.done[0]
     if mine["valid_sha256"] == theirs["valid_sha256"]:
         return ""
@@ -43,7 +43,7 @@ def same_text(one: Record, other: Record) -> str:
 
 
 def notes(one: Record, other: Record) -> list[str]:
-    """What differs beside the settings and may explain a difference of scores, one sentence each."""
+    """Tell what differs beside the settings and may explain a difference of scores, one sentence each."""
     found = []
     for column, name in significance.SAME.items():
         mine, theirs = one.done[0][column], other.done[0][column]
@@ -58,7 +58,8 @@ def notes(one: Record, other: Record) -> list[str]:
 
 
 def same_artifacts(one: Record, other: Record) -> list[float]:
-    """By how many bits per byte `one` is better, seed by seed, where both scored the same artifacts; else empty."""
+    """Compute by how many bits per byte `one` is better, seed by seed, where both scored the same artifacts; else
+    empty."""
     theirs = {row["seed"]: row for row in other.done}
     pairs = [(row, theirs.get(row["seed"], {})) for row in one.done]
     if not all(mine["artifact_sha256"] == its.get("artifact_sha256") for mine, its in pairs):
@@ -67,7 +68,7 @@ def same_artifacts(one: Record, other: Record) -> list[float]:
 
 
 def settings(one: Record, other: Record) -> list[tuple[str, str, str]]:
-    """Every field whose values differ: its dotted name, and both values."""
+    """List every field of the configurations whose values differ: its dotted name, and both values."""
     mine, theirs = (dict(flat(json.loads(record.rows[0]["config"]))) for record in (one, other))
     names = [*mine, *(name for name in theirs if name not in mine)]
     pairs = [(name, shown(mine.get(name)), shown(theirs.get(name))) for name in names if name not in NOT_SETTINGS]
@@ -75,6 +76,7 @@ def settings(one: Record, other: Record) -> list[tuple[str, str, str]]:
 
 
 def flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every field of a nested configuration with its dotted name."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from flat(value, f"{above}{name}.")
@@ -83,11 +85,13 @@ def flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def shown(value: Any) -> str:
+    """Write a setting's value as text; a list's items are separated by spaces."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def test(one: Record, other: Record, margin_nats: float = 0.0) -> Test:
-    """Welch's test whether `one` is better, in bits per byte. Raises RecipeError when they cannot be compared."""
+    """Test whether `one` is better by more than the margin (Welch, one-sided), in bits per byte. Raises RecipeError
+    when they cannot be compared."""
     mine, theirs = scores(one), scores(other)
     if why := same_text(one, other):
         raise RecipeError(f"records {one.name} and {other.name} cannot be compared: {why}")
@@ -98,7 +102,7 @@ HEADS = ("against", "better by, bits per byte", "better by, nats a token", "rule
 
 
 def verdicts(against: str, tests: list[Test], nats_per_bit: float) -> list[list[str]]:
-    """A row for each of RULES, whose tests these are in order."""
+    """Make a table row for each of RULES, whose tests these are in order."""
     return [
         [
             against,
@@ -113,17 +117,20 @@ def verdicts(against: str, tests: list[Test], nats_per_bit: float) -> list[list[
 
 
 def held(holds: bool) -> str:
+    """Write whether a rule holds as yes or no."""
     return "yes" if holds else "no"
 
 
 def p_of(test: Test) -> str:
+    """Write a test's p, or say that there was no spread to compute it from."""
     if test.p != test.p:
         return "no spread"
     return f"{test.p:.2g}" if test.p < 0.001 else f"{test.p:.3f}"
 
 
 def show(one: Record, other: Record, console: Console) -> None:
-    """Every seed of both, the means, the tests and what differs. Raises RecipeError when they cannot be compared."""
+    """Print every seed of both, the means, the tests and what differs. Raises RecipeError when they cannot be
+    compared."""
     tests = [test(one, other, rule.margin_nats) for rule in RULES]
 
     def line(text: str) -> None:
@@ -151,7 +158,7 @@ def show(one: Record, other: Record, console: Console) -> None:
 
 
 def told(found: significance.Summary, nats_per_bit: float) -> str:
-    """A summary in one line."""
+    """Write a summary in one line."""
     line = f"{found.mean:.4f} bits per byte, {found.mean * nats_per_bit:.4f} nats a token"
     if found.count < 2:
         return f"{line}; one seed, so no spread"

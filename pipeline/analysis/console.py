@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def print_results(rows: list[Row], parquet: str, console: Console) -> None:
-    """One line a seed, mean and sample standard deviation over the finished ones, and how to load the table."""
+    """Print one line a seed, mean and sample standard deviation over the finished ones, and how to load the table."""
     table = seed_table()
     done = [row for row in rows if row.status == "done"]
     for row in rows:
@@ -62,7 +62,7 @@ def print_results(rows: list[Row], parquet: str, console: Console) -> None:
 
 
 def seed_table() -> Table:
-    """With the heads of COLUMNS, in 80 columns; its lines are to come."""
+    """Make a table with the heads of COLUMNS, in 80 columns; its lines are to come."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("seed", justify="right")
     for heading, _, _ in COLUMNS:
@@ -71,4 +71,5 @@ def seed_table() -> Table:
 
 
 def cell(value: float | None, form: str) -> str:
+    """Format a value; None and NaN as an empty cell."""
     return "" if value is None or math.isnan(value) else format(value, form)

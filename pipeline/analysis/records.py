@@ -19,7 +19,8 @@ from pipeline.storage.store import REMOTE_URI, Storage, as_recipe_error, storage
 
 @dataclass(frozen=True)
 class Record:
-    """Rows as dicts of the table's columns; files lie under the table's own folder, wherever that was copied to."""
+    """Holds a record's rows as dicts of the table's columns; files lie under the table's own folder, wherever that was
+    copied to."""
 
     name: str
     storage: Storage
@@ -27,38 +28,41 @@ class Record:
 
     @property
     def done(self) -> list[dict[str, Any]]:
+        """Return the rows of the finished seeds."""
         return [row for row in self.rows if row["status"] == "done"]
 
     @property
     def recipe(self) -> Recipe:
+        """Parse the recipe of the first row; all rows of a record have the same."""
         return from_dict(Recipe, json.loads(self.rows[0]["config"]))
 
     @property
     def table(self) -> str:
-        """Where its parquet file lies."""
+        """Return where its parquet file lies."""
         return self.storage.where(table_path(self.storage, self.name))
 
     @property
     def folder(self) -> Path:
-        """Of what is written about the record."""
+        """Return the folder of what is written about the record."""
         return self.storage.root / RECORDS / self.name
 
     def place(self, row: dict[str, Any], column: str) -> Path | None:
-        """What the row's path names, under the table's folder; None when the row has none."""
+        """Find what the row's path names, under the table's folder; None when the row has none."""
         parts = Path(row[column] or "").parts
         return self.storage.root.joinpath(*parts[parts.index(STEPS) :]) if STEPS in parts else None
 
     def content(self, row: dict[str, Any], column: str, name: str = "") -> bytes | None:
-        """Of the file that the row names, or of the file called `name` in its folder; None when it is not there."""
+        """Read the file that the row names, or the file called `name` in its folder; None when it is not there."""
         place = self.place(row, column)
         return None if place is None else self.storage.read_bytes(place / name if name else place)
 
     def lines(self, row: dict[str, Any], column: str, name: str) -> list[dict[str, Any]]:
-        """A file of JSON lines; empty when it is not there. A line that was cut short is left out."""
+        """Read a file of JSON lines; empty when it is not there. A line that was cut short is left out."""
         return list(parsed(self.content(row, column, name) or b""))
 
 
 def parsed(content: bytes) -> list[dict[str, Any]]:
+    """Parse JSON lines; those that are no JSON are left out."""
     found = []
     for line in content.splitlines():
         try:
@@ -69,7 +73,7 @@ def parsed(content: bytes) -> list[dict[str, Any]]:
 
 
 def load(run: str) -> Record:
-    """The record of a parquet file (a path, or an address in a store), or of a folder that holds one record alone.
+    """Load the record of a parquet file (a path, or an address in a store), or of a folder that holds one record alone.
 
     Raises RecipeError when there is none.
     """
@@ -81,6 +85,8 @@ def load(run: str) -> Record:
 
 
 def find(run: str) -> tuple[Storage, Path]:
+    """Find the table that `run` names: its storage, and its path there. Raises RecipeError when it names no table, or a
+    folder of several, or when a store fails."""
     if REMOTE_URI.match(run):
         address, mark, query = run.partition("?")
         above, _, name = address.rpartition("/")
@@ -102,7 +108,8 @@ def find(run: str) -> tuple[Storage, Path]:
 
 
 def rows(content: bytes, run: str) -> list[dict[str, Any]]:
-    """The rows of a table. Raises RecipeError for another file."""
+    """Read the rows of a table. Raises RecipeError for a file that is no record's table, is an older one's or has no
+    rows."""
     try:
         found = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
@@ -119,7 +126,8 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
 
 
 def together(storage: Storage) -> list[Record]:
-    """Every record of a runs folder, by name; tables that cannot be read, or that an older hedgemix wrote, left out."""
+    """Load every record of a runs folder, by name; tables that cannot be read, or that an older hedgemix wrote, left
+    out."""
     found = []
     for name in sorted(storage.names(storage.root)):
         if "/" in name or not name.endswith(".parquet") or name.startswith((".", "_")):

@@ -23,6 +23,8 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Summary:
+    """Holds what a sample tells of its mean, in the sample's unit."""
+
     count: int
     mean: float
     deviation: float
@@ -34,7 +36,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Test:
-    """Whether a mean lies below a bar, or below another mean, by more than a margin."""
+    """Tells whether a mean lies below a bar, or below another mean, by more than a margin; all in the sample's unit."""
 
     difference: float
     """How far below; negative: above. Without the margin."""
@@ -47,7 +49,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the field asks of a new record."""
+    """Says what the field asks of a new record."""
 
     name: str
     margin_nats: float
@@ -57,6 +59,7 @@ class Rule:
     text: str
 
     def holds(self, test: Test) -> bool:
+        """Say whether the test, made with this rule's margin, is below its level."""
         return test.p < self.level
 
 
@@ -67,7 +70,7 @@ RULES = (
 
 
 def summary(values: Sequence[float], confidence: float = CONFIDENCE) -> Summary:
-    """Raises ValueError for no values."""
+    """Summarise values with Student's confidence interval of their mean. Raises ValueError for no values."""
     if not len(values):
         raise ValueError("no seed has finished: there is nothing to average")
     count, (mean, deviation) = len(values), mean_and_deviation(list(values))
@@ -78,7 +81,8 @@ def summary(values: Sequence[float], confidence: float = CONFIDENCE) -> Summary:
 
 
 def against_score(values: Sequence[float], published: float, margin: float = 0.0) -> Test:
-    """One-sample t-test: is the mean below `published` by more than `margin`?"""
+    """Test whether the mean is below `published` by more than `margin` (one-sample t-test, one-sided). Raises
+    ValueError for no values."""
     found = summary(values)
     difference = published - found.mean
     if not found.deviation > 0:
@@ -88,7 +92,8 @@ def against_score(values: Sequence[float], published: float, margin: float = 0.0
 
 
 def against_values(values: Sequence[float], others: Sequence[float], margin: float = 0.0) -> Test:
-    """Welch's t-test (unequal variances): is the mean below the others' mean by more than `margin`?"""
+    """Test whether the mean is below the others' mean by more than `margin` (Welch's t-test: unequal variances;
+    one-sided). Raises ValueError for no values."""
     mine, theirs = summary(values), summary(others)
     difference = theirs.mean - mine.mean
     if math.isnan(mine.deviation) or math.isnan(theirs.deviation) or not mine.deviation + theirs.deviation > 0:
@@ -98,8 +103,8 @@ def against_values(values: Sequence[float], others: Sequence[float], margin: flo
 
 
 def seeds_needed(found: Summary, bar: float, level: float, power: float = POWER) -> int | None:
-    """Seeds with which a one-sample t-test at `level` would find the mean below `bar` with this probability, if mean
-    and deviation are what they look like now (noncentral t distribution). None when no number would, or over
+    """Count the seeds with which a one-sample t-test at `level` would find the mean below `bar` with this probability,
+    if mean and deviation are what they look like now (noncentral t distribution). None when no number would, or over
     MOST_SEEDS. Raises ValueError without a spread."""
     if not found.deviation > 0:
         raise ValueError("one seed, or seeds that all scored the same, tell no spread")
@@ -113,7 +118,7 @@ def seeds_needed(found: Summary, bar: float, level: float, power: float = POWER)
 
 
 def nats_per_bit(row: dict[str, Any]) -> float:
-    """What one bit per byte of the row's text is in nats a token."""
+    """Convert: what one bit per byte of the row's text is in nats a token."""
     return math.log(2) * row["valid_bytes"] / row["valid_tokens"]
 
 
@@ -131,7 +136,7 @@ SAME = {
 
 
 def mixed(rows: Sequence[dict[str, Any]], columns: Sequence[str] = tuple(SAME)) -> list[str]:
-    """Why these rows must not be averaged, one sentence a column; empty when they may."""
+    """Say why these rows must not be averaged, one sentence a column; empty when they may."""
     why = []
     for column in columns:
         seeds: dict[Any, list[str]] = {}
@@ -144,5 +149,6 @@ def mixed(rows: Sequence[dict[str, Any]], columns: Sequence[str] = tuple(SAME)) 
 
 
 def brief(value: Any) -> str:
+    """Write a value in at most 40 characters; of a longer one the first 12."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"

@@ -43,7 +43,7 @@ STAGES = ("train", "quantize", "score", "evaluate")
 
 @dataclass
 class Drive:
-    """One record being driven; `running` maps a Ray task to its seed (None: shared) and stage."""
+    """Drives one record; `running` maps a Ray task to its seed (None: shared) and stage."""
 
     plan: RecordPlan
     job: Job
@@ -61,6 +61,7 @@ class Drive:
 
     @property
     def seeds(self) -> dict[int, SeedSteps]:
+        """Return the steps of every seed."""
         return self.plan.seeds
 
     def look(self) -> None:
@@ -75,7 +76,8 @@ class Drive:
                     set_aside(step)
 
     def check_artifacts(self) -> None:
-        """The artifact is what a record is about: a finished one that storage damaged is made again."""
+        """Set aside a finished artifact that storage damaged, so that it is made again: it is what a record is
+        about."""
         for seed, steps in self.seeds.items():
             if quantized := self.records[seed].get("quantize"):
                 try:
@@ -84,29 +86,34 @@ class Drive:
                     self.repair(seed, steps.quantize, damaged)
 
     def repair(self, seed: int | None, step: Step, damaged: DamagedStepError) -> None:
+        """Set aside a damaged step, so that `launch` starts it again. seed: None for the shared counts."""
         self.console.print(f"damaged, made again: {damaged}", markup=False, soft_wrap=True)
         set_aside(step)
         if seed is not None:
             self.records[seed].pop(step.kind, None)
 
     def done(self, seed: int) -> bool:
+        """Say whether every step of the seed stands."""
         return len(self.records[seed]) == len(STAGES)
 
     def stands(self, seed: int, stage: str) -> bool:
+        """Say whether the seed's step of this stage is done."""
         return stage in self.records[seed]
 
     def busy(self, seed: int | None, stage: str) -> bool:
-        """Running, or about to."""
+        """Say whether the stage is running, or about to."""
         return (seed, stage) in self.running.values()
 
     def ready(self, seed: int | None, stage: str) -> bool:
+        """Say whether the stage may start: it is not running, and has rested since it was lost."""
         return not self.busy(seed, stage) and self.restarts.rested((seed, stage))
 
     def unfinished(self) -> bool:
+        """Say whether a seed that has not failed still has steps to do."""
         return any(not self.done(seed) for seed in self.seeds if seed not in self.errors)
 
     def evaluating(self) -> bool:
-        """Whether a trained seed still has steps to do."""
+        """Say whether a trained seed still has steps to do."""
         return any(self.stands(seed, "train") and not self.done(seed) for seed in self.seeds if seed not in self.errors)
 
     def launch(self) -> None:
@@ -173,19 +180,21 @@ class Drive:
             self.keep_error(seed, stage, error)
 
     def keep_error(self, seed: int, stage: str, error: Exception) -> None:
-        """The row's line and the whole error, beside the step's files."""
+        """Write the row's line and the whole error beside the step's files."""
         step = getattr(self.seeds[seed], stage)
         with contextlib.suppress(OSError):
             text = f"{explain(error)}\n\n{COLOURS.sub('', str(error))}\n"
             step.storage.write_bytes(step.folder / ERROR, text.encode())
 
     def rows(self) -> list[Row]:
+        """Build the table's row of every seed as it stands."""
         return [
             build_row(self.plan, seed, self.records[seed], self.counted, self.errors.get(seed)) for seed in self.seeds
         ]
 
     def write_rows(self) -> None:
-        """The table as it stands; a write that storage refuses now is made up for by the next."""
+        """Write the table as it stands, and tell the board and the trackers; a write that storage refuses now is made
+        up for by the next."""
         rows = self.rows()
         with contextlib.suppress(OSError):
             write_rows(self.plan.storage, rows)
@@ -196,7 +205,8 @@ class Drive:
         self.trackers.rows(rows)
 
     def listen(self) -> dict[int, dict[str, Any]]:
-        """The last record of every seed; all that came since the last time go to the trackers."""
+        """Ask the board for the last record of every seed (none when it is lost); all that came since the last time go
+        to the trackers."""
         try:
             board, told = ray.get(self.job.board.read.remote(self.heard_ns), timeout=5)
         except RayError:  # without its board the record still goes on
@@ -206,7 +216,7 @@ class Drive:
         return board
 
     def states(self) -> dict[int, dict[str, Any]]:
-        """What the view shows: the board's records, overruled by what the driver knows."""
+        """Collect what the view shows: the board's records, overruled by what the driver knows."""
         board = self.listen()
         shown: dict[int, dict[str, Any]] = {}
         for seed in self.seeds:

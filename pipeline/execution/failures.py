@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from hedgemix.config import ComputeConfig
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 from pipeline.steps.step import DamagedStepError
 
 RAY_RETRIES = 0
@@ -50,19 +50,19 @@ Place = tuple[int | None, str]
 
 @dataclass(frozen=True)
 class Retry:
-    """A process, a machine or storage failed, not the work: the same may succeed."""
+    """Says that a process, a machine or storage failed, not the work: the same may succeed."""
 
 
 @dataclass(frozen=True)
 class Repair:
-    """A file of a finished step is damaged: that step has to be done again first."""
+    """Says that a file of a finished step is damaged: that step has to be done again first."""
 
     damaged: DamagedStepError
 
 
 @dataclass(frozen=True)
 class Fail:
-    """The work failed, and would again."""
+    """Says that the work failed, and would again."""
 
 
 def classify(error: BaseException) -> Retry | Repair | Fail:
@@ -77,7 +77,7 @@ def classify(error: BaseException) -> Retry | Repair | Fail:
 
 
 class Restarts:
-    """How often the driver started each stage again, at most `most` times, and when it may."""
+    """Keeps count of how often the driver started each stage again, at most `most` times, and when it may."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -93,6 +93,7 @@ class Restarts:
         return True
 
     def rested(self, place: Place) -> bool:
+        """Say whether the rest after the stage's last loss is over."""
         return time.monotonic() >= self.due.get(place, 0.0)
 
 
@@ -102,14 +103,14 @@ def ray_train_restarts(compute: ComputeConfig) -> dict[str, int]:
 
 
 def cause(error: BaseException) -> BaseException:
-    """What a task raised, without Ray's frames."""
+    """Unwrap what a task raised from Ray's frames."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
 def explain(error: BaseException) -> str:
-    """The cause in one line: what a person can act on, without Ray's frames."""
+    """Tell the cause in one line: what a person can act on, without Ray's frames."""
     found = cause(error)
     failures = getattr(found, "worker_failures", None)
     if failures:
@@ -120,8 +121,8 @@ def explain(error: BaseException) -> str:
 
 
 def blamed(message: str) -> str:
-    """The line of a message that has the cause: its first, with what a line that only announces it (torch's compiler:
-    "backend='inductor' raised:") announces, and with the line that a C++ compiler or NCCL calls the error."""
+    """Find the line of a message that has the cause: its first, with what a line that only announces it (torch's
+    compiler: "backend='inductor' raised:") announces, and with the line that a C++ compiler or NCCL calls the error."""
     lines = [text for line in message.splitlines() if (text := COLOURS.sub("", line).strip())]
     said = [" ".join(lines[i : i + 2]) if line.endswith(":") else line for i, line in enumerate(lines)]
     errors = [text for line, text in zip(lines, said, strict=True) if TOOL_ERROR.search(line)]
@@ -131,4 +132,5 @@ def blamed(message: str) -> str:
 
 
 def blames_another(error: BaseException) -> bool:
+    """Say whether a rank only noticed another one fail."""
     return any(sign in f"{type(error).__name__} {error}" for sign in ERRORS_OF_THE_OTHERS)

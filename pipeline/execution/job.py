@@ -11,7 +11,7 @@ import torch
 
 from hedgemix.config import Recipe
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Kept, nothing
+from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
 from hedgemix.runtime.files import Log
 from pipeline.steps.graph import RecordPlan
 from pipeline.steps.recovery import resuming
@@ -23,7 +23,7 @@ HEAD = {"node:__internal_head__": 0.001}
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of one record is given; small, so it travels by value."""
+    """Holds what every task of one record is given; small, so it travels by value."""
 
     plan: RecordPlan
     recipe: Recipe
@@ -38,21 +38,23 @@ class Job:
     """The progress board's actor handle."""
 
     def log(self, seed: int, stage: str) -> Log:
-        """Progress of one stage, from rank 0 to the board; fire and forget."""
+        """Make the function that tells one stage's progress, from rank 0 to the board; fire and forget."""
         if collectives.rank() != 0:
             return lambda record: None
         return lambda record: self.board.put.remote(seed, stage, record)
 
 
 def use_cpus(cpus: float) -> None:
+    """Let torch use so many threads, at least one, in this process."""
     torch.set_num_threads(max(1, int(cpus)))
 
 
 @contextmanager
-def one_writer(job: Job, step: Step) -> Iterator[Kept]:
-    """Every rank goes on once rank 0 alone writes the step's files and what it reads is on this machine."""
+def one_writer(job: Job, step: Step) -> Iterator[OnFileWritten]:
+    """Let every rank go on once rank 0 alone writes the step's files and what it reads is on this machine; yields what
+    keeps copies of files (`resuming`), on other ranks a function that does nothing."""
     with ExitStack() as stack:
-        kept: Kept = nothing
+        kept: OnFileWritten = no_copy
         if collectives.rank() == 0:
             kept = stack.enter_context(resuming(step))
             fetch(job.plan.data)

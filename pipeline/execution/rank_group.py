@@ -23,15 +23,16 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Rank:
-    """One member; its process ends with the gang."""
+    """Runs one member; its process ends with the gang."""
 
     def address(self) -> str:
-        """Where rank 0 will listen."""
+        """Find where rank 0 will listen: host:port, free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def run(self, rank: int, gang: Gang, address: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Join the process group at `address`, do the work and return its value."""
         index = device_index(rank, gang.gpus, torch.cuda.device_count())
         if index is not None:
             torch.cuda.set_device(index)
@@ -54,8 +55,8 @@ RankActor = ray.remote(max_restarts=RAY_RETRIES)(Rank)
 
 @dataclass(frozen=True)
 class Gang:
-    """`ranks` members with `cpus` and `gpus` each, which speak over `backend`. The name is one step's: a gang of that
-    name that is still there belongs to an attempt that died, and is removed."""
+    """Describes `ranks` members with `cpus` and `gpus` each, which speak over `backend`. The name is one step's: a gang
+    of that name that is still there belongs to an attempt that died, and is removed."""
 
     name: str
     ranks: int
@@ -65,7 +66,7 @@ class Gang:
 
 
 def run_gang(gang: Gang, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """`work(*arguments)` on every rank; returns rank 0's value.
+    """Call `work(*arguments)` on every rank; returns rank 0's value.
 
     Waits until one node has room for all. The first rank to fail ends the gang: its error is raised, or
     ConnectionError when a rank's process was lost, which is worth another try.

@@ -36,7 +36,7 @@ during training; and training, which runs in Ray's workers, gives way to other p
 
 @contextmanager
 def ray_started(console: Console) -> Iterator[None]:
-    """Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone."""
+    """Start Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with ExitStack() as held:
         if on_cluster():
@@ -57,8 +57,9 @@ def ray_started(console: Console) -> Iterator[None]:
 
 
 def train_settings() -> dict[str, str]:
-    """What our processes on a cluster, which are not this one's children, are told of this one's environment: how Ray
-    Train works, and nothing else. What the job was submitted with reaches them by itself, and Ray refuses it twice."""
+    """Collect what our processes on a cluster, which are not this one's children, are told of this one's environment:
+    how Ray Train works, and nothing else. What the job was submitted with reaches them by itself, and Ray refuses it
+    twice."""
     told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     there = (told.get("runtime_env") or {}).get("env_vars") or {}
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") and name not in there}

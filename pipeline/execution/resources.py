@@ -13,7 +13,7 @@ from hedgemix.config import Recipe, RecipeError
 
 
 def fits(node: dict[str, Any], count: int, cpus: float, gpus: float) -> int:
-    """How often `count` ranks of `cpus` and `gpus` each fit the node at once."""
+    """Count how often `count` ranks of `cpus` and `gpus` each fit the node at once."""
     if not node["Alive"]:
         return 0
     here = node["Resources"]
@@ -22,13 +22,14 @@ def fits(node: dict[str, Any], count: int, cpus: float, gpus: float) -> int:
 
 
 def training_slots(recipe: Recipe) -> int:
-    """Training jobs that fit the cluster's machines at once; each has one machine's share for itself."""
+    """Count the training jobs that fit the cluster's machines at once; each has one machine's share for itself."""
     compute = recipe.compute
     return sum(fits(node, compute.workers, compute.cpus_per_worker, compute.gpus_per_worker) for node in ray.nodes())
 
 
 def check_capacity(recipe: Recipe, evaluate_cpus: float, console: Console) -> None:
-    """On a machine of our own, refuse at once what could only wait for ever; a cluster may still get its nodes."""
+    """Refuse with a RecipeError what a machine of our own could only wait for without end; on a cluster, which may
+    still get its nodes, print what it waits for."""
     compute = recipe.compute
     for purpose, ranks, cpus in (
         ("trains a seed", compute.workers, compute.cpus_per_worker),
@@ -50,12 +51,13 @@ def check_capacity(recipe: Recipe, evaluate_cpus: float, console: Console) -> No
 
 
 def on_cluster() -> bool:
+    """Say whether RAY_ADDRESS names a cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:
-    """The recipe with cpus_per_worker 0 replaced by a worker's share of the largest machine's CPUs, and the CPUs of an
-    evaluating rank, by the same rule."""
+    """Replace cpus_per_worker 0 of the recipe by a worker's share of the largest machine's CPUs; returns the recipe,
+    and the CPUs of an evaluating rank by the same rule. Raises RecipeError when no machine with its GPUs is there."""
     compute = recipe.compute
     if compute.cpus_per_worker:
         return recipe, compute.cpus_per_worker

@@ -26,6 +26,7 @@ from pipeline.steps.step import Made, Step, fetch, keep, perform
 
 
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
+    """Score the full-precision weights; returns the step's result."""
     use_cpus(job.recipe.compute.cpus_per_worker)
 
     def work() -> Made:
@@ -40,6 +41,7 @@ def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
 
 
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
+    """Quantize the trained weights into an artifact; returns the step's result."""
     use_cpus(job.recipe.compute.cpus_per_worker)
     job.log(seed, "quantize")({})
 
@@ -60,7 +62,7 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
 
 
 def count(job: Job, step: Step) -> dict[str, Any]:
-    """The n-gram index of the validation text, shared by every seed."""
+    """Build the n-gram index of the validation text, shared by every seed; returns the step's result."""
 
     def work() -> Made:
         with clocked(step):
@@ -72,7 +74,7 @@ def count(job: Job, step: Step) -> dict[str, Any]:
 
 
 def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
-    """One rank of the evaluation; what rank 0 returns tells the files too."""
+    """Run one rank of the evaluation; what rank 0 returns tells the files too."""
     use_cpus(job.evaluate_cpus)
     step = steps.evaluate
     with one_writer(job, step) as kept, Notice() as notice:
@@ -93,7 +95,8 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
 
 
 def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
-    """The score, by one rank in this process or by a gang this task waits for."""
+    """Evaluate the artifact, by one rank in this process or by a gang this task waits for; returns the step's
+    result."""
     compute, step = job.recipe.compute, steps.evaluate
 
     def work() -> Made:
@@ -109,27 +112,31 @@ def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
 
 
 def task(job: Job, function: Callable[..., Any]) -> Any:
-    """As a Ray task. On a GPU in a process of its own: a worker that Ray used again would keep the memory, and the
-    choice, of its first GPU. On a CPU in one that is there already, with its imports, a few seconds sooner. The driver
-    starts lost tasks again, so that one place counts."""
+    """Make a function a Ray task. On a GPU in a process of its own: a worker that Ray used again would keep the memory,
+    and the choice, of its first GPU. On a CPU in one that is there already, with its imports, a few seconds sooner. The
+    driver starts lost tasks again, so that one place counts."""
     return ray.remote(max_calls=1 if job.recipe.compute.gpus_per_worker else 0, max_retries=RAY_RETRIES)(function)
 
 
 def one_worker(job: Job) -> dict[str, Any]:
-    """The resources of a task that uses one worker's share of a node."""
+    """Return the resources of a task that uses one worker's share of a node."""
     compute = job.recipe.compute
     return {"num_cpus": compute.cpus_per_worker, "num_gpus": compute.gpus_per_worker}
 
 
 def start_quantize(job: Job, steps: SeedSteps) -> Any:
+    """Start `quantize` for a seed; returns Ray's reference to its result."""
     return task(job, quantize).options(**one_worker(job)).remote(job, steps.quantize, steps.train, steps.seed)
 
 
 def start_score(job: Job, steps: SeedSteps) -> Any:
+    """Start `score_full` for a seed; returns Ray's reference to its result."""
     return task(job, score_full).options(**one_worker(job)).remote(job, steps.score, steps.train, steps.seed)
 
 
 def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
+    """Start `evaluate` for a seed; returns Ray's reference to its result. A task that waits for a gang takes no CPUs
+    itself."""
     compute = job.recipe.compute
     alone = {"num_cpus": job.evaluate_cpus, "num_gpus": compute.gpus_per_worker}
     options = alone if compute.evaluate_workers == 1 else {"num_cpus": 0, "resources": HEAD}
@@ -137,4 +144,5 @@ def start_evaluation(job: Job, steps: SeedSteps, counts: Step) -> Any:
 
 
 def start_counts(job: Job, counts: Step) -> Any:
+    """Start `count`; returns Ray's reference to its result."""
     return task(job, count).options(num_cpus=1, resources=HEAD).remote(job, counts)

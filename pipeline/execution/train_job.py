@@ -20,7 +20,7 @@ from hedgemix.config import config_hash
 from hedgemix.runtime import collectives
 from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
 from pipeline.execution.preemption import Notice
@@ -29,8 +29,8 @@ from pipeline.steps.step import Made, Step, keep, perform
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train would
-    take it for a lost worker and try again."""
+    """Train as one Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train
+    would take it for a lost worker and try again."""
     job, seed, step = config["job"], config["seed"], config["step"]
     recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
@@ -61,8 +61,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def scratch(step: Step) -> Iterator[Path]:
-    """A folder of this machine for Ray Train's own notes; all that must last is the step's. It is named by the step,
-    which one process at a time does: what a killed one left goes with the next."""
+    """Make a folder of this machine for Ray Train's own notes; all that must last is the step's. It is named by the
+    step, which one process at a time does: what a killed one left goes with the next."""
     path = Path(tempfile.gettempdir()) / f"hedgemix-train-{os.getuid()}-{config_hash(str(step.folder))}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700, exist_ok=True)
@@ -74,8 +74,9 @@ def scratch(step: Step) -> Iterator[Path]:
 
 @ray.remote(num_cpus=0, max_retries=RAY_RETRIES, resources=HEAD)
 def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
-    """Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes on
-    from the checkpoint in the step's folder with the budget that is left."""
+    """Run Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes
+    on from the checkpoint in the step's folder with the budget that is left. Raises RuntimeError with the mistake that
+    a worker returned."""
     # Half a second to import, which the other tasks' processes do not have to spend.
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -18,7 +18,7 @@ UNREAD = 10_000
 
 @dataclass(frozen=True)
 class Told:
-    """A progress record as it came to the board."""
+    """Holds a progress record as it came to the board."""
 
     at_ns: int
     """When, by the board's clock; no two are equal."""
@@ -28,7 +28,7 @@ class Told:
 
 
 class Board:
-    """The last record of every seed, and those that the driver has not read."""
+    """Keeps the last record of every seed, and those that the driver has not read."""
 
     def __init__(self, record: str, meanings: dict[str, str]) -> None:
         self.seeds: dict[int, dict[str, Any]] = {}
@@ -37,18 +37,19 @@ class Board:
         self.gauges = Gauges(record, meanings)
 
     def put(self, seed: int, stage: str, record: dict[str, Any]) -> None:
+        """Take a seed's progress record, and set Ray's metrics by it."""
         self.seeds[seed] = {"stage": stage, **record}
         self.at_ns = max(self.at_ns + 1, time.time_ns())
         self.told.append(Told(self.at_ns, seed, stage, record))
         self.gauges.set(seed, stage, measured(stage, record))
 
     def row(self, seed: int, values: dict[str, float]) -> None:
-        """What the seed's row holds by now."""
+        """Set Ray's metrics by what the seed's row holds by now."""
         self.gauges.set(seed, ROW, values)
 
     def read(self, after_ns: int = 0) -> tuple[dict[int, dict[str, Any]], list[Told]]:
-        """The last record of every seed, and all that came after this time; earlier ones are forgotten. An answer
-        that is lost on its way is given again."""
+        """Return the last record of every seed, and all that came after this time; earlier ones are forgotten. An
+        answer that is lost on its way is given again."""
         while self.told and self.told[0].at_ns <= after_ns:
             self.told.popleft()
         return self.seeds, list(self.told)

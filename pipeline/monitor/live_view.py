@@ -37,6 +37,7 @@ class View:
             self.live.stop()
 
     def update(self, states: dict[int, dict[str, Any]]) -> None:
+        """Show these seeds' states from now on; seeds not named keep theirs."""
         self.states |= states
         if self.live:
             self.live.update(self.table())
@@ -52,6 +53,7 @@ class View:
                 self.console.print(line, markup=False, soft_wrap=True)
 
     def table(self) -> Table:
+        """Draw the view: a line a seed."""
         table = Table(box=None, pad_edge=False)
         for heading in ("seed", "stage", "", "progress", "", "time left"):
             table.add_column(heading)
@@ -62,10 +64,12 @@ class View:
 
 
 def percent(state: dict[str, Any]) -> str:
+    """Write how much of the stage is done; empty where it does not tell."""
     return f"{100 * state['fraction']:3.0f} %" if "fraction" in state else ""
 
 
 def figures(state: dict[str, Any]) -> str:
+    """Write what the stage measures: bits per byte, or step, loss and speed of a training, else its detail."""
     if "bpb" in state:
         return f"{state['bpb']:.4f} bits/byte"
     if "loss_nats" in state:
@@ -74,6 +78,8 @@ def figures(state: dict[str, Any]) -> str:
 
 
 def left(state: dict[str, Any]) -> str:
+    """Estimate the time left as minutes:seconds from the part that is done; empty before the first and after the
+    last."""
     fraction, elapsed = state.get("fraction", 0.0), state.get("elapsed_seconds", 0.0)
     if not 0 < fraction < 1 or not elapsed:
         return ""

@@ -45,7 +45,7 @@ COLUMNS = frozenset(field.name for field in dataclasses.fields(Row))
 
 
 def measured(stage: str, record: dict[str, Any]) -> dict[str, float]:
-    """A progress record's numbers by column, and those of `BESIDE`; empty for a stage that tells none."""
+    """Collect a progress record's numbers by column, and those of `BESIDE`; empty for a stage that tells none."""
     names = RENAMED.get(stage, {})
     told = {names.get(name, name): float(value) for name, value in record.items() if isinstance(value, (int, float))}
     found = {name: value for name, value in told.items() if name in COLUMNS or name in BESIDE}
@@ -55,7 +55,7 @@ def measured(stage: str, record: dict[str, Any]) -> dict[str, float]:
 
 
 def row_numbers(row: Row) -> dict[str, float]:
-    """The columns of a row that hold a number, True as 1."""
+    """Collect the columns of a row that hold a finite number, True as 1."""
     values = dataclasses.asdict(row)
     return {
         name: float(value)
@@ -65,6 +65,6 @@ def row_numbers(row: Row) -> dict[str, float]:
 
 
 def meanings() -> dict[str, str]:
-    """One line on what each number is."""
+    """Say in one line what each number is."""
     docs = column_docs() | BESIDE
     return {name: " ".join(filter(None, (text, SO_FAR.get(name)))) for name, text in docs.items()}

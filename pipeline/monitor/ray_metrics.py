@@ -13,13 +13,14 @@ LABELS = ("record", "seed", "stage")
 
 
 class Gauges:
-    """One gauge a column, made when its first value comes; `meanings` are their descriptions."""
+    """Sets one gauge a column, made when its first value comes; `meanings` are their descriptions."""
 
     def __init__(self, record: str, meanings: dict[str, str]) -> None:
         self.record, self.meanings = record, meanings
         self.gauges: dict[str, Gauge] = {}
 
     def set(self, seed: int, stage: str, values: dict[str, float]) -> None:
+        """Set the gauges of these columns for one seed and stage."""
         labels = dict(zip(LABELS, (self.record, str(seed), stage), strict=True))
         for name, value in values.items():
             if name not in self.gauges:

@@ -31,12 +31,12 @@ UNITS = {"train": "step", "evaluate": "chunk"}
 
 
 class DamagedError(ValueError):
-    """A file that is there and cannot be what was written."""
+    """Tells of a file that is there and cannot be what was written."""
 
 
 @dataclass(frozen=True)
 class State:
-    """One step: done, failed, damaged, at work, stopped or waiting."""
+    """Tells of one step whether it is done, failed, damaged, at work, stopped or waiting."""
 
     step: str
     state: str
@@ -46,7 +46,7 @@ class State:
 
 
 def names(storage: Storage, wanted: str | None = None) -> list[str]:
-    """The records of the folder. Raises RecipeError when there is none, or not the one that is wanted."""
+    """List the records of the folder. Raises RecipeError when there is none, or not the one that is wanted."""
     found = sorted({name.partition("/")[0] for name in storage.names(storage.root / RECORDS) if "/" in name})
     where = storage.where(storage.root)
     if not found:
@@ -57,7 +57,8 @@ def names(storage: Storage, wanted: str | None = None) -> list[str]:
 
 
 def states(storage: Storage, told: dict[str, Any], recipe: dict[str, Any]) -> Iterator[tuple[str, State]]:
-    """The seed, on its first line, and the state of every step."""
+    """Look at every step that steps.json (`told`) names; yields the seed, on its first line, and the step's state.
+    Raises DamagedError when steps.json cannot be what was written."""
     try:
         seeds = {
             str(seed): [(str(kind), str(name)) for kind, name in kinds.items()] for seed, kinds in told["seeds"].items()
@@ -72,7 +73,7 @@ def states(storage: Storage, told: dict[str, Any], recipe: dict[str, Any]) -> It
 
 
 def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks: int) -> State:
-    """What stands of one step. Damage is a state, not an error."""
+    """Tell what stands of one step. Damage is a state, not an error."""
     if not re.fullmatch(r"[a-z]+-[0-9a-f]+", name):
         return State(kind, "damaged", "steps.json names no step")
     folder = storage.root / STEPS / name
@@ -103,7 +104,8 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
 def fraction(
     storage: Storage, folder: Path, kind: str, recipe: dict[str, Any], chunks: int, used: float | None
 ) -> float | None:
-    """How much of a step is done, where it tells: of a training its budget's seconds, or its steps."""
+    """Compute how much of a step is done, 0 to 1, where it tells: of a training its budget's seconds, or its steps, of
+    an evaluation its chunks."""
     train = inner(recipe, "train")
     if kind == "train" and not train.get("steps"):
         budget = number(train.get("budget_seconds"))
@@ -122,6 +124,7 @@ def fraction(
 
 
 def checkpoint(storage: Storage, folder: Path, kind: str) -> str:
+    """Tell how far the step's newest checkpoint is; empty where it has none."""
     if kind not in UNITS:
         return ""
     try:
@@ -132,8 +135,8 @@ def checkpoint(storage: Storage, folder: Path, kind: str) -> str:
 
 
 def driver(storage: Storage, lock: Path) -> str:
-    """Whether a driver holds the record. A folder's lock is tried, shared and for an instant; `lock.hold` allows for
-    that. Only the lock of a store tells whose it is."""
+    """Tell whether a driver holds the record. A folder's lock is tried, shared and for an instant; `lock.hold` allows
+    for that. Only the lock of a store tells whose it is."""
     if storage.remote:
         try:
             held, written = read(storage, lock), storage.modified(lock)
@@ -157,7 +160,7 @@ def driver(storage: Storage, lock: Path) -> str:
 
 
 def rows(storage: Storage, path: Path) -> list[dict[str, Any]]:
-    """Seed, status and error of the rows of a table; of a damaged one, a row that says so."""
+    """Read the rows of a table, none when it is not there; of a damaged one, a row that says so."""
     content = storage.read_bytes(path)
     try:
         return [] if content is None else pq.read_table(pa.BufferReader(content)).to_pylist()
@@ -168,7 +171,7 @@ def rows(storage: Storage, path: Path) -> list[dict[str, Any]]:
 
 
 def read(storage: Storage, path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None when the file is not there. Raises DamagedError, and OSError when a store fails."""
+    """Read a JSON object, or None when the file is not there. Raises DamagedError, and OSError when a store fails."""
     try:
         content = storage.read_bytes(path)
         found = None if content is None else json.loads(content)
@@ -181,19 +184,23 @@ def read(storage: Storage, path: Path) -> dict[str, Any] | None:
 
 
 def inner(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the object of this name inside another; an empty one where there is none."""
     value = found.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def number(value: Any) -> float | None:
+    """Return a number as a float; None for what is none, True and False too."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def joined(*notes: str) -> str:
+    """Join the notes that are not empty."""
     return ", ".join(note for note in notes if note)
 
 
 def duration(seconds: float) -> str:
+    """Write seconds in the largest unit of which there are two or more."""
     for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {name}"

@@ -20,7 +20,7 @@ STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work
 
 
 def main(arguments: list[str]) -> int:
-    """`--status DIR [--record NAME]`; returns the exit code."""
+    """Run `--status DIR [--record NAME]`; returns the exit code."""
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     parser = argparse.ArgumentParser(prog="pipeline/record.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--status", required=True, metavar="DIR", help="the runs folder: what --out names")
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
 
 
 def show(storage: Storage, record: str, console: Console) -> None:
+    """Print one record: its driver, its steps' states, its failed seeds and its table."""
+
     def line(text: str) -> None:
         console.print(plain(text), markup=False, soft_wrap=True)
 
@@ -62,6 +64,7 @@ def show(storage: Storage, record: str, console: Console) -> None:
 
 
 def table(found: list[tuple[str, State]]) -> Table:
+    """Draw the steps' states, a line each."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("seed", "step", "state", "seconds", "starts", ""):
         right = heading in ("seed", "seconds", "starts")
@@ -76,5 +79,5 @@ def table(found: list[tuple[str, State]]) -> Table:
 
 
 def plain(text: str) -> str:
-    """Without colours and control characters: a terminal obeys those."""
+    """Remove colours and control characters: a terminal obeys those."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)))

@@ -16,8 +16,8 @@ PAGE, TWIN, FIGURES = "report.html", "report.md", "figures"
 
 
 def compose(record: Record, against: float | None = None) -> Page:
-    """against: a published score in bits per byte to test against, on the same text. What averages over seeds is left
-    out where they must not be averaged."""
+    """Compose the report's page. against: a published score in bits per byte to test against, on the same text. What
+    averages over seeds is left out where they must not be averaged."""
     averages = [] if significance.mixed(record.done) else [sections.ladder(record)]
     along = [] if significance.mixed(record.done) else [sections.along(record), sections.helped(record)]
     parts = [
@@ -36,7 +36,8 @@ def compose(record: Record, against: float | None = None) -> Page:
 
 
 def write(record: Record, against: float | None = None) -> Path:
-    """report.html, report.md and its figures in the record's folder, on the store too; returns the page's path."""
+    """Write report.html, report.md and its figures in the record's folder, on the store too; returns the page's
+    path."""
     composed = compose(record, against)
     written = datetime.now(UTC).isoformat(timespec="seconds")
     foot = f"Written {written} by hedgemix {__version__} from {record.name}.parquet and the files of its steps."

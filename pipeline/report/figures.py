@@ -54,7 +54,7 @@ MOST_POINTS = 600
 
 
 def svg(figure: Figure) -> str:
-    """The figure's SVG element, as wide as what holds it."""
+    """Write the figure as an SVG element, as wide as what holds it."""
     held = io.StringIO()
     figure.savefig(held, format="svg", transparent=True, metadata={"Date": None})
     text = held.getvalue()
@@ -66,14 +66,14 @@ def svg(figure: Figure) -> str:
 
 
 def plain(drawn: str) -> str:
-    """As a file that programs which know no variables can show, on white."""
+    """Turn an SVG element into a file that programs which know no variables can show, on white."""
     text = re.sub(r"var\(--\w+, (#[0-9a-f]{6})\)", r"\1", drawn)
     head, mark, rest = text.partition(">")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head} style="background:#fff"{mark}{rest}'
 
 
 def styled(draw: Callable[Inputs, Figure]) -> Callable[Inputs, str]:
-    """The drawing in STYLE, as SVG."""
+    """Wrap a function that draws, to draw in STYLE and return SVG."""
 
     @wraps(draw)
     def drawn(*arguments: Inputs.args, **options: Inputs.kwargs) -> str:
@@ -84,25 +84,25 @@ def styled(draw: Callable[Inputs, Figure]) -> Callable[Inputs, str]:
 
 
 def drawing(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with `rows` axes above each other that share x."""
+    """Make a figure with `rows` axes above each other that share x; height in inches."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)
     return figure, list(axes[:, 0])
 
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:
-    """Below the axes: there it hides nothing."""
+    """Add the legend below the axes: there it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.4, columnspacing=1.2)
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
-    """Indices of at most MOST_POINTS values, the first and the last among them."""
+    """Choose the indices of at most MOST_POINTS values, the first and the last among them."""
     return np.unique(np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int))
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Mean of the last `span` values, of fewer at the start."""
+    """Average each value with those before it, `span` in all, fewer at the start."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - span, 0)
@@ -111,7 +111,7 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
 
 @styled
 def training(logs: Mapping[int, list[dict[str, Any]]]) -> Figure:
-    """Loss and learning rate against seconds of the training clock, a line a seed."""
+    """Draw loss and learning rate against seconds of the training clock, a line a seed."""
     figure, (loss, rate) = drawing(3.3, 2, (2.6, 1))
     for colour, (seed, lines) in zip(colours(len(logs)), logs.items(), strict=True):
         seconds = np.array([line["elapsed_seconds"] for line in lines])
@@ -130,14 +130,14 @@ def training(logs: Mapping[int, list[dict[str, Any]]]) -> Figure:
 
 
 def lower_part(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that leave out the steep beginning."""
+    """Choose the limits of an axis that leave out the steep beginning."""
     low, high = np.quantile(values, (0.001, 0.95))
     return float(low - 0.05 * (high - low)), float(high + 0.15 * (high - low))
 
 
 @styled
 def running(stages: Mapping[str, np.ndarray], kilobytes: np.ndarray, seeds: int) -> Figure:
-    """Bits per byte of the text so far under each stage: values (seeds, chunks)."""
+    """Draw bits per byte of the text so far under each stage: values (seeds, chunks)."""
     figure, (axes,) = drawing(3.2)
     for colour, (name, values) in zip(colours(len(stages)), stages.items(), strict=True):
         dashed = "--" if name.endswith("*") else "-"
@@ -155,7 +155,7 @@ def running(stages: Mapping[str, np.ndarray], kilobytes: np.ndarray, seeds: int)
 
 @styled
 def weights(shares: Mapping[str, np.ndarray], kilobytes: np.ndarray, what: str) -> Figure:
-    """Weights (chunks,) of what is mixed, stacked to 1."""
+    """Draw the weights (chunks,) of what is mixed, stacked to 1."""
     figure, (axes,) = drawing(2.7)
     kept = thinned(kilobytes)
     stacked = np.stack([values[kept] for values in shares.values()])
@@ -170,7 +170,7 @@ def weights(shares: Mapping[str, np.ndarray], kilobytes: np.ndarray, what: str) 
 
 @styled
 def saved(groups: Sequence[str], bars: Mapping[str, Sequence[float]], below: str, beside: str) -> Figure:
-    """Bits saved (above 0) and lost (below) in each group, a bar a stage."""
+    """Draw bits saved (above 0) and lost (below) in each group, a bar a stage."""
     figure, (axes,) = drawing(2.8)
     places, width = np.arange(len(groups)), 0.8 / len(bars)
     for n, (colour, (name, values)) in enumerate(zip(SERIES, bars.items(), strict=False)):
@@ -186,7 +186,7 @@ def saved(groups: Sequence[str], bars: Mapping[str, Sequence[float]], below: str
 
 @styled
 def sorted_savings(stages: Mapping[str, np.ndarray]) -> Figure:
-    """Bits per byte saved in each document, documents in the order of their saving."""
+    """Draw bits per byte saved in each document, documents in the order of their saving."""
     figure, (axes,) = drawing(2.8)
     for colour, (name, values) in zip(SERIES, stages.items(), strict=False):
         ordered = np.sort(values)[::-1]
@@ -203,7 +203,7 @@ def sorted_savings(stages: Mapping[str, np.ndarray]) -> Figure:
 
 @styled
 def ladder(stages: Mapping[str, Sequence[float]]) -> Figure:
-    """Bits per byte after each stage: a dot a seed, a bar at their mean."""
+    """Draw bits per byte after each stage: a dot a seed, a bar at their mean."""
     figure, (axes,) = drawing(0.9 + 0.32 * len(stages))
     for place, values in enumerate(stages.values()):
         mean = float(np.mean(values))
@@ -221,7 +221,7 @@ def ladder(stages: Mapping[str, Sequence[float]]) -> Figure:
 
 @styled
 def bars(parts: Mapping[str, float], below: str, form: str) -> Figure:
-    """Amounts as bars from the left, with their figures."""
+    """Draw amounts as bars from the left, with their figures."""
     figure, (axes,) = drawing(0.7 + 0.2 * len(parts))
     drawn = axes.barh(list(parts), list(parts.values()), color=SERIES[0], height=0.7)
     axes.bar_label(drawn, [format(value, form) for value in parts.values()], padding=3, fontsize=7)
@@ -234,7 +234,7 @@ def bars(parts: Mapping[str, float], below: str, form: str) -> Figure:
 
 @styled
 def budget(phases: Mapping[str, Sequence[float]], names: Sequence[str], limit: float) -> Figure:
-    """Seconds of each phase, stacked, a bar a seed; a line at the limit where it is in sight."""
+    """Draw seconds of each phase, stacked, a bar a seed; a line at the limit where it is in sight."""
     figure, (axes,) = drawing(1.05 + 0.26 * len(names))
     left = np.zeros(len(names))
     for colour, (name, seconds) in zip(colours(len(phases)), phases.items(), strict=True):
@@ -252,5 +252,5 @@ def budget(phases: Mapping[str, Sequence[float]], names: Sequence[str], limit: f
 
 
 def colours(count: int) -> list[str]:
-    """So many, the same again from the start where there are more than SERIES has."""
+    """List so many, the same again from the start where there are more than SERIES has."""
     return [SERIES[n % len(SERIES)] for n in range(count)]

@@ -13,6 +13,8 @@ from markupsafe import Markup, escape
 
 @dataclass(frozen=True)
 class Table:
+    """Holds a table of text."""
+
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: Sequence[int] = ()
@@ -22,12 +24,14 @@ class Table:
 
     @property
     def right(self) -> list[bool]:
-        """Which columns hold numbers."""
+        """Say which columns hold numbers."""
         return [all(numeric(row[n]) for row in self.rows) for n in range(len(self.heads))]
 
 
 @dataclass(frozen=True)
 class Plot:
+    """Holds a figure with its caption."""
+
     name: str
     """Of its file, beside the markdown."""
     svg: str
@@ -36,17 +40,20 @@ class Plot:
 
 @dataclass(frozen=True)
 class Points:
-    """A list; `good` says of each whether it is well (None: neither), for a mark in front of it."""
+    """Holds a list; `good` says of each item whether it is well (None: neither), for a mark in front of it."""
 
     items: Sequence[str]
     good: Sequence[bool | None] = ()
 
     def marked(self) -> list[tuple[str, bool | None]]:
+        """Pair each item with whether it is well."""
         return list(zip(self.items, self.good or [None] * len(self.items), strict=True))
 
 
 @dataclass(frozen=True)
 class Section:
+    """Holds blocks under a heading."""
+
     title: str
     blocks: Sequence[str | Table | Plot | Points] = field(default_factory=tuple)
     """In order; a string is a paragraph. `code` in backticks."""
@@ -54,6 +61,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
+    """Holds what a report says, whatever it is written as."""
+
     title: str
     lead: Sequence[str]
     """What a hurried reader is told."""
@@ -61,7 +70,7 @@ class Page:
 
 
 def html(page: Page, foot: str) -> str:
-    """One file that needs no other, nor a network; nothing in it can run."""
+    """Write one file that needs no other, nor a network; nothing in it can run."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -73,12 +82,12 @@ def html(page: Page, foot: str) -> str:
 
 
 def inline(text: str) -> Markup:
-    """Escaped, with `code` marked."""
+    """Escape text, and mark `code` in it."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def grouped(blocks: Sequence[object]) -> list[list[object]]:
-    """Plots that follow each other stand beside each other where there is room."""
+    """Group plots that follow each other, to stand beside each other where there is room."""
     groups: list[list[object]] = []
     for block in blocks:
         if isinstance(block, Plot) and groups and isinstance(groups[-1][0], Plot):
@@ -89,11 +98,12 @@ def grouped(blocks: Sequence[object]) -> list[list[object]]:
 
 
 def numeric(cell: str) -> bool:
+    """Say whether a cell is a number with its unit, empty, or n/a."""
     return bool(re.match(r"^[-+−]?[\d.,]+( ?(%|s|kB|B))?$|^$|^n/a$", cell))
 
 
 def markdown(page: Page, foot: str, figures: str) -> str:
-    """figures: the folder of the plots' files, relative to the markdown's own."""
+    """Write the page as markdown. figures: the folder of the plots' files, relative to the markdown's own."""
     parts = [f"# {page.title}", *(f"**{line}**" if n == 0 else line for n, line in enumerate(page.lead))]
     for section in page.sections:
         parts.append(f"## {section.title}")
@@ -111,5 +121,6 @@ def markdown(page: Page, foot: str, figures: str) -> str:
 
 
 def rows_of(table: Table) -> str:
+    """Write a table's lines in markdown."""
     lines = [table.heads, ["---:" if right else "---" for right in table.right], *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

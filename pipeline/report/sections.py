@@ -53,7 +53,7 @@ Row = dict[str, Any]
 
 
 def ladder(record: Record) -> Section:
-    """Full precision -> quantized -> TTT, mixed -> final."""
+    """Compare the stages: full precision -> quantized -> TTT, mixed -> final."""
     stages = {name: [row[column] for row in record.done if row[column] is not None] for name, column in STAGES.items()}
     found = {name: values for name, values in stages.items() if values}
     if not found:
@@ -77,7 +77,7 @@ def ladder(record: Record) -> Section:
 
 
 def training(record: Record) -> Section:
-    """Loss and rate of every seed, failed ones too where they left a log."""
+    """Show loss and rate of every seed, failed ones too where they left a log."""
     logs, missing = {}, []
     for row in record.rows:
         if lines := record.lines(row, "train_path", LOG):
@@ -100,7 +100,7 @@ def training(record: Record) -> Section:
 
 
 def along(record: Record) -> Section:
-    """Bits per byte and weights of the mixtures along the text."""
+    """Show bits per byte and weights of the mixtures along the text."""
     traces = {row["seed"]: record.lines(row, "evaluate_path", TRACE) for row in record.done}
     missing = [MISSING.format(TRACE, seed) for seed, lines in traces.items() if not lines]
     sound = [lines for lines in traces.values() if lines]
@@ -130,7 +130,7 @@ def along(record: Record) -> Section:
 
 
 def helped(record: Record) -> Section:
-    """Where the mixture and test-time training helped and hurt: by token rank, by token, by document."""
+    """Show where the mixture and test-time training helped and hurt: by token rank, by token, by document."""
     title = "Where the mixture and test-time training helped and hurt"
     tokens, documents, missing = summed(record, TOKENS, "token"), summed(record, DOCUMENTS, "document"), []
     for row in record.done:
@@ -168,7 +168,7 @@ def helped(record: Record) -> Section:
 
 
 def summed(record: Record, name: str, key: str) -> dict[int, Row]:
-    """Lines of the tally, added up over the finished seeds, by their number."""
+    """Add up the lines of the tally over the finished seeds, by their number."""
     found: dict[int, Row] = {}
     for row in record.done:
         for line in record.lines(row, "evaluate_path", name):
@@ -181,17 +181,18 @@ def summed(record: Record, name: str, key: str) -> dict[int, Row]:
 
 
 def saving(line: Row, name: str) -> float:
+    """Compute the bits that a stage of SAVINGS saved on a line of the tally."""
     before, after = SAVINGS[name]
     return line["bits"][before] - line["bits"][after]
 
 
 def saved_by(lines: Sequence[Row], name: str) -> float:
-    """Bits a token."""
+    """Compute the bits a token that a stage of SAVINGS saved on these lines."""
     return sum(saving(line, name) for line in lines) / sum(line["tokens"] for line in lines)
 
 
 def by_rank(ranked: Sequence[Row]) -> dict[str, list[Row]]:
-    """The lines in groups of growing size, by the ranks they cover."""
+    """Group the lines in groups of growing size, by the ranks they cover."""
     groups, start = {}, 0
     for stop in RANKS:
         if start < len(ranked):
@@ -202,6 +203,8 @@ def by_rank(ranked: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def extremes(record: Record, ranked: Sequence[Row]) -> Table:
+    """List the tokens on which both together saved most and least bits, with their pieces where the artifact is
+    there."""
     content = record.content(record.done[0], "artifact_path")
     pieces = tokenizer.load(parts_of(content).tokenizer) if content else None
     ordered = sorted(ranked, key=lambda line: -saving(line, "both"))
@@ -219,12 +222,13 @@ def extremes(record: Record, ranked: Sequence[Row]) -> Table:
 
 
 def visible(piece: str) -> str:
-    """A token's piece for a table: what cannot be seen is escaped."""
+    """Write a token's piece for a table: what cannot be seen is escaped."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in piece)
     return shown.replace("`", "\u02cb").replace(" ", "\u2423")
 
 
 def parts_of(content: bytes) -> Parts:
+    """Parse an artifact's content. Raises ArtifactError."""
     with tempfile.NamedTemporaryFile(suffix=".hmx") as file:
         file.write(content)
         file.flush()
@@ -232,7 +236,7 @@ def parts_of(content: bytes) -> Parts:
 
 
 def inside(record: Record) -> Section:
-    """Bytes of the first finished artifact by tensor, layers of one kind together."""
+    """Show the bytes of the first finished artifact by tensor, layers of one kind together."""
     title = "Where the bytes go"
     row = next((row for row in record.done if record.content(row, "artifact_path")), None)
     if row is None:
@@ -263,7 +267,7 @@ def inside(record: Record) -> Section:
 
 
 def time(record: Record) -> Section:
-    """Seconds of every phase against the limits."""
+    """Show the seconds of every phase against the limits."""
     title = "Where the time goes"
     done, limits = record.done, record.recipe.limits
     if not done:
@@ -302,7 +306,7 @@ def time(record: Record) -> Section:
 
 
 def audits(record: Record) -> Section:
-    """What the audit of each seed found."""
+    """Show what the audit of each seed found."""
     rows, missing = [], []
     for row in record.done:
         content = record.content(row, "evaluate_path", AUDIT) if row["audited"] is not None else None
@@ -319,7 +323,7 @@ def audits(record: Record) -> Section:
 
 
 def origin(record: Record) -> Section:
-    """What would be needed to do it again."""
+    """Show what would be needed to do it again."""
     names = (
         "recipe", "config_hash", "hardware", "workers", "hedgemix_version", "torch_version", "ray_version",
         "python_version", "git_commit", "git_dirty", "parameters", "valid_tokens", "valid_bytes", "valid_sha256",

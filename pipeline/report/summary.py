@@ -32,7 +32,8 @@ SEED_COLUMNS = (
 
 
 def rivals(record: Record) -> list[Record]:
-    """The other records of its folder that are finished, scored the same text and can be averaged; the best first."""
+    """Load the other records of its folder that are finished, scored the same text and can be averaged; the best
+    first."""
     found = []
     for other in records.together(record.storage):
         try:
@@ -45,7 +46,7 @@ def rivals(record: Record) -> list[Record]:
 
 
 def lead(record: Record, against: float | None) -> list[str]:
-    """The answers, a line each."""
+    """Write the answers, a line each."""
     if not record.done:
         return ["No seed has finished yet.", *handing_in(record)]
     if why := significance.mixed(record.done):
@@ -58,7 +59,7 @@ def lead(record: Record, against: float | None) -> list[str]:
 
 
 def better(record: Record, against: float | None) -> str:
-    """Against the published score, or the best other record on the text."""
+    """Compare with the published score, or the best other record on the text, in a sentence."""
     rule = RULES[0]
     if against is not None:
         scores = comparison.scores(record)
@@ -74,6 +75,7 @@ def better(record: Record, against: float | None) -> str:
 
 
 def cost(record: Record) -> list[str]:
+    """Say what a seed takes, in seconds and bytes; nothing before one is done."""
     if not record.done:
         return []
     row, names = record.done[0], ("train_seconds", "quantize_seconds", "evaluate_seconds", "total_bytes")
@@ -85,12 +87,13 @@ def cost(record: Record) -> list[str]:
 
 
 def handing_in(record: Record) -> list[str]:
+    """Say whether the record can be handed in, or why not."""
     why = eligibility.obstacles(record)
     return [f"Cannot be handed in yet: {'; '.join(why)}." if why else "Can be handed in: `hedgemix submit`."]
 
 
 def seeds(record: Record) -> Section:
-    """Every declared seed, failures too, and the mean of the finished when they may be averaged."""
+    """Show every declared seed, failures too, and the mean of the finished when they may be averaged."""
     rows = [[str(row["seed"]), *(cell(row[c], form) for _, c, form in SEED_COLUMNS)] for row in record.rows]
     averaged = bool(record.done) and not significance.mixed(record.done)
     if averaged:
@@ -113,7 +116,7 @@ def seeds(record: Record) -> Section:
 
 
 def sure(record: Record, against: float | None) -> Section:
-    """The tests, and how many seeds would settle them."""
+    """Show the tests, and how many seeds would settle them."""
     title = "Is it better, and how sure is that?"
     if not record.done:
         return Section(title, ["No seed has finished."])
@@ -148,7 +151,7 @@ def sure(record: Record, against: float | None) -> Section:
 
 
 def more_seeds(found: significance.Summary, score: float, scale: float) -> list[str]:
-    """For each rule, with how many seeds its one-sample test against this score would hold in four cases of five."""
+    """Say for each rule with how many seeds its one-sample test against this score would hold in four cases of five."""
     if not found.deviation > 0:
         return ["One seed tells no spread: how many more would settle it cannot be said."]
     lines = []
@@ -168,7 +171,7 @@ def more_seeds(found: significance.Summary, score: float, scale: float) -> list[
 
 
 def handed_in(record: Record) -> Section:
-    """What a submission needs, and which of it is there."""
+    """Show what a submission needs, and which of it is there."""
     limits, code_bytes = record.recipe.limits, script.n_bytes(record.recipe)
     facts = [
         (f"{len(record.done)} of {len(record.rows)} seeds done", eligibility.unfinished(record)),

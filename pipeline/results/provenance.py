@@ -17,7 +17,8 @@ from hedgemix.standalone import script
 
 @cache
 def origin() -> dict[str, Any]:
-    """The versions and the git state of what runs here; git is empty outside a checkout (a job's working directory)."""
+    """Tell the versions and the git state of what runs here; git is empty outside a checkout (a job's working
+    directory)."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:

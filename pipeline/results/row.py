@@ -50,7 +50,7 @@ def build_row(
     counted: dict[str, Any] | None,
     error: str | None,
 ) -> Row:
-    """What is known of the seed so far; columns of steps that are not done stay empty.
+    """Build the row from what is known of the seed so far; columns of steps that are not done stay empty.
 
     standing: the records of the seed's finished steps by their kind (`SeedSteps.records`); counted: of its counts.
     """
@@ -91,7 +91,7 @@ def build_row(
         "finished_at": max((found["finished_at"] for found in records), default=None),
     }
     if done:
-        known |= claim.kept(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
+        known |= claim.read_columns(steps.evaluate.folder, values["artifact_sha256"], standing["evaluate"]["result"])
     return Row(
         record=plan.name,
         recipe=recipe.recipe,
@@ -113,4 +113,5 @@ def filled(standing: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def within_limits(recipe: Recipe, values: dict[str, Any], total_bytes: int) -> bool:
+    """Say whether bytes, training seconds and evaluation seconds all keep the recipe's limits."""
     return not stages.excesses(recipe.limits, total_bytes, values["train_seconds"], values["evaluate_seconds"])

@@ -19,6 +19,8 @@ SCHEMA_VERSION = 5
 
 @dataclass(frozen=True)
 class Row:
+    """Holds what is known of one declared seed; None where nothing is."""
+
     record: str
     """Name of the record; one parquet file holds one record."""
     recipe: str
@@ -209,7 +211,7 @@ ARROW_TYPES: dict[object, pa.DataType] = {
 
 @cache
 def column_docs() -> dict[str, str]:
-    """Each column's documentation, from the text under its field."""
+    """Read each column's documentation from the text under its field."""
     [body] = [node for node in ast.parse(inspect.getsource(Row)).body if isinstance(node, ast.ClassDef)]
     docs, name = {}, ""
     for node in body.body:
@@ -222,6 +224,7 @@ def column_docs() -> dict[str, str]:
 
 
 def schema() -> pa.Schema:
+    """Derive the parquet schema from the fields of `Row`, each column with its documentation as metadata."""
     hints, docs = typing.get_type_hints(Row), column_docs()
     columns = []
     for field in dataclasses.fields(Row):
@@ -232,7 +235,7 @@ def schema() -> pa.Schema:
 
 
 def markdown() -> str:
-    """docs/results.md: every column with its type and documentation."""
+    """Write docs/results.md: every column with its type and documentation."""
     lines = [
         "# The results table",
         "",

@@ -17,6 +17,7 @@ from pipeline.storage.store import Storage
 
 
 def table_path(storage: Storage, record: str) -> Path:
+    """Return where the record's parquet file lies."""
     return storage.root / f"{record}.parquet"
 
 
@@ -35,7 +36,8 @@ def write_rows(storage: Storage, rows: list[Row]) -> Path:
 
 
 def read_rows(storage: Storage, path: Path) -> list[dict[str, Any]]:
-    """The rows of a record's table, none when there is no sound one."""
+    """Read the rows of a record's table, none when there is no sound one; a damaged one is copied beside the record's
+    files."""
     content = storage.read_bytes(path)
     try:
         return [] if content is None else pq.read_table(pa.BufferReader(content)).to_pylist()
@@ -47,7 +49,7 @@ def read_rows(storage: Storage, path: Path) -> list[dict[str, Any]]:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    """Compute mean and sample standard deviation (NaN for no values, and for fewer than two)."""
     mean = sum(values) / len(values) if values else math.nan
     if len(values) < 2:
         return mean, math.nan

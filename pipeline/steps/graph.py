@@ -35,13 +35,13 @@ VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "eval
 
 
 def step(storage: Storage, kind: str, *reads: Any) -> Step:
-    """The step of this kind that reads exactly these configurations, hashes and parents' keys."""
+    """Name the step of this kind that reads exactly these configurations, hashes and parents' keys."""
     return Step(kind, config_hash(kind, VERSIONS[kind], *reads), storage)
 
 
 @dataclass(frozen=True)
 class SeedSteps:
-    """One seed's way through the pipeline."""
+    """Holds one seed's way through the pipeline."""
 
     seed: int
     train: Step
@@ -50,11 +50,12 @@ class SeedSteps:
     evaluate: Step
 
     def all(self) -> tuple[Step, ...]:
+        """Return the steps in an order in which each comes after those it reads."""
         return self.train, self.score, self.quantize, self.evaluate
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """The record of every step that stands, by its kind. One that read other files than its parent holds now, since
-        that had to be made again, does not."""
+        """Read the record of every step that stands, by its kind. One that read other files than its parent holds now,
+        since that had to be made again, does not."""
         found: dict[str, dict[str, Any]] = {}
         for step in self.all():
             record = step.record()
@@ -65,16 +66,18 @@ class SeedSteps:
         return found
 
     def done(self) -> bool:
+        """Say whether every step stands."""
         return len(self.records()) == len(self.all())
 
 
 def same_files(parent: dict[str, Any], sums: dict[str, str]) -> bool:
+    """Say whether the parent's record has each of these files with this SHA-256."""
     return all(parent["files"].get(name, {}).get("sha256") == sha256 for name, sha256 in sums.items())
 
 
 @dataclass(frozen=True)
 class RecordPlan:
-    """What a record is before it runs; made once, and read by all that name, do or tell its steps."""
+    """Says what a record is before it runs; made once, and read by all that name, do or tell its steps."""
 
     name: str
     recipe: Recipe
@@ -94,6 +97,7 @@ class RecordPlan:
 
     @property
     def storage(self) -> Storage:
+        """Return the storage that all steps lie in."""
         return self.data.storage
 
 
@@ -115,7 +119,7 @@ def plan_record(name: str, recipe: Recipe, dataset: Dataset, data: Step, seeds: 
 
 
 def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int, room_bytes: int) -> SeedSteps:
-    """The seed's steps. A step's key covers what it reads and its parent's key, so changing the mixer names a new
+    """Name the seed's steps. A step's key covers what it reads and its parent's key, so changing the mixer names a new
     evaluation and nothing else. The number of evaluating ranks is left out: it does not change the score."""
     compute, evaluate = recipe.compute, to_dict(recipe.evaluate)
     machine = [compute.workers, compute.gpus_per_worker, compute.cpus_per_worker]
@@ -130,8 +134,8 @@ def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int, ro
 
 
 def data_step(storage: Storage, config: DataConfig) -> Step:
-    """The data's step reads the configuration and what its source looks like now: package versions, or the names,
-    sizes and times of files."""
+    """Name the data's step, which reads the configuration and what its source looks like now: package versions, or the
+    names, sizes and times of files."""
     if config.source == "docs":
         found = script.distributions()
         source: list[Any] = [[name, installed_versions(found.get(name, []))] for name in config.packages]
@@ -150,16 +154,18 @@ def data_step(storage: Storage, config: DataConfig) -> Step:
 
 
 def files_of(path: Path, suffixes: Iterable[str], compressions: Iterable[str] = ()) -> list[Path]:
-    """The file itself, or the files of a folder whose names end in one of the suffixes, maybe compressed."""
+    """List the file itself, or the files of a folder whose names end in one of the suffixes, maybe compressed."""
     endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *compressions))
     return sorted(file for file in path.rglob("*") if file.name.endswith(endings)) if path.is_dir() else [path]
 
 
 def installed_versions(distributions: Iterable[str]) -> list[str]:
+    """List these packages with the versions that are installed, sorted."""
     return [f"{name} {metadata.version(name)}" for name in sorted(set(distributions))]
 
 
 def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
+    """Name the step that indexes the scored text's n-grams, which all seeds share."""
     mixer = recipe.evaluate.mixer
     experts = [list(mixer.orders), list(mixer.match_lengths)]
     return step(storage, "counts", dataset.valid_sha256, dataset.vocab_size, *experts, *memory_of(dataset))
@@ -171,6 +177,7 @@ def memory_of(dataset: Dataset) -> list[str]:
 
 
 def record_folder(storage: Storage, record: str) -> Path:
+    """Return the folder of what is written about the record."""
     return storage.root / RECORDS / record
 
 

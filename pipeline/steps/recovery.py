@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 
 from hedgemix.runtime import clock
-from hedgemix.runtime.checkpoint import Kept
+from hedgemix.runtime.checkpoint import OnFileWritten
 from hedgemix.runtime.clock import Clock
 from hedgemix.runtime.files import write_json
 from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
@@ -48,9 +48,10 @@ def set_aside(step: Step) -> None:
 
 
 @contextmanager
-def resuming(step: Step) -> Iterator[Kept]:
-    """Be the only process that writes the step's files, with what an earlier attempt left; yields what keeps copies of
-    files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait for it."""
+def resuming(step: Step) -> Iterator[OnFileWritten]:
+    """Hold the step as the only process that writes its files, with what an earlier attempt left; yields what keeps
+    copies of files that a restart needs. A process of an attempt that is thought dead may live on for a moment: wait
+    for it."""
     step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
     refuse_links(step.folder)
@@ -76,7 +77,8 @@ def bring(step: Step) -> None:
 
 @contextmanager
 def clocked(step: Step) -> Iterator[None]:
-    """`resuming` for a step without checkpoints, its seconds noted as they go: a lost attempt loses all of them."""
+    """Hold a step without checkpoints as `resuming` does, its seconds noted as they go: a lost attempt loses all of
+    them."""
     with resuming(step) as kept:
         clock = Clock(step.folder / CLOCK, None, kept=kept)
         ended = threading.Event()

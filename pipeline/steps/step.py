@@ -30,10 +30,11 @@ NOT_MADE = (RESULT, ASIDE, "checkpoint*", CLOCK, "*.lock", ERROR, "audit*", ".*"
 
 
 class DamagedStepError(RuntimeError):
-    """A file of a finished step is not what the step wrote: (step's name, what is wrong)."""
+    """Tells that a file of a finished step is not what the step wrote: (step's name, what is wrong)."""
 
     @property
     def step(self) -> str:
+        """Return the step's name."""
         return str(self.args[0])
 
     def __str__(self) -> str:
@@ -42,20 +43,24 @@ class DamagedStepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
+    """Names a piece of work by its kind and the hash of all it reads."""
+
     kind: str
     key: str
     storage: Storage
 
     @property
     def name(self) -> str:
+        """Return the name of its folder: kind-key."""
         return f"{self.kind}-{self.key}"
 
     @property
     def folder(self) -> Path:
+        """Return where its files lie."""
         return self.storage.root / STEPS / self.name
 
     def record(self) -> dict[str, Any] | None:
-        """All that result.json holds, or None when the step is not done. A damaged result.json counts as not done."""
+        """Read all that result.json holds; None when the step is not done. A damaged result.json counts as not done."""
         try:
             found = json.loads(self.storage.read_bytes(self.folder / RESULT) or b"")
         except ValueError:
@@ -63,9 +68,11 @@ class Step:
         return found if whole(found) and found["key"] == self.key else None
 
     def done(self) -> bool:
+        """Say whether the step is done."""
         return self.record() is not None
 
     def result(self) -> dict[str, Any]:
+        """Return what the step's work told. Raises FileNotFoundError when it is not done."""
         record = self.record()
         if record is None:
             raise FileNotFoundError(f"step {self.name} has no result in {self.folder}")
@@ -73,8 +80,8 @@ class Step:
 
 
 def whole(found: Any) -> bool:
-    """Whether it has the shape of a result.json, and every file it names lies in the step's folder: others may write
-    there too."""
+    """Say whether it has the shape of a result.json, and every file it names lies in the step's folder: others may
+    write there too."""
     kinds: dict[str, Any] = {
         "key": str,
         "result": dict,
@@ -94,7 +101,7 @@ def whole(found: Any) -> bool:
 
 @dataclass(frozen=True)
 class Made:
-    """What the process that did a step's work tells about it."""
+    """Holds what the process that did a step's work tells about it."""
 
     result: dict[str, Any]
     files: dict[str, dict[str, Any]]
@@ -143,20 +150,21 @@ def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dic
 
 
 def refuse_links(folder: Path) -> None:
-    """Logs are written on at their place, and a link there would lead the writing to a file outside. Raises
-    ValueError. The runs folder itself may be a link, or lie behind one."""
+    """Raise ValueError for a link in a step's folder: logs are written on at their place, and a link there would lead
+    the writing to a file outside. The runs folder itself may be a link, or lie behind one."""
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and a step's files must lie in its folder; remove it")
 
 
 def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def keep(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]] | None = None) -> Made:
-    """The sums of all that the step's folder holds, and copies of it where a runs folder needs them. For the process
-    that did the work, when it is done."""
+    """Hash every file of the step's folder, and push copies where a runs folder needs them. For the process that did
+    the work, when it is done."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(step.folder.rglob("*")):
         name = path.relative_to(step.folder).as_posix()
@@ -179,12 +187,13 @@ def fetch(step: Step, *names: str) -> dict[str, dict[str, str]]:
 
 
 def sound(path: Path, told: dict[str, Any]) -> bool:
+    """Say whether the file is there with the bytes and SHA-256 that `told` has."""
     return path.is_file() and path.stat().st_size == told["bytes"] and sha256_of(path) == told["sha256"]
 
 
 def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
-    """That the file is what `told`, its entry in result.json, says; from an object store a fresh copy is tried once.
-    Raises DamagedStepError."""
+    """Check that the file is what `told`, its entry in result.json, says; from an object store a fresh copy is tried
+    once. Raises DamagedStepError."""
     path = step.folder / name
     if told is None:
         raise DamagedStepError(step.name, f"it made no {name}")

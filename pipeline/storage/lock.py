@@ -71,6 +71,7 @@ def try_flock(file: IO[str], patience_seconds: float = 0.5) -> bool:
 
 
 def refusal_message(storage: Storage, path: Path, host: str = "") -> str:
+    """Say that another driver holds the record, and what to do."""
     on_host = f", on {host}" if host else ""
     return f"another driver is at work on this record ({storage.where(path.parent)}{on_host}); wait for it or stop it"
 
@@ -100,10 +101,12 @@ class Lease:
         self.storage.write_bytes(self.path, json.dumps(self.own).encode())
 
     def owned(self) -> bool:
+        """Say whether the lock's object is this lease's own."""
         content = self.read()
         return content is not None and content.get("owner") == self.own["owner"]
 
     def refused(self, holder: dict[str, Any] | None) -> RecipeError:
+        """Make the error that names the holder's host."""
         return RecipeError(refusal_message(self.storage, self.path, str((holder or {}).get("host", ""))))
 
     def take(self, waiting: Callable[[], None], stale_seconds: float, settle_seconds: float) -> None:

@@ -26,6 +26,8 @@ CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 4, 5, 3
 
 
 class StoreAddress(NamedTuple):
+    """Holds the parts of a store's URI."""
+
     scheme: str
     """s3 or gs."""
     base: str
@@ -95,6 +97,7 @@ def connect(uri: str) -> Any:
 
 
 def put_file(filesystem: Any, key: str, path: Path) -> None:
+    """Put the file's content as `put` does."""
     with open(path, "rb") as file:
         put(filesystem, key, file)
 

@@ -43,8 +43,8 @@ READ_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Storage:
-    """Travels by value; paths it is given lie under `root` (ValueError otherwise). Methods raise OSError when the store
-    fails."""
+    """Names where a runs folder lies, and travels by value; paths it is given lie under `root` (ValueError otherwise).
+    Methods raise OSError when the store fails."""
 
     uri: str
     """Empty for a folder."""
@@ -52,6 +52,7 @@ class Storage:
 
     @property
     def remote(self) -> bool:
+        """Say whether this is an object store."""
         return bool(self.uri)
 
     def relative_path(self, path: Path) -> str:

@@ -14,14 +14,16 @@ SMALL_BYTES = 2**20
 
 @dataclass(frozen=True)
 class PendingUpload:
+    """Holds a file whose turn is to come."""
+
     path: Path
     data: bytes | None
     """A small file as it was when the uploader was called; None for one that is read when its turn comes."""
 
 
 class Uploader:
-    """Push files in the order in which they are named: a `hedgemix.runtime.checkpoint.Kept`, which any thread may call
-    with a file and which returns at once.
+    """Push files in the order in which they are named: a
+    `hedgemix.runtime.checkpoint.OnFileWritten`, which any thread may call with a file and which returns at once.
 
     Small files go up as they were at the call, so a list of checkpoints is never up before the checkpoints it names; a
     file that was deleted before its turn is passed over. A file named again and again goes up every

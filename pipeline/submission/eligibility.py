@@ -23,7 +23,7 @@ AUDITED = (
 
 @dataclass(frozen=True)
 class About:
-    """What no table knows."""
+    """Holds what no table knows."""
 
     author: str
     github_id: str
@@ -36,6 +36,8 @@ class About:
 
 @dataclass(frozen=True)
 class Seed:
+    """Holds a finished seed's row and its logs, a dict a line."""
+
     row: dict[str, Any]
     steps: list[dict[str, Any]]
     """log.jsonl."""
@@ -44,7 +46,7 @@ class Seed:
 
 
 def obstacles(record: Record) -> list[str]:
-    """Why the record cannot be handed in as it is, a sentence each; empty when it can."""
+    """Say why the record cannot be handed in as it is, a sentence each; empty when it can."""
     code_bytes = script.n_bytes(record.recipe)
     return [
         *unfinished(record),
@@ -57,6 +59,7 @@ def obstacles(record: Record) -> list[str]:
 
 
 def logs(record: Record) -> list[Seed]:
+    """Read the logs of every finished seed."""
     return [Seed(row, *(record.lines(row, *place) for place in LOGS)) for row in record.done]
 
 
@@ -64,6 +67,7 @@ LOGS = (("train_path", LOG), ("evaluate_path", TRACE))
 
 
 def check(about: About) -> None:
+    """Raise RecipeError for a field that is empty, and for a date that is none."""
     for field, value in vars(about).items():
         if not value.strip():
             raise RecipeError(f"--{field.replace('_', '-')} is empty; submission.json has to say it")
@@ -74,13 +78,14 @@ def check(about: About) -> None:
 
 
 def unfinished(record: Record) -> list[str]:
-    """Every declared seed is handed in, or none: leaving out a bad one would be choosing the score."""
+    """Name the seeds that are not done. Every declared seed is handed in, or none: leaving out a bad one would be
+    choosing the score."""
     again = "run the record's command again"
     return [f"seed {row['seed']} is {row['status']}; {again}" for row in record.rows if row["status"] != "done"]
 
 
 def other_code(record: Record, code_bytes: int) -> list[str]:
-    """Whether what would be handed in is what ran."""
+    """Name the seeds that ran other code, or with other packages, than what would be handed in."""
     why = []
     for row in record.done:
         seed, here = row["seed"], f"hedgemix {__version__} as it is installed here"
@@ -98,7 +103,7 @@ def other_code(record: Record, code_bytes: int) -> list[str]:
 
 
 def unkept(record: Record, code_bytes: int) -> list[str]:
-    """The limits that a seed is over."""
+    """Name the limits that a seed is over."""
     limits = record.recipe.limits
     return [
         f"seed {row['seed']}: {line}"
@@ -110,6 +115,7 @@ def unkept(record: Record, code_bytes: int) -> list[str]:
 
 
 def unaudited(record: Record) -> list[str]:
+    """Name the seeds that were not audited, or failed."""
     missing = [str(row["seed"]) for row in record.done if row["audited"] is None]
     why = [f"not audited: seed {', '.join(missing)}; run hedgemix audit {record.table}"] if missing else []
     for row in record.done:
@@ -120,7 +126,7 @@ def unaudited(record: Record) -> list[str]:
 
 
 def cut_short(seed: Seed) -> list[str]:
-    """A log that is not whole repeats nothing."""
+    """Say which of the seed's logs are not whole: such a log repeats nothing."""
     row, why = seed.row, []
     if [line.get("step") for line in seed.steps] != list(range(1, row["steps"] + 1)):
         why.append(f"seed {row['seed']}: its log.jsonl has not each of {row['steps']:,} steps")
@@ -130,5 +136,5 @@ def cut_short(seed: Seed) -> list[str]:
 
 
 def audited(rows: list[dict[str, Any]]) -> dict[str, bool]:
-    """Whether each check of the audit passed for all seeds."""
+    """Say of each check of the audit whether it passed for all seeds."""
     return {name: all(row["audited"] and name not in row["audit_failed"] for row in rows) for name in AUDITED}

@@ -50,7 +50,7 @@ def submit(run: str, out: Path, about: About) -> dict[str, Any]:
 
 
 def describe(record: Record, about: About, code_bytes: int) -> dict[str, Any]:
-    """submission.json."""
+    """Make the content of submission.json."""
     rows, first, limits = record.done, record.done[0], record.recipe.limits
     loss, bpb = (summary([row[name] for row in rows]) for name in ("nats_per_token", "bpb_final"))
     return {
@@ -98,7 +98,7 @@ def describe(record: Record, about: About, code_bytes: int) -> dict[str, Any]:
 
 
 def compliance(record: Record) -> dict[str, bool]:
-    """What can be said of every seed. The first six are refused when they are not so."""
+    """Say what can be said of every seed. The first six are refused when they are not so."""
     rows = record.done
     passed = audited(rows)
     return {
@@ -115,11 +115,12 @@ def compliance(record: Record) -> dict[str, bool]:
 
 
 def finite(value: float) -> float | None:
+    """Return the value, None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
 
 
 def log(record: Record, seed: Seed) -> str:
-    """A seed's log: lines for people, and the JSON lines that `standalone.replayed` reads."""
+    """Write a seed's log: lines for people, and the JSON lines that `standalone.replayed` reads."""
     row = seed.row
     told = {name: row[name] for name in TOLD} | {"recipe": json.loads(row["config"])}
     lines = [
@@ -152,7 +153,7 @@ TOLD = (
 
 
 def write(out: Path, files: dict[str, str]) -> None:
-    """The folder appears with all its files, or not at all. Raises OSError."""
+    """Write the folder with all its files, or not at all. Raises OSError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     beside.mkdir()

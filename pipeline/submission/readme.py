@@ -61,10 +61,12 @@ The largest total is {bytes_total} bytes. All digits, and the hashes of texts an
 
 
 def log_name(row: dict[str, Any]) -> str:
+    """Name the file of the seed's log."""
     return f"train_seed{row['seed']}.log"
 
 
 def readme(record: Record, about: About, told: dict[str, Any]) -> str:
+    """Write the submission's README.md; `told` is its submission.json."""
     rows = record.done
     table = [
         f"| {row['seed']} | {row['bpb_final']:.6f} | {row['nats_per_token']:.6f} | {row['steps']:,} "
@@ -104,11 +106,12 @@ def readme(record: Record, about: About, told: dict[str, Any]) -> str:
 
 
 def machine(row: dict[str, Any]) -> str:
+    """Write how many workers ran, on which hardware."""
     return f"{row['workers']} worker{'s' * (row['workers'] > 1)}, {row['hardware']}"
 
 
 def data_line(recipe: Recipe) -> str:
-    """Where the text comes from, and the option that says where it lies elsewhere."""
+    """Say where the text comes from, and the option that says where it lies elsewhere."""
     data = recipe.data
     if data.source == "docs":
         return f"the docstrings of {', '.join(data.packages)}, as requirements.txt pins them"

@@ -31,7 +31,8 @@ CLOSE_SECONDS = 20.0
 
 
 class Follower:
-    """A tracker on a thread of its own; what fails there is told once, and the tracker is left alone from then on."""
+    """Runs a tracker on a thread of its own; what fails there is told once, and the tracker is left alone from then
+    on."""
 
     def __init__(self, name: str, make: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
         self.name, self.make, self.warn = name, make, warn
@@ -41,6 +42,7 @@ class Follower:
         self.thread.start()
 
     def give(self, action: Callable[[Tracker], None] | None) -> None:
+        """Queue a call of the tracker (None: the last), without waiting; a full queue drops it and warns once."""
         try:
             self.waiting.put_nowait(action)
         except Full:
@@ -76,6 +78,7 @@ class Follower:
         return True
 
     def close(self, seconds: float) -> None:
+        """Wait so many seconds for the tracker to take everything, and warn when it does not."""
         self.give(None)
         self.thread.join(seconds)
         if self.thread.is_alive():
@@ -83,20 +86,20 @@ class Follower:
 
 
 class Trackers:
-    """All trackers of a record; none of them holds it up, or raises here."""
+    """Holds all trackers of a record; none of them holds it up, or raises here."""
 
     def __init__(self, followers: Iterable[Follower]) -> None:
         self.followers = tuple(followers)
         self.finished: set[int] = set()
 
     def close(self) -> None:
-        """The one that waits, for a while."""
+        """Wait for all trackers to end, CLOSE_SECONDS in all: the one call that waits."""
         until = time.monotonic() + CLOSE_SECONDS
         for follower in self.followers:
             follower.close(max(0.1, until - time.monotonic()))
 
     def tell(self, told: Iterable[Told]) -> None:
-        """Progress records, each once, in the order they came."""
+        """Pass on progress records, each once, in the order they came."""
         for one in told:
             if one.seed in self.finished:
                 continue
@@ -106,25 +109,26 @@ class Trackers:
                 self.give("point", one.seed, one.stage, int(position), values, one.at_ns / 1e9)
 
     def rows(self, rows: Iterable[Row]) -> None:
-        """Rows as they stand; a finished seed's is passed on, once."""
+        """Take rows as they stand; a finished seed's is passed on, once."""
         for row in rows:
             if row.status in ("done", "failed") and row.seed not in self.finished:
                 self.finished.add(row.seed)
                 self.give("row", row.seed, row.status == "done", row_numbers(row))
 
     def give(self, method: str, *arguments: Any) -> None:
+        """Queue a call of this method for every tracker."""
         for follower in self.followers:
             follower.give(lambda tracker: getattr(tracker, method)(*arguments))
 
 
 def follow(names: tuple[str, ...], subject: TrackedRecord, warn: Callable[[str], None]) -> Trackers:
-    """The trackers of these names, of which `check_trackers` said that they can work."""
+    """Start the trackers of these names, of which `check_trackers` said that they can work."""
     made = {name: partial(SERVICES[name], subject) for name in names if name != "none"}
     return Trackers(Follower(name, make, warn) for name, make in made.items())
 
 
 def check_trackers(names: tuple[str, ...], storage: Storage) -> None:
-    """Raises RecipeError for a tracker that is not installed or cannot work here, before anything starts."""
+    """Raise RecipeError for a tracker that is not installed or cannot work here, before anything starts."""
     if "none" in names and len(set(names)) > 1:
         raise RecipeError(f"--track {' '.join(names)}: none goes alone")
     for name in names:

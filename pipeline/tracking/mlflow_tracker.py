@@ -58,6 +58,7 @@ class MLflow:
         return run_id
 
     def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None:
+        """Hold the values until the next flush; a position that the run has already is left out."""
         self.run_id(seed)
         if position <= self.last_position.get((seed, stage), -1):
             return
@@ -67,6 +68,7 @@ class MLflow:
         )
 
     def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
+        """Send the row's values, and end the seed's run: FINISHED or FAILED."""
         self.run_id(seed)
         now_ms = int(1000 * time.time())
         self.unsent.setdefault(seed, []).extend(
@@ -76,12 +78,14 @@ class MLflow:
         self.client.set_terminated(self.run_ids.pop(seed), "FINISHED" if done else "FAILED")
 
     def flush(self) -> None:
+        """Send what is held, in requests of METRICS_PER_REQUEST."""
         for seed in list(self.unsent):
             metrics = self.unsent.pop(seed)
             for start in range(0, len(metrics), METRICS_PER_REQUEST):
                 self.client.log_batch(self.run_id(seed), metrics=metrics[start : start + METRICS_PER_REQUEST])
 
     def close(self) -> None:
+        """End the runs of seeds without a row: KILLED."""
         for run_id in self.run_ids.values():
             self.client.set_terminated(run_id, "KILLED")
 
@@ -92,6 +96,7 @@ def mlflow_address(storage: Storage) -> str:
 
 
 def mlflow_client(storage: Storage) -> Any:
+    """Make a client of the server or database that `mlflow_address` names."""
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # they tell of each table they make

@@ -39,6 +39,7 @@ class TensorBoard:
         """When files last went to the object store, by the monotonic clock."""
 
     def stage_folder(self, seed: int, stage: str) -> Path:
+        """Return where the event files of a seed's stage lie."""
         return self.folder / f"seed{seed}" / stage
 
     def writer(self, seed: int, stage: str, position: int) -> Any:
@@ -59,17 +60,20 @@ class TensorBoard:
         return self.writers[key]
 
     def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None:
+        """Write the values at this position."""
         writer = self.writer(seed, stage, position)
         for name, value in values.items():
             scalar = self.summary.scalar(f"{stage}/{name}", value)
             writer.write_event(self.Event(step=position, wall_time=at_seconds, summary=scalar))
 
     def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
+        """Write the row's values and the recipe."""
         self.point(seed, ROW, 0, values, time.time())
         recipe = self.summary.text("recipe", f"```json\n{json.dumps(to_dict(self.subject.recipe), indent=1)}\n```")
         self.writers[seed, ROW].write_event(self.Event(step=0, wall_time=time.time(), summary=recipe))
 
     def flush(self) -> None:
+        """Flush to the files, and push them to an object store every PUSH_SECONDS."""
         for key in self.unflushed:
             self.writers[key].flush()
         self.unflushed = set()
@@ -86,6 +90,7 @@ class TensorBoard:
                     self.subject.storage.push(file)
 
     def close(self) -> None:
+        """Close the files and push them a last time. Raises OSError when the store fails."""
         for writer in self.writers.values():
             writer.close()
         self.push()

@@ -16,7 +16,7 @@ from pipeline.storage.store import Storage
 
 @dataclass(frozen=True)
 class TrackedRecord:
-    """One record, as what follows it sees it."""
+    """Holds one record as what follows it sees it."""
 
     storage: Storage
     record: str
@@ -24,14 +24,15 @@ class TrackedRecord:
 
     @property
     def folder(self) -> Path:
+        """Return the folder of what is written about the record."""
         return record_folder(self.storage, self.record)
 
     def settings(self) -> dict[str, str]:
-        """The recipe, flat: {"train.steps": "0", ...}."""
+        """Flatten the recipe: {"train.steps": "0", ...}."""
         return dict(flat("", to_dict(self.recipe)))
 
     def identity(self) -> str:
-        """Random, and the record's for good: names and paths may be the same elsewhere."""
+        """Draw at random, the first time, what is the record's for good: names and paths may be the same elsewhere."""
         path = self.folder / "tracked.json"
         try:
             return str(json.loads(self.storage.read_bytes(path) or b"")["id"])
@@ -42,6 +43,7 @@ class TrackedRecord:
 
 
 def flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield every setting with its dotted name, as text."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat(f"{prefix}{name}.", value)

@@ -30,6 +30,7 @@ class Wandb:
         self.last_position: dict[tuple[int, str], float] = {}
 
     def run(self, seed: int) -> Any:
+        """Return the seed's run, which the first call begins or, online, resumes."""
         if seed not in self.runs:
             self.subject.folder.mkdir(parents=True, exist_ok=True)
             run = self.wandb.init(
@@ -55,12 +56,14 @@ class Wandb:
         return self.runs[seed]
 
     def point(self, seed: int, stage: str, position: int, values: dict[str, float], at_seconds: float) -> None:
+        """Log the values; a position that the run has already is left out."""
         run = self.run(seed)
         if position > self.last_position.get((seed, stage), -1):
             self.last_position[seed, stage] = position
             run.log({f"{stage}/{name}": value for name, value in values.items()})
 
     def row(self, seed: int, done: bool, values: dict[str, float]) -> None:
+        """Write the row's values into the run's summary, and finish it with exit code 0 or 1."""
         run = self.run(seed)
         run.summary.update({f"{ROW}/{name}": value for name, value in values.items()})
         self.runs.pop(seed).finish(exit_code=0 if done else 1)
@@ -69,6 +72,7 @@ class Wandb:
         """Do nothing: it sends by itself."""
 
     def close(self) -> None:
+        """Finish the runs of seeds without a row with exit code 255, and wait for W&B's process."""
         for run in self.runs.values():
             run.finish(exit_code=255)
         self.wandb.teardown()  # waits for its process, whose files are not whole before

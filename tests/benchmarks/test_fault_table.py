@@ -45,6 +45,7 @@ def test_the_last_measurement_of_each_fault_is_in_order(tmp_path: Path) -> None:
 
 def test_without_a_file_it_tells_its_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert fault_table.main([]) == 2 and "FAULTS_TABLE" in capsys.readouterr().err
+    assert fault_table.main(["--help"]) == 0 and "FAULTS_TABLE" in capsys.readouterr().out
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

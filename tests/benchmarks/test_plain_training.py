@@ -15,8 +15,8 @@ from benchmarks.plain.training import PlainRun, plain_loss
 from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.data.shards import TokenStream
-from hedgemix.model import cpu_kernels
-from hedgemix.model.cpu_kernels import rotate
+from hedgemix.model import cpu_kernels, layers
+from hedgemix.model.layers import rotate
 from hedgemix.model.transformer import Model
 from hedgemix.train.trainer import Run
 from tests.hedgemix.model.test_transformer import PARTS, build, double, tokens_of  # noqa: F401 (a fixture)
@@ -114,7 +114,7 @@ def test_capped_cross_entropy(cap: float, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_large_table_gets_the_rows_that_were_read() -> None:
-    table, rows = cpu_kernels.Table(1000, 4), torch.tensor([[3, 5], [3, 999]])
+    table, rows = layers.Table(1000, 4), torch.tensor([[3, 5], [3, 999]])
     table(rows).sum().backward()  # no buffer: a dense gradient
     assert table.weight.grad is not None and not table.weight.grad.is_sparse
     before, buffer = table.weight.grad.clone(), table.weight.grad

@@ -36,7 +36,8 @@ def test_a_record_is_audited_and_its_table_says_so(
 ) -> None:
     out = undisturbed[0]
     monkeypatch.setenv("COLUMNS", "100")
-    code, output = run([str(out / "tiny.parquet"), "--draws", "8", "--cuts", "1"], monkeypatch, capsys)
+    some = ["--draws", "8", "--cuts", "1", "--coded-tokens", "1100"]  # a chunk, and the beginning of the next
+    code, output = run([str(out / "tiny.parquet"), *some], monkeypatch, capsys)
     assert code == 0, output
     lines = output.splitlines()
     assert lines[0].startswith("seed 1: bpb_final ") and "3,999" in output and lines[-1] == "every check passed: seed 1"
@@ -57,9 +58,8 @@ def test_a_record_is_audited_and_its_table_says_so(
     assert row.audited is True and row.audit_failed == [] and row.audit_coded_bits == audited.audit_coded_bits[1]
     assert row.evaluate_path == audited.evaluate_path[1] and row.dataset_path == audited.dataset_path[1]
 
-    code, output = run(
-        [str(out / "tiny.parquet"), "--cuts", "1", "--claim", "published", "--first-tokens", "10"], monkeypatch, capsys
-    )
+    few = ["--claim", "published", "--first-tokens", "10", "--draws", "8", "--cuts", "1", "--coded-tokens", "100"]
+    code, output = run([str(out / "tiny.parquet"), *few], monkeypatch, capsys)
     again = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert "seed 1: bpb_published" in output and again.audit_tokens[1] == 4000  # about another number than the score
     assert (Path(audited.evaluate_path[1]) / "audit_published.json").exists()

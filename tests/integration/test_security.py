@@ -30,7 +30,7 @@ from hedgemix.data import shards
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.tokenizer import load as load_tokenizer
 from hedgemix.evaluate.trace_file import Lines
-from hedgemix.experts import match, ngram
+from hedgemix.experts import match, ngram_index
 from hedgemix.runtime import clock as clocks
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import DamagedFileError, load_tensors, replacing, sha256_of, write_json
@@ -94,12 +94,12 @@ def test_a_checkpoint_or_tensors_that_are_a_bomb_are_damaged(bomb: Bomb, tmp_pat
 def test_arrays_indexes_and_artifacts_that_are_bombs_are_refused(bomb: Bomb, tmp_path: Path) -> None:
     index = tmp_path / "index"
     stream = shards.TokenStream([np.arange(50, dtype=np.uint16) % 7])
-    ngram.build_index(stream, (1, 2), 7, (2,), index)
+    ngram_index.build(stream, (1, 2), 7, (2,), index)
     for path in sorted(index.glob("*.npy")):
         sound = path.read_bytes()
         np.save(path, np.array([bomb], dtype=object), allow_pickle=True)
         with pytest.raises(ValueError, match="Python objects"):
-            match.load(index, (2,)) if path.name.startswith("match_") else ngram.load(index)
+            match.load(index, (2,)) if path.name.startswith("match_") else ngram_index.load(index)
         path.write_bytes(sound)
     for dress in ("pickle", "zip", "legacy"):
         plant(tmp_path / "artifact.hmx", bomb, dress)

@@ -23,8 +23,8 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
-from hedgemix.mixers import hedge, published
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers import logistic, published
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
 
 SECRET = Path(__file__).resolve().parent.parent.parent / "LICENSE"
@@ -50,12 +50,12 @@ def score_rank(log: Any, **given: Any) -> dict[str, Any]:
 @contextmanager
 def unnormalised() -> Iterator[None]:
     """A mixer whose row adds up to 1.01."""
-    logistic_rows = hedge.logistic_rows
+    logistic_rows = logistic.rows
 
     def more(*given: Any) -> Tensor:
         return logistic_rows(*given) + math.log(1.01)
 
-    with patch.object(hedge, "logistic_rows", more):
+    with patch.object(logistic, "rows", more):
         yield
 
 
@@ -103,7 +103,7 @@ def counted_early() -> Iterator[None]:
 @contextmanager
 def scored_twice() -> Iterator[None]:
     """The last piece of each chunk is scored again once the mixture has learned it, and charged again."""
-    chunk_rows, score = evaluator.chunk_rows, Mixer.score
+    chunk_rows, score = evaluator.chunk_rows, BatchMixer.score
 
     def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
         for piece, found in chunk_rows(models, tokens_N, chunk, config):
@@ -116,21 +116,21 @@ def scored_twice() -> Iterator[None]:
         mixer.before = copy.deepcopy(mixer._state.ngrams)
         return score(mixer, log_rows, start, stop)
 
-    with patch.object(evaluator, "chunk_rows", rows), patch.object(Mixer, "score", again), both_look(again):
+    with patch.object(evaluator, "chunk_rows", rows), patch.object(BatchMixer, "score", again), both_look(again):
         yield
 
 
 @contextmanager
 def both_look(again: Any) -> Iterator[None]:
     """Let the rows be looked at a second time as well."""
-    look = Mixer.rows
+    look = BatchMixer.rows
 
     def rows(mixer: Any, log_rows: dict[str, Tensor], start: int, stop: int) -> Any:
         if start < mixer.position:
             mixer._state.ngrams = copy.deepcopy(mixer.before)
         return look(mixer, log_rows, start, stop)
 
-    with patch.object(Mixer, "rows", rows):
+    with patch.object(BatchMixer, "rows", rows):
         yield
 
 
@@ -199,10 +199,11 @@ def differing_rank(rank: int, log: Any, **given: Any) -> dict[str, Any]:
 def compress(source: dict[str, Any], log: Any) -> dict[str, Any]:
     """In place of a codec: the tokens as they are, and the bits that one would need."""
     read = replay.Source(**source)
+    tokens_N = read.read()
+    witness = replay.Witness(read.claim, len(tokens_N))
     with eager():
-        work = replay.begin(read)
-        work.play()
-    data, bits = read.read().astype("<u2").tobytes(), float(work.nats_N[1:].sum()) / math.log(2)
+        replay.play(replay.begin(read, tokens_N, witness))
+    data, bits = tokens_N.astype("<u2").tobytes(), float(witness.nats_N[1:].sum()) / math.log(2)
     return {"data": base64.b64encode(data).decode(), "payload_bits": math.ceil(bits) + 32, "ideal_bits": bits}
 
 

@@ -16,7 +16,7 @@ from hedgemix.data import bpb, tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.model.transformer import Model
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
@@ -68,7 +68,7 @@ class Case:
         """What `score` begins with, also for other tokens."""
         tokens = self.tokens if tokens is None else tokens
         mixer = config.mixer
-        index = ngram.build_index(tokens, mixer.orders, processor().vocab_size(), mixer.match_lengths)
+        index = ngram_index.build(tokens, mixer.orders, processor().vocab_size(), mixer.match_lengths)
         return Evaluation(self.model(), Text(tokens, CPU), bpb.byte_tables(processor()), index, config)
 
 
@@ -87,5 +87,5 @@ def make(folder: Path) -> Case:
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
     tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
     mixer = CONFIG.mixer
-    ngram.build_index(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, folder / "counts")
+    ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, folder / "counts")
     return Case(folder, "".join(texts).encode(), tokens)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from hedgemix.audit import auditor, claim, sandbox
-from hedgemix.audit.auditor import Audit, Plan
+from hedgemix.audit.auditor import Audit, Plan, Work
 from hedgemix.audit.findings import Finding, failed
 from hedgemix.config import RecipeError
 from hedgemix.experts.registry import EXPERTS
@@ -23,8 +23,8 @@ from support import cheats
 from support.tiny_artifact import CONFIG
 from support.tiny_run import Record, make
 
-PLAN = Plan(
-    draws=12,
+PLAN = Plan(draws=12)
+WORK = Work(
     witness="support.cheats:testify",
     rank="support.cheats:score_rank",
     coder="support.cheats:compress",
@@ -61,8 +61,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "run", run)
 
 
-def repeated(record: Record, plan: Plan = SHORT, name: str = "final") -> Audit:
-    work = auditor.start(record.claim(name), plan, lambda found: None)
+def repeated(record: Record, plan: Plan = SHORT, name: str = "final", done_by: Work = WORK) -> Audit:
+    work = auditor.start(record.claim(name), plan, lambda found: None, done_by)
     auditor.repeat(work, 640)
     return work
 
@@ -74,7 +74,7 @@ def named(findings: list[Finding]) -> dict[str, Finding]:
 @pytest.mark.usefixtures("here")
 def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record) -> None:
     told: list[Finding] = []
-    findings = auditor.run(record.claim(), PLAN, told.append)
+    findings = auditor.run(record.claim(), PLAN, told.append, done_by=WORK)
     assert [found.headline for found in findings if not found.passed] == [] and told == findings
     assert {found.name for found in findings} == {
         "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained",
@@ -103,11 +103,11 @@ def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record
     assert pd.read_parquet(record.table).set_index("seed").loc[8].audited is None
 
     result, sha256 = record.claim().result, record.claim().row["artifact_sha256"]
-    kept = claim.kept(record.evaluation(), sha256, result)
+    kept = claim.read_columns(record.evaluation(), sha256, result)
     assert kept["audited"] is True and set(kept) == set(claim.AUDITED)
-    assert claim.kept(record.evaluation(), "0" * 64, result) == {}
-    assert claim.kept(record.evaluation(), sha256, {**result, "bpb_final": 1.0}) == {}
-    assert claim.kept(record.folder, sha256, result) == {}
+    assert claim.read_columns(record.evaluation(), "0" * 64, result) == {}
+    assert claim.read_columns(record.evaluation(), sha256, {**result, "bpb_final": 1.0}) == {}
+    assert claim.read_columns(record.folder, sha256, result) == {}
 
 
 @pytest.mark.usefixtures("here")
@@ -166,14 +166,14 @@ def test_the_published_rule_is_no_score(record: Record) -> None:
 
 
 def test_an_evaluation_that_reads_another_file_is_caught_and_the_rest_still_told(record: Record) -> None:
-    work = repeated(record, replace(SHORT, witness="support.cheats:reading_witness"))
+    work = repeated(record, done_by=replace(WORK, witness="support.cheats:reading_witness"))
     assert failed(work.findings) == ["self-contained"] and len(work.findings) == 6
     assert f"opening {cheats.SECRET}" in named(work.findings)["self-contained"].headline
 
 
 @pytest.mark.usefixtures("here")
 def test_ranks_with_different_weights_are_caught(record: Record) -> None:
-    work = repeated(record, replace(SHORT, rank="support.cheats:differing_rank"))
+    work = repeated(record, done_by=replace(WORK, rank="support.cheats:differing_rank"))
     auditor.ranks_agree(work)
     assert failed(work.findings) == ["world-size"]
     violations = named(work.findings)["world-size"].figures["violations"]
@@ -230,7 +230,7 @@ def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "run", dies)
-        findings = auditor.run(record.claim(), PLAN)
+        findings = auditor.run(record.claim(), PLAN, done_by=WORK)
     assert [found.name for found in findings if found.passed] == ["limits", "unseen"]
     assert named(findings)["bits"].headline == "it broke"
     assert not pd.read_parquet(record.table).set_index("seed").loc[7].audited

@@ -34,7 +34,7 @@ def sound(made: Record, tmp_path: Path) -> Claim:
 
 
 def test_bytes_are_counted_from_the_file_and_the_code(sound: Claim) -> None:
-    found = limits.limits(sound)
+    found = limits.check_limits(sound)
     total = sound.artifact.stat().st_size + script.n_bytes(sound.recipe)
     assert found.passed and f"{total:,} of 300,000 bytes" in found.headline
 
@@ -42,15 +42,15 @@ def test_bytes_are_counted_from_the_file_and_the_code(sound: Claim) -> None:
         return replace(sound, recipe=replace(sound.recipe, limits=LimitsConfig(**fields)))  # type: ignore[arg-type]
 
     # The recipe is in the file that counts, so another limit changes it by some bytes.
-    assert limits.limits(limited(total_bytes=total + 50)).passed
+    assert limits.check_limits(limited(total_bytes=total + 50)).passed
     for fields, message in (
         ({"total_bytes": total - 50}, f"bytes, the recipe allows {total - 50:,}"),
         ({"train_seconds": 0.5}, "1.0 training seconds"),
         ({"evaluate_seconds": 0.001}, "evaluation seconds"),
     ):
-        found = limits.limits(limited(**fields))
+        found = limits.check_limits(limited(**fields))
         assert not found.passed and message in found.headline
-    found = limits.limits(replace(sound, row={**sound.row, "artifact_bytes": 5}))
+    found = limits.check_limits(replace(sound, row={**sound.row, "artifact_bytes": 5}))
     assert not found.passed and "the row says 5" in found.headline
 
 

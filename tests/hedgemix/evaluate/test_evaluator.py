@@ -29,9 +29,9 @@ from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import Evaluation, score_model
 from hedgemix.evaluate.scoring_order import Piece, chunks, piece_rows, pieces
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.mixers import published
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from support import tiny_artifact
 from support.no_host_sync import unattended
 from support.text_data import processor
@@ -117,7 +117,7 @@ def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> N
     sizes_N = torch.tensor([0.0, *map(float, token_sizes(case.tokens))])
     found = chunks(len(text), CONFIG.chunk_tokens)
     adapter = Adapter(frozen, CONFIG.ttt, len(found), "float32")
-    mixer = Mixer(CONFIG.mixer, frozen.vocab_size, ngram.load(case.folder / "counts"), names=("a", "b"))
+    mixer = BatchMixer(CONFIG.mixer, frozen.vocab_size, ngram_index.load(case.folder / "counts"), names=("a", "b"))
     rule = published.start(frozen.vocab_size)
     nats, mass = dict.fromkeys(("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published"), 0.0), 0.0
     for chunk in found:
@@ -172,9 +172,9 @@ class Recorder:
         self.events: list[tuple[str, int, int]] = []
         self.nll: dict[str, list[Tensor]] = {}
         self.weights: list[Tensor] = []
-        score, learn, count = Mixer.score, Adapter.learn, published.count
+        score, learn, count = BatchMixer.score, Adapter.learn, published.count
 
-        def scoring(mixer: Mixer, rows: dict[str, Tensor], start: int, stop: int) -> Any:
+        def scoring(mixer: BatchMixer, rows: dict[str, Tensor], start: int, stop: int) -> Any:
             scores = score(mixer, rows, start, stop)
             self.events.append(("score", start, stop))
             for name, kinds in scores.nll.items():
@@ -191,7 +191,7 @@ class Recorder:
             self.events.append(("count", state.counted + 1, state.counted + 1 + len(token_B)))
             count(state, history_B2, token_B)
 
-        patch.setattr(Mixer, "score", scoring)
+        patch.setattr(BatchMixer, "score", scoring)
         patch.setattr(Adapter, "learn", learning)
         patch.setattr(published, "count", counting)
 
@@ -218,7 +218,7 @@ def test_host_and_device_leave_each_other_alone_while_a_piece_is_scored(case: Ca
     work = case.begin()
     work.tokens_N = Text(case.tokens, torch.device("cpu"), resident=True)
     # Spans of one block: chunks of 320 tokens end where spans do.
-    work.mixer = Mixer(CONFIG.mixer, 512, work.mixer.index, names=work.mixer.names, span_tokens=32, resident=True)
+    work.mixer = BatchMixer(CONFIG.mixer, 512, work.mixer.index, names=work.mixer.names, span_tokens=32, resident=True)
     score, counts = work.score, []
 
     def watched(piece: Piece, rows: dict[str, Tensor]) -> None:

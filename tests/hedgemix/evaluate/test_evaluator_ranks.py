@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hedgemix.config import EvaluateConfig
 from hedgemix.evaluate.scoring_order import chunks, pieces
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
-from support import tiny_artifact
+from support import rank_processes, tiny_artifact
 from support.tiny_artifact import CONFIG, Case
 
 # Three pieces a chunk; some steps have one sequence, so that rank 1 has nothing to learn from.
@@ -59,7 +58,7 @@ def folders(case: Case) -> Iterator[tuple[Path, Path]]:
     torch.set_num_threads(1)
     score(case, one, 0)
     torch.set_num_threads(threads)
-    mp.spawn(work, (case, two), nprocs=2)
+    rank_processes.run(work, (case, two))
     yield one, two
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -28,7 +27,7 @@ from hedgemix.evaluate.trace_file import Lines
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import published
 from hedgemix.runtime.files import DamagedFileError, read_json, write_json
-from support import tiny_artifact
+from support import rank_processes, tiny_artifact
 from support.tiny_artifact import CONFIG, Case
 
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
@@ -377,7 +376,7 @@ def die_after(chunks: int, start: Restart) -> Callable[[dict[str, Any]], None]:
 def test_two_ranks_go_on_after_one_was_killed(case: Case, tmp_path: Path) -> None:
     """To the bit with two ranks again; with one to the 1e-6 that ranks agree to."""
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        mp.spawn(rank_work, (case, tmp_path, "first"), nprocs=2)
+        rank_processes.run(rank_work, (case, tmp_path, "first"))
     whole = read_json(tmp_path / "whole0.json")
     alone = tmp_path / "alone"
     shutil.copytree(tmp_path / "killed", alone)
@@ -389,7 +388,7 @@ def test_two_ranks_go_on_after_one_was_killed(case: Case, tmp_path: Path) -> Non
         wanted = pytest.approx(whole[name], rel=1e-4 if "weights" in name else 1e-6, abs=1e-6)
         assert one[name] == (whole[name] if exact else wanted), name
 
-    mp.spawn(rank_work, (case, tmp_path, "second"), nprocs=2)
+    rank_processes.run(rank_work, (case, tmp_path, "second"))
     for rank in range(2):
         assert read_json(tmp_path / f"again{rank}.json") == whole | {"chunks": CHUNKS - 2}
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole")

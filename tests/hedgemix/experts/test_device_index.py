@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from hedgemix.config import MixerConfig
 from hedgemix.data import tokenizer
-from hedgemix.experts import match, ngram
+from hedgemix.experts import match, ngram_index
 from hedgemix.experts.device_index import Resident
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.experts.ngram import NgramRows
+from hedgemix.experts.ngram_index import NgramIndex
+from hedgemix.mixers.batch_mixer import BatchMixer
 from support.no_host_sync import unattended
 from support.text_data import documents, processor
 
@@ -27,21 +29,21 @@ order_sets = st.sampled_from([(1,), (1, 2, 3), (2, 4), (3,), (1, 2, 3, 4, 5, 6)]
 CONFIG = MixerConfig(orders=(1, 2, 3, 4), match_lengths=(3, 5), block_tokens=16)
 
 
-def mapped_rows(state: ngram.NgramState, index: ngram.NgramIndex, start: int, stop: int) -> torch.Tensor:
-    rows = ngram.rows(state, index, start, stop)
-    if index.match.lengths:
-        rows.append(match.rows_at(index.match, rows[-1], start, stop))
+def mapped_rows(mapped: NgramRows, start: int, stop: int) -> torch.Tensor:
+    rows, matches = mapped.rows(start, stop), mapped.index.match
+    if matches.lengths:
+        rows.append(match.rows(matches, rows[-1], start, stop))
     return torch.stack(rows, 1)
 
 
-def resident_rows(here: Resident, index: ngram.NgramIndex, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+def resident_rows(here: Resident, index: NgramIndex, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     text_3B = here.text(start, stop).long()
     p_BKV = torch.full((stop - start, len(index.orders) + bool(index.match.lengths), index.vocab_size), torch.nan)
     here.fill(p_BKV, text_3B, start, stop, bool(index.match.lengths))
     return p_BKV, text_3B
 
 
-def slow_sizes(index: ngram.NgramIndex, start: int, stop: int) -> tuple[list[int], int]:
+def slow_sizes(index: NgramIndex, start: int, stop: int) -> tuple[list[int], int]:
     """Pairs and repeats of a span, one position after another."""
     repeats = 0
     for n, table in index.tables.items():
@@ -55,27 +57,23 @@ def slow_sizes(index: ngram.NgramIndex, start: int, stop: int) -> tuple[list[int
 def test_rows_are_those_of_the_mapped_index_bitwise(
     tokens: np.ndarray, orders: tuple[int, ...], lengths: tuple[int, ...], span: int, data: st.DataObject
 ) -> None:
-    """Spans of the grid and others; then back to a span that was counted, and on again."""
-    index = ngram.build_index(tokens, orders, VOCAB, lengths)
-    state, here = ngram.start_state(index), Resident(index, "cpu", span)
+    """Spans of the grid and others; asked again, the same."""
+    index = ngram_index.build(tokens, orders, VOCAB, lengths)
+    mapped, here = NgramRows(index), Resident(index, "cpu", span)
     cuts = data.draw(st.sets(st.integers(1, len(tokens) - 1), max_size=4)) | {*range(0, len(tokens), span)}
     edges = [*sorted(cuts | {0}), len(tokens)]
     for start, stop in itertools.pairwise(edges):
         for _ in range(2):
             rows, text_3B = resident_rows(here, index, start, stop)
-            assert torch.equal(rows, mapped_rows(state, index, start, stop))
+            assert torch.equal(rows, mapped_rows(mapped, start, stop))
             assert text_3B[0].tolist() == tokens[start:stop].tolist()
-            assert text_3B[1].tolist() == ngram.longest_class(index, start, stop).tolist()
+            assert text_3B[1].tolist() == ngram_index.longest_class(index, start, stop).tolist()
             assert here.sizes(start, stop) == slow_sizes(index, start, stop)
-            here.move(stop)
-            here.move(start)
-            ngram.advance(state, index, start, stop)
-            ngram.retreat(state, index, start)
-        here.move(stop)
-        ngram.advance(state, index, start, stop)
-    assert here.position == state.position == len(tokens)
-    assert torch.equal(here.count_V, state.unigram_V)
-    for at, count_P in zip(here.base_O1[:, 0].tolist(), state.pair_count.values(), strict=True):
+        here.advance(stop)
+        mapped.advance(stop)
+    assert here.position == mapped.position == len(tokens)
+    assert torch.equal(here.count_V, mapped.unigram_V)
+    for at, count_P in zip(here.base_O1[:, 0].tolist(), mapped.count_P.values(), strict=True):
         assert torch.equal(here.count_P[at : at + len(count_P)], count_P)
 
 
@@ -90,9 +88,11 @@ def neural(text: np.ndarray, start: int, stop: int) -> dict[str, torch.Tensor]:
 
 
 def test_real_text_scores_the_same_bitwise(text: np.ndarray) -> None:
-    index = ngram.build_index(text, CONFIG.orders, 512, CONFIG.match_lengths)
+    index = ngram_index.build(text, CONFIG.orders, 512, CONFIG.match_lengths)
     names = ("frozen", "adapted")
-    mixers = [Mixer(CONFIG, 512, index, names=names, span_tokens=64, resident=resident) for resident in (False, True)]
+    mixers = [
+        BatchMixer(CONFIG, 512, index, names=names, span_tokens=64, resident=resident) for resident in (False, True)
+    ]
     for start, stop in ((1, 128), (128, 700), (700, 1500)):
         given = neural(text, start, stop)
         rows, other = (mixer.rows(given, start, stop) for mixer in mixers)
@@ -105,8 +105,10 @@ def test_real_text_scores_the_same_bitwise(text: np.ndarray) -> None:
 
 
 def test_a_state_goes_on_in_a_resident_index(text: np.ndarray) -> None:
-    index = ngram.build_index(text, CONFIG.orders, 512, CONFIG.match_lengths)
-    mixers = [Mixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True) for _ in range(2)]
+    index = ngram_index.build(text, CONFIG.orders, 512, CONFIG.match_lengths)
+    mixers = [
+        BatchMixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True) for _ in range(2)
+    ]
     given = neural(text, 700, 1500)
     mixers[0].score(neural(text, 1, 700), 1, 700)
     saved = mixers[0].state_dict()
@@ -118,8 +120,8 @@ def test_a_state_goes_on_in_a_resident_index(text: np.ndarray) -> None:
 
 def test_host_and_device_leave_each_other_alone_in_a_call(text: np.ndarray) -> None:
     """All spans of one call, mixing and learning included: no read of the device, nothing sent to it, no NumPy."""
-    index = ngram.build_index(text, CONFIG.orders, 512, CONFIG.match_lengths)
-    mixer = Mixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True)
+    index = ngram_index.build(text, CONFIG.orders, 512, CONFIG.match_lengths)
+    mixer = BatchMixer(CONFIG, 512, index, names=("frozen", "adapted"), span_tokens=64, resident=True)
     mixer.score(neural(text, 1, 128), 1, 128)  # what is kept from span to span is made here
     given = neural(text, 128, 1500)
     mixer.index = None  # type: ignore[assignment]
@@ -144,9 +146,9 @@ def test_a_span_takes_few_array_operations(text: np.ndarray) -> None:
     """All orders go through the same ones: each order more adds its row's two, and a slice of the pairs."""
     counts = []
     for orders in ((1, 2, 3), (1, 2, 3, 4, 5, 6)):
-        index = ngram.build_index(text, orders, 512)
+        index = ngram_index.build(text, orders, 512)
         here = Resident(index, "cpu", 256)
-        here.move(256)
+        here.advance(256)
         p_BKV, text_3B = torch.empty(256, len(orders), 512), here.text(256, 512).long()
         with unattended() as operations:
             here.fill(p_BKV, text_3B, 256, 512, False)
@@ -155,9 +157,13 @@ def test_a_span_takes_few_array_operations(text: np.ndarray) -> None:
 
 
 def test_what_cannot_work_says_so(text: np.ndarray) -> None:
-    index = ngram.build_index(text, (1, 2), 512)
+    index = ngram_index.build(text, (1, 2), 512)
     with pytest.raises(ValueError, match="stand at 0"):
         resident_rows(Resident(index, "cpu", 16), index, 5, 9)
+    here = Resident(index, "cpu", 16)
+    here.advance(9)
+    with pytest.raises(ValueError, match="stand at 9"):
+        here.advance(8)
     config = MixerConfig(orders=(1, 2), match_lengths=())
     with pytest.raises(ValueError, match="graph=True"):
-        Mixer(config, 512, index, graph=True)
+        BatchMixer(config, 512, index, graph=True)

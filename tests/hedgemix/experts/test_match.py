@@ -1,4 +1,4 @@
-"""The longest-match expert against a slow search, against its own past, and against its decoder."""
+"""The longest-match expert against a slow search and against its own past."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hedgemix.config import RecipeError
 from hedgemix.data import tokenizer
-from hedgemix.experts import match
+from hedgemix.experts import match, ngram_index
 from support.text_data import documents, processor
 
 LENGTHS = (1, 3, 4, 9)
@@ -19,6 +19,10 @@ repetitive = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=15), st.
     lambda pair: np.tile(np.array(pair[0], np.uint16), pair[1])
 )
 length_sets = st.sampled_from([(), (1,), LENGTHS, (2, 5), (7, 8, 33)])
+
+
+def build(tokens: np.ndarray, lengths: tuple[int, ...], vocab_size: int) -> match.MatchIndex:
+    return ngram_index.build(tokens, (1,), vocab_size, lengths).match
 
 
 def searched(tokens: list[int], lengths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -38,7 +42,7 @@ def searched(tokens: list[int], lengths: tuple[int, ...]) -> list[tuple[int, int
 @settings(max_examples=80, deadline=None)
 @given(streams | repetitive, length_sets)
 def test_matches_equal_a_slow_search(tokens: np.ndarray, lengths: tuple[int, ...]) -> None:
-    index, expected = match.build(tokens, lengths, 4), searched(tokens.tolist(), lengths)
+    index, expected = build(tokens, lengths, 4), searched(tokens.tolist(), lengths)
     assert list(zip(index.predicted_N.tolist(), index.class_N.tolist(), strict=True)) == expected
     tries, hits = [0] * (len(lengths) + 1), [0] * (len(lengths) + 1)
     for t, (predicted, number) in enumerate(expected):
@@ -58,47 +62,33 @@ def texts() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("name", ["small alphabet", "skewed", "real"])
-def test_the_decoder_follows_the_batch_exactly(name: str) -> None:
-    tokens, lengths = texts()[name].astype(np.uint16), (2, 5, 8, 24)
-    index, follower = match.build(tokens, lengths, 512), match.Follower(lengths, 512)
-    share = match.confidence(index.hits_N, index.tries_N).astype(np.float32)
-    for t, token in enumerate(tokens.tolist()):
-        known = index.class_N[t] > 0
-        assert follower.predict() == (index.predicted_N[t], index.class_N[t], share[t] if known else 0.0), t
-        follower.update(token)
-    assert set(index.class_N.tolist()) >= (set(range(5)) if name == "real" else {0, 1, 2})
-
-
 @pytest.mark.parametrize("t", [1, 2, 300, 999])
 def test_the_target_and_the_future_change_nothing(t: int) -> None:
     text = texts()["small alphabet"][:1000]
     changed = text.copy()
     changed[t:] = (changed[t:] + 1 + np.arange(1000 - t) % 2) % 3
-    before, after = (match.build(tokens, LENGTHS, 3) for tokens in (text, changed))
+    before, after = (build(tokens, LENGTHS, 3) for tokens in (text, changed))
     top = torch.rand(1000, 3, generator=torch.manual_seed(0)).softmax(-1)
-    rows, other = (match.rows_at(index, top, 0, 1000) for index in (before, after))
+    rows, other = (match.rows(index, top, 0, 1000) for index in (before, after))
     assert torch.equal(rows[: t + 1], other[: t + 1])
     assert t == 999 or not torch.equal(rows[t + 1 :], other[t + 1 :])
 
 
 def test_rows_sum_to_one_and_predict() -> None:
     text = texts()["real"].astype(np.uint16)
-    index = match.build(text, (8, 16), 512)
+    index = build(text, (8, 16), 512)
     top = torch.randn(len(text), 512, generator=torch.manual_seed(0)).softmax(-1)
-    rows = match.rows_at(index, top, 0, len(text))
+    rows = match.rows(index, top, 0, len(text))
     torch.testing.assert_close(rows.double().sum(1), torch.ones(len(text), dtype=torch.float64), rtol=0, atol=1e-5)
     none = torch.from_numpy(index.class_N == 0)
     assert torch.equal(rows[none], top[none]) and 0 < none.sum() < len(text)
     copied = torch.arange(3200, 3900)  # inside the first repetition
     predicted = torch.from_numpy(text[copied].astype(np.int64))
     assert (rows[copied, predicted] > 0.9).double().mean() > 0.9
-    assert torch.equal(match.rows_at(index, top[100:300], 100, 300), rows[100:300])
+    assert torch.equal(match.rows(index, top[100:300], 100, 300), rows[100:300])
 
 
 def test_what_cannot_work_says_so() -> None:
     for lengths in ((0,), (8, 4), (4, 4), (5000,)):
         with pytest.raises(RecipeError, match="match_lengths"):
-            match.build(np.zeros(10, np.uint16), lengths, 4)
-    with pytest.raises(ValueError, match="outside"):
-        match.Follower((1,), 4).update(4)
+            build(np.zeros(10, np.uint16), lengths, 4)

@@ -6,8 +6,9 @@ import torch
 
 from hedgemix.config import RecipeError
 from hedgemix.data import tokenizer
-from hedgemix.experts import ngram
-from hedgemix.experts.ngram_online import Counts
+from hedgemix.experts import ngram_index
+from hedgemix.experts.ngram import NgramRows
+from hedgemix.experts.ngram_online import OnlineNgram
 from support.text_data import documents, processor
 
 
@@ -18,17 +19,17 @@ def test_rows_are_those_of_the_index_bitwise(source: str, orders: tuple[int, ...
         tokens, vocab_size = np.array(tokenizer.encode(processor(), documents()[3][:900])), processor().vocab_size()
     else:
         tokens, vocab_size = np.random.default_rng(0).integers(0, 3, 200), 4
-    index = ngram.build_index(tokens, orders, vocab_size)
-    state, counts = ngram.start_state(index), Counts(orders, vocab_size)
-    longest = ngram.longest_class(index, 0, len(tokens))
+    index = ngram_index.build(tokens, orders, vocab_size)
+    batch, online = NgramRows(index), OnlineNgram(orders, vocab_size)
+    longest = ngram_index.longest_class(index, 0, len(tokens))
     for t, token in enumerate(tokens.tolist()):
-        for row, expected in zip(counts.rows(), ngram.rows(state, index, t, t + 1), strict=True):
+        for row, expected in zip(online.predict(), batch.rows(t, t + 1), strict=True):
             assert torch.equal(row, expected[0])
-        assert counts.longest_class() == longest[t]
-        counts.add(token)
-        ngram.advance(state, index, t, t + 1)
+        assert online.longest_class() == longest[t]
+        online.update(token)
+        batch.advance(t + 1)
 
 
 def test_orders_are_checked() -> None:
     with pytest.raises(RecipeError, match="orders"):
-        Counts((3, 2), 4)
+        OnlineNgram((3, 2), 4)

@@ -13,9 +13,10 @@ import torch
 from hedgemix.artifact import format as artifact
 from hedgemix.codec.predictor import Predictor
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.experts import ngram, registry
-from hedgemix.experts.registry import EXPERTS, Expert, Recency
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.experts import ngram_index, registry
+from hedgemix.experts.recency import Recency
+from hedgemix.experts.registry import EXPERTS, Expert
+from hedgemix.mixers.batch_mixer import BatchMixer
 from support import tiny_artifact
 from support.tiny_artifact import CONFIG, Case
 
@@ -61,36 +62,11 @@ def test_a_row_does_not_depend_on_whether_earlier_ones_were_asked(name: str) -> 
     assert torch.equal(asked.row(), told.row())
 
 
-def test_recency_is_its_definition() -> None:
-    expert = Recency(VOCAB, memory_tokens=7.0, prior_tokens=3.0, prior_followers=0.5)
-    for t, token in enumerate(TEXT[:80].tolist()):
-        count_V, recent_V, followers_V = np.ones(VOCAB), np.zeros(VOCAB), np.zeros(VOCAB)
-        for at, told in enumerate(TEXT[:t].tolist()):
-            faded = np.exp((at + 1 - t) / 7)
-            count_V[told] += 1
-            recent_V[told] += faded
-            followers_V[told] += faded * (at > 0 and TEXT[at - 1] == TEXT[t - 1])
-        recent_V = (recent_V + 3 * count_V / count_V.sum()) / (recent_V.sum() + 3)
-        expected_V = (followers_V + 0.5 * recent_V) / (followers_V.sum() + 0.5)
-        np.testing.assert_allclose(expert.row().numpy(), expected_V, rtol=1e-5)
-        expert.update(token)
-
-
-def test_recency_follows_a_text_that_moves_on() -> None:
-    """Every hundred tokens four others are the frequent ones."""
-    rng = np.random.default_rng(0)
-    text = np.concatenate([rng.choice(VOCAB, 4, replace=False)[rng.integers(0, 4, 100)] for _ in range(10)])
-    config = MixerConfig(orders=(1, 2), match_lengths=(), experts=("recency",))
-    index = ngram.build_index(text.astype(np.uint16), config.orders, VOCAB)
-    nll = Mixer(config, VOCAB, index).score({"neural": torch.zeros(len(text) - 1, VOCAB)}, 1, len(text)).nll["neural"]
-    assert nll["recency"].mean() < 0.95 * min(nll["order1"].mean(), nll["order2"].mean())
-
-
 @pytest.mark.parametrize(("names", "told"), [(("recent",), "choose from recency"), (("recency",) * 2, "once")])
 def test_names_that_cannot_be_are_refused(names: tuple[str, ...], told: str) -> None:
-    index = ngram.build_index(TEXT, (1,), VOCAB)
+    index = ngram_index.build(TEXT, (1,), VOCAB)
     with pytest.raises(RecipeError, match=rf"evaluate\.mixer\.experts.*{told}"):
-        Mixer(MixerConfig(orders=(1,), match_lengths=(), experts=names), VOCAB, index)
+        BatchMixer(MixerConfig(orders=(1,), match_lengths=(), experts=names), VOCAB, index)
 
 
 class Fixed:
@@ -135,6 +111,6 @@ def test_a_row_that_is_no_distribution_ends_evaluation_and_coding(
 
 def test_an_expert_cannot_take_the_name_of_another_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPERTS, "order1", Recency)
-    index = ngram.build_index(TEXT, (1,), VOCAB)
+    index = ngram_index.build(TEXT, (1,), VOCAB)
     with pytest.raises(AssertionError, match="the name of another part"):
-        Mixer(MixerConfig(orders=(1,), match_lengths=(), experts=("order1",)), VOCAB, index)
+        BatchMixer(MixerConfig(orders=(1,), match_lengths=(), experts=("order1",)), VOCAB, index)

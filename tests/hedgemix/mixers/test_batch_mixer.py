@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig, RecipeError
-from hedgemix.experts import ngram
+from hedgemix.experts import ngram_index
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.network import Blend, classes, expert_names, gate_sets, join, weight_sets
 
 VOCAB = 40
@@ -33,12 +35,21 @@ FURTHER = replace(CONFIG, experts=tuple(EXPERTS))
 BOTH = pytest.mark.parametrize("config", [CONFIG, FURTHER], ids=["default", "further experts"])
 
 
-def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram.NgramIndex:
-    return ngram.build_index(text, config.orders, VOCAB, config.match_lengths)
+def index_of(text: np.ndarray, config: MixerConfig = CONFIG) -> ngram_index.NgramIndex:
+    return ngram_index.build(text, config.orders, VOCAB, config.match_lengths)
+
+
+def parts_of(value: Any) -> Any:
+    """The tensors and numbers of nested objects, for a comparison."""
+    if isinstance(value, (list, tuple)):
+        return [parts_of(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): parts_of(each) for key, each in value.items() if key not in ("index", "device", "_sizes")}
+    return value if isinstance(value, (Tensor, int, float)) else parts_of(vars(value))
 
 
 def scored(text: np.ndarray, cuts: list[int], config: MixerConfig = CONFIG) -> dict[str, Tensor]:
-    mixer = Mixer(config, VOCAB, index_of(text, config), names=("a", "b"))
+    mixer = BatchMixer(config, VOCAB, index_of(text, config), names=("a", "b"))
     rows = {"a": neural_rows(text), "b": neural_rows(text, 1)}
     parts = []
     for start, stop in zip([1, *cuts], [*cuts, len(text)], strict=True):
@@ -59,7 +70,7 @@ def test_hedge_does_not_depend_on_cuts_at_all(text: np.ndarray) -> None:
 
 def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
     index = index_of(text)
-    alone = Mixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
+    alone = BatchMixer(CONFIG, VOCAB, index, names=("b",)).score({"b": neural_rows(text, 1)[1:]}, 1, len(text)).nll["b"]
     both = scored(text, [])
     for kind, nll in alone.items():
         torch.testing.assert_close(both[f"b.{kind}"], nll, rtol=1e-5, atol=1e-6, msg=kind)
@@ -67,7 +78,7 @@ def test_row_sets_are_scored_apart(text: np.ndarray) -> None:
 
 @BOTH
 def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray, config: MixerConfig) -> None:
-    mixer = Mixer(config, VOCAB, index_of(text))
+    mixer = BatchMixer(config, VOCAB, index_of(text))
     neural = neural_rows(text)
     neural[5, 3:] = -1e30
     for start, stop in ((1, 320), (320, 700)):
@@ -82,6 +93,23 @@ def test_scores_are_gathered_from_rows_that_sum_to_one(text: np.ndarray, config:
             torch.testing.assert_close(nll[kind], gathered, rtol=1e-5, atol=1e-5, msg=kind)
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_looking_at_rows_moves_nothing(text: np.ndarray, resident: bool) -> None:
+    """Not even memory that the next span overwrites: a graph would replay on it."""
+    index, neural = index_of(text, FURTHER), neural_rows(text)
+    seen, plain = (BatchMixer(FURTHER, VOCAB, index, resident=resident, span_tokens=64) for _ in range(2))
+    for start, stop in ((1, 40), (40, 320), (320, 700)):
+        given = {"neural": neural[start:stop]}
+        parts = seen._memory, seen._state.ngrams, *seen._state.further.values()
+        before = copy.deepcopy(parts)
+        rows = seen.rows(given, start, stop)["neural"]
+        torch.testing.assert_close(parts_of(parts), parts_of(before), rtol=0, atol=0, equal_nan=True)
+        assert all(torch.equal(row, rows[kind]) for kind, row in seen.rows(given, start, stop)["neural"].items())
+        mine, theirs = (mixer.score(given, start, stop).nll["neural"] for mixer in (seen, plain))
+        assert all(torch.equal(nll, theirs[kind]) for kind, nll in mine.items())
+        torch.testing.assert_close(seen.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
 @BOTH
 @pytest.mark.parametrize("t", [1, 33, 350])
 def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int, config: MixerConfig) -> None:
@@ -89,7 +117,7 @@ def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int, confi
     changed[t:] = np.random.default_rng(1).integers(0, VOCAB, len(text) - t)
     neural = {"neural": neural_rows(text)[1:]}
     before, after = (
-        Mixer(config, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
+        BatchMixer(config, VOCAB, index_of(tokens)).rows(neural, 1, len(text))["neural"] for tokens in (text, changed)
     )
     for kind in before:
         assert torch.equal(before[kind][:t], after[kind][:t]), kind
@@ -102,7 +130,7 @@ def test_mixers_beat_the_experts_they_mix(kind: str) -> None:
     words = np.random.default_rng(0).integers(0, VOCAB, (20, 8))
     text = words[np.random.default_rng(1).integers(0, 20, 800)].reshape(-1).astype(np.uint16)
     flat = {"neural": torch.zeros(len(text) - 1, VOCAB)}
-    nll = Mixer(CONFIG, VOCAB, index_of(text)).score(flat, 1, len(text)).nll["neural"]
+    nll = BatchMixer(CONFIG, VOCAB, index_of(text)).score(flat, 1, len(text)).nll["neural"]
     assert nll[kind].sum() < 0.98 * min(nll[expert].sum() for expert in expert_names(CONFIG))
 
 
@@ -131,19 +159,19 @@ def test_ensemble_is_close_to_the_best_of_its_members(text: np.ndarray) -> None:
 )
 def test_what_cannot_work_says_so(text: np.ndarray, bad: dict) -> None:
     with pytest.raises(RecipeError):
-        Mixer(replace(CONFIG, **bad), VOCAB, index_of(text))
+        BatchMixer(replace(CONFIG, **bad), VOCAB, index_of(text))
 
 
 @pytest.mark.parametrize("rows", [1, 63, 65])
 def test_another_number_of_rows_is_refused(text: np.ndarray, rows: int) -> None:
     """One row for all positions would fit their memory."""
     with pytest.raises(ValueError, match="rows of"):
-        Mixer(CONFIG, VOCAB, index_of(text)).score({"neural": neural_rows(text)[1 : 1 + rows]}, 1, 65)
+        BatchMixer(CONFIG, VOCAB, index_of(text)).score({"neural": neural_rows(text)[1 : 1 + rows]}, 1, 65)
 
 
 def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
     config = replace(CONFIG, gates=("order", "both", "none", "entropy"), memory_tokens=(1.0, 1.0, 1.0, 1.0))
-    rows, longest = neural_rows(text).log_softmax(-1), ngram.longest_class(index_of(text), 0, len(text))
+    rows, longest = neural_rows(text).log_softmax(-1), ngram_index.longest_class(index_of(text), 0, len(text))
     together = gate_sets(config, config.gates, rows[:, None], torch.from_numpy(longest)[:, None])
     assert together.shape == (len(text), 1, 4) and together.amax() < weight_sets(config)
     assert [len(together[..., gate].unique()) for gate in (0, 2)] == [classes(config), 1]
@@ -165,7 +193,7 @@ def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
 def test_other_shapes_of_mixer_score_from_their_rows(text: np.ndarray, changes: dict) -> None:
     config = replace(CONFIG, **changes)
     config = replace(config, memory_tokens=(900.0,) * len(config.gates))
-    mixer, given = Mixer(config, VOCAB, index_of(text, config)), {"neural": neural_rows(text)[1:300]}
+    mixer, given = BatchMixer(config, VOCAB, index_of(text, config)), {"neural": neural_rows(text)[1:300]}
     rows, token = mixer.rows(given, 1, 300)["neural"], torch.from_numpy(text[1:300].astype(np.int64))
     nll = mixer.score(given, 1, 300).nll["neural"]
     assert set(rows) == set(nll) == set(mixer.kinds) and ("linear" in rows) == bool(config.linear_gates)

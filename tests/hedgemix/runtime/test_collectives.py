@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from hedgemix.data.dataset import Dataset
@@ -20,6 +19,7 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.files import load_tensors, save_tensors
 from hedgemix.train import trainer
 from pipeline.execution.rank_group import Gang, Rank
+from support import rank_processes
 from tests.hedgemix.train.test_trainer import CPU, Clock, Killed, lines, recipe, weights, write_data
 
 # Compared with one rank, up to rounding, so without late QAT: a weight between two levels would make that 1e-4.
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.raises(Killed):
         trainer.train(FIXED, data, 7, folder / "resumed", CPU, log=clock.tick, now=clock)
     torch.set_num_threads(threads)
-    mp.spawn(work, (folder, data), nprocs=2)
+    rank_processes.run(work, (folder, data))
     yield folder
 
 

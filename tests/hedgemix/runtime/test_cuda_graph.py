@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig
-from hedgemix.experts import ngram
-from hedgemix.mixers.batch_mixer import Mixer
+from hedgemix.experts import ngram_index
+from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.runtime.cuda_graph import CHECKED, Record
 from support.recorded_operations import Recorder
 
 VOCAB, SPAN, NAMES = 40, 32, ("frozen", "adapted")
 CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=8)
 TEXT = (np.random.default_rng(0).zipf(1.4, 1800) % VOCAB).astype(np.uint16)
-INDEX = ngram.build_index(TEXT, CONFIG.orders, VOCAB, CONFIG.match_lengths)
+INDEX = ngram_index.build(TEXT, CONFIG.orders, VOCAB, CONFIG.match_lengths)
 ROWS = {name: torch.randn(len(TEXT), VOCAB, generator=torch.manual_seed(at)) * 2 for at, name in enumerate(NAMES)}
 CUTS = [1, *range(96, 1473, 64), 1480]
 
 
-def mixer(recorded: Record | None = None, resident: bool = False) -> Mixer:
-    found = Mixer(CONFIG, VOCAB, INDEX, names=NAMES, span_tokens=SPAN, resident=resident)
+def mixer(recorded: Record | None = None, resident: bool = False) -> BatchMixer:
+    found = BatchMixer(CONFIG, VOCAB, INDEX, names=NAMES, span_tokens=SPAN, resident=resident)
     found._record = recorded  # a CPU has no graphs of its own
     return found
 
 
-def score(found: Mixer, start: int, stop: int) -> dict[str, dict[str, Tensor]]:
+def score(found: BatchMixer, start: int, stop: int) -> dict[str, dict[str, Tensor]]:
     return found.score({name: rows[start:stop] for name, rows in ROWS.items()}, start, stop).nll
 
 
-def look(found: Mixer, start: int, stop: int) -> dict[str, dict[str, Tensor]]:
+def look(found: BatchMixer, start: int, stop: int) -> dict[str, dict[str, Tensor]]:
     return found.rows({name: rows[start:stop] for name, rows in ROWS.items()}, start, stop)
 
 
@@ -86,7 +86,7 @@ def refusing(work: Callable[[], object], _device: torch.device) -> Callable[[], 
 class Differing:
     """A replay that says something else, or leaves another state, from some call on."""
 
-    def __init__(self, found: Mixer, sound: int, moves_state: bool) -> None:
+    def __init__(self, found: BatchMixer, sound: int, moves_state: bool) -> None:
         self.found, self.sound, self.moves_state = found, sound, moves_state
 
     def __call__(self, work: Callable[[], object], _device: torch.device) -> Callable[[], object]:
@@ -95,7 +95,7 @@ class Differing:
             self.sound -= 1
             if self.sound < 0:
                 state = self.found._state.blend.linear.weights
-                (state if self.moves_state else self.found._log_y_BRC).mul_(1 + 1e-15)
+                (state if self.moves_state else self.found._memory.log_p.joined_BRC).mul_(1 + 1e-15)
 
         return replay
 

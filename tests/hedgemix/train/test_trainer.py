@@ -27,7 +27,8 @@ from hedgemix.runtime import files
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import load_tensors, read_json
 from hedgemix.train.schedule import rate_factor
-from hedgemix.train.trainer import DivergedError, Run, TrainResult, train
+from hedgemix.train.step_log import DivergedError
+from hedgemix.train.trainer import Run, TrainResult, train
 
 VOCAB, SEQUENCES, CPU = 64, 500, torch.device("cpu")
 MODEL = ModelConfig(layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=96, rope_dims=8, value_embedding_layers=1)

@@ -20,7 +20,7 @@ from ray.exceptions import (
 )
 
 from hedgemix.config import ComputeConfig, RecipeError
-from hedgemix.train.trainer import DivergedError
+from hedgemix.train.step_log import DivergedError
 from pipeline.execution import failures
 from pipeline.execution.failures import Fail, Repair, Restarts, Retry, classify
 from pipeline.steps.step import DamagedStepError

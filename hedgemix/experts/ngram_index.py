@@ -1,0 +1,163 @@
+"""The index of a text's n-grams and matches: what the text alone tells of them, found without a loop over tokens.
+
+No hash table. One stable sort of the whole text numbers every (context, token) pair so that the pairs of a context are
+contiguous and in order of first appearance. What a context has shown before position t is then a prefix of its pairs,
+and only the pairs' running counts have to be kept (`ngram`). Knowing the text in advance is bookkeeping, not a leak: a
+row reads only pairs that occurred before it (tests change the future and compare bitwise).
+
+The index depends on the text alone. Build it once, save it, and let every process map the same files.
+
+Shapes: N tokens of the text, B positions of a block, P pairs of one order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hedgemix.data.shards import PIECE_TOKENS, TokenStream
+from hedgemix.experts import match, sorted_ngrams
+from hedgemix.validate import check_match_lengths, check_orders
+
+_COLUMNS = ("first_N", "pair_N", "count_N", "distinct_N", "token_P")
+
+
+@dataclass(frozen=True)
+class OrderIndex:
+    """The pairs of one order. All arrays int32; a position without n-1 predecessors has pair -1 and count 0."""
+
+    first_N: np.ndarray
+    """First pair of the position's context."""
+    pair_N: np.ndarray
+    """The position's own pair (context and the token that follows it here)."""
+    count_N: np.ndarray
+    """How often the context occurred before."""
+    distinct_N: np.ndarray
+    """How many different tokens had followed it before."""
+    token_P: np.ndarray
+    """Each pair's token."""
+
+
+@dataclass(frozen=True)
+class NgramIndex:
+    """A text, the pairs of every order above 1 and its matches; see `build`."""
+
+    tokens_N: np.ndarray
+    vocab_size: int
+    orders: tuple[int, ...]
+    tables: dict[int, OrderIndex]
+    match: match.MatchIndex
+
+
+def build(
+    tokens: np.ndarray | TokenStream,
+    orders: tuple[int, ...],
+    vocab_size: int,
+    match_lengths: tuple[int, ...] = (),
+    folder: Path | None = None,
+    memory_bytes: int = sorted_ngrams.MEMORY_BYTES,
+) -> NgramIndex:
+    """Number the pairs of each order, and find the matches of each length.
+
+    Takes integer tokens (N,); 16 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
+    .json of `folder`, which `load` maps, or into memory when it is None; beside them `sorted_ngrams.Grams` says what
+    memory is used. A folder holds 13 bytes a token more during the work.
+    Raises RecipeError as `check_orders` and `check_match_lengths` do, and for tokens that do not fit.
+    """
+    check_orders(orders)
+    check_match_lengths(match_lengths)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    arrays = sorted_ngrams.Arrays(folder)
+    tokens_N = _keep(tokens, arrays)
+    found = sorted_ngrams.Grams(tokens_N, vocab_size, arrays, memory_bytes)
+    matches = match.start(len(tokens_N), match_lengths, arrays)
+    tables = {}
+    match.follow(matches, found)
+    for n in range(2, orders[-1] + 1):
+        if n in orders:
+            tables[n] = _index_order(found, n)
+        else:
+            for _ in found.grow():
+                pass
+        match.follow(matches, found)
+    for m in match_lengths:
+        if m > found.length:
+            found.grow_to(m)
+            match.follow(matches, found)
+    match.rate(matches, found)
+    if folder is not None:
+        meta = {"vocab_size": vocab_size, "orders": orders, "match_lengths": match_lengths}
+        (folder / "index.json").write_text(json.dumps(meta))
+    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, matches)
+
+
+def _keep(tokens: np.ndarray | TokenStream, arrays: sorted_ngrams.Arrays) -> np.ndarray:
+    """Store the tokens as an array of the index."""
+    if isinstance(tokens, np.ndarray) and arrays.folder is None:
+        return np.ascontiguousarray(tokens)
+    kept_N = arrays.result("tokens_N", len(tokens), tokens.dtype if isinstance(tokens, np.ndarray) else np.uint16)
+    for start in range(0, len(tokens), PIECE_TOKENS):
+        stop = min(start + PIECE_TOKENS, len(tokens))
+        piece = tokens[start:stop] if isinstance(tokens, np.ndarray) else tokens.read(start, stop - start)
+        kept_N[start:stop] = piece
+    return kept_N
+
+
+def _index_order(found: sorted_ngrams.Grams, n: int) -> OrderIndex:
+    total, arrays = len(found.tokens_N), found.arrays
+    first_N, pair_N, count_N, distinct_N = (arrays.result(f"order{n}_{name}", total) for name in _COLUMNS[:4])
+    for column, fill in ((first_N, 0), (pair_N, -1), (count_N, 0), (distinct_N, 0)):
+        column[: n - 1] = fill
+    tokens, pairs = arrays.scratch(total), 0
+    for block in found.grow():
+        size, at = len(block.begin_B), block.begin_B + np.int32(n - 1)
+        opens = np.flatnonzero(block.opens_B)
+        lengths = np.diff(opens, append=size)
+        heads = np.flatnonzero(block.splits_B)
+        fresh = np.zeros(size, bool)
+        fresh[block.sorted_B[heads]] = True
+        # Pairs are numbered by context, then by age: the order in which the block meets them.
+        seen = np.cumsum(fresh, dtype=np.int32)
+        seen += np.int32(pairs) - fresh
+        first = np.repeat(seen[opens], lengths)
+        pair = np.empty(size, np.int32)
+        pair[block.sorted_B] = np.repeat(seen[block.sorted_B[heads]], np.diff(heads, append=size))
+        first_N[at], pair_N[at] = first, pair
+        count_N[at] = np.arange(size, dtype=np.int32) - np.repeat(opens.astype(np.int32), lengths)
+        distinct_N[at] = seen - first
+        tokens[pairs : pairs + len(heads)] = found.tokens_N[at[fresh]]
+        pairs += len(heads)
+    token_P = arrays.result(f"order{n}_token_P", pairs)
+    for span in found.spans(pairs):
+        token_P[span] = tokens[span]
+    return OrderIndex(first_N, pair_N, count_N, distinct_N, token_P)
+
+
+def load(folder: Path) -> NgramIndex:
+    """Map an index that `build` left in a folder, read only: processes of one machine share its pages."""
+    meta = json.loads((folder / "index.json").read_text())
+
+    def read(name: str) -> np.ndarray:
+        # torch shares token_P and knows no read-only tensors; nobody writes to it, so its pages stay shared.
+        mode: Literal["r", "c"] = "c" if name.endswith("token_P") else "r"
+        return np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
+
+    orders = tuple(meta["orders"])
+    tables = {n: OrderIndex(*(read(f"order{n}_{name}") for name in _COLUMNS)) for n in orders if n > 1}
+    matches = match.load(folder, tuple(meta["match_lengths"]))
+    return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables, matches)
+
+
+def longest_class(index: NgramIndex, start: int, stop: int) -> np.ndarray:
+    """Classify what occurred before of each position's context, (B,) int64: 0 nothing, then one class for each order
+    above 1, then one for each match length; the last that did counts."""
+    class_B = np.zeros(stop - start, np.int64)
+    for number, table in enumerate(index.tables.values(), start=1):
+        class_B[table.count_N[start:stop] > 0] = number
+    matched_B = index.match.class_N[start:stop]
+    return np.where(matched_B > 0, len(index.tables) + matched_B, class_B)

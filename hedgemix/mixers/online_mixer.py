@@ -1,0 +1,76 @@
+"""The mixture that is the score, one token after another: what a decoder, which knows only earlier tokens, can keep.
+
+It is `batch_mixer`'s for one position at a time, with the layers of `network`; up to float rounding the rows agree.
+
+Shapes as in `hedge`: one position (B = 1), one row set (R = 1), K experts, V vocabulary, M logistic mixers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hedgemix.config import MixerConfig
+from hedgemix.experts import match, registry
+from hedgemix.experts.match_online import OnlineMatch
+from hedgemix.experts.ngram_online import OnlineNgram
+from hedgemix.mixers import hedge
+from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
+
+
+class OnlineMixer:
+    """Mixes what the experts say of the next token, then learns from the token."""
+
+    def __init__(self, config: MixerConfig, vocab_size: int, first_token: int) -> None:
+        """Begin behind the text's first token, which is not scored; check_mixer has passed the configuration."""
+        self.config = config
+        self.ngram = OnlineNgram(self.config.orders, vocab_size)
+        self.match = OnlineMatch(self.config.match_lengths, vocab_size)
+        self.further = registry.start(self.config.experts, vocab_size)
+        self.ngram.update(first_token)
+        self.match.update(first_token)
+        registry.tell(self.further, [first_token])
+        self.blend = Blend(self.config, 1, vocab_size, "cpu")
+        size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
+        over = size.get(self.config.kind, 1)
+        self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
+        self.block: list[tuple[Mixed, int]] = []
+
+    def predict(self, neural_V: Tensor) -> Tensor:
+        """Mix the neural log row (V,), float32, of the next token with the other experts': the mixture's log row (V,),
+        float32. Moves nothing."""
+        self.said = self.blend.mix(self._position(neural_V))
+        self.team_BRKV = self._team(self.said)
+        return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]
+
+    def update(self, token: int, ends_block: bool) -> None:
+        """Learn the token that `predict` was about; ends_block: the network then learns the block since the last end,
+        as `BatchMixer` does."""
+        log_p_RK = self.team_BRKV[0, :, :, token].double()
+        self.log_weights_RK = hedge.share_step(log_p_RK, self.log_weights_RK, self.config.hedge_share)
+        self.block.append((self.said, token))
+        if ends_block:
+            self.blend.learn(join([said for said, _ in self.block]), torch.tensor([token for _, token in self.block]))
+            self.block = []
+        self.ngram.update(token)
+        self.match.update(token)
+        registry.tell(self.further, [token])
+
+    def _position(self, neural_V: Tensor) -> Positions:
+        rows, longest = [row[None] for row in self.ngram.predict()], self.ngram.longest_class()
+        if self.config.match_lengths:
+            predicted, matched, confidence = self.match.predict()
+            rows.append(match.lean(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
+            longest = len(self.ngram.followers) + matched if matched else longest
+        rows += [registry.row(name, expert)[None] for name, expert in self.further.items()]
+        return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
+
+    def _team(self, said: Mixed) -> Tensor:
+        """Choose the log rows that the score's mixture is over, (1, 1, K, V): of experts, or of mixers."""
+        neural = self.blend.neural(said)
+        if self.config.kind == "ensemble":
+            return torch.cat([neural, said.log_BRMV], 2)
+        team = {"none": neural, "linear": said.log_BRJV[:, :, :1], "logistic": said.log_BRMV[:, :, :1]}
+        return self.blend.expert_rows(said) if self.config.kind == "hedge" else team[self.config.kind]
