@@ -177,10 +177,17 @@ def quantize_stage(
 
 
 def counts_stage(*, recipe: Recipe, dataset: Dataset, folder: Path) -> CountsResult:
-    """Index the n-grams of the validation text, in `folder`."""
+    """Index the n-grams of the validation text, behind those of the memory, in `folder`."""
     stream = datasets.valid_stream(dataset)
     mixer = recipe.evaluate.mixer
-    ngram_index.build(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
+    ngram_index.build(
+        stream,
+        mixer.orders,
+        dataset.vocab_size,
+        mixer.match_lengths,
+        folder / INDEX,
+        memory_M=datasets.memory_tokens(dataset),
+    )
     return CountsResult(len(stream))
 
 

@@ -17,6 +17,7 @@ from hedgemix.mixers.online_mixer import OnlineMixer
 
 VOCAB = 40
 TEXT = (np.random.default_rng(0).zipf(1.4, 400) % VOCAB).astype(np.uint16)
+MEMORY = np.roll(TEXT, 100).repeat(2)[:500]
 CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
 
 
@@ -28,11 +29,12 @@ CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
         {"linear_gates": (), "experts": tuple(EXPERTS)},
     ],
 )
-def test_every_row_is_the_batchs(changes: dict[str, Any]) -> None:
-    config = replace(CONFIG, **changes)
-    index = ngram_index.build(TEXT, config.orders, VOCAB, config.match_lengths)
+@pytest.mark.parametrize("memory_tokens", [0, 1, 500])
+def test_every_row_is_the_batchs(changes: dict[str, Any], memory_tokens: int) -> None:
+    config, memory_M = replace(CONFIG, **changes), MEMORY[:memory_tokens]
+    index = ngram_index.build(TEXT, config.orders, VOCAB, config.match_lengths, memory_M=memory_M)
     neural = torch.randn(len(TEXT), VOCAB, generator=torch.manual_seed(0)).mul_(2).log_softmax(-1)
-    batch, online = BatchMixer(config, VOCAB, index), OnlineMixer(config, VOCAB, int(TEXT[0]))
+    batch, online = BatchMixer(config, VOCAB, index), OnlineMixer(config, VOCAB, int(TEXT[0]), memory_M)
     expected_BV = batch.rows({"neural": neural[1:]}, 1, len(TEXT))["neural"][batch.kind]
     for t, token in enumerate(TEXT[1:].tolist(), 1):
         row_V = online.predict(neural[t])
