@@ -151,7 +151,9 @@ def _prepare(command: Prepare) -> None:
     train_documents = f"{made.train_documents:,}" if made.train_documents else "not counted"
     table.add_row("documents", train_documents, f"{made.valid_documents:,}")
     table.add_row("tokens", f"{made.train_tokens:,}", f"{made.valid_tokens:,}")
-    table.add_row("bytes of text", "", f"{made.valid_bytes:,}")
+    table.add_row("bytes of text", f"{made.train_bytes:,}" if made.train_bytes else "", f"{made.valid_bytes:,}")
+    table.add_row("bytes left out", f"{made.train_bytes_removed:,}", "")
+    table.add_row(f"windows of {made.overlap_window} in training", "", f"{made.valid_overlap_share:.3%}")
     table.add_row("bytes per token", "", f"{made.valid_bytes / max(1, made.valid_tokens - 1):.4f}")
     table.add_row("sha256 of tokens", made.train_sha256[:16], made.valid_sha256[:16])
     if made.text_sha256:

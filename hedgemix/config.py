@@ -45,6 +45,9 @@ class DataConfig:
     memory_bytes: int = 0
     """Most bytes of training text, compressed, that every artifact carries, so that its n-gram and match experts begin
     as if they had read it (0: none)."""
+    overlap_words: int = 8
+    """docs, text: leave out the paragraphs of training text that have this many words in a row in common with
+    validation text, whatever their case and the space between them (0: leave out none)."""
     max_valid_tokens: int = 0
     """Score at most this many validation tokens, from the start (0: all)."""
 

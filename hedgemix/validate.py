@@ -16,6 +16,7 @@ from typing import Any
 
 from hedgemix.config import (
     ComputeConfig,
+    DataConfig,
     EvaluateConfig,
     LimitsConfig,
     MixerConfig,
@@ -48,8 +49,7 @@ def check_recipe(recipe: Recipe, qat_levels: int, expert_names: Collection[str])
     check_quantize(recipe.quantize)
     check_evaluate(evaluate, context_tokens)
     check_ttt(evaluate.ttt, context_tokens)
-    if recipe.data.vocab_size < 2:
-        raise RecipeError("data.vocab_size must be at least 2")
+    check_data(recipe.data)
     check_memory(recipe)
     check_mixer(evaluate.mixer, expert_names)
     check_orders(evaluate.mixer.orders)
@@ -66,6 +66,21 @@ def check_compute(config: ComputeConfig) -> None:
             raise RecipeError(f"compute.{name} must not be negative")
     if max(config.workers, config.evaluate_workers) > 1 and config.gpus_per_worker % 1:
         raise RecipeError("compute.gpus_per_worker must be whole with several ranks: each needs a GPU of its own")
+
+
+def check_data(config: DataConfig) -> None:
+    """Check the numbers of a text's configuration; whether the text is there shows when it is made."""
+    if config.vocab_size < 2:
+        raise RecipeError("data.vocab_size must be at least 2")
+    if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
+        raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
+    if config.memory_bytes < 0:
+        raise RecipeError(f"data.memory_bytes is {config.memory_bytes}; 0 means none")
+    if config.overlap_words not in (0, *range(4, 65)):
+        raise RecipeError(
+            f"data.overlap_words is {config.overlap_words}; it must be 0 (nothing is left out) or from 4 "
+            "(fewer words in a row are common phrases) to 64"
+        )
 
 
 def check_limits(config: LimitsConfig) -> None:
@@ -187,8 +202,6 @@ def check_ttt(config: TTTConfig, context_tokens: int) -> None:
 def check_memory(recipe: Recipe) -> None:
     """Check that the artifact has room for the training text that it is to carry, and for something beside it."""
     memory, room = recipe.data.memory_bytes, recipe.quantize.target_bytes or recipe.limits.total_bytes
-    if memory < 0:
-        raise RecipeError(f"data.memory_bytes is {memory}; 0 means none")
     if memory >= room:
         raise RecipeError(f"data.memory_bytes {memory:,} fills the {room:,} bytes that the artifact may have; lower it")
 

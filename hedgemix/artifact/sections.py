@@ -17,10 +17,12 @@ class ArtifactError(ValueError):
 
 
 def to_lzma(data: bytes) -> bytes:
+    """Compress by LZMA."""
     return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
 
 
 def to_zstd(data: bytes, level: int) -> bytes:
+    """Compress to the shorter of zstd at this level and of plain Huffman coding; nothing stays nothing."""
     if not data:
         return b""
     huffman = zstandard.ZstdCompressionParameters(
@@ -31,6 +33,7 @@ def to_zstd(data: bytes, level: int) -> bytes:
 
 
 def from_lzma(path: Path, data: bytes, length: int) -> bytes:
+    """Give back what `to_lzma` had; raises ArtifactError unless it has `length` bytes."""
     decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=LARGEST_SECTION)
     try:
         plain = decoder.decompress(data, max_length=length + 1)  # stops there, whatever the stream would go on to
@@ -42,6 +45,7 @@ def from_lzma(path: Path, data: bytes, length: int) -> bytes:
 
 
 def from_zstd(path: Path, data: bytes, length: int) -> bytes:
+    """Give back what `to_zstd` had; raises ArtifactError unless it has `length` bytes."""
     if not length and not data:
         return b""
     try:
@@ -54,6 +58,7 @@ def from_zstd(path: Path, data: bytes, length: int) -> bytes:
 
 
 def from_ppmd(path: Path, data: bytes, length: int) -> tuple[str, ...]:
+    """Give back the documents of a memory; raises ArtifactError unless their text has `length` bytes."""
     try:
         return tuple(decompress(Memory(length, data)))
     except MemoryTextError as error:

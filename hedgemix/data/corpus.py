@@ -1,8 +1,8 @@
 """Documents: the text a model is trained and scored on, read from a `DataConfig`.
 
 Notable: every choice is made by the hash of a document's content, so the corpus does not depend on the order of files,
-equal documents are never on both sides of the split, and a growing corpus keeps its old validation documents. The front
-of the hash decides the side and the back of it the order, so that a corpus cut short keeps the same validation share.
+equal documents are never on both sides of the split, and a growing corpus keeps its old validation documents. The side
+goes by the text without case and white space, so that a document set otherwise is no training text for itself.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ def collect(config: DataConfig) -> list[str]:
 def split(documents: Iterable[str], valid_fraction: float) -> tuple[list[str], list[str]]:
     """Split documents into (training, validation), without duplicates and in the given order.
 
-    A document is validation when its SHA-256, read as a fraction of 2**256, is below `valid_fraction`.
+    A document is validation when the SHA-256 of its `normalized` text, as a fraction of 2**256, is below
+    `valid_fraction`.
     Raises RecipeError when the fraction is not inside (0, 1) or a side stays empty.
     """
     if not 0 < valid_fraction < 1:
         raise RecipeError(f"data.valid_fraction is {valid_fraction}; it must be above 0 and below 1, such as 0.02")
     sides: tuple[list[str], list[str]] = ([], [])
     for document in _distinct(documents):
-        sides[int.from_bytes(_digest(document)) < valid_fraction * 2.0**256].append(document)
+        sides[int.from_bytes(_digest(normalized(document))) < valid_fraction * 2.0**256].append(document)
     for name, side in zip(("training", "validation"), sides, strict=True):
         if not side:
             raise RecipeError(
@@ -68,6 +69,25 @@ def split(documents: Iterable[str], valid_fraction: float) -> tuple[list[str], l
                 "change it, or read more text"
             )
     return sides
+
+
+def normalized(text: str) -> str:
+    """Give the text in lower case with one space between words: texts that only differ in that are one text."""
+    return " ".join(text.lower().split())
+
+
+def batches(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Group documents, in order, so that each group but the last has at least so many characters."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def docs_documents(packages: Sequence[str]) -> Iterator[str]:
@@ -110,7 +130,8 @@ def _distinct(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _sorted(documents: Iterable[str]) -> list[str]:
-    # Back to front: the front decides the side, and a corpus cut short in that order would be validation first.
+    # Back to front: the front decides the side where the text is normalized as it is, and a corpus cut short in that
+    # order would be validation first.
     return sorted(documents, key=lambda document: _digest(document)[::-1])
 
 

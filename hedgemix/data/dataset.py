@@ -21,10 +21,12 @@ from sentencepiece import SentencePieceProcessor
 from hedgemix.data import bpb
 from hedgemix.data import corpus
 from hedgemix.data import memory
+from hedgemix.data import overlap
 from hedgemix.data import shards
 from hedgemix.data import tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
 from hedgemix.runtime.files import read_json, write_json
+from hedgemix.validate import check_data
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2_000_000
@@ -62,6 +64,16 @@ class Dataset:
     """Of each training shard's name, size, first and last megabyte."""
     text_sha256: str
     """docs, text: of the sorted SHA-256 of all documents; shards: ''."""
+    valid_overlap_share: float | None = None
+    """Share of the validation text's windows that occur in the training text. (Here and below None: a data set of an
+    older version, which did not look.)"""
+    overlap_window: str = ""
+    """What these windows are: 8 words (or data.overlap_words) of text without case and white space; shards: 13
+    tokens."""
+    train_bytes: int | None = None
+    """Bytes of training text (shards: None)."""
+    train_bytes_removed: int | None = None
+    """Bytes left out of the training text, since they repeat validation text."""
     memory: str = ""
     """Path of the training text that every artifact carries, compressed; '' without."""
     memory_documents: int = 0
@@ -82,9 +94,8 @@ def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print
     Raises RecipeError when the source cannot be used, RuntimeError should tokens and text disagree (a bug).
     """
     folder = Path(folder)
-    if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
-        raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
-    return _from_shards(config, Path(folder), log) if config.source == "shards" else _from_text(config, folder, log)
+    check_data(config)
+    return _from_shards(config, folder, log) if config.source == "shards" else _from_text(config, folder, log)
 
 
 def train_stream(dataset: Dataset) -> shards.TokenStream:
@@ -171,9 +182,10 @@ def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) 
 
 def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
     documents = corpus.collect(config)
-    train, valid = corpus.split(documents, config.valid_fraction)
-    size = sum(len(text.encode()) for text in documents) / 1e6
+    everything, valid = corpus.split(documents, config.valid_fraction)
+    size = _n_bytes(documents) / 1e6
     log(f"{config.source}: {len(documents):,} documents, {size:.1f} MB, {len(valid):,} of them for validation")
+    train, known = _held_out(config, everything, valid, log)
     model = folder / "tokenizer.model"
     processor = tokenizer.train(train, config.vocab_size, model)
     log(f"tokenizer: {config.vocab_size} pieces trained")
@@ -189,11 +201,46 @@ def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> 
         model,
         paths["train"],
         paths["val"],
-        memory=memory.write(train, config.memory_bytes, processor, folder, log),
         documents=len(train),
         text_sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
+        known=known | memory.write(train, config.memory_bytes, processor, folder, log),
         log=log,
     )
+
+
+def _held_out(
+    config: DataConfig, documents: list[str], valid: Sequence[str], log: Callable[[str], None]
+) -> tuple[list[str], dict[str, Any]]:
+    """The training documents without what repeats validation text, and what the data set tells of it."""
+    words = config.overlap_words or overlap.WINDOW_WORDS
+    windows = overlap.of_documents(valid, words)
+    before = share = overlap.share_in_documents(windows, documents, words)
+    kept, size = documents, _n_bytes(documents)
+    if config.overlap_words:
+        kept = list(overlap.without_repeats(documents, windows, words))
+        share = overlap.share_in_documents(windows, kept, words)  # measured, though it has to be 0
+    if not kept:
+        raise RecipeError(
+            f"data.overlap_words {words}: every training document repeats validation text; read other text, or set it to 0"
+        )
+    removed = size - _n_bytes(kept)
+    log(
+        f"held out: {before:.2%} of the validation text's windows of {words} words were in the training text; paragraphs "
+        f"with them were {removed / size:.2%} of it, {removed:,} bytes, and are left out: {share:.2%} are in it now"
+        if config.overlap_words
+        else f"not held out: {share:.2%} of the validation text's windows of {words} words are in the training text, and "
+        "data.overlap_words is 0"
+    )
+    return kept, {
+        "valid_overlap_share": share,
+        "overlap_window": f"{words} words",
+        "train_bytes": size - removed,
+        "train_bytes_removed": removed,
+    }
+
+
+def _n_bytes(documents: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in documents)
 
 
 def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
@@ -218,17 +265,16 @@ def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -
         for path in paths[name]:
             shards.open_shard(path, config.vocab_size)
     log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
+    share = overlap.share_in_tokens(
+        shards.TokenStream(paths["val"], config.max_valid_tokens), shards.TokenStream(paths["train"])
+    )
+    window = f"{overlap.WINDOW_TOKENS} tokens"
+    log(f"{share:.2%} of the validation text's windows of {window} are in the training text; others' shards stay whole")
+    known = {"valid_overlap_share": share, "overlap_window": window, "train_bytes_removed": 0}
     documents = memory.shard_documents(processor, shards.TokenStream(paths["train"]))
+    known |= memory.write(documents, config.memory_bytes, processor, folder, log)
     return _describe(
-        config,
-        processor,
-        model,
-        paths["train"],
-        paths["val"],
-        memory=memory.write(documents, config.memory_bytes, processor, folder, log),
-        documents=0,
-        text_sha256="",
-        log=log,
+        config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", known=known, log=log
     )
 
 
@@ -249,9 +295,9 @@ def _describe(
     train: Sequence[Path],
     valid: Sequence[Path],
     *,
-    memory: dict[str, Any],
     documents: int,
     text_sha256: str,
+    known: dict[str, Any],
     log: Callable[[str], None],
 ) -> Dataset:
     stream = shards.TokenStream(valid, config.max_valid_tokens)
@@ -280,34 +326,21 @@ def _describe(
         valid_sha256=digest.hexdigest(),
         train_sha256=edges_sha256(train),
         text_sha256=text_sha256,
-        **memory,
+        **known,
     )
     log(f"tokens: {dataset.train_tokens:,} for training, {dataset.valid_tokens:,} for validation")
     return dataset
 
 
-def _encode(processor: SentencePieceProcessor, documents: Sequence[str]) -> Iterator[np.ndarray]:
+def _encode(processor: SentencePieceProcessor, documents: Iterable[str]) -> Iterator[np.ndarray]:
     """Tokens of the documents, a batch of documents at a time."""
     tables = bpb.byte_tables(processor)
-    for batch in _batches(documents):
+    for batch in corpus.batches(documents, BATCH_CHARACTERS):
         tokens = np.concatenate(tokenizer.encode_batch(processor, batch))
-        counted, expected = bpb.count_bytes(tables, tokens), sum(len(text.encode()) for text in batch)
+        counted, expected = bpb.count_bytes(tables, tokens), _n_bytes(batch)
         if counted != expected:
             raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
         yield tokens
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _write_shards(folder: Path, name: str, batches: Iterable[np.ndarray]) -> list[Path]:

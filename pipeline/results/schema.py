@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,11 @@ class Row:
     nats_per_token: float | None = None
     """bpb_final as nats a token."""
     artifact_bytes: int | None = None
-    """Size of the artifact file: weights, tokenizer and configuration."""
+    """Size of the artifact file: weights, tokenizer, configuration and memory."""
+    memory_bytes: int | None = None
+    """Part of artifact_bytes in training text that the n-gram and match experts begin with (0: none)."""
+    memory_tokens: int | None = None
+    """Tokens of that text."""
     code_bytes: int | None = None
     """train_gpt.py for this recipe: all code from the text to the score, and the settings (`hedgemix submit`)."""
     total_bytes: int | None = None
@@ -137,6 +141,14 @@ class Row:
     """Of the scored tokens (16-bit little-endian)."""
     train_set_tokens: int | None = None
     """Tokens of the training text."""
+    valid_overlap_share: float | None = None
+    """Share of the validation text's windows that occur in the training text."""
+    overlap_window: str | None = None
+    """What these windows are: 8 words (data.overlap_words) without case and white space; shards: 13 tokens."""
+    train_bytes: int | None = None
+    """Bytes of the training text (empty for shards)."""
+    train_bytes_removed: int | None = None
+    """Bytes left out of the training text, since they repeat validation text (0 for shards)."""
     train_sha256: str | None = None
     """Of each training shard's name, size, first and last megabyte."""
     text_sha256: str | None = None

@@ -172,7 +172,7 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
 
 
 def memory_of(dataset: Dataset) -> list[str]:
-    """What a step that reads the memory is named by, as far as there is one."""
+    """List what a step that reads the memory is named by: nothing where there is none."""
     return [dataset.memory_sha256, dataset.tokenizer_sha256] if dataset.memory else []
 
 

@@ -144,6 +144,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"data.memory_bytes": 500, "quantize.target_bytes": 500},
         "data.memory_bytes 500 fills the 500 bytes that the artifact may have; lower it",
     ),
+    ({"data.max_text_bytes": -1}, "data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all"),
+    *(
+        (
+            {"data.overlap_words": words},
+            f"data.overlap_words is {words}; it must be 0 (nothing is left out) or from 4 (fewer words in a row are "
+            "common phrases) to 64",
+        )
+        for words in (-1, 3, 65)
+    ),
     *(
         ({f"evaluate.mixer.{field}": value}, f"evaluate.mixer.{field} is {value}; it must be {rule}")
         for field, value, rule in (

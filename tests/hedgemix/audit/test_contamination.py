@@ -7,6 +7,7 @@ import pytest
 
 from hedgemix.audit import contamination
 from hedgemix.audit.contamination import WINDOW
+from hedgemix.data import overlap
 
 
 def plain(windows: np.ndarray, shard: np.ndarray) -> list[bool]:
@@ -16,7 +17,7 @@ def plain(windows: np.ndarray, shard: np.ndarray) -> list[bool]:
 
 @pytest.mark.parametrize("alphabet", [2, 1024])
 def test_windows_are_found_wherever_they_begin(monkeypatch: pytest.MonkeyPatch, alphabet: int) -> None:
-    monkeypatch.setattr(contamination, "PIECE_TOKENS", 1024)
+    monkeypatch.setattr(overlap, "PIECE_TOKENS", 1024)
     generator = np.random.default_rng(alphabet)
     train = generator.integers(0, alphabet, 5003).astype(np.uint16)
     starts = [0, 1, 2, 3, 959, 960, 961, 1021, 1023, 1024, 4000, 5003 - WINDOW]

@@ -170,13 +170,22 @@ def test_places_without_text(tmp_path: Path) -> None:
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=5), min_size=1), st.floats(0.01, 0.99))
 def test_split_is_by_the_hash_of_the_content(documents: list[str], fraction: float) -> None:
     distinct = list(dict.fromkeys(documents))
-    shares = {t: int(hashlib.sha256(t.encode()).hexdigest(), 16) / 2**256 for t in distinct}
+    same = {t: " ".join(t.lower().split()).encode() for t in distinct}
+    shares = {t: int(hashlib.sha256(same[t]).hexdigest(), 16) / 2**256 for t in distinct}
     expected = [t for t in distinct if shares[t] >= fraction], [t for t in distinct if shares[t] < fraction]
     if all(expected):
         assert corpus.split(documents, fraction) == expected
     else:
         with pytest.raises(RecipeError, match="data.valid_fraction"):
             corpus.split(documents, fraction)
+
+
+def test_case_and_white_space_do_not_part_documents() -> None:
+    texts = [f"Document {n}\nof some" for n in range(50)]
+    others = [text.replace("\n", " \n\t").upper() for text in texts]
+    train, valid = corpus.split(texts + others, 0.5)
+    assert len(train) > 10 and len(valid) > 10
+    assert all((text in valid) == (other in valid) for text, other in zip(texts, others, strict=True))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])

@@ -12,7 +12,9 @@ from support.text_data import documents
 
 from hedgemix import cli
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import corpus, dataset, shards, tokenizer
+from hedgemix.data import corpus, dataset, overlap, shards, tokenizer
+from hedgemix.data.dataset import train_stream as train_of
+from hedgemix.data.dataset import valid_stream as valid_of
 
 
 def silent(line: str) -> None:
@@ -40,6 +42,11 @@ def shards_config(made: dataset.Dataset, **changes: object) -> DataConfig:
 
 def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) -> None:
     train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    whole = sum(len(text.encode()) for text in train)
+    train = list(overlap.without_repeats(train, overlap.of_documents(valid, 8), 8))
+    assert made.train_bytes == sum(len(text.encode()) for text in train)
+    assert made.train_bytes_removed == whole - made.train_bytes > 0
+    assert (made.valid_overlap_share, made.overlap_window) == (0.0, "8 words")
     processor = tokenizer.load(made.tokenizer)
     for stream, texts in ((dataset.train_stream(made), train), (dataset.valid_stream(made), valid)):
         tokens = stream.read(0, len(stream))
@@ -79,9 +86,60 @@ def test_training_text_is_cut_into_shards(
 
 def test_shards_in_place_are_the_same_data(made: dataset.Dataset, tmp_path: Path) -> None:
     found = dataset.prepare(shards_config(made), tmp_path, silent)
-    expected = dataclasses.replace(made, source="shards", train_documents=0, text_sha256="")
+    expected = dataclasses.replace(
+        made,
+        source="shards",
+        train_documents=0,
+        text_sha256="",
+        valid_overlap_share=found.valid_overlap_share,
+        overlap_window="13 tokens",
+        train_bytes=None,
+        train_bytes_removed=0,
+    )
     assert found == expected
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+def test_overlap_of_others_shards_is_measured_and_said(made: dataset.Dataset, tmp_path: Path, limit: int) -> None:
+    lines: list[str] = []
+    found = dataset.prepare(shards_config(made, max_valid_tokens=limit), tmp_path, lines.append)
+    train, valid = (stream(found).read(0, len(stream(found))).tolist() for stream in (train_of, valid_of))
+    known = {tuple(train[at : at + 13]) for at in range(len(train) - 12)}
+    seen = [tuple(valid[at : at + 13]) in known for at in range(len(valid) - 12)]
+    assert found.valid_overlap_share == sum(seen) / len(seen) > 0
+    assert any(f"{sum(seen) / len(seen):.2%} of the validation text's windows of 13 tokens" in line for line in lines)
+
+
+def test_repeats_are_left_out_unless_the_field_is_0(
+    config: DataConfig, made: dataset.Dataset, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    off = dataset.prepare(dataclasses.replace(config, overlap_words=0), tmp_path, lines.append)
+    train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    share = overlap.share_in_documents(overlap.of_documents(valid, 8), train, 8)
+    assert off.valid_overlap_share == share > 0.05 and off.overlap_window == "8 words"
+    assert (off.train_documents, off.train_bytes_removed) == (len(train), 0)
+    assert off.train_bytes == made.train_bytes + made.train_bytes_removed
+    assert any(f"{share:.2%}" in line and "data.overlap_words is 0" in line for line in lines)
+
+
+def test_training_text_that_only_repeats(config: DataConfig, tmp_path: Path) -> None:
+    same = [f"{'The one sentence that everybody writes here, again and again.'}\n\n{n}" for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text.replace(chr(10), " ")}) for text in same))
+    with pytest.raises(RecipeError, match="data.overlap_words 8: every training document repeats"):
+        dataset.prepare(dataclasses.replace(config, paths=(str(tmp_path / "a.jsonl"),)), tmp_path, silent)
+
+
+def test_a_folder_of_an_older_version_is_read(made: dataset.Dataset, tmp_path: Path) -> None:
+    dataset.save(made, tmp_path)
+    old = json.loads((tmp_path / "dataset.json").read_text())
+    for name in ("valid_overlap_share", "overlap_window", "train_bytes", "train_bytes_removed"):
+        del old[name]
+    (tmp_path / "dataset.json").write_text(json.dumps(old))
+    found = dataset.load(tmp_path)
+    assert (found.valid_overlap_share, found.overlap_window, found.train_bytes_removed) == (None, "", None)
+    assert found.valid_sha256 == made.valid_sha256
 
 
 @pytest.mark.parametrize("limit", [2, 1000])

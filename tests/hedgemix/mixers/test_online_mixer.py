@@ -11,6 +11,8 @@ import torch
 
 from hedgemix.config import MixerConfig
 from hedgemix.experts import ngram_index
+from hedgemix.experts.match_online import OnlineMatch
+from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.online_mixer import OnlineMixer
@@ -35,9 +37,15 @@ def test_every_row_is_the_batchs(changes: dict[str, Any], memory_tokens: int) ->
     index = ngram_index.build(TEXT, config.orders, VOCAB, config.match_lengths, memory_M=memory_M)
     neural = torch.randn(len(TEXT), VOCAB, generator=torch.manual_seed(0)).mul_(2).log_softmax(-1)
     batch, online = BatchMixer(config, VOCAB, index), OnlineMixer(config, VOCAB, int(TEXT[0]), memory_M)
+    told = OnlineMixer(config, VOCAB, int(TEXT[0]))  # the slow, obvious way: experts that read the memory first
+    told.ngram, told.match = OnlineNgram(config.orders, VOCAB), OnlineMatch(config.match_lengths, VOCAB)
+    for token in [*memory_M.tolist(), int(TEXT[0])]:
+        told.ngram.update(token)
+        told.match.update(token)
     expected_BV = batch.rows({"neural": neural[1:]}, 1, len(TEXT))["neural"][batch.kind]
     for t, token in enumerate(TEXT[1:].tolist(), 1):
         row_V = online.predict(neural[t])
-        assert torch.equal(row_V, online.predict(neural[t]))
+        assert torch.equal(row_V, online.predict(neural[t])) and torch.equal(row_V, told.predict(neural[t]))
         torch.testing.assert_close(row_V, expected_BV[t - 1], rtol=2e-5, atol=2e-5)
-        online.update(token, ends_block=(t + 1) % config.block_tokens == 0)
+        for each in (online, told):
+            each.update(token, ends_block=(t + 1) % config.block_tokens == 0)

@@ -20,7 +20,7 @@ from pipeline.storage.store import Storage
 
 def dataset(**changes: Any) -> Dataset:
     hints = typing.get_type_hints(Dataset)
-    blank = {str: "x", int: 10, tuple[str, ...]: ()}
+    blank = {str: "x", int: 10, int | None: 10, float | None: 0.5, tuple[str, ...]: ()}
     known = {name: blank[hint] for name, hint in hints.items()}
     return Dataset(**{**known, **changes})
 
