@@ -42,6 +42,9 @@ class DataConfig:
     """docs, text: read at most this many bytes of text (0: all)."""
     valid_fraction: float = 0.02
     """docs, text: share of documents held out, chosen by the hash of their content."""
+    memory_bytes: int = 0
+    """Most bytes of training text, compressed, that every artifact carries, so that its n-gram and match experts begin
+    as if they had read it (0: none)."""
     overlap_words: int = 8
     """docs, text: leave out the paragraphs of training text that have this many words in a row in common with
     validation text, whatever their case and the space between them (0: leave out none)."""

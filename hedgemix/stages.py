@@ -9,8 +9,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -154,16 +154,20 @@ def quantize_stage(
         "vocab_size": dataset.vocab_size,
         "context_tokens": recipe.train.sequence_tokens,
     }
-    pack = partial(artifact.pack, header, Path(dataset.tokenizer).read_bytes(), zstd_level=recipe.quantize.zstd_level)
+    rest: dict[str, Any] = {
+        "tokenizer": Path(dataset.tokenizer).read_bytes(),
+        "zstd_level": recipe.quantize.zstd_level,
+        "memory": datasets.read_memory(dataset),
+    }
     tensors, report = quantize_model(
         model.to(device),
         moments,
         recipe.quantize,
         room_bytes,
-        lambda tensors: len(pack(tensors=tensors)),
+        lambda tensors: len(artifact.pack(header, tensors=tensors, **rest)),
     )
     path = folder / ARTIFACT
-    size = artifact.write(path, header, Path(dataset.tokenizer).read_bytes(), tensors, recipe.quantize.zstd_level)
+    size = artifact.write(path, header, tensors=tensors, **rest)
     return QuantizeResult(
         **report,
         artifact_bytes=size,
@@ -173,10 +177,17 @@ def quantize_stage(
 
 
 def counts_stage(*, recipe: Recipe, dataset: Dataset, folder: Path) -> CountsResult:
-    """Index the n-grams of the validation text, in `folder`."""
+    """Index the n-grams of the validation text, behind those of the memory, in `folder`."""
     stream = datasets.valid_stream(dataset)
     mixer = recipe.evaluate.mixer
-    ngram_index.build(stream, mixer.orders, dataset.vocab_size, mixer.match_lengths, folder / INDEX)
+    ngram_index.build(
+        stream,
+        mixer.orders,
+        dataset.vocab_size,
+        mixer.match_lengths,
+        folder / INDEX,
+        memory_M=datasets.memory_tokens(dataset),
+    )
     return CountsResult(len(stream))
 
 

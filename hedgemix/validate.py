@@ -56,6 +56,7 @@ def check_recipe(recipe: Recipe, qat_levels: int, expert_names: Collection[str])
     check_evaluate(evaluate, context_tokens)
     check_ttt(evaluate.ttt, context_tokens)
     check_data(recipe.data)
+    check_memory(recipe)
     check_cache(evaluate.cache)
     check_mixer(evaluate.mixer, expert_names)
     check_orders(evaluate.mixer.orders)
@@ -80,6 +81,8 @@ def check_data(config: DataConfig) -> None:
         raise RecipeError("data.vocab_size must be at least 2")
     if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
         raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
+    if config.memory_bytes < 0:
+        raise RecipeError(f"data.memory_bytes is {config.memory_bytes}; 0 means none")
     if config.overlap_words not in (0, *range(4, 65)):
         raise RecipeError(
             f"data.overlap_words is {config.overlap_words}; it must be 0 (nothing is left out) or from 4 "
@@ -206,6 +209,13 @@ def check_ttt(config: TTTConfig, context_tokens: int) -> None:
     require(0 <= config.polyak < 1, "polyak", "at least 0 and below 1")
     rule = f"at most train.sequence_tokens, {context_tokens}"
     require(config.sequence_tokens <= context_tokens, "sequence_tokens", rule)
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Check that the artifact has room for the training text that it is to carry, and for something beside it."""
+    memory, room = recipe.data.memory_bytes, recipe.quantize.target_bytes or recipe.limits.total_bytes
+    if memory >= room:
+        raise RecipeError(f"data.memory_bytes {memory:,} fills the {room:,} bytes that the artifact may have; lower it")
 
 
 def check_head(config: HeadConfig) -> None:

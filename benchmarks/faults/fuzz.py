@@ -29,6 +29,7 @@ import tyro
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import PREFIX, SECTIONS, ArtifactError
 from hedgemix.artifact.tensors import Stepped, Stored
+from hedgemix.data.memory import compress
 
 SHAPES = (0, 1, 2, 15, 16, 17, 255, 4096, 2**16, 2**20, 2**24, 2**28, 2**30, 2**31, 2**40, -1, 1.5, None, "1", True)
 
@@ -72,19 +73,22 @@ def small() -> bytes:
         "e": torch.randn(9, generator=generator).half(),
         "f": torch.randn(2, 3, generator=generator),
     }
-    return artifact.pack({"model": {"layers": 2}, "seed": 7}, bytes(range(256)), tensors, 1)
+    memory = compress(["A document that the experts begin with.", "And another document."])
+    return artifact.pack({"model": {"layers": 2}, "seed": 7}, bytes(range(256)), tensors, 1, memory)
 
 
 def sealed(sections: list[tuple[int, bytes]]) -> bytes:
     """The file of these sections (length, as stored), with a right checksum."""
     lengths = [number for length, part in sections for number in (length, len(part))]
-    content = PREFIX.pack(artifact.MAGIC, artifact.VERSION, *lengths) + b"".join(part for _, part in sections)
+    content = PREFIX[artifact.MEMORY_VERSION].pack(artifact.MAGIC, artifact.MEMORY_VERSION, *lengths)
+    content += b"".join(part for _, part in sections)
     return content + hashlib.sha256(content).digest()
 
 
 def sections_of(content: bytes) -> list[tuple[int, bytes]]:
-    _, _, *numbers = PREFIX.unpack_from(content)
-    out, start = [], PREFIX.size
+    prefix = PREFIX[artifact.MEMORY_VERSION]
+    _, _, *numbers = prefix.unpack_from(content)
+    out, start = [], prefix.size
     for length, stored in zip(numbers[::2], numbers[1::2], strict=True):
         out.append((length, content[start : start + stored]))
         start += stored

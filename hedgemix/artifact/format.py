@@ -4,8 +4,8 @@ All integers and floats are little-endian.
 
     offset  bytes  content
     0       8      magic 89 48 4D 58 0D 0A 1A 0A (as PNG's: text-mode copying breaks it visibly)
-    8       4      u32 format version, 2
-    12      112    for each of the seven sections below: u64 length, u64 length as stored
+    8       4      u32 format version: 2, or 3 with a memory
+    12      112    for each section below: u64 length, u64 length as stored; 128 bytes with a memory
     124     ...    the sections as stored, one after the other
     end-32  32     SHA-256 of everything before
 
@@ -18,6 +18,7 @@ All integers and floats are little-endian.
     halves     zstd    float16: the scales of the "quantized" tensors, one for each row, then the "float16" tensors; all
                        low bytes, then all high bytes
     singles    zstd    the "float32" tensors
+    memory     ppmd    version 3 alone: documents for the experts to begin with, see `data.memory`
 
 Within a section tensors follow the document's order, so offsets are sums of sizes and cannot overlap. lzma is
 FORMAT_ALONE; `vectors` and `matrices` are specified in their modules, and decode with integers only. A step is
@@ -30,7 +31,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import math
 import os
 import struct
@@ -41,27 +41,31 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
+from hedgemix.artifact.sections import (
+    LARGEST_SECTION,
+    ArtifactError,
+    from_lzma,
+    from_ppmd,
+    from_zstd,
+    to_lzma,
+    to_zstd,
+)
 from hedgemix.artifact.tensors import LARGEST_INDEX, Stepped, Stored, dequantize, stepped_weights
+from hedgemix.data.memory import Memory
 from hedgemix.entropy import gaussian_tables, matrices, vectors
 from hedgemix.entropy.rans import CoderError
 from hedgemix.runtime.files import replacing
 
 MAGIC = b"\x89HMX\r\n\x1a\n"
-VERSION = 2
-LARGEST_SECTION = 2**30
+VERSION, MEMORY_VERSION = 2, 3
 FREE_NUMBERS, NUMBERS_A_BYTE = 2**22, 256
 """Most steps, and most weights, that a file may have: FREE_NUMBERS and some for each byte of their section. No real
 model comes near (that would be 1/32 bit a weight), and a file with a wrong table cannot ask for all memory."""
-PREFIX = struct.Struct("<8sI14Q")
+PREFIX = {VERSION: struct.Struct("<8sI14Q"), MEMORY_VERSION: struct.Struct("<8sI16Q")}
 KINDS = {"stepped": 0, "quantized": 1, "float16": 2, "float32": 4}
 """How a tensor is stored, and the bytes of one element in the sections whose sizes follow from shapes."""
-
-
-class ArtifactError(ValueError):
-    """Tells that a file is no sound artifact, or that contents cannot become one; the message names it and the fix."""
 
 
 Table = list[tuple[str, str, tuple[int, ...]]]
@@ -78,6 +82,8 @@ class Artifact:
     sha256: str
     """Of the whole file, as sha256sum prints it."""
     n_bytes: int
+    memory: tuple[str, ...] = ()
+    """Training documents."""
 
 
 @dataclass(frozen=True)
@@ -93,35 +99,48 @@ class Parts:
     codes: bytes
     halves: bytes
     singles: bytes
+    memory: tuple[str, ...]
     lengths: dict[str, tuple[int, int]]
     """Of each section: bytes, and bytes as stored."""
     sha256: str
     n_bytes: int
 
 
-SECTIONS = ("document", "tokenizer", "steps", "weights", "codes", "halves", "singles")
+SECTIONS = ("document", "tokenizer", "steps", "weights", "codes", "halves", "singles", "memory")
 Tensors = Mapping[str, "Stepped | Stored | Tensor"]
 
 
-def write(path: str | Path, header: dict[str, Any], tokenizer: bytes, tensors: Tensors, zstd_level: int) -> int:
+def write(
+    path: str | Path,
+    header: dict[str, Any],
+    tokenizer: bytes,
+    tensors: Tensors,
+    zstd_level: int,
+    memory: Memory | None = None,
+) -> int:
     """Write the artifact atomically and return its bytes; raises ArtifactError as `pack` does."""
-    content = pack(header, tokenizer, tensors, zstd_level, str(path))
-    _, _, *lengths = PREFIX.unpack_from(content)
+    content = pack(header, tokenizer, tensors, zstd_level, memory, str(path))
+    lengths = dict(zip(SECTIONS, _lengths(Path(path), content, len(content)), strict=False))
     shapes = [(each.codes.shape[0], each.codes.shape[1]) for each in tensors.values() if isinstance(each, Stepped)]
-    _check_count(Path(path), shapes, lengths[5], lengths[7])
+    _check_count(Path(path), shapes, lengths["steps"][1], lengths["weights"][1])
     with replacing(Path(path)) as file:
         file.write(content)
     return len(content)
 
 
 def pack(
-    header: dict[str, Any], tokenizer: bytes, tensors: Tensors, zstd_level: int, name_of_file: str = "artifact"
+    header: dict[str, Any],
+    tokenizer: bytes,
+    tensors: Tensors,
+    zstd_level: int,
+    memory: Memory | None = None,
+    name_of_file: str = "artifact",
 ) -> bytes:
     """Make the bytes of an artifact; the same contents give the same bytes.
 
     header: anything JSON. tensors: stepped or quantized ones, or plain ones in float16 or float32, which is how they
-    are stored. Raises ArtifactError, beginning with the file's name, for other types, values that are not finite, or a
-    header that is not JSON.
+    are stored. memory: training documents, None without. Raises ArtifactError, beginning with the file's name, for
+    other types, values that are not finite, or a header that is not JSON.
     """
     table: list[tuple[str, str, list[int]]] = []
     weights: list[np.ndarray] = []
@@ -163,13 +182,15 @@ def pack(
     if weights:
         coded = [vectors.encode([vector for pair in steps for vector in pair]), matrices.encode(weights, steps)]
     plain = [b"".join(parts["codes"]), halves[::2] + halves[1::2], b"".join(parts["float32"])]
-    sections = [(len(part), _lzma(part)) for part in (document.encode(), tokenizer)]
+    sections = [(len(part), to_lzma(part)) for part in (document.encode(), tokenizer)]
     sections += [(len(part), part) for part in coded]
-    sections += [(len(part), _zstd(part, zstd_level)) for part in plain]
+    sections += [(len(part), to_zstd(part, zstd_level)) for part in plain]
+    version = MEMORY_VERSION if memory else VERSION
+    sections += [(memory.text_bytes, memory.data)] if memory else []
     if max(length for length, _ in sections) > LARGEST_SECTION:
         raise refuse(f"a section is over {LARGEST_SECTION:,} bytes; the format is for small models")
     lengths = [number for length, part in sections for number in (length, len(part))]
-    content = PREFIX.pack(MAGIC, VERSION, *lengths) + b"".join(part for _, part in sections)
+    content = PREFIX[version].pack(MAGIC, version, *lengths) + b"".join(part for _, part in sections)
     return content + hashlib.sha256(content).digest()
 
 
@@ -179,7 +200,8 @@ def read(path: str | Path) -> Artifact:
     Nothing is decompressed before the checksum and the declared sizes (at most 1 GiB a section) were checked.
     """
     parts = read_parts(path)
-    return Artifact(parts.header, parts.tokenizer, _tensors(Path(path), parts), parts.sha256, parts.n_bytes)
+    tensors = _tensors(Path(path), parts)
+    return Artifact(parts.header, parts.tokenizer, tensors, parts.sha256, parts.n_bytes, parts.memory)
 
 
 def read_parts(path: str | Path) -> Parts:
@@ -187,18 +209,20 @@ def read_parts(path: str | Path) -> Parts:
     path = Path(path)
     with path.open("rb") as file:
         n_bytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(PREFIX.size)
+        prefix = file.read(PREFIX[MEMORY_VERSION].size)
         lengths = _lengths(path, prefix, n_bytes)
-        content = prefix + file.read(n_bytes - PREFIX.size)
+        content = prefix + file.read(n_bytes - len(prefix))
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ArtifactError(f"{path} was altered: its checksum does not match; copy it again from its source")
-    parts, start = [], PREFIX.size
+    parts, start = [], n_bytes - 32 - sum(stored for _, stored in lengths)
     for _, stored in lengths:
         parts.append(content[start : start + stored])
         start += stored
     declared = [length for length, _ in lengths]
-    document, tokenizer = (_unlzma(path, part, length) for part, length in zip(parts[:2], declared, strict=False))
-    codes, planes, singles = (_unzstd(path, part, length) for part, length in zip(parts[4:], declared[4:], strict=True))
+    document, tokenizer = (from_lzma(path, part, length) for part, length in zip(parts[:2], declared, strict=False))
+    codes, planes, singles = (
+        from_zstd(path, part, length) for part, length in zip(parts[4:7], declared[4:7], strict=True)
+    )
     header, table = _document(path, document)
     _check_sizes(path, table, len(codes), len(planes), len(singles))
     return Parts(
@@ -209,7 +233,8 @@ def read_parts(path: str | Path) -> Parts:
         codes=codes,
         halves=np.frombuffer(planes, np.uint8).reshape(2, -1).T.tobytes(),
         singles=singles,
-        lengths=dict(zip(SECTIONS, lengths, strict=True)),
+        memory=from_ppmd(path, parts[7], declared[7]) if parts[7:] else (),
+        lengths=dict(zip(SECTIONS, lengths, strict=False)),
         sha256=hashlib.sha256(content).hexdigest(),
         n_bytes=n_bytes,
     )
@@ -270,60 +295,25 @@ def _check_stored(name: str, stored: Stored) -> None:
         raise ArtifactError(f"tensor {name!r}: its scales are not finite; check that training converged")
 
 
-def _lzma(data: bytes) -> bytes:
-    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-
-
-def _zstd(data: bytes, level: int) -> bytes:
-    if not data:
-        return b""
-    huffman = zstandard.ZstdCompressionParameters(
-        strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, chain_log=6, search_log=1, window_log=17
-    )
-    compressors = zstandard.ZstdCompressor(level=level), zstandard.ZstdCompressor(compression_params=huffman)
-    return min((compressor.compress(data) for compressor in compressors), key=len)
-
-
 def _lengths(path: Path, prefix: bytes, n_bytes: int) -> list[tuple[int, int]]:
     """(length, length as stored) of each section, checked against the size of the file."""
     if prefix[:8] != MAGIC[: len(prefix)] or not prefix:
         raise ArtifactError(f"{path} is not a hedgemix artifact; give the file that quantize wrote")
-    if len(prefix) >= 12 and (version := struct.unpack_from("<I", prefix, 8)[0]) != VERSION:
-        raise ArtifactError(f"{path} has format version {version}, this hedgemix reads {VERSION}; use the one it names")
-    if len(prefix) < PREFIX.size:
+    version = struct.unpack_from("<I", prefix, 8)[0] if len(prefix) >= 12 else VERSION
+    if version not in PREFIX:
+        known = " and ".join(map(str, PREFIX))
+        raise ArtifactError(f"{path} has format version {version}, this hedgemix reads {known}; use the one it names")
+    if len(prefix) < PREFIX[version].size:
         raise ArtifactError(f"{path} is truncated: {n_bytes:,} bytes; copy it again from its source")
-    _, _, *numbers = PREFIX.unpack(prefix)
+    _, _, *numbers = PREFIX[version].unpack_from(prefix)
     lengths = list(zip(numbers[::2], numbers[1::2], strict=True))
     if max(numbers) > LARGEST_SECTION:
         raise ArtifactError(f"{path} declares a section over {LARGEST_SECTION:,} bytes; it is damaged, copy it again")
-    expected = PREFIX.size + sum(stored for _, stored in lengths) + 32
+    expected = PREFIX[version].size + sum(stored for _, stored in lengths) + 32
     if n_bytes != expected:
         what = "is truncated" if n_bytes < expected else "has bytes after its end"
         raise ArtifactError(f"{path} {what}: {n_bytes:,} bytes instead of {expected:,}; copy it again from its source")
     return lengths
-
-
-def _unlzma(path: Path, data: bytes, length: int) -> bytes:
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=LARGEST_SECTION)
-    try:
-        plain = decoder.decompress(data, max_length=length + 1)  # stops there, whatever the stream would go on to
-    except lzma.LZMAError as error:
-        raise ArtifactError(f"{path}: a section cannot be decompressed ({error}); write the artifact again") from None
-    if len(plain) != length or not decoder.eof or decoder.unused_data:
-        raise ArtifactError(f"{path}: a section has not its declared length; write the artifact again")
-    return plain
-
-
-def _unzstd(path: Path, data: bytes, length: int) -> bytes:
-    if not length and not data:
-        return b""
-    try:
-        # zstandard allocates what the frame declares and then ignores max_output_size, so look first.
-        if not length or zstandard.frame_content_size(data) != length:
-            raise ArtifactError(f"{path}: a section has not its declared length; write the artifact again")
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ArtifactError(f"{path}: a section cannot be decompressed ({error}); write the artifact again") from None
 
 
 def _document(path: Path, data: bytes) -> tuple[dict[str, Any], Table]:

@@ -112,6 +112,12 @@ def show(path: Path, console: Console) -> None:
         f"{path}: {parts.n_bytes:,} bytes, {weights:,} weights, {8 * parts.n_bytes / max(1, weights):.3f} bits each; "
         f"recipe {parts.header.get('recipe')}, seed {parts.header.get('seed')}; sha256 {parts.sha256[:16]}"
     )
+    if parts.memory:
+        length, stored = parts.lengths["memory"]
+        console.print(
+            f"memory: {len(parts.memory):,} training documents, {length:,} bytes of text in {stored:,}, "
+            f"{8 * stored / length:.3f} bits each"
+        )
     console.print(_sections(parts))
     console.print(_tensors(measured))
 

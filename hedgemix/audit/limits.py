@@ -14,6 +14,7 @@ from hedgemix.audit import contamination
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.data import dataset as datasets
+from hedgemix.data import memory, tokenizer
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
 
@@ -51,30 +52,36 @@ def check_limits(claim: Claim) -> Finding:
 
 def unseen(claim: Claim, windows: int, seed: int) -> Finding:
     """Check that the texts are those of the row, that no validation shard is among the training shards, and that drawn
-    windows of the validation text do not occur in the training text."""
+    windows of the validation text occur neither in the training text nor in the artifact's memory."""
     data = claim.dataset
     train, valid = [Path(shard) for shard in data.train_shards], [Path(shard) for shard in data.valid_shards]
     wrong = other_text(claim)
     wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
     drawn = contamination.draw([map_shard(path) for path in valid], windows, seed)
-    occurs = contamination.occurring(drawn, [map_shard(path) for path in train])
+    found = artifact.read(claim.artifact)
+    memory_M = memory.tokens(tokenizer.load(found.tokenizer), found.memory)
+    remembered = contamination.occurring(drawn, [memory_M])
+    occurs = contamination.occurring(drawn, [map_shard(path) for path in train]) | remembered
     counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
     shares = [float(occurs[drawn.shard == number].mean()) if count else 0.0 for number, count in enumerate(counts)]
     for path, share in zip(valid, shares, strict=True):
         if share >= KNOWN_SHARE:
-            wrong.append(f"{share:.0%} of the windows of {path.name} occur in the training text")
+            wrong.append(f"{share:.0%} of the windows of {path.name} occur in the training text or the memory")
     largest = max(shares, default=0.0)
     statement = (
         f"The texts have the hashes of the row, none of {len(valid)} validation shards is among {len(train)} training "
         f"shards, and of {len(occurs)} drawn windows of {contamination.WINDOW} validation tokens {int(occurs.sum())} "
         f"occur "
-        f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)."
+        f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)"
+        + (f", {int(remembered.sum())} in the artifact's memory of {len(memory_M):,}." if len(memory_M) else ".")
     )
     figures = {
         "train_shards": len(train),
         "valid_shards": len(valid),
         "windows": len(occurs),
         "windows_in_training_text": int(occurs.sum()),
+        "windows_in_memory": int(remembered.sum()),
+        "memory_tokens": len(memory_M),
         "largest_share_of_a_shard": largest,
         "violation_from_share": KNOWN_SHARE,
         "violations": wrong[:8],

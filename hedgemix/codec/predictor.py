@@ -21,7 +21,7 @@ from torch import Tensor
 from hedgemix.artifact.format import Artifact
 from hedgemix.artifact.load_model import load_model
 from hedgemix.config import EvaluateConfig
-from hedgemix.data import bpb, tokenizer
+from hedgemix.data import bpb, memory, tokenizer
 from hedgemix.evaluate import scoring_order
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import registry
@@ -47,7 +47,8 @@ class Predictor:
         check_ttt(config.ttt, model.context_tokens)
         check_cache(config.cache)
         self.config, self.vocab_size, self.position = config, model.vocab_size, 1
-        self.tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
+        processor = tokenizer.load(found.tokenizer)
+        self.tables = bpb.byte_tables(processor)
         self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)
         self.tokens_N[0] = first_token
         self.weights_N = torch.ones(n_tokens)
@@ -57,7 +58,8 @@ class Predictor:
         self.model = self.adapter.scorer if self.adapter else model
         self.contexts = self._contexts()
         self.targets, self.piece_stop, self.cache = scoring_order.Piece(1, 1), 1, model.start_cache(0)
-        self.mixer = OnlineMixer(config.mixer, model.vocab_size, first_token, names(config))
+        memory_M = memory.tokens(processor, found.memory)
+        self.mixer = OnlineMixer(config.mixer, model.vocab_size, first_token, names(config), memory_M)
         self.row: np.ndarray | None = None
 
     def predict(self) -> np.ndarray:

@@ -20,6 +20,7 @@ from sentencepiece import SentencePieceProcessor
 
 from hedgemix.data import bpb
 from hedgemix.data import corpus
+from hedgemix.data import memory
 from hedgemix.data import overlap
 from hedgemix.data import shards
 from hedgemix.data import tokenizer
@@ -73,6 +74,16 @@ class Dataset:
     """Bytes of training text (shards: None)."""
     train_bytes_removed: int | None = None
     """Bytes left out of the training text, since they repeat validation text."""
+    memory: str = ""
+    """Path of the training text that every artifact carries, compressed; '' without."""
+    memory_documents: int = 0
+    memory_text_bytes: int = 0
+    """Bytes it decompresses to."""
+    memory_bytes: int = 0
+    """Bytes it takes in an artifact."""
+    memory_tokens: int = 0
+    memory_sha256: str = ""
+    """Of the compressed bytes."""
     folder: str = field(default="", compare=False)
     """Where dataset.json was loaded from."""
 
@@ -82,8 +93,9 @@ def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print
 
     Raises RecipeError when the source cannot be used, RuntimeError should tokens and text disagree (a bug).
     """
+    folder = Path(folder)
     check_data(config)
-    return _from_shards(config, log) if config.source == "shards" else _from_text(config, Path(folder), log)
+    return _from_shards(config, folder, log) if config.source == "shards" else _from_text(config, folder, log)
 
 
 def train_stream(dataset: Dataset) -> shards.TokenStream:
@@ -94,6 +106,23 @@ def train_stream(dataset: Dataset) -> shards.TokenStream:
 def valid_stream(dataset: Dataset) -> shards.TokenStream:
     """Open the validation tokens, cut to max_valid_tokens; all but the first are scored."""
     return shards.TokenStream(dataset.valid_shards, dataset.max_valid_tokens)
+
+
+def read_memory(dataset: Dataset) -> memory.Memory | None:
+    """Read the training text that every artifact carries, None without; raises RecipeError when the file is not the one
+    described."""
+    if not dataset.memory:
+        return None
+    data = Path(dataset.memory).read_bytes()
+    if hashlib.sha256(data).hexdigest() != dataset.memory_sha256:
+        raise RecipeError(f"{dataset.memory} is not the file that {FILE_NAME} names; prepare the data again")
+    return memory.Memory(dataset.memory_text_bytes, data)
+
+
+def memory_tokens(dataset: Dataset) -> np.ndarray:
+    """Tokenize the training text that every artifact carries, uint16 (M,); raises as `read_memory` does."""
+    found = read_memory(dataset)
+    return memory.tokens(tokenizer.load(dataset.tokenizer), memory.decompress(found) if found else [])
 
 
 def save(dataset: Dataset, folder: str | Path) -> None:
@@ -125,6 +154,8 @@ def check_places(dataset: Dataset, config: DataConfig) -> None:
     mine = {path.resolve() for path in folder.iterdir()}
     if config.source == "shards" and config.tokenizer:
         mine.add(Path(config.tokenizer).resolve())
+    if dataset.memory and Path(dataset.memory).resolve() != Path(dataset.folder).resolve() / memory.FILE_NAME:
+        raise RecipeError(f"{dataset.folder}/{FILE_NAME} names {dataset.memory}, which is not its memory; remove it")
     for path in (*dataset.train_shards, *dataset.valid_shards, dataset.tokenizer):
         place = Path(path).resolve()
         if place not in mine or (config.source != "shards" and place.parent != folder.resolve()):
@@ -172,7 +203,7 @@ def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> 
         paths["val"],
         documents=len(train),
         text_sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
-        known=known,
+        known=known | memory.write(train, config.memory_bytes, processor, folder, log),
         log=log,
     )
 
@@ -212,14 +243,14 @@ def _n_bytes(documents: Iterable[str]) -> int:
     return sum(len(text.encode()) for text in documents)
 
 
-def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
-    folder = Path(config.shards_dir)
-    if not config.shards_dir or not folder.is_dir():
+def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
+    source = Path(config.shards_dir)
+    if not config.shards_dir or not source.is_dir():
         raise RecipeError(
             f"data.shards_dir: {config.shards_dir!r} is not a folder; name the folder of the shards, or run "
-            f"`hedgemix download --folder {folder if config.shards_dir else 'data/fineweb'}` first"
+            f"`hedgemix download --folder {source if config.shards_dir else 'data/fineweb'}` first"
         )
-    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(folder)
+    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(source)
     processor = tokenizer.load(model)
     if processor.vocab_size() != config.vocab_size:
         raise RecipeError(
@@ -228,9 +259,9 @@ def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
         )
     paths: dict[str, list[Path]] = {}
     for name in ("train", "val"):
-        paths[name] = sorted(set(folder.glob(f"*_{name}_*.bin")) | set(folder.glob(f"{name}_*.bin")))
+        paths[name] = sorted(set(source.glob(f"*_{name}_*.bin")) | set(source.glob(f"{name}_*.bin")))
         if not paths[name]:
-            raise RecipeError(f"data.shards_dir: {folder} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
+            raise RecipeError(f"data.shards_dir: {source} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
         for path in paths[name]:
             shards.open_shard(path, config.vocab_size)
     log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
@@ -240,6 +271,8 @@ def _from_shards(config: DataConfig, log: Callable[[str], None]) -> Dataset:
     window = f"{overlap.WINDOW_TOKENS} tokens"
     log(f"{share:.2%} of the validation text's windows of {window} are in the training text; others' shards stay whole")
     known = {"valid_overlap_share": share, "overlap_window": window, "train_bytes_removed": 0}
+    documents = memory.shard_documents(processor, shards.TokenStream(paths["train"]))
+    known |= memory.write(documents, config.memory_bytes, processor, folder, log)
     return _describe(
         config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", known=known, log=log
     )
@@ -349,4 +382,5 @@ def _with_paths(dataset: Dataset, change: Callable[[str], str]) -> Dataset:
         train_shards=tuple(map(change, dataset.train_shards)),
         valid_shards=tuple(map(change, dataset.valid_shards)),
         tokenizer=change(dataset.tokenizer),
+        memory=change(dataset.memory) if dataset.memory else "",
     )

@@ -24,7 +24,7 @@ from torch import Tensor
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.load_model import load_model
 from hedgemix.config import EvaluateConfig, RecipeError
-from hedgemix.data import bpb, tokenizer
+from hedgemix.data import bpb, memory, tokenizer
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.breakdown import Tally
@@ -115,8 +115,8 @@ def evaluate_artifact(
     with the files of `breakdown` beside it at the end.
     profile: folder for profile.json.gz and profile.txt, rank 0's profile of the third chunk scored here.
     start: a `resume.Restart` goes on where an earlier one was stopped.
-    Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text, OSError
-    when the trace could not be written.
+    Raises ArtifactError for an artifact that cannot be read, RecipeError when the index is of another text or
+    memory, OSError when the trace could not be written.
     """
     start = start or Start()
     found = artifact.read(path)
@@ -124,6 +124,8 @@ def evaluate_artifact(
     index = ngram_index.load(counts)
     if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
+    if not np.array_equal(index.memory_M, memory.tokens(tokenizer.load(found.tokenizer), found.memory)):
+        raise RecipeError(f"{counts} counts another memory than the artifact's; remove it and run again")
     work = Evaluation.begin(found, stream, config, device, index=index, start=start)
     if state is not None:
         work.load_state_dict(state)
@@ -209,14 +211,14 @@ class Evaluation:
     ) -> Self:
         """The evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
 
-        index: of the tokens, made here, in memory, when it is not given. Raises ArtifactError for an artifact whose
-        parts do not fit together.
+        index: of the tokens behind the artifact's memory, made here when it is not given. Raises ArtifactError for an
+        artifact whose parts do not fit together.
         """
-        model = load_model(found).to(device)
+        model, processor = load_model(found).to(device), tokenizer.load(found.tokenizer)
         if index is None:
-            mixer = config.mixer
-            index = ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths)
-        tables = bpb.byte_tables(tokenizer.load(found.tokenizer))
+            mixer, before_M = config.mixer, memory.tokens(processor, found.memory)
+            index = ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, memory_M=before_M)
+        tables = bpb.byte_tables(processor)
         return cls(model, Text(tokens, device), tables, index, config, schedule_tokens, start, observer)
 
     def run_chunk(self, number: int, chunk: Piece) -> dict[str, Any]:

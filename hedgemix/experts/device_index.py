@@ -53,8 +53,10 @@ class Resident:
                 put(self.columns_4ON[1, o, here], table.pair_N[here])
                 put(self.columns_4ON[2, o, here], table.distinct_N[here])
                 put(self.columns_4ON[3, o, here], counted(index, n, here.start, here.stop))
+        self.memory_tokens = len(index.memory_M)
         for o, (n, _) in enumerate(tables):  # what has no context shares it with nothing: first pairs are not below 0
-            put(self.columns_4ON[0, o, : n - 1], -1 - np.arange(min(n - 1, total)))
+            alone = min(max(n - 1 - self.memory_tokens, 0), total)
+            put(self.columns_4ON[0, o, :alone], -1 - np.arange(alone))
         # Before each order's pairs one slot that is never read: pair -1.
         sizes = [1 + len(table.token_P) for _, table in tables]
         ends = np.cumsum(sizes).tolist()
@@ -66,7 +68,15 @@ class Resident:
             for start in range(0, len(table.token_P), PIECE_TOKENS):
                 values = table.token_P[start : start + PIECE_TOKENS]
                 put(self.token_P[at + start : at + start + len(values)], values)
+        for start in range(0, self.memory_tokens, PIECE_TOKENS):
+            here = slice(start, start + PIECE_TOKENS)
+            token_B = torch.from_numpy(index.memory_M[here].astype(np.int64)).to(self.device)
+            pairs_OB = np.array([pair_M[here] for pair_M in index.memory_pair_M.values()], np.int64)
+            pair_OB = torch.from_numpy(pairs_OB.reshape(len(tables), len(token_B))).to(self.device)
+            self._count(token_B, pair_OB)
         self._sizes = self._whole_spans()
+        if self.memory_tokens:
+            self.sizes(1, min(span_tokens, total))
         if total % span_tokens:
             self.sizes(total // span_tokens * span_tokens, total)
 
@@ -87,8 +97,8 @@ class Resident:
     def sizes(self, start: int, stop: int) -> tuple[list[int], int]:
         """A span's pairs, by order, and its repeats: positions that share a context with an earlier one of it, once for
         each of these."""
-        # The text's first token has no context: with it a span has the same ones.
-        key = (0 if start == 1 else start, stop)
+        # Without a memory the text's first token has no context: with it a span has the same ones.
+        key = (0 if start == 1 and not self.memory_tokens else start, stop)
         if key not in self._sizes:
             *pairs_O, repeats = _sizes_of(self.columns_4ON[:, :, None, start:stop])[:, 0].tolist()
             self._sizes[key] = pairs_O, repeats
@@ -124,7 +134,8 @@ class Resident:
         count_BV[0] = self.count_V
         count_BV[1:].scatter_add_(1, token_B[:-1, None], torch.ones_like(token_B[1:, None], dtype=torch.int32))
         count_BV = count_BV.cumsum(0, dtype=torch.int32)
-        total_B1 = torch.arange(start, start + size, device=self.device)[:, None]
+        before = self.memory_tokens + start
+        total_B1 = torch.arange(before, before + size, device=self.device)[:, None]
         backoff_B1 = torch.where(total_B1 > 0, (count_BV > 0).sum(1, keepdim=True), 1).float()
         return (count_BV + backoff_B1 / self.vocab_size) / (total_B1 + backoff_B1)
 
@@ -162,11 +173,14 @@ class Resident:
         """Count the tokens up to stop, after they were scored. Raises ValueError for a stop that lies behind."""
         if stop < self.position:
             raise ValueError(f"tokens {self.position}..{stop} asked of counts that stand at {self.position}")
-        token_B = self.text_3N[0, self.position : stop]
-        self.count_V.index_add_(0, token_B, torch.ones_like(token_B))
-        pair_F = (self.columns_4ON[1, :, self.position : stop] + self.base_O1).flatten()
-        self.count_P.index_add_(0, pair_F, self.columns_4ON[3, :, self.position : stop].flatten())
+        pair_OB, counted_OB = self.columns_4ON[1, :, self.position : stop], self.columns_4ON[3, :, self.position : stop]
+        self._count(self.text_3N[0, self.position : stop], torch.where(counted_OB > 0, pair_OB, -1))
         self.position = stop
+
+    def _count(self, token_B: Tensor, pair_OB: Tensor) -> None:
+        self.count_V.index_add_(0, token_B, torch.ones_like(token_B, dtype=torch.int32))
+        pair_F = (pair_OB + self.base_O1).flatten()
+        self.count_P.index_add_(0, pair_F, torch.ones_like(pair_F, dtype=torch.int32))
 
 
 def _ranks(first_FB: Tensor) -> tuple[Tensor, Tensor, Tensor]:

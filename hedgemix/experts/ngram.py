@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hedgemix.data.shards import PIECE_TOKENS
 from hedgemix.experts import sorted_ngrams
-from hedgemix.experts.ngram_index import NgramIndex, OrderIndex, counted
+from hedgemix.experts.ngram_index import NgramIndex, OrderIndex, counted, counted_pairs
 
 
 class NgramRows:
@@ -24,7 +25,8 @@ class NgramRows:
     `device_index.Resident` does so on a GPU."""
 
     def __init__(self, index: NgramIndex, discount: float) -> None:
-        """Begin before the first token. discount: taken from every pair's count, between 0 and 1.
+        """Begin before the first token of the text, all of the memory counted. discount: taken from every pair's count,
+        between 0 and 1.
 
         A mapped index has its counts mapped too, from a file without a name in the folder for temporary ones: 4 bytes a
         pair there, and none of memory that the kernel cannot take back.
@@ -36,6 +38,9 @@ class NgramRows:
         self.unigram_V = torch.zeros(index.vocab_size, dtype=torch.int32)
         self.token_P = {n: torch.from_numpy(table.token_P) for n, table in index.tables.items()}
         self.count_P = {n: torch.from_numpy(arrays.zeros(len(table.token_P))) for n, table in index.tables.items()}
+        for start in range(0, len(index.memory_M), PIECE_TOKENS):
+            here = slice(start, start + PIECE_TOKENS)
+            self._count(index.memory_M[here], {n: pair_M[here] for n, pair_M in index.memory_pair_M.items()})
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """Make probability rows (B, V), float32, of positions start..stop-1, one tensor for each of index.orders.
@@ -49,7 +54,7 @@ class NgramRows:
         Raises ValueError unless the counts stand at start.
         """
         self._check(start, stop)
-        p_BV = _unigram_rows(self.unigram_V, _tensor(self.index.tokens_N[start:stop]), start)
+        p_BV = _unigram_rows(self.unigram_V, _tensor(self.index.tokens_N[start:stop]), len(self.index.memory_M) + start)
         out = [p_BV] if self.index.orders[0] == 1 else []
         for n, table in self.index.tables.items():
             p_BV = self._interpolate(p_BV, n, table, start, stop)
@@ -59,13 +64,16 @@ class NgramRows:
     def advance(self, stop: int) -> None:
         """Count the tokens up to stop, after they were scored. Raises ValueError for a stop that lies behind."""
         self._check(self.position, stop)
-        token_B = _tensor(self.index.tokens_N[self.position : stop])
-        self.unigram_V.index_add_(0, token_B, torch.ones_like(token_B, dtype=torch.int32))
-        for n, table in self.index.tables.items():
-            pair_host = table.pair_N[self.position : stop]
-            pair_B = _tensor(pair_host[(pair_host >= 0) & counted(self.index, n, self.position, stop)])
-            self.count_P[n].index_add_(0, pair_B, torch.ones_like(pair_B, dtype=torch.int32))
+        here = slice(self.position, stop)
+        self._count(self.index.tokens_N[here], {n: counted_pairs(self.index, n, here) for n in self.index.tables})
         self.position = stop
+
+    def _count(self, tokens_B: np.ndarray, pairs_B: dict[int, np.ndarray]) -> None:
+        token_B = _tensor(tokens_B)
+        self.unigram_V.index_add_(0, token_B, torch.ones_like(token_B, dtype=torch.int32))
+        for n, pair_host in pairs_B.items():
+            pair_B = _tensor(pair_host[pair_host >= 0])
+            self.count_P[n].index_add_(0, pair_B, torch.ones_like(pair_B, dtype=torch.int32))
 
     def _check(self, start: int, stop: int) -> None:
         if self.position != start or not start <= stop <= len(self.index.tokens_N):
@@ -93,11 +101,12 @@ class NgramRows:
         return out_BV
 
 
-def _unigram_rows(count_V: Tensor, token_B: Tensor, start: int) -> Tensor:
+def _unigram_rows(count_V: Tensor, token_B: Tensor, before: int) -> Tensor:
+    """before: tokens that were counted."""
     size, vocab_size = len(token_B), len(count_V)
     count_BV = _running(count_V, token_B)
     distinct_B1 = (count_BV > 0).sum(1, keepdim=True)
-    total_B1 = torch.arange(start, start + size)[:, None]
+    total_B1 = torch.arange(before, before + size)[:, None]
     backoff_B1 = torch.where(total_B1 > 0, distinct_B1, 1).float()
     return (count_BV + backoff_B1 / vocab_size) / (total_B1 + backoff_B1)
 

@@ -5,17 +5,18 @@ contiguous and in order of first appearance. What a context has shown before pos
 and only the pairs' running counts have to be kept (`ngram`). Knowing the text in advance is bookkeeping, not a leak: a
 row reads only pairs that occurred before it (tests change the future and compare bitwise).
 
-The index depends on the text alone. Build it once, save it, and let every process map the same files.
+The index depends on the text alone, and on the memory in front of it, which is read and not scored: positions are the
+text's, counts and pairs those of both. Build it once, save it, and let every process map the same files.
 
-Shapes: N tokens of the text, B positions of a block, P pairs of one order.
+Shapes: M tokens of the memory, N of the text, B positions of a block, P pairs of one order.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,6 +45,10 @@ class OrderIndex:
 class NgramIndex:
     """A text, the pairs of every order above 1 and its matches; see `build`."""
 
+    memory_M: np.ndarray
+    """The tokens in front of the text."""
+    memory_pair_M: dict[int, np.ndarray]
+    """Their pairs, by order, as `OrderIndex.pair_N` has the text's."""
     tokens_N: np.ndarray
     vocab_size: int
     orders: tuple[int, ...]
@@ -58,12 +63,13 @@ def build(
     match_lengths: tuple[int, ...] = (),
     folder: Path | None = None,
     memory_bytes: int = sorted_ngrams.MEMORY_BYTES,
+    memory_M: np.ndarray | None = None,
 ) -> NgramIndex:
     """Number the pairs of each order, and find the matches of each length.
 
-    Takes integer tokens (N,); 12 bytes a token and order, and 16 for the matches. They go into plain .npy files and one
-    .json of `folder`, which `load` maps, or into memory when it is None; beside them `sorted_ngrams.Grams` says what
-    memory is used. A folder holds 13 bytes a token more during the work.
+    Takes integer tokens (N,), and those (M,) of the memory in front of them; 12 bytes a token and order, and 16 for the
+    matches. They go into plain .npy files and one .json of `folder`, which `load` maps, or into memory when it is None;
+    beside them `sorted_ngrams.Grams` says what memory is used. A folder holds 13 bytes a token more during the work.
     Raises RecipeError as `check_orders` and `check_match_lengths` do, and for tokens that do not fit.
     """
     check_orders(orders)
@@ -71,7 +77,8 @@ def build(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     arrays = sorted_ngrams.Arrays(folder)
-    tokens_N = _keep(tokens, arrays)
+    memory_M = np.zeros(0, np.uint16) if memory_M is None else memory_M
+    tokens_N = _keep(memory_M, tokens, arrays)
     found = sorted_ngrams.Grams(tokens_N, vocab_size, arrays, memory_bytes)
     matches = match.start(len(tokens_N), match_lengths, arrays)
     tables = {}
@@ -90,20 +97,40 @@ def build(
     match.rate(matches, found)
     if folder is not None:
         meta = {"vocab_size": vocab_size, "orders": orders, "match_lengths": match_lengths}
-        (folder / "index.json").write_text(json.dumps(meta))
-    return NgramIndex(tokens_N, vocab_size, tuple(orders), tables, matches)
+        (folder / "index.json").write_text(json.dumps(meta | {"memory_tokens": len(memory_M)}))
+    return _behind(len(memory_M), NgramIndex(memory_M[:0], {}, tokens_N, vocab_size, tuple(orders), tables, matches))
 
 
-def _keep(tokens: np.ndarray | TokenStream, arrays: sorted_ngrams.Arrays) -> np.ndarray:
-    """Store the tokens as an array of the index."""
-    if isinstance(tokens, np.ndarray) and arrays.folder is None:
+def _keep(memory_M: np.ndarray, tokens: np.ndarray | TokenStream, arrays: sorted_ngrams.Arrays) -> np.ndarray:
+    """Store the tokens, the memory's first, as an array of the index."""
+    if isinstance(tokens, np.ndarray) and arrays.folder is None and not len(memory_M):
         return np.ascontiguousarray(tokens)
-    kept_N = arrays.result("tokens_N", len(tokens), tokens.dtype if isinstance(tokens, np.ndarray) else np.uint16)
+    kind, size = tokens.dtype if isinstance(tokens, np.ndarray) else np.uint16, len(memory_M)
+    kept_N = arrays.result("tokens_N", size + len(tokens), kind)
+    kept_N[:size] = memory_M
     for start in range(0, len(tokens), PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, len(tokens))
         piece = tokens[start:stop] if isinstance(tokens, np.ndarray) else tokens.read(start, stop - start)
-        kept_N[start:stop] = piece
+        kept_N[size + start : size + stop] = piece
     return kept_N
+
+
+def _behind(size: int, whole: NgramIndex) -> NgramIndex:
+    """The index of the text behind the first `size` tokens of a whole: views of its arrays."""
+    if not size:
+        return whole
+
+    def text(columns: OrderIndex | match.MatchIndex) -> dict[str, Any]:
+        return {name: column[size:] for name, column in vars(columns).items() if name.endswith("_N")}
+
+    return replace(
+        whole,
+        memory_M=whole.tokens_N[:size],
+        memory_pair_M={n: counted_pairs(whole, n, slice(size)) for n in whole.tables},
+        tokens_N=whole.tokens_N[size:],
+        tables={n: replace(table, **text(table)) for n, table in whole.tables.items()},
+        match=replace(whole.match, **text(whole.match)),
+    )
 
 
 def _index_order(found: sorted_ngrams.Grams, n: int) -> OrderIndex:
@@ -147,7 +174,9 @@ def load(folder: Path) -> NgramIndex:
     orders = tuple(meta["orders"])
     tables = {n: OrderIndex(*(read(f"order{n}_{name}") for name in _COLUMNS)) for n in orders if n > 1}
     matches = match.load(folder, tuple(meta["match_lengths"]))
-    return NgramIndex(read("tokens_N"), meta["vocab_size"], orders, tables, matches)
+    tokens_N = read("tokens_N")
+    whole = NgramIndex(tokens_N[:0], {}, tokens_N, meta["vocab_size"], orders, tables, matches)
+    return _behind(meta.get("memory_tokens", 0), whole)  # an older index has no memory
 
 
 def counted(index: NgramIndex, n: int, start: int, stop: int) -> np.ndarray:
@@ -159,6 +188,13 @@ def counted(index: NgramIndex, n: int, start: int, stop: int) -> np.ndarray:
     pair_B = above.pair_N[start:stop]
     # Pairs of a context are numbered by age: a new one has the number of those before it.
     return (pair_B < 0) | (pair_B == above.first_N[start:stop] + above.distinct_N[start:stop])
+
+
+def counted_pairs(index: NgramIndex, n: int, here: slice) -> np.ndarray:
+    """List the pairs of the positions that order n counts, int32 (B,), -1 for the others."""
+    pair_B = index.tables[n].pair_N[here]
+    start, stop, _ = here.indices(len(index.tokens_N))
+    return np.where(counted(index, n, start, stop), pair_B, np.int32(-1))
 
 
 def longest_class(index: NgramIndex, start: int, stop: int) -> np.ndarray:

@@ -10,26 +10,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hedgemix.config import MixerConfig
 from hedgemix.experts import match, registry
 from hedgemix.experts.match_online import OnlineMatch
+from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.mixers import hedge
 from hedgemix.mixers.network import Blend, Mixed, Positions, join
+
+NOTHING = np.zeros(0, np.uint16)
 
 
 class OnlineMixer:
     """Mixes what the experts say of the next token, then learns from the token."""
 
-    def __init__(self, config: MixerConfig, vocab_size: int, first_token: int, given: Sequence[str] = ()) -> None:
-        """Begin behind the text's first token, which is not scored; check_mixer has passed the configuration. given:
-        experts whose rows `predict` is handed."""
+    def __init__(
+        self,
+        config: MixerConfig,
+        vocab_size: int,
+        first_token: int,
+        given: Sequence[str] = (),
+        memory_M: np.ndarray = NOTHING,
+    ) -> None:
+        """Begin behind the text's first token, which is not scored, and the tokens (M,) of a memory, which n-grams and
+        match read before; check_mixer has passed the configuration. given: experts whose rows `predict` is handed."""
         self.config, self.given = config, tuple(given)
-        self.ngram = OnlineNgram(self.config.orders, vocab_size, self.config.discount)
-        self.match = OnlineMatch(self.config.match_lengths, vocab_size)
+        memory = MemoryLookup(memory_M, vocab_size, max(self.config.orders[-1] - 1, *self.config.match_lengths, 0))
+        self.ngram = OnlineNgram(self.config.orders, vocab_size, self.config.discount, memory)
+        self.match = OnlineMatch(self.config.match_lengths, vocab_size, memory)
         self.further = registry.start(self.config.experts, vocab_size)
         self.ngram.update(first_token)
         self.match.update(first_token)

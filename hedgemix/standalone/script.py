@@ -22,7 +22,7 @@ from hedgemix.runtime import source_bundle
 NAME = "train_gpt.py"
 ENTRY = "hedgemix.standalone.main"
 PACKAGES = ("numpy", "sentencepiece", "torch", "zstandard")
-"""All that the sources import beside Python's own; pyarrow too, for text files."""
+"""All that the sources import beside Python's own; pyarrow too, for text files, and pyppmd for a memory."""
 HEADER = '''"""One seed of recipe {name}: trained, quantized and scored by this file alone. Made by hedgemix {version}.
 
     torchrun --standalone --nproc_per_node={processes} {file} --seed 1337                     a run of its own
@@ -70,6 +70,8 @@ def sha256() -> str:
 def requirements(recipe: Recipe) -> list[str]:
     """List what the recipe's file needs beside Python, pinned to what is installed here: `name==version`, sorted."""
     names = {*PACKAGES, "pyarrow"} if recipe.data.source == "text" else set(PACKAGES)
+    if recipe.data.memory_bytes:
+        names.add("pyppmd")
     if recipe.data.source == "docs":
         names.update(name for package in recipe.data.packages for name in distributions().get(package, []))
     # Without the local part: the index has no 2.13.0+cpu, and a machine's own build is taken for 2.13.0.

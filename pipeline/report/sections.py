@@ -250,7 +250,9 @@ def inside(record: Record) -> Section:
     for organ in inspection.organs(parts):
         kinds[re.sub(r"\.\d+\.", ".*.", organ.name.removesuffix(".weight"))].append(organ)
     sizes = {name: sum(organ.n_bytes for organ in organs) for name, organs in kinds.items()}
-    sizes |= {name: float(parts.lengths[name][1]) for name in ("tokenizer", "document")}
+    sizes |= {
+        name: float(parts.lengths[name][1]) for name in ("tokenizer", "document", "memory") if name in parts.lengths
+    }
     sizes["code"] = float(row["code_bytes"])
     ordered = sorted(sizes, key=lambda name: -sizes[name])
     drawn = {name: sizes[name] / 1000 for name in ordered[:MOST_BARS]}

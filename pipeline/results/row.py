@@ -71,6 +71,8 @@ def build_row(
         "total_bytes": total,
         "limit_bytes": recipe.limits.total_bytes,
         "within_limits": within_limits(recipe, values, total) if total is not None else None,
+        "memory_bytes": dataset.memory_bytes,
+        "memory_tokens": dataset.memory_tokens,
         "valid_tokens": dataset.valid_tokens - 1,
         "valid_bytes": dataset.valid_bytes,
         "valid_sha256": dataset.valid_sha256,

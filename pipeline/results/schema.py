@@ -112,7 +112,11 @@ class Row:
     nats_per_token: float | None = None
     """bpb_final as nats a token."""
     artifact_bytes: int | None = None
-    """Size of the artifact file: weights, tokenizer and configuration."""
+    """Size of the artifact file: weights, tokenizer, configuration and memory."""
+    memory_bytes: int | None = None
+    """Part of artifact_bytes in training text that the n-gram and match experts begin with (0: none)."""
+    memory_tokens: int | None = None
+    """Tokens of that text."""
     code_bytes: int | None = None
     """train_gpt.py for this recipe: all code from the text to the score, and the settings (`hedgemix submit`)."""
     total_bytes: int | None = None

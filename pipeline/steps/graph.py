@@ -124,7 +124,7 @@ def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int, ro
     order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
     score = step(storage, "score", train.key, order, dataset.valid_sha256)
     room = room_bytes if recipe.quantize.method == "stepped" else None
-    quantize = step(storage, "quantize", train.key, recipe.quantize, room)
+    quantize = step(storage, "quantize", train.key, recipe.quantize, room, *memory_of(dataset))
     evaluation = step(storage, "evaluate", quantize.key, evaluate, dataset.valid_sha256)
     return SeedSteps(seed, train, score, quantize, evaluation)
 
@@ -164,7 +164,12 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
     """Name the step that indexes the scored text's n-grams, which all seeds share."""
     mixer = recipe.evaluate.mixer
     experts = [list(mixer.orders), list(mixer.match_lengths)]
-    return step(storage, "counts", dataset.valid_sha256, dataset.vocab_size, *experts)
+    return step(storage, "counts", dataset.valid_sha256, dataset.vocab_size, *experts, *memory_of(dataset))
+
+
+def memory_of(dataset: Dataset) -> list[str]:
+    """List what a step that reads the memory is named by: nothing where there is none."""
+    return [dataset.memory_sha256, dataset.tokenizer_sha256] if dataset.memory else []
 
 
 def keep_steps(plan: RecordPlan) -> None:

@@ -163,6 +163,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         )
     ),
     ({"data.vocab_size": 1}, "data.vocab_size must be at least 2"),
+    ({"data.memory_bytes": -1}, "data.memory_bytes is -1; 0 means none"),
+    (
+        {"data.memory_bytes": 500, "quantize.target_bytes": 500},
+        "data.memory_bytes 500 fills the 500 bytes that the artifact may have; lower it",
+    ),
     ({"data.max_text_bytes": -1}, "data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all"),
     *(
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ import torch
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.load_model import load_model
 from hedgemix.config import CacheConfig, EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
-from hedgemix.data import bpb, tokenizer
-from hedgemix.data.device_text import Text
+from hedgemix.data import memory, tokenizer
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact
 from hedgemix.experts import ngram_index
@@ -72,13 +72,12 @@ class Case:
     def begin(self, config: EvaluateConfig = CONFIG, tokens: np.ndarray | None = None) -> Evaluation:
         """What `score` begins with, also for other tokens."""
         tokens = self.tokens if tokens is None else tokens
-        mixer = config.mixer
-        index = ngram_index.build(tokens, mixer.orders, processor().vocab_size(), mixer.match_lengths)
-        return Evaluation(self.model(), Text(tokens, CPU), bpb.byte_tables(processor()), index, config)
+        return Evaluation.begin(artifact.read(self.artifact), tokens, config, CPU)
 
 
-def make(folder: Path) -> Case:
-    """A model with random weights, quantized and written; about 1,200 tokens of four documents."""
+def make(folder: Path, remembered: Sequence[str] = ()) -> Case:
+    """A model with random weights, quantized and written, with a memory of some documents; about 1,200 tokens of four
+    other documents."""
     torch.manual_seed(0)
     model = Model(MODEL, processor().vocab_size(), CONTEXT)
     with torch.no_grad():
@@ -88,9 +87,12 @@ def make(folder: Path) -> Case:
     rows = {name: torch.ones(len(model.get_parameter(name))) for name in columns}
     tensors, _ = quantize_model(model, Moments(columns, rows), QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
     header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT}
-    artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3)
+    packed = memory.compress(remembered) if remembered else None
+    artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3, packed)
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
     tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
     mixer = CONFIG.mixer
-    ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, folder / "counts")
+    memory_M = memory.tokens(processor(), remembered)
+    counts = folder / "counts"
+    ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, counts, memory_M=memory_M)
     return Case(folder, "".join(texts).encode(), tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ class Record:
         claim.write_columns(self.table, 7, values)
 
 
-def make(folder: Path, config: EvaluateConfig = CONFIG) -> Record:
+def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = ()) -> Record:
     recipe = Recipe("tiny", evaluate=config, limits=LimitsConfig(total_bytes=300_000))
     steps = folder / "_steps"
-    case = tiny_artifact.make(steps / "quantize-0")
+    case = tiny_artifact.make(steps / "quantize-0", remembered)
     model, data = artifact.read(case.artifact), steps / "data-0"
     data.mkdir()
     shards.write_shard(data / "val_000000.bin", case.tokens)

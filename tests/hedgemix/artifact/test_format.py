@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyppmd
 import pytest
 import torch
 import zstandard
@@ -18,6 +19,7 @@ from torch import Tensor
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import PREFIX, Artifact, ArtifactError
 from hedgemix.artifact.tensors import Stepped, Stored, dequantize, stepped_weights
+from hedgemix.data import memory
 from hedgemix.entropy import matrices, vectors
 
 HEADER = {"model": {"layers": 2, "width": 8}, "seed": 7, "recipe": "t\u00e9st"}
@@ -77,13 +79,14 @@ def packed(
     singles: bytes = b"",
     steps: bytes = b"",
     weights: bytes = b"",
+    memory: tuple[int, bytes] | None = None,
 ) -> bytes:
     """A file with a right checksum and wrong contents."""
     data = document if isinstance(document, bytes) else json.dumps(document).encode()
     whole = [data, b"", steps, weights, codes, halves, singles]
     stored = [lzma.compress(part, lzma.FORMAT_ALONE) for part in whole[:2]] + [steps, weights]
     stored += [zstandard.compress(part) if part else part for part in whole[4:]]
-    return sealed([(len(p), s) for p, s in zip(whole, stored, strict=True)])
+    return sealed([(len(p), s) for p, s in zip(whole, stored, strict=True)] + ([memory] if memory else []))
 
 
 def table(*shapes: Any) -> dict[str, Any]:
@@ -103,10 +106,33 @@ def coded(*stored: Stepped, index: int | None = None) -> dict[str, bytes]:
 ONE = coded(stepped())
 
 
+def ppmd_of(text: bytes) -> tuple[bytes, bytes]:
+    encoder = pyppmd.Ppmd8Encoder(*memory.MODEL)
+    data = encoder.encode(text)
+    return text, data + encoder.flush()
+
+
 def sealed(sections: list[tuple[int, bytes]]) -> bytes:
     lengths = [number for length, part in sections for number in (length, len(part))]
-    content = PREFIX.pack(artifact.MAGIC, artifact.VERSION, *lengths) + b"".join(part for _, part in sections)
+    version = {7: artifact.VERSION, 8: artifact.MEMORY_VERSION}[len(sections)]
+    content = PREFIX[version].pack(artifact.MAGIC, version, *lengths) + b"".join(part for _, part in sections)
     return content + hashlib.sha256(content).digest()
+
+
+MEMORY = memory.compress(["A document \u00e9\n", "\x00", "the third"])
+BAD_MEMORIES = [
+    (0, b"", "it declares 0 bytes"),
+    (2**26 + 1, MEMORY.data, "it declares 67,108,865 bytes"),
+    (MEMORY.text_bytes, b"", "it declares"),
+    (MEMORY.text_bytes - 1, MEMORY.data, "it has not its declared length"),
+    (MEMORY.text_bytes + 1, MEMORY.data, "it has not its declared length"),
+    (MEMORY.text_bytes, MEMORY.data[:-5], "it has not its declared length|it cannot be decompressed"),
+    (MEMORY.text_bytes, bytes(20), "it has not its declared length|it cannot be decompressed"),
+    (MEMORY.text_bytes, b"no compressed data", "it has not its declared length|it cannot be decompressed"),
+    (10, memory.compress(["a" * 1_000_000]).data, "it has not its declared length"),
+    (len(ppmd_of(b"ab\xc3")[0]), ppmd_of(b"ab\xc3")[1], "a document is not UTF-8"),
+    (len(ppmd_of(b"ab\xff\xffc")[0]), ppmd_of(b"ab\xff\xffc")[1], "a document is empty"),
+]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -155,6 +181,15 @@ def test_the_format_stays_what_it_is(tmp_path: Path) -> None:
     }
 
 
+def test_a_memory_comes_back(tmp_path: Path) -> None:
+    made(tmp_path / "without")
+    n_bytes = artifact.write(tmp_path / "with", HEADER, TOKENIZER, tensors(), 19, MEMORY)
+    with_memory, without = artifact.read(tmp_path / "with"), artifact.read(tmp_path / "without")
+    assert (with_memory.memory, without.memory) == (("A document \u00e9\n", "\x00", "the third"), ())
+    assert n_bytes == without.n_bytes + 16 + len(MEMORY.data)
+    assert all(torch.equal(with_memory.tensors[name], each) for name, each in without.tensors.items())
+
+
 def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
     content = made(tmp_path / "a").read_bytes()
     path = tmp_path / "flipped"
@@ -181,8 +216,9 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     for altered, message in [
         (b"PK\x03\x04" + bytes(500), "not a hedgemix artifact"),
         (content + b"\0", "bytes after its end"),
-        (content[:8] + struct.pack("<I", 1) + content[12:], "format version 1, this hedgemix reads 2"),
-        (content[:8] + struct.pack("<I", 3) + content[12:], "format version 3, this hedgemix reads 2"),
+        (content[:8] + struct.pack("<I", 1) + content[12:], "format version 1, this hedgemix reads 2 and 3"),
+        (content[:8] + struct.pack("<I", 4) + content[12:], "format version 4, this hedgemix reads 2 and 3"),
+        (content[:8] + struct.pack("<I", 3) + content[12:], "declares a section over|instead of"),
         (content[:200] + bytes([content[200] ^ 1]) + content[201:], "altered"),
         (content[:12] + struct.pack("<Q", 2**40) + content[20:], "over 1,073,741,824 bytes"),
     ]:
@@ -228,6 +264,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         (packed(table(*[[2**15, 2**14]] * 3), **ONE), "too large"),
         (packed(table([2**15, 2**14]), **ONE), "too large"),
         (packed(table([2**30, 0]), **ONE), "too large"),
+        *(
+            (packed({"header": {}, "tensors": []}, memory=(n, data)), f"bad: its memory is damaged: {message}")
+            for n, data, message in BAD_MEMORIES
+        ),
     ],
 )
 def test_well_sealed_nonsense_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact import inspection
 from hedgemix.artifact.tensors import Stepped, Stored
+from hedgemix.data.memory import compress
 
 HEADER = {"recipe": "tiny", "seed": 3}
 
@@ -40,7 +42,7 @@ def test_tensors_add_up_to_their_sections(path: Path) -> None:
     parts = artifact.read_parts(path)
     found = {organ.name: organ for organ in inspection.organs(parts)}
     assert list(found) == ["gain", "levels", "narrow", "scalar", "wide"]
-    stored = sum(parts.lengths[name][1] for name in artifact.SECTIONS[2:])
+    stored = sum(parts.lengths[name][1] for name in artifact.SECTIONS[2:7])
     assert sum(organ.n_bytes for organ in found.values()) == pytest.approx(stored)
     assert found["scalar"].n_bytes == parts.lengths["singles"][1]
     rows, columns = (found[name].n_bytes for name in ("wide", "narrow"))
@@ -83,6 +85,15 @@ def test_the_picture_names_every_part(path: Path) -> None:
     for part in ("128x96", "wide", "narrow", "levels", "gain", "scalar", "weights", "document", "recipe tiny"):
         assert part in said
     assert f"{path.stat().st_size:,} bytes" in said.replace("\n", "")
+
+
+def test_the_picture_names_a_memory(tmp_path: Path) -> None:
+    text = io.StringIO()
+    memory = compress(["one document", "another document"])
+    artifact.write(tmp_path / "a.hmx", {}, b"", {}, 1, memory)
+    inspection.show(tmp_path / "a.hmx", Console(file=text, width=160))
+    assert f"memory: 2 training documents, 29 bytes of text in {len(memory.data)}" in text.getvalue()
+    assert re.search(rf"memory +{len(memory.data)} ", text.getvalue())
 
 
 def test_an_artifact_without_tensors(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hedgemix.experts import feature_experts
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
 from support import cheats
+from support.text_data import documents
 from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG
 from support.tiny_run import Record, make
 
@@ -118,6 +119,15 @@ def test_further_experts_pass_every_check_of_a_repeated_run(tmp_path: Path) -> N
     auditor.ranks_agree(work)
     assert work.findings and failed(work.findings) == []
     assert set(EXPERTS) < set(work.parts["replay"][0]["result"]["expert_names"])
+
+
+def test_a_memory_passes_every_check_isolated(tmp_path: Path) -> None:
+    """In processes that open the artifact and the text alone: what decompresses the memory is library code."""
+    made = make(tmp_path / "runs", remembered=[text[:2000] for text in documents()[100:110]])
+    findings = auditor.run(made.claim(), SHORT, lambda found: None, done_by=WORK)
+    assert failed(findings) == []
+    assert named(findings)["unseen"].figures["memory_tokens"] > 1000
+    assert "in the artifact's memory of " in named(findings)["unseen"].statement
 
 
 @pytest.mark.usefixtures("here")

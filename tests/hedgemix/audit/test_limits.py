@@ -18,6 +18,7 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
+from support.text_data import documents
 from support.tiny_run import Record, make
 
 
@@ -96,6 +97,15 @@ def test_a_little_in_common_is_told_and_passes(sound: Claim) -> None:
     row = {**sound.row, "train_sha256": digest}
     found = limits.unseen(replace(sound, row=row, dataset=replace(sound.dataset, train_sha256=digest)), 200, 0)
     assert found.passed and 0.1 < found.figures["largest_share_of_a_shard"] < 0.3
+
+
+def test_validation_text_in_the_memory_is_caught(tmp_path: Path) -> None:
+    """Though it is in no training shard."""
+    texts = ["Gr\u00f6\u00dfe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
+    remembering = make(tmp_path / "runs", remembered=texts[:3]).claim()
+    found = limits.unseen(remembering, 200, 0)
+    assert not found.passed and "occur in the training text or the memory" in found.headline
+    assert found.figures["windows_in_memory"] == found.figures["windows_in_training_text"] > 100
 
 
 @pytest.mark.parametrize("name", ["valid_sha256", "train_sha256", "tokenizer_sha256"])

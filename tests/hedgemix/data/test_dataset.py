@@ -170,6 +170,39 @@ def test_a_saved_folder_can_be_moved(config: DataConfig, tmp_path: Path) -> None
     assert moved.tokenizer == str(tmp_path / "b" / "tokenizer.model")
 
 
+def test_memory_is_the_beginning_of_the_training_text(
+    config: DataConfig, made: dataset.Dataset, tmp_path: Path
+) -> None:
+    """From documents and from shards, which keep their tokens; nothing else of the data changes."""
+    assert dataset.read_memory(made) is None and len(dataset.memory_tokens(made)) == 0
+    remembering = dataclasses.replace(config, memory_bytes=4_000)
+    found = dataset.prepare(remembering, tmp_path / "a", silent)
+    dataset.save(found, tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    found = dataset.load(tmp_path / "b")
+    tokens = dataset.memory_tokens(found)
+    assert 1_000 < len(tokens) == found.memory_tokens and found.memory_bytes <= 4_000
+    assert tokens.tolist() == dataset.train_stream(found).read(0, len(tokens)).tolist()
+    changed = {name for name, value in dataclasses.asdict(made).items() if getattr(found, name) != value}
+    places = {"folder", "train_shards", "valid_shards", "tokenizer"}
+    assert changed - places == {name for name in dataclasses.asdict(made) if name.startswith("memory")}
+    of_shards = dataset.prepare(shards_config(found, memory_bytes=4_000), tmp_path / "c", silent)
+    assert of_shards.memory_sha256 == found.memory_sha256
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["memory.ppmd"]
+
+
+def test_a_memory_that_is_not_the_datasets_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    remembering = dataclasses.replace(config, memory_bytes=4_000)
+    dataset.save(dataset.prepare(remembering, tmp_path, silent), tmp_path)
+    found = dataset.load(tmp_path)
+    dataset.check_places(found, remembering)
+    with pytest.raises(RecipeError, match="which is not its memory"):
+        dataset.check_places(dataclasses.replace(found, memory=found.tokenizer), remembering)
+    Path(found.memory).write_bytes(b"another")
+    with pytest.raises(RecipeError, match=r"memory.ppmd is not the file that dataset.json names"):
+        dataset.read_memory(found)
+
+
 def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
     for content in (None, "{", '{"colour": 1}', "{}"):
         if content is not None:

@@ -47,18 +47,31 @@ def slow_sizes(index: NgramIndex, start: int, stop: int) -> tuple[list[int], int
     """Pairs and repeats of a span, one position after another."""
     repeats = 0
     for n, table in index.tables.items():
-        contexts = [int(table.first_N[t]) if t >= n - 1 else -t - 1 for t in range(start, stop)]
+        known = n - 1 - len(index.memory_M)
+        contexts = [int(table.first_N[t]) if t >= known else -t - 1 for t in range(start, stop)]
         repeats += sum(contexts[:at].count(context) for at, context in enumerate(contexts))
     return [int(table.distinct_N[start:stop].sum()) for table in index.tables.values()], repeats
 
 
 @settings(max_examples=60, deadline=None)
-@given(streams | repetitive, order_sets, st.sampled_from([(), (1, 3)]), st.sampled_from([1, 3, 16, 100]), st.data())
+@given(
+    st.just(np.zeros(0, int)) | streams,
+    streams | repetitive,
+    order_sets,
+    st.sampled_from([(), (1, 3)]),
+    st.sampled_from([1, 3, 16, 100]),
+    st.data(),
+)
 def test_rows_are_those_of_the_mapped_index_bitwise(
-    tokens: np.ndarray, orders: tuple[int, ...], lengths: tuple[int, ...], span: int, data: st.DataObject
+    memory: np.ndarray,
+    tokens: np.ndarray,
+    orders: tuple[int, ...],
+    lengths: tuple[int, ...],
+    span: int,
+    data: st.DataObject,
 ) -> None:
     """Spans of the grid and others; asked again, the same."""
-    index = ngram_index.build(tokens, orders, VOCAB, lengths)
+    index = ngram_index.build(tokens, orders, VOCAB, lengths, memory_M=memory)
     mapped, here = NgramRows(index, 0.75), Resident(index, "cpu", span, 0.75)
     cuts = data.draw(st.sets(st.integers(1, len(tokens) - 1), max_size=4)) | {*range(0, len(tokens), span)}
     edges = [*sorted(cuts | {0}), len(tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections import defaultdict
 from pathlib import Path
@@ -108,6 +109,42 @@ def test_a_folder_holds_what_memory_does(text: np.ndarray, tmp_path: Path) -> No
         assert all(map(torch.equal, ngrams.rows(a, b), others.rows(a, b)))
         ngrams.advance(b)
         others.advance(b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams | repetitive, streams | repetitive, order_sets, st.sampled_from([(), (1, 3), (2, 5, 13)]))
+def test_a_text_behind_a_memory_goes_on_from_it(
+    memory: np.ndarray, tokens: np.ndarray, orders: tuple[int, ...], lengths: tuple[int, ...]
+) -> None:
+    """Bitwise what an index of both, as one text, says there: pairs, classes, matches and rows."""
+    size, both = len(memory), np.concatenate([memory, tokens])
+    whole = ngram_index.build(both, orders, VOCAB, lengths)
+    index = ngram_index.build(tokens, orders, VOCAB, lengths, memory_M=memory)
+    assert index.memory_M.tolist() == memory.tolist()
+    for name, value in contents(index).items():
+        expected = contents(whole)[name]
+        assert np.array_equal(value, expected[size:] if name.endswith("_N") else expected), name
+    expected_B = ngram_index.longest_class(whole, size, len(both))
+    assert ngram_index.longest_class(index, 0, len(tokens)).tolist() == expected_B.tolist()
+    ngrams, others = NgramRows(index, 0.75), NgramRows(whole, 0.75)
+    others.advance(size)
+    for start in range(0, len(tokens), 16):
+        stop = min(start + 16, len(tokens))
+        assert all(map(torch.equal, ngrams.rows(start, stop), others.rows(size + start, size + stop)))
+        ngrams.advance(stop)
+        others.advance(size + stop)
+
+
+def test_a_memory_in_a_folder(text: np.ndarray, tmp_path: Path) -> None:
+    index = ngram_index.build(text[700:], (1, 2, 3), 50, (4, 6), memory_M=text[:700])
+    ngram_index.build(TokenStream([text[700:]]), (1, 2, 3), 50, (4, 6), tmp_path / "a", memory_M=text[:700])
+    loaded = ngram_index.load(tmp_path / "a")
+    assert_same(index, loaded)
+    assert np.array_equal(loaded.memory_M, text[:700])
+    older = json.loads((tmp_path / "a" / "index.json").read_text())
+    del older["memory_tokens"]
+    (tmp_path / "a" / "index.json").write_text(json.dumps(older))
+    assert np.array_equal(ngram_index.load(tmp_path / "a").tokens_N, text)
 
 
 def test_an_index_in_a_folder_takes_no_memory_of_the_texts_length(tmp_path: Path) -> None:

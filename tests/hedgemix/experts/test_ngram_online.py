@@ -3,13 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hedgemix.config import RecipeError
 from hedgemix.data import tokenizer
 from hedgemix.experts import ngram_index
+from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.experts.ngram import NgramRows
 from hedgemix.experts.ngram_online import OnlineNgram
 from support.text_data import documents, processor
+
+memories = st.lists(st.integers(0, 3), max_size=40)
+streams = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
 @pytest.mark.parametrize("orders", [(1, 2, 3, 4), (1,), (2, 3), (3, 6)])
@@ -27,6 +33,25 @@ def test_rows_are_those_of_the_index_bitwise(source: str, orders: tuple[int, ...
             assert torch.equal(row, expected[0])
         assert online.longest_class() == longest[t]
         online.update(token)
+        batch.advance(t + 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(memories, streams, st.sampled_from([(1,), (1, 2, 3, 4), (2, 6)]))
+def test_behind_a_memory_too(memory: list[int], tokens: list[int], orders: tuple[int, ...]) -> None:
+    before_M, text = np.array(memory, np.uint16), np.array(tokens)
+    index = ngram_index.build(text, orders, 4, memory_M=before_M)
+    batch, online = NgramRows(index, 0.6), OnlineNgram(orders, 4, 0.6, MemoryLookup(before_M, 4, orders[-1] - 1))
+    told = OnlineNgram(orders, 4, 0.6)
+    for token in memory:
+        told.update(token)
+    longest = ngram_index.longest_class(index, 0, len(text))
+    for t, token in enumerate(tokens):
+        for row, expected, slow in zip(online.predict(), batch.rows(t, t + 1), told.predict(), strict=True):
+            assert torch.equal(row, expected[0]) and torch.equal(row, slow)
+        assert online.longest_class() == longest[t] == told.longest_class()
+        for each in (online, told):
+            each.update(token)
         batch.advance(t + 1)
 
 

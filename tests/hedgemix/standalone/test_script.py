@@ -132,7 +132,7 @@ def test_every_recipe_has_a_file_of_a_size_that_matters_little(name: str) -> Non
 def test_it_names_the_packages_it_needs(recipe: Recipe) -> None:
     sources = source_bundle.sources(script.ENTRY)
     found = {name.partition(".")[0] for source in sources.values() for name in source_bundle.imports(source)}
-    assert found - {"hedgemix", *sys.stdlib_module_names} == {*script.PACKAGES, "pyarrow"}
+    assert found - {"hedgemix", *sys.stdlib_module_names} == {*script.PACKAGES, "pyarrow", "pyppmd"}
 
     def needs(**fields: Any) -> set[str]:
         lines = script.requirements(replace(recipe, data=replace(recipe.data, **fields)))
@@ -140,5 +140,6 @@ def test_it_names_the_packages_it_needs(recipe: Recipe) -> None:
         return {line.partition("==")[0] for line in lines}
 
     assert needs(source="shards") == set(script.PACKAGES)
+    assert needs(source="shards", memory_bytes=1) == {*script.PACKAGES, "pyppmd"}
     assert needs(source="text") == {*script.PACKAGES, "pyarrow"}
     assert needs(source="docs", packages=("torch", "pandas")) == {*script.PACKAGES, "pandas"}

@@ -74,6 +74,20 @@ def test_a_plan_counts_bytes_and_chunks_as_a_person_would(tokens: int) -> None:
     assert len({*names, plan.counts.name, plan.data.name}) == 10
 
 
+def test_a_memory_names_another_artifact_and_another_index_but_no_other_training() -> None:
+    recipe, storage = RECIPES["laptop"](), Storage("", Path("r"))
+
+    def steps_of(**changes: str) -> tuple[graph.SeedSteps, str]:
+        data = dataset(**changes)
+        return graph.seed_steps(storage, recipe, data, 1, 10**6), graph.counts_step(storage, recipe, data).name
+
+    (plain, plain_counts), (one, one_counts) = steps_of(), steps_of(memory="memory.ppmd", memory_sha256="a")
+    two, two_counts = steps_of(memory="memory.ppmd", memory_sha256="b")
+    assert plain.train == one.train == two.train and plain.score == one.score
+    assert len({plain.quantize.name, one.quantize.name, two.quantize.name}) == 3
+    assert len({plain_counts, one_counts, two_counts}) == 3
+
+
 def test_the_data_step_sees_its_files_change(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")

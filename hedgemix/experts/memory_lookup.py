@@ -1,0 +1,71 @@
+"""What a memory tells an expert that works one token after another: where the last tokens occurred in it.
+
+The memory's positions are sorted once by the tokens before them, the nearest first (a suffix array of the reversed
+text; Manber and Myers 1990). The positions that follow the same n tokens then lie side by side, and those that follow
+the same n + 1 inside them: a context is found by narrowing a range, token by token. Tables of contexts, as they grow
+with a text, would take gigabytes for a memory of millions of tokens; this takes 12 bytes a token.
+
+Shapes: M tokens of the memory, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hedgemix.config import RecipeError
+
+
+class MemoryLookup:
+    """Finds contexts of at most `depth` tokens in a memory, integers (M,)."""
+
+    def __init__(self, memory_M: np.ndarray, vocab_size: int, depth: int) -> None:
+        """Raises RecipeError for tokens outside the vocabulary."""
+        if len(memory_M) and not 0 <= memory_M.min() <= memory_M.max() < vocab_size:
+            raise RecipeError(f"the memory has tokens outside 0..{vocab_size - 1}: its tokenizer is not the model's")
+        self.tokens_M, self.depth, size = np.ascontiguousarray(memory_M), depth, len(memory_M)
+        # In front of the memory stands a token that is none, so that no context reaches beyond its beginning.
+        kind = np.min_scalar_type(vocab_size)
+        self._padded = np.concatenate([np.full(depth, vocab_size, kind), memory_M.astype(kind)])
+        self._places_M = np.arange(size, dtype=np.int32)
+        for back in range(depth, 0, -1):  # stable, so the nearest token decides, and then the next
+            before_M = self._padded[depth - back : depth - back + size]
+            self._places_M = self._places_M[np.argsort(before_M[self._places_M], kind="stable")]
+
+    def ranges(self, context: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Narrow the sorted places to those behind the last 1, 2, ... tokens of a context, as long as there are any."""
+        places, padded, left, right = self._places_M, self._padded, 0, len(self._places_M)
+        for back in range(1, min(len(context), self.depth) + 1):
+            offset, token = self.depth - back, context[-back]
+
+            def before(at: int, offset: int = offset) -> int:
+                return padded[places[at] + offset]
+
+            left = bisect_left(range(right), token, left, right, key=before)
+            right = bisect_right(range(right), token, left, right, key=before)
+            if left == right:
+                return
+            yield left, right
+
+    def followers(self, found: tuple[int, int], backs: range = range(0)) -> dict[int, int]:
+        """Count the tokens that stand at the places of a range: each once for every different content of the places so
+        many tokens back, or each time where `backs` is empty. The range must be of a context one token shorter than the
+        first of `backs`."""
+        places = self._places_M[slice(*found)]
+        follower = self.tokens_M[places].astype(np.int64)
+        if len(backs):
+            # What is equal so far back lies side by side.
+            opens = np.zeros(len(places), bool)
+            for back in backs:
+                token = self._padded[places + (self.depth - back)]
+                opens[1:] |= token[1:] != token[:-1]
+            kinds = int(follower.max()) + 1
+            follower = np.unique(np.cumsum(opens) * kinds + follower) % kinds
+        tokens, counts = np.unique(follower, return_counts=True)
+        return dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+
+    def latest(self, found: tuple[int, int]) -> int:
+        """Find the last of the places of a range."""
+        return int(self._places_M[slice(*found)].max())

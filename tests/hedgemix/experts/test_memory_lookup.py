@@ -1,0 +1,41 @@
+"""Contexts found in a memory by narrowing, against looking at every place of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hedgemix.config import RecipeError
+from hedgemix.experts.memory_lookup import MemoryLookup
+
+tokens = st.lists(st.integers(0, 2), max_size=50)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens, tokens, st.integers(0, 6))
+def test_contexts_are_where_they_occurred(memory: list[int], context: list[int], depth: int) -> None:
+    lookup = MemoryLookup(np.array(memory, np.uint16), 3, depth)
+    found = list(lookup.ranges(context))
+    for n in range(1, min(depth, len(context)) + 1):
+        places = [t for t in range(n, len(memory)) if memory[t - n : t] == context[-n:]]
+        assert (n <= len(found)) == bool(places)
+        if places:
+            assert lookup.followers(found[n - 1]) == Counter(memory[t] for t in places)
+            assert lookup.latest(found[n - 1]) == places[-1]
+    assert len(found) <= min(depth, len(context))
+
+
+def test_the_largest_vocabulary_has_a_token_more() -> None:
+    memory = np.array([65535, 0, 65535, 0, 7], np.uint16)
+    lookup = MemoryLookup(memory, 65536, 3)
+    assert [lookup.followers(found) for found in lookup.ranges([65535, 0])] == [{65535: 1, 7: 1}] * 2
+    assert not list(MemoryLookup(memory[:1], 65536, 3).ranges([65535]))
+
+
+def test_tokens_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"the memory has tokens outside 0\.\.3"):
+        MemoryLookup(np.array([1, 4]), 4, 2)
