@@ -175,11 +175,48 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """Set how the fast head learns: the output layer alone, token by token, by steps that fade."""
+
+    rate: float = 0.5
+    """How far one step moves the logits at the very same feature, times the error."""
+    memory_tokens: float = 1000.0
+    """After how many tokens a step has faded to 1/e."""
+    block_tokens: int = 64
+    """Tokens whose steps are found together; divides 1,024."""
+    ridge: float = 0.03
+    """Added to the eigenvalues of the features' moments before they are whitened, in units of their mean."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Set how far back, and how sharply, the neural cache looks for features like the present one's."""
+
+    enabled: bool = True
+    """Mix the neural cache, an expert over the model's final features."""
+    memory_tokens: int = 3000
+    """Positions that are looked back on."""
+    theta: float = 15.0
+    """What the cosine of two features is multiplied by in the softmax over positions."""
+    decay_tokens: float = 500.0
+    """After how many tokens a position's weight has faded to 1/e."""
+    floor: float = 0.005
+    """Share of each row that is spread evenly over the vocabulary."""
+    ridge: float = 4.0
+    """Added to the eigenvalues of the features' moments before they are whitened, in units of their mean."""
+
+
+@dataclass(frozen=True)
 class TTTConfig:
     """Set how the model trains on what it has scored."""
 
     enabled: bool = True
-    """Train on each chunk after it was scored."""
+    """Train on what was scored, once it was."""
+    kind: Literal["head", "weights"] = "head"
+    """head: the output layer, token by token, as `head` says; its rows are mixed beside the frozen model's. weights:
+    all layers, after each chunk, as the fields below say; the rows of the trained model are mixed in place of the
+    frozen one's."""
+    head: HeadConfig = field(default_factory=HeadConfig)
     rate: float = 2e-4
     """AdamW rate (betas 0.9 and 0.999, no decay)."""
     epochs: int = 1
@@ -198,6 +235,11 @@ class TTTConfig:
     ramp_fraction: float = 0.3
     polyak: float = 0.0
     """Decay per step of the averaged weights that score (0: score with the trained weights themselves)."""
+
+    @property
+    def trains_weights(self) -> bool:
+        """Tell whether chunks are learned, with a backward pass."""
+        return self.enabled and self.kind == "weights"
 
 
 @dataclass(frozen=True)
@@ -258,6 +300,7 @@ class EvaluateConfig:
     """Ranks of the published rule, which moves weights of its own on each; bpb_published depends on their number (the
     reference had 8), and no score does."""
     ttt: TTTConfig = field(default_factory=TTTConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     mixer: MixerConfig = field(default_factory=MixerConfig)
 
 

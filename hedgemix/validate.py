@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any
 
 from hedgemix.config import (
+    CacheConfig,
     ComputeConfig,
     DataConfig,
     EvaluateConfig,
+    HeadConfig,
     LimitsConfig,
     MixerConfig,
     ModelConfig,
@@ -31,6 +33,10 @@ LARGEST_DAMPING = 10.0
 """Of a Hessian's mean diagonal: with more, the Hessian says nothing."""
 LARGEST_STEP = 65504.0
 """The largest float16, which holds the published export's steps."""
+METRIC_TOKENS = 1024
+"""At multiples of this the metric of features may change, and no block of the fast head lies across one."""
+LARGEST_THETA = 40.0
+"""Of the neural cache: exp(2 theta), the ratio of its largest weight to its least, stays within float32."""
 
 
 def check_recipe(recipe: Recipe, qat_levels: int, expert_names: Collection[str]) -> None:
@@ -51,6 +57,7 @@ def check_recipe(recipe: Recipe, qat_levels: int, expert_names: Collection[str])
     check_ttt(evaluate.ttt, context_tokens)
     check_data(recipe.data)
     check_memory(recipe)
+    check_cache(evaluate.cache)
     check_mixer(evaluate.mixer, expert_names)
     check_orders(evaluate.mixer.orders)
     check_match_lengths(evaluate.mixer.match_lengths)
@@ -185,10 +192,15 @@ def check_evaluate(config: EvaluateConfig, context_tokens: int) -> None:
 
 
 def check_ttt(config: TTTConfig, context_tokens: int) -> None:
-    """Check test-time training, unless it is off, of a model whose training context was this long."""
+    """Check test-time training of the kind chosen, unless it is off, of a model whose training context was this
+    long."""
     if not config.enabled:
         return
     require = partial(_require, "evaluate.ttt", config)
+    require(config.kind in ("head", "weights"), "kind", "head or weights")
+    if config.kind == "head":
+        check_head(config.head)
+        return
     for field in ("epochs", "batch_sequences", "sequence_tokens"):
         require(getattr(config, field) >= 1, field, "at least 1")
     require(0 < config.rate < math.inf, "rate", "positive")
@@ -204,6 +216,28 @@ def check_memory(recipe: Recipe) -> None:
     memory, room = recipe.data.memory_bytes, recipe.quantize.target_bytes or recipe.limits.total_bytes
     if memory >= room:
         raise RecipeError(f"data.memory_bytes {memory:,} fills the {room:,} bytes that the artifact may have; lower it")
+
+
+def check_head(config: HeadConfig) -> None:
+    """Check the fast head's steps."""
+    require = partial(_require, "evaluate.ttt.head", config)
+    for field in ("rate", "ridge"):
+        require(0 < getattr(config, field) < math.inf, field, "positive")
+    require(1 <= config.memory_tokens < math.inf, "memory_tokens", "at least 1")
+    block = config.block_tokens
+    require(1 <= block <= METRIC_TOKENS and METRIC_TOKENS % block == 0, "block_tokens", f"a divisor of {METRIC_TOKENS}")
+
+
+def check_cache(config: CacheConfig) -> None:
+    """Check the neural cache, unless it is off."""
+    if not config.enabled:
+        return
+    require = partial(_require, "evaluate.cache", config)
+    require(config.memory_tokens >= 1, "memory_tokens", "at least 1")
+    require(0 <= config.theta <= LARGEST_THETA, "theta", f"from 0 to {LARGEST_THETA:g}")
+    require(1 <= config.decay_tokens < math.inf, "decay_tokens", "at least 1")
+    require(0 < config.floor < 1, "floor", "above 0 and below 1")
+    require(0 < config.ridge < math.inf, "ridge", "positive")
 
 
 def check_mixer(config: MixerConfig, expert_names: Collection[str]) -> None:

@@ -113,13 +113,18 @@ def evaluate(job: Job) -> None:
 def variants(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
     """Other settings of the evaluation, beside the recipe's."""
     learned = TTTConfig(
-        rate=2e-4, batch_sequences=config.ttt.batch_sequences, sequence_tokens=config.ttt.sequence_tokens
+        kind="weights",
+        rate=2e-4,
+        batch_sequences=config.ttt.batch_sequences,
+        sequence_tokens=config.ttt.sequence_tokens,
     )
     quarter = config.mixer.block_tokens // 4
     return {
         "recipe": config,
         f"blocks of {quarter}": replace(config, mixer=replace(config.mixer, block_tokens=quarter)),
         "every weight learns, 1 epoch at 2e-4": replace(config, ttt=learned),
+        "no neural cache": replace(config, cache=replace(config.cache, enabled=False)),
+        "no fast head": replace(config, ttt=replace(config.ttt, enabled=False)),
     }
 
 

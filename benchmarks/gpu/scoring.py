@@ -128,7 +128,8 @@ def mixed(mixer: BatchMixer, logits: Tensor, pieces: list[Piece]) -> list[Scores
 
 def graphs(mixer: BatchMixer) -> str:
     """Whether the mixer replays both of its graphs, having compared them with the work as often as it does."""
-    replays = [mixer._spans, mixer._call and mixer._call[2]]
+    (sets,) = mixer.sets
+    replays = [sets.spans, sets.call and sets.call[2]]
     if not any(replays):
         return "none made"
     kept = [each is not None and each.replay is not each.work and not each.unchecked for each in replays]
@@ -162,9 +163,9 @@ def profiled_mixing(job: Job, name: str, block: int, work: Callable[[], object],
 def replayed_span(job: Job, name: str, mixer: BatchMixer) -> None:
     """Of what a graph replays, a span's blocks: microseconds from one of its operations to the next. The mixer is of no
     use after it: it learns the same span again and again."""
-    work = partial(mixer._mix, mixer._blocks(0, mixer.span))
+    work = partial(mixer.sets[0].mix, mixer._blocks(0, mixer.span))
     operations = gpu_plan.counted(work)
-    spent = milliseconds(mixer._spans or work, job.device, job.sizes.repeats)
+    spent = milliseconds(mixer.sets[0].spans or work, job.device, job.sizes.repeats)
     note = f"{operations} operations a span, {spent:.3f} ms"
     job.tell(f"us an operation of a span, {name}", 1000 * spent / operations, "us", note=note)
 

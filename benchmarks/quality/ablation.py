@@ -32,9 +32,10 @@ from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
 from hedgemix.data import bpb, dataset, tokenizer
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import target_nats
-from hedgemix.evaluate.scoring_order import chunk_rows, chunks
+from hedgemix.evaluate.scoring_order import FEATURES, chunk_rows, chunks
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram_index
+from hedgemix.experts.feature_experts import CACHE, HEAD, start_experts
 from hedgemix.experts.ngram_index import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import hedge
@@ -62,6 +63,9 @@ class Options:
     """Also write the table here."""
 
 
+DEFAULT = "ensemble, neural cache and fast head"
+
+
 @dataclass(frozen=True)
 class Line:
     """One variant: which rows it mixes, with what, and which mixture of that is its score."""
@@ -70,6 +74,13 @@ class Line:
     mixer: MixerConfig
     kind: str
     rows: str = "frozen"
+    given: tuple[str, ...] = ()
+    """Experts over the rows' features that are mixed besides."""
+
+    @property
+    def key(self) -> tuple[MixerConfig, str, tuple[str, ...]]:
+        """What lines have in common that one mixer scores."""
+        return self.mixer, self.rows, self.given
 
 
 def lines(ttt: bool) -> list[Line]:
@@ -84,6 +95,20 @@ def lines(ttt: bool) -> list[Line]:
         Line("Hedge over the experts", MIXER, "hedge"),
     ]
     found += [Line(f"ensemble and {name}", replace(MIXER, experts=(name,)), "ensemble") for name in EXPERTS]
+    found += [
+        Line("ensemble and the neural cache", MIXER, "ensemble", given=(CACHE,)),
+        Line("ensemble and the fast head", MIXER, "ensemble", given=(HEAD,)),
+        Line(DEFAULT, MIXER, "ensemble", given=(CACHE, HEAD)),
+    ]
+    found += [
+        Line(
+            f"ensemble, neural cache, fast head and {name}",
+            replace(MIXER, experts=(name,)),
+            "ensemble",
+            given=(CACHE, HEAD),
+        )
+        for name in EXPERTS
+    ]
     for gate in ("none", "entropy", "order"):
         linear = (gate, *(other for other in MIXER.linear_gates if other != gate))
         alone = replace(MIXER, linear_gates=linear, gates=(gate,), memory_tokens=MIXER.memory_tokens[:1])
@@ -95,7 +120,7 @@ def lines(ttt: bool) -> list[Line]:
         Line("ensemble with pure Hedge, share 0", replace(MIXER, hedge_share=0.0), "ensemble"),
     ]
     if ttt:
-        found.append(Line("ensemble with test-time training", MIXER, "ensemble", "adapted"))
+        found.append(Line("ensemble over trained weights", MIXER, "ensemble", "adapted"))
     return found
 
 
@@ -147,25 +172,36 @@ def score(
     sizes = bpb.token_bytes(bpb.byte_tables(tokenizer.load(found.tokenizer)), tokens[:-1], tokens[1:])
     tokens_N = torch.from_numpy(tokens.astype(np.int64)).to(device)
     watch = Watch(device)
-    todo, mixers = lines(config.ttt.enabled), dict[tuple[MixerConfig, str], BatchMixer]()
+    todo, mixers = lines(config.ttt.trains_weights), dict[tuple[MixerConfig, str, tuple[str, ...]], BatchMixer]()
     for line in todo:
-        if (line.mixer, line.rows) not in mixers:
-            mixers[line.mixer, line.rows] = BatchMixer(line.mixer, model.vocab_size, select(index, line.mixer), device)
-    nll: dict[tuple[MixerConfig, str], dict[str, list[Tensor]]] = {key: {} for key in mixers}
+        if line.key not in mixers:
+            own = select(index, line.mixer)
+            mixers[line.key] = BatchMixer(line.mixer, model.vocab_size, own, device, given=line.given)
+    nll: dict[tuple[MixerConfig, str, tuple[str, ...]], dict[str, list[Tensor]]] = {key: {} for key in mixers}
+    everything = replace(
+        config, cache=replace(config.cache, enabled=True), ttt=replace(config.ttt, enabled=True, kind="head")
+    )
+    experts_over = start_experts(everything, model, device)
+    assert experts_over
     neural = dict.fromkeys(("frozen", "adapted", "sliding"), 0.0)
     parts = chunks(len(tokens), config.chunk_tokens)
-    adapter = Adapter(model, config.ttt, len(parts), config.dtype) if config.ttt.enabled else None
+    adapter = Adapter(model, config.ttt, len(parts), config.dtype) if config.ttt.trains_weights else None
     weights = torch.from_numpy(np.concatenate([[0], sizes])).float().to(device)
     weights = weights if config.ttt.byte_weighted else torch.ones_like(weights)
     for number, chunk in enumerate(parts):
         models = {"frozen": model} | ({"adapted": adapter.scorer} if adapter else {})
         for name, scorer in models.items():
-            source = chunk_rows({name: scorer}, tokens_N, chunk, replace(config, order="streaming"))
+            streaming = replace(config, order="streaming")
+            source = chunk_rows({name: scorer}, tokens_N, chunk, streaming, "frozen")
             while (item := watch(name, partial(next, source, None))) is not None:
                 piece, rows = item
                 neural[name] += target_nats(rows[name], tokens_N[piece.start : piece.stop])
+                said_of = {}
+                if FEATURES in rows:
+                    here = rows[name], rows[FEATURES], tokens_N[piece.start : piece.stop]
+                    said_of = watch("experts", partial(experts_over.rows, *here))
                 for key in (key for key in mixers if key[1] == name):
-                    given = {"neural": rows[name]}
+                    given = {"neural": rows[name]} | {expert: said_of[expert] for expert in key[2]}
                     said = watch(
                         key, lambda key=key, given=given, at=piece: mixers[key].score(given, at.start, at.stop)
                     )
@@ -181,8 +217,9 @@ def score(
     def rate(nats: float) -> float:
         return bpb.bits_per_byte(nats, n_bytes)
 
-    own = nll[MIXER, "frozen"]
-    experts = -torch.stack([torch.cat(own[name]) for name in mixers[MIXER, "frozen"].experts], 1)[:, None]
+    plain = MIXER, "frozen", ()
+    own = nll[plain]
+    experts = -torch.stack([torch.cat(own[name]) for name in mixers[plain].experts], 1)[:, None]
     uniform = torch.full(experts.shape[1:], -np.log(experts.shape[2]), dtype=torch.float64, device=device)
     pure = -float(hedge.fixed_share(experts, uniform, 0.0)[0].sum())
     out = {
@@ -192,11 +229,11 @@ def score(
         "pure Hedge over the experts, share 0": Score(rate(pure), watch.seconds["frozen"]),
     }
     for line in todo:
-        key = line.mixer, line.rows
+        key = line.key
         nats = sum(float(part.sum()) for part in nll[key][line.kind])
-        first = next(other for other in todo if (other.mixer, other.rows) == key) is line
+        first = next(other for other in todo if other.key == key) is line
         out[line.label] = Score(rate(nats), watch.seconds[line.rows], watch.seconds[key] if first else None)
-    return out if config.ttt.enabled else {k: v for k, v in out.items() if k != "neural with test-time training"}
+    return out if config.ttt.trains_weights else {k: v for k, v in out.items() if k != "neural with test-time training"}
 
 
 def select(index: NgramIndex, config: MixerConfig) -> NgramIndex:
@@ -225,8 +262,6 @@ def markdown(
     text: Dataset, tokens: np.ndarray, recipe: Recipe, seeds: list[int], found: list[dict[str, Score]]
 ) -> str:  # fmt: skip
     """The table, over the seeds."""
-    last = "ensemble with test-time training"
-    default = last if last in found[0] else "ensemble: all orders and the match"
     where = f"recipe {recipe.recipe}, {recipe.data.source}, seeds {', '.join(map(str, seeds))}"
     order = f"{recipe.evaluate.window_tokens} tokens of context, stride {recipe.evaluate.stride_tokens} when sliding"
     out = [
@@ -241,7 +276,7 @@ def markdown(
         mean, deviation = mean_and_deviation([one.bpb for one in each])
         change = float(np.mean([one.bpb for one in each] - base))
         mixing, forward = (seconds([getattr(one, name) for one in each]) for name in ("mixing", "forward"))
-        name = f"**{label} (the default)**" if label == default else label
+        name = f"**{label} (the default)**" if label == DEFAULT else label
         out.append(f"| {name} | {mean:.4f} | {deviation:.4f} | {change:+.4f} | {mixing} | {forward} |")
     return "\n".join(out)
 

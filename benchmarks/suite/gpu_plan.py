@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from hedgemix.data.bpb import ByteTables
 from hedgemix.data.device_text import Text
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
-from hedgemix.experts import ngram_index
+from hedgemix.experts import feature_experts, neural_cache, ngram_index
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer, Scores
 from hedgemix.model.transformer import Model, parameter_count
@@ -34,7 +35,7 @@ VALID_TOKENS = 62_021_846
 PIECE_WAITS, CHUNK_WAITS = 1, 6
 """Times that the host waits for a GPU beside the mixer, which never waits. For each piece: what the tally is told. For
 each chunk: all sums, the four kinds of weights that the trace shows, and the clock of its phases."""
-EVALUATION = ("scoring", "test-time training", "mixing", "published rule and sums")
+EVALUATION = ("scoring", "experts over features", "test-time training", "mixing", "published rule and sums")
 """Stages inside the evaluation's clock."""
 FREE = torch.ops.aten._unsafe_view.default, torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default
 """Array operations that start nothing on a device, beside those that torch calls views."""
@@ -110,6 +111,10 @@ class Launches:
     """In graphs, while it mixes."""
     rule: float
     """By the host, beside the mixer: the published rule and the sums."""
+    adapting: float = 0.0
+    """By the host, for the experts over features."""
+    adapting_replayed: float = 0.0
+    """In graphs, for them."""
 
 
 def plan(recipe: Recipe, rates: Rates, counted: Launches, valid_tokens: int = VALID_TOKENS) -> list[Stage]:
@@ -141,14 +146,23 @@ def plan(recipe: Recipe, rates: Rates, counted: Launches, valid_tokens: int = VA
     stages.append(Stage("coding, once", 0, 4 * parameters, 0, parameters / rates.coding, "on one CPU core, each try"))
     seconds = valid_tokens / rates.indexing
     stages.append(Stage("n-gram index", 0, 0, 0, seconds, f"{valid_tokens:,} tokens, CPU, before evaluation's clock"))
-    row_sets = 1 + evaluate.ttt.enabled
-    score = row_sets * operations.streaming_operations(
+    given = feature_experts.names(evaluate)
+    models, row_sets = 1 + evaluate.ttt.trains_weights, len(row_set_names(evaluate))
+    score = models * operations.streaming_operations(
         model, V, valid_tokens, evaluate.window_tokens, evaluate.segment_tokens, evaluate.overlap_tokens
     )
-    rows = row_sets * valid_tokens * 4 * V
+    rows = valid_tokens * 4 * (models * V + (model.width if given else 0))
     seconds = score / (scorers * forward) + rows / rates.link
-    stages.append(Stage("scoring", score, rows, 0, seconds, f"{row_sets} models; rows gathered on every rank"))
-    if evaluate.ttt.enabled:
+    stages.append(Stage("scoring", score, rows, 0, seconds, f"{models} models; rows gathered on every rank"))
+    if given:
+        adapt = valid_tokens * operations.feature_operations(model, evaluate, V)
+        asked = counted.adapting * valid_tokens / evaluate.segment_tokens
+        seconds = counted.adapting * rates.launch_seconds + counted.adapting_replayed * rates.replay_seconds
+        seconds = seconds * valid_tokens / evaluate.segment_tokens + adapt / (rates.peak / 16)
+        what = f"{counted.adapting:.0f} operations asked for and {counted.adapting_replayed:.0f} replayed a piece of "
+        what += f"{evaluate.segment_tokens:,}; float32 products at 1/16 of the peak; on every rank"
+        stages.append(Stage("experts over features", adapt, 0, asked, seconds, what))
+    if evaluate.ttt.trains_weights:
         adapt = 3 * evaluate.ttt.epochs * valid_tokens
         adapt *= operations.token_operations(model, evaluate.ttt.sequence_tokens / 2, V)
         stages.append(Stage("test-time training", adapt, 0, 0, adapt / (scorers * forward),
@@ -220,19 +234,23 @@ class Graphs:
 
 
 def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
-    """Of one piece of an evaluation with two row sets, counted on a CPU on random tokens, as a GPU would work: with a
+    """Of one piece of an evaluation, counted on a CPU on random tokens, as a GPU would work: with a
     resident index, and what is in graphs apart."""
     size = config.segment_tokens
     tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * size).astype(np.uint16)
     index = ngram_index.build(tokens, config.mixer.orders, vocab_size, config.mixer.match_lengths)
+    said = {name: torch.rand(size, vocab_size).softmax(1) for name in feature_experts.names(config)}
+    asked, replayed = count_mixing(
+        config, index, said | {name: torch.randn(size, vocab_size) for name in row_set_names(config)}
+    )
     rows = {name: torch.randn(size, vocab_size) for name in ("frozen", "adapted")}
-    asked, replayed = count_mixing(config, index, rows)
     tables = ByteTables(*(np.ones(vocab_size, kind) for kind in (np.int16, bool, bool)))
     shape = ModelConfig(
         layers=1, width=64, heads=1, kv_heads=1, mlp_hidden=64, bigram_buckets=0, value_embedding_layers=0
     )
     model = Model(shape, vocab_size, 64, draw=False)
-    settings = replace(config, ttt=replace(config.ttt, enabled=True))
+    trained = replace(config.ttt, enabled=True, kind="weights")
+    settings = replace(config, ttt=trained, cache=replace(config.cache, enabled=False))
     work = Evaluation(model, Text(tokens, torch.device("cpu")), tables, index, settings)
     work.published.counted = size**2  # long past its beginning, when it has nothing to do
     published.open_chunk(work.published, config.chunk_tokens)
@@ -247,19 +265,49 @@ def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
 
     mix, work.mixer.score = work.mixer.score, score  # type: ignore[method-assign]
     first = {name: of[1:] for name, of in rows.items()}
-    return Launches(asked, replayed, counted(lambda: work.score(Piece(1, size), first)) - mixing)
+    rule = counted(lambda: work.score(Piece(1, size), first)) - mixing
+    return Launches(asked, replayed, rule, *count_adapting(config, vocab_size))
+
+
+def row_set_names(config: EvaluateConfig) -> tuple[str, ...]:
+    """The row sets that an evaluation mixes."""
+    return ("frozen", "adapted") if config.ttt.trains_weights or feature_experts.names(config) else ("frozen",)
+
+
+def count_adapting(config: EvaluateConfig, vocab_size: int) -> tuple[int, int]:
+    """Of a piece that is no text's first, for the experts over features in a GPU's blocks: operations that the host
+    asks for, and those in graphs."""
+    size, width, graphs = config.segment_tokens, 16, Graphs()
+    with patch.dict(neural_cache.BLOCK_TOKENS, cpu=neural_cache.BLOCK_TOKENS["cuda"]):
+        experts = feature_experts.FeatureExperts(config, vocab_size, width)
+    given = torch.randn(size, vocab_size), torch.randn(size, width), torch.zeros(size, dtype=torch.int64)
+    if not experts.names:
+        return 0, 0
+    if experts.head:
+        experts.head.record = graphs.record
+    experts.rows(*(each[1:] for each in given))
+    experts.rows(*given)
+    if experts.head and experts.head.span:
+        experts.head.span[2].unchecked = 0
+    graphs.replays = graphs.operations = 0
+    total = counted(lambda: experts.rows(*given))
+    return total - graphs.operations + graphs.replays, graphs.operations
 
 
 def count_mixing(config: EvaluateConfig, index: ngram_index.NgramIndex, rows: dict[str, Tensor]) -> tuple[int, int]:
     """Of a piece that is no text's first: operations that the host asks for, and those in graphs."""
     size, graphs = config.segment_tokens, Graphs()
     span = min(SPAN_TOKENS["cuda"], size)
-    mixer = BatchMixer(config.mixer, index.vocab_size, index, names=tuple(rows), span_tokens=span, resident=True)
-    mixer._record = graphs.record
+    names, given = row_set_names(config), feature_experts.names(config)
+    options: dict[str, Any] = {"names": names, "given": given, "plain": names[:1], "resident": True}
+    mixer = BatchMixer(config.mixer, index.vocab_size, index, span_tokens=span, **options)
+    for sets in mixer.sets:
+        sets.record = graphs.record
     mixer.score({name: of[1:] for name, of in rows.items()}, 1, size)
     mixer.score(rows, size, 2 * size)
-    assert mixer._spans is not None and mixer._call is not None, "pieces are no whole spans: nothing is replayed"
-    mixer._spans.unchecked = mixer._call[2].unchecked = 0
+    for sets in mixer.sets:
+        assert sets.spans is not None and sets.call is not None, "pieces are no whole spans: nothing is replayed"
+        sets.spans.unchecked = sets.call[2].unchecked = 0
     graphs.replays = graphs.operations = 0
     total = counted(lambda: mixer.score(rows, 2 * size, 3 * size))
     return total - graphs.operations + graphs.replays, graphs.operations

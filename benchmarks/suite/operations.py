@@ -6,7 +6,8 @@ once: weights and optimizer state, and rows over the vocabulary. So a limit made
 
 from __future__ import annotations
 
-from hedgemix.config import MixerConfig, ModelConfig, TrainConfig
+from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, TrainConfig
+from hedgemix.experts import fast_head
 from hedgemix.mixers.network import expert_names, logistic_experts
 
 
@@ -67,6 +68,15 @@ def mixing_costs(vocab_size: int, config: MixerConfig) -> tuple[float, float]:
     inputs = linears + len(logistic_experts(config))
     products = linears * experts + logistics * inputs + logistics * inputs**2
     return 2.0 * vocab_size * products, 4.0 * vocab_size * (experts + 2 * inputs + logistics)
+
+
+def feature_operations(model: ModelConfig, config: EvaluateConfig, vocab_size: int) -> float:
+    """Of the experts over features, a position: the cache's cosines and sums by token, the head's steps before the
+    block and within it."""
+    cache = config.cache.memory_tokens * (model.width + vocab_size) if config.cache.enabled else 0
+    block, trained = config.ttt.head.block_tokens, config.ttt.enabled and config.ttt.kind == "head"
+    head = 2 * model.width * vocab_size + fast_head.PASSES * block * vocab_size if trained else 0
+    return 2.0 * (cache + head)
 
 
 RULE_PASSES = 29

@@ -25,10 +25,11 @@ from hedgemix.data import bpb, memory, tokenizer
 from hedgemix.evaluate import scoring_order
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import registry
+from hedgemix.experts.feature_experts import names, start_experts
 from hedgemix.mixers.online_mixer import OnlineMixer
 from hedgemix.model.attention import Cache
 from hedgemix.model.transformer import Model
-from hedgemix.validate import check_evaluate, check_mixer, check_ttt
+from hedgemix.validate import check_cache, check_evaluate, check_mixer, check_ttt
 
 
 class Predictor:
@@ -44,6 +45,7 @@ class Predictor:
         check_mixer(config.mixer, registry.EXPERTS)
         check_evaluate(config, model.context_tokens)
         check_ttt(config.ttt, model.context_tokens)
+        check_cache(config.cache)
         self.config, self.vocab_size, self.position = config, model.vocab_size, 1
         processor = tokenizer.load(found.tokenizer)
         self.tables = bpb.byte_tables(processor)
@@ -51,17 +53,21 @@ class Predictor:
         self.tokens_N[0] = first_token
         self.weights_N = torch.ones(n_tokens)
         self.chunks = scoring_order.chunks(n_tokens, config.chunk_tokens)
-        self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.enabled else None
+        self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.trains_weights else None
+        self.experts = start_experts(config, model)
         self.model = self.adapter.scorer if self.adapter else model
         self.contexts = self._contexts()
         self.targets, self.piece_stop, self.cache = scoring_order.Piece(1, 1), 1, model.start_cache(0)
-        self.mixer = OnlineMixer(config.mixer, model.vocab_size, first_token, memory.tokens(processor, found.memory))
+        memory_M = memory.tokens(processor, found.memory)
+        self.mixer = OnlineMixer(config.mixer, model.vocab_size, first_token, names(config), memory_M)
         self.row: np.ndarray | None = None
 
     def predict(self) -> np.ndarray:
         """Give the probabilities (V,), float64, of the next token; asked again, the same."""
         if self.row is None:
-            self.row = self.mixer.predict(self._neural_row()).double().softmax(0).numpy()
+            neural_V, feature_D = self._neural_row()
+            given = self.experts.predict(neural_V, feature_D) if self.experts else {}
+            self.row = self.mixer.predict(neural_V, given).double().softmax(0).numpy()
         return self.row
 
     def update(self, token: int) -> None:
@@ -76,6 +82,8 @@ class Predictor:
         self.tokens_N[self.position] = token
         self.position += 1
         block = self.config.mixer.block_tokens
+        if self.experts:
+            self.experts.update(token)
         self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
 
     def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, int]]:
@@ -87,8 +95,8 @@ class Predictor:
             if self.adapter and number + 1 < len(self.chunks):
                 self.adapter.learn(self.tokens_N, self.weights_N, chunk)
 
-    def _neural_row(self) -> Tensor:
-        """Compute log probabilities (V,), float32, of the next token."""
+    def _neural_row(self) -> tuple[Tensor, Tensor]:
+        """Compute log probabilities (V,), float32, of the next token, and the features (D,) they come from."""
         begin = self.position - 1
         if self.position == self.targets.stop:
             begin, self.targets, self.piece_stop = next(self.contexts)
@@ -97,12 +105,12 @@ class Predictor:
 
 
 @torch.inference_mode()
-def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> Tensor:
-    """Compute the row (V,) behind the last of `tokens`, which follow those the cache holds; see
-    `scoring_order.piece_rows`."""
+def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> tuple[Tensor, Tensor]:
+    """Compute the row (V,) and the features (D,) behind the last of `tokens`, which follow those the cache holds; see
+    `scoring_order.chunk_rows`."""
     band = config.window_tokens if config.order == "streaming" else None
     with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if len(tokens) > 1:
             model.features(tokens[None, :-1], band=band, cache=cache)
         features = model.features(tokens[None, -1:], band=band, cache=cache)
-        return torch.log_softmax(model.logits(features)[0, -1], dim=-1)
+        return torch.log_softmax(model.logits(features)[0, -1], dim=-1), features[0, -1]

@@ -1,8 +1,9 @@
 """The score of an artifact: bits per byte of a token stream, from the artifact and the tokens alone.
 
-Every chunk is scored with state frozen, its bits are added once, and only then does the model learn from it; mixing
-weights and counts move inside a chunk, from tokens already scored. Two models score side by side: the shipped weights,
-frozen, and the ones that test-time training moves, so that one pass tells what each stage is worth.
+Every token's bits are added once, and only then does anything learn from it: experts and mixing weights token by token
+or block by block, a model that test-time training moves after each chunk. Two row sets are scored side by side, the
+shipped model's as they are and with what adapts (the experts over its features, or trained weights), so that one pass
+tells what each stage is worth.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.breakdown import Tally
 from hedgemix.evaluate.observer import Observer
-from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks
+from hedgemix.evaluate.scoring_order import FEATURES, Piece, chunk_rows, chunks
 from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram_index
+from hedgemix.experts.feature_experts import HEAD, start_experts
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import SPAN_TOKENS, BatchMixer
 from hedgemix.model.transformer import Model
@@ -46,9 +48,9 @@ class EvaluateResult:
     bpb_quantized: float
     """Bits per byte of the artifact's weights, frozen, no mixing."""
     bpb_mixed: float
-    """Bits per byte of the artifact's weights, frozen, mixed with the experts."""
+    """Bits per byte of the artifact's weights, frozen, mixed with the experts that see no features."""
     bpb_ttt: float | None
-    """Bits per byte with test-time training, no mixing; None when it is off."""
+    """Bits per byte with test-time training (the fast head, or trained weights), no mixing; None when it is off."""
     bpb_final: float
     """The score: bits per byte with everything the recipe turns on. A code length."""
     bpb_hedge: float
@@ -71,7 +73,7 @@ class EvaluateResult:
     mixing_seconds: float
     """Part of evaluate_seconds in experts and mixers."""
     ttt_seconds: float
-    """Part of evaluate_seconds in test-time training."""
+    """Part of evaluate_seconds in test-time training and the neural cache."""
     expert_names: list[str]
     """The neural model and the experts beside it."""
     expert_weights: list[float]
@@ -168,12 +170,16 @@ class Evaluation:
         self.chunks = chunks(len(tokens_N), config.chunk_tokens)
         device = tokens_N.device
         scheduled = len(chunks(schedule_tokens or len(tokens_N), config.chunk_tokens))
-        self.adapter = Adapter(model, config.ttt, scheduled, config.dtype) if config.ttt.enabled else None
-        names = ("frozen", "adapted") if self.adapter else ("frozen",)
+        self.adapter = Adapter(model, config.ttt, scheduled, config.dtype) if config.ttt.trains_weights else None
+        self.experts = start_experts(config, model, device)
+        given = self.experts.names if self.experts else ()
+        names = ("frozen", "adapted") if self.adapter or given else ("frozen",)
         self.best = names[-1]
+        """The row set of the final score; where weights stay as they are its neural rows are the frozen ones."""
         # On a GPU pieces of whole spans: what they take is known, and they are replayed.
         span = 0 if device.type == "cpu" else min(SPAN_TOKENS["cuda"], config.segment_tokens)
-        self.mixer = BatchMixer(config.mixer, model.vocab_size, index, device, names=names, span_tokens=span)
+        sets: dict[str, Any] = {"names": names, "given": given, "plain": names[:1]}
+        self.mixer = BatchMixer(config.mixer, model.vocab_size, index, device, span_tokens=span, **sets)
         self.published = published.start(model.vocab_size, device, ranks=config.published_ranks)
         self.weights_N = self.bytes_N if config.ttt.byte_weighted else Ones(tokens_N)
         self.nats: dict[str, float] = dict.fromkeys(
@@ -221,6 +227,8 @@ class Evaluation:
         published.open_chunk(self.published, chunk.stop - chunk.start)
         source = self.rows(chunk)
         while (item := self.timed("scoring", partial(next, source, None))) is not None:
+            if self.experts:
+                self.timed("ttt", partial(self.adapt, *item))
             self.timed("mixing", partial(self.score, *item))
         self.count(chunk)
         self.settle()
@@ -246,16 +254,23 @@ class Evaluation:
         }
 
     def rows(self, chunk: Piece) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-        """The chunk's pieces in order, each with the log rows (B, V) of every model."""
+        """The chunk's pieces in order, each with the log rows (B, V) of every row set and, for the experts over them,
+        the features (B, D) that the last one's rows were made from."""
         self.observer.on_open(self, chunk)
         models = {"frozen": self.model}
         if self.adapter and self.adapter.chunks_learned:
             models["adapted"] = self.adapter.scorer
-        for piece, rows in chunk_rows(models, self.tokens_N, chunk, self.config):
-            if self.adapter and "adapted" not in rows:
-                rows["adapted"] = rows["frozen"]  # nothing was learned yet
+        features_of = [*models][-1] if self.experts else ""
+        for piece, rows in chunk_rows(models, self.tokens_N, chunk, self.config, features_of):
+            rows.setdefault(self.best, rows["frozen"])  # no weights were trained
             yield piece, rows
         self.observer.on_close(self, chunk)
+
+    def adapt(self, piece: Piece, rows: dict[str, Tensor]) -> None:
+        """Put what the experts say of the piece in place of the features; they learn from it."""
+        assert self.experts
+        targets = self.tokens_N[piece.start : piece.stop]
+        rows.update(self.experts.rows(rows[self.best], rows.pop(FEATURES), targets))
 
     def score(self, piece: Piece, rows: dict[str, Tensor]) -> None:
         """Add the piece's bits, once, under every model and mixture; mixing weights and counts learn from it."""
@@ -268,7 +283,7 @@ class Evaluation:
         charges = {
             "quantized": frozen["neural"],
             "mixed": frozen[self.mixer.kind],
-            "ttt": best["neural"],
+            "ttt": best.get(HEAD, best["neural"]),
             "final": best[self.mixer.kind],
             "hedge": best["hedge"],
             "logistic": best["logistic"],
@@ -313,7 +328,7 @@ class Evaluation:
     def so_far(self) -> dict[str, float]:
         """Bits per byte of every stage and seconds of every phase, named as in the result."""
         found = {f"bpb_{name}": bpb.bits_per_byte(nats, max(1, self.bytes)) for name, nats in self.nats.items()}
-        if not self.adapter:
+        if not self.config.ttt.enabled:
             del found["bpb_ttt"]
         return found | {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
 
@@ -323,6 +338,7 @@ class Evaluation:
         return {
             "finished": self.finished,
             "adapter": self.adapter.state_dict() if self.adapter else {},
+            "experts": self.experts.state_dict() if self.experts else {},
             "mixer": self.mixer.state_dict(),
             "published": self.published.state_dict(),
             "tally": self.tally.state_dict(),
@@ -336,6 +352,8 @@ class Evaluation:
         self.finished = state["finished"]
         if self.adapter:
             self.adapter.load_state_dict(state["adapter"])
+        if self.experts:
+            self.experts.load_state_dict(state["experts"])
         self.mixer.load_state_dict(state["mixer"])
         self.weights = self.mixer.weights()
         self.published.load_state_dict(state["published"])
@@ -351,7 +369,7 @@ class Evaluation:
         return EvaluateResult(
             bpb_quantized=rate["quantized"],
             bpb_mixed=rate["mixed"],
-            bpb_ttt=rate["ttt"] if self.adapter else None,
+            bpb_ttt=rate["ttt"] if self.config.ttt.enabled else None,
             bpb_final=rate["final"],
             bpb_hedge=rate["hedge"],
             bpb_logistic=rate["logistic"],

@@ -19,7 +19,8 @@ class Observer:
         """Hear that the chunk's first rows are made next."""
 
     def on_rows(self, work: Evaluation, piece: Piece, rows: dict[str, Tensor]) -> None:
-        """Hear that the piece is scored next, from the log rows (B, V) float32 of every model."""
+        """Hear that the piece is scored next, from the log rows (B, V) float32 of every row set and the
+        probabilities (B, V) float32 of every expert over features."""
 
     def on_charge(self, work: Evaluation, piece: Piece, charges: dict[str, Tensor]) -> None:
         """Hear that the piece was scored: what its targets (B,) were charged, in nats, under each name of `nats`."""

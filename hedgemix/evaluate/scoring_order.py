@@ -24,6 +24,8 @@ from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
 
+FEATURES = "features"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -70,39 +72,49 @@ def contexts(piece: Piece, config: EvaluateConfig) -> list[tuple[int, Piece]]:
 
 
 @torch.inference_mode()
-def piece_rows(model: Model, tokens_N: Tensor | Text, piece: Piece, config: EvaluateConfig) -> Tensor:
-    """Log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets.
+def piece_features(model: Model, tokens_N: Tensor | Text, piece: Piece, config: EvaluateConfig) -> Tensor:
+    """The model's final features, (piece.stop - piece.start, D), from which the piece's targets are predicted.
 
     `tokens_N`: the text, whose slices are int64 on the model's device; nothing from piece.stop - 1 on is read.
     """
-    device = tokens_N.device
     count, window = piece.stop - piece.start, config.window_tokens
-    with autocast(config.dtype, device):
+    with autocast(config.dtype, tokens_N.device):
         if config.order == "streaming":
             begin = max(0, piece.start - 1 - config.overlap_tokens)
-            features = model.features(tokens_N[begin : piece.stop - 1][None], band=window, last=count)[0]
-        elif piece.start <= window:  # the text's beginning, while the window is not yet full
+            return model.features(tokens_N[begin : piece.stop - 1][None], band=window, last=count)[0]
+        if piece.start <= window:  # the text's beginning, while the window is not yet full
             begin = max(0, piece.stop - 1 - window)
-            features = model.features(tokens_N[begin : piece.stop - 1][None], last=count)[0]
-        else:
-            stride = config.stride_tokens
-            full, rest = divmod(count, stride)
-            parts = []
-            if full:
-                # Overlapping windows of one stretch of the text: a view, no gather.
-                begin = piece.start + stride - 1 - window
-                windows = tokens_N[begin : begin + (full - 1) * stride + window].unfold(0, window, stride)
-                parts.append(model.features(windows, last=stride).flatten(0, 1))
-            if rest:  # the last window scores fewer, and ends with them
-                parts.append(model.features(tokens_N[piece.stop - 1 - window : piece.stop - 1][None], last=rest)[0])
-            features = torch.cat(parts)
-        return torch.log_softmax(model.logits(features), dim=-1)
+            return model.features(tokens_N[begin : piece.stop - 1][None], last=count)[0]
+        stride = config.stride_tokens
+        full, rest = divmod(count, stride)
+        parts = []
+        if full:
+            # Overlapping windows of one stretch of the text: a view, no gather.
+            begin = piece.start + stride - 1 - window
+            windows = tokens_N[begin : begin + (full - 1) * stride + window].unfold(0, window, stride)
+            parts.append(model.features(windows, last=stride).flatten(0, 1))
+        if rest:  # the last window scores fewer, and ends with them
+            parts.append(model.features(tokens_N[piece.stop - 1 - window : piece.stop - 1][None], last=rest)[0])
+        return torch.cat(parts)
+
+
+@torch.inference_mode()
+def feature_rows(model: Model, features_BD: Tensor, config: EvaluateConfig) -> Tensor:
+    """Log-probabilities in nats, float32 (B, V), of what comes after features (B, D)."""
+    with autocast(config.dtype, features_BD.device):
+        return torch.log_softmax(model.logits(features_BD), dim=-1)
+
+
+def piece_rows(model: Model, tokens_N: Tensor | Text, piece: Piece, config: EvaluateConfig) -> Tensor:
+    """Log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets; as `piece_features`."""
+    return feature_rows(model, piece_features(model, tokens_N, piece, config), config)
 
 
 def chunk_rows(
-    models: dict[str, Model], tokens_N: Tensor | Text, chunk: Piece, config: EvaluateConfig
+    models: dict[str, Model], tokens_N: Tensor | Text, chunk: Piece, config: EvaluateConfig, features_of: str = ""
 ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-    """Every piece of the chunk in order with each model's rows, on every rank."""
+    """Every piece of the chunk in order with each model's rows, on every rank; with features_of, one of the models'
+    names, also that one's features (B, D), float32, as FEATURES."""
     todo, world = pieces(chunk, config), collectives.world_size()
     largest = max((piece.stop - piece.start for piece in todo), default=0)
     for first in range(0, len(todo), world):
@@ -110,18 +122,22 @@ def chunk_rows(
         mine = together[collectives.rank()] if collectives.rank() < len(together) else None
         gathered: dict[str, list[Tensor]] = {}
         for name, model in models.items():
-            rows = piece_rows(model, tokens_N, mine, config) if mine else None
+            features = piece_features(model, tokens_N, mine, config) if mine else None
+            rows = feature_rows(model, features, config) if features is not None else None
             gathered[name] = gather_rows(rows, largest, model.vocab_size, tokens_N.device)
+            if name == features_of:
+                features = features.float() if features is not None else None
+                gathered[FEATURES] = gather_rows(features, largest, model.config.width, tokens_N.device)
         for index, piece in enumerate(together):
             count = piece.stop - piece.start
             yield piece, {name: parts[index][:count] for name, parts in gathered.items()}
 
 
-def gather_rows(rows: Tensor | None, largest: int, vocab_size: int, device: torch.device) -> list[Tensor]:
+def gather_rows(rows: Tensor | None, largest: int, width: int, device: torch.device) -> list[Tensor]:
     if not collectives.active():
         assert rows is not None
         return [rows]
-    padded = torch.zeros(largest, vocab_size, device=device)
+    padded = torch.zeros(largest, width, device=device)
     if rows is not None:
         padded[: len(rows)] = rows
     return collectives.gather(padded)

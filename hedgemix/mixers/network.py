@@ -23,10 +23,11 @@ from hedgemix.config import MixerConfig
 from hedgemix.mixers import linear, logistic
 
 
-def expert_names(config: MixerConfig) -> tuple[str, ...]:
-    """Name the experts in the order of their rows: neural, order1 ..., match, then those of `experts`."""
+def expert_names(config: MixerConfig, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """Name the experts in the order of their rows: neural, order1 ..., match, those of `experts`, then those whose
+    rows are given."""
     match = ("match",) if config.match_lengths else ()
-    return "neural", *(f"order{n}" for n in config.orders), *match, *config.experts
+    return "neural", *(f"order{n}" for n in config.orders), *match, *config.experts, *given
 
 
 def classes(config: MixerConfig) -> int:
@@ -39,10 +40,10 @@ def weight_sets(config: MixerConfig) -> int:
     return classes(config) * config.entropy_sets
 
 
-def logistic_experts(config: MixerConfig) -> list[int]:
+def logistic_experts(config: MixerConfig, given: Sequence[str] = ()) -> list[int]:
     """Choose the experts that logistic mixers see beside the linear mixtures, which bring what the rest know."""
     orders = len(config.orders)
-    return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config)))})
+    return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config, given)))})
 
 
 def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
@@ -97,11 +98,20 @@ def join(parts: Sequence[Mixed]) -> Mixed:
 class Blend:
     """The mixers' weights. `mix` never sees a token; `learn` moves the weights after a block was scored."""
 
-    def __init__(self, config: MixerConfig, sets: int, vocab_size: int, device: torch.device | str) -> None:
-        self.config, self.experts = config, logistic_experts(config)
+    def __init__(
+        self,
+        config: MixerConfig,
+        sets: int,
+        vocab_size: int,
+        device: torch.device | str,
+        given: Sequence[str] = (),
+    ) -> None:
+        """given: names of the experts whose rows come from elsewhere, after all others."""
+        self.config, self.experts = config, logistic_experts(config, given)
+        self.names = expert_names(config, given)
         self.gates = (*config.linear_gates, *config.gates)
         self.linears = len(config.linear_gates)
-        size, experts = weight_sets(config), len(expert_names(config))
+        size, experts = weight_sets(config), len(self.names)
         self.linear = linear.start(sets, self.linears, size, experts, config.linear_rate, device)
         inputs = self.linears + len(self.experts)
         self.logistic = logistic.start(

@@ -8,6 +8,7 @@ Shapes as in `hedge`: one position (B = 1), one row set (R = 1), K experts, V vo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from hedgemix.experts.match_online import OnlineMatch
 from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.mixers import hedge
-from hedgemix.mixers.network import Blend, Mixed, Positions, expert_names, join
+from hedgemix.mixers.network import Blend, Mixed, Positions, join
 
 NOTHING = np.zeros(0, np.uint16)
 
@@ -27,10 +28,17 @@ NOTHING = np.zeros(0, np.uint16)
 class OnlineMixer:
     """Mixes what the experts say of the next token, then learns from the token."""
 
-    def __init__(self, config: MixerConfig, vocab_size: int, first_token: int, memory_M: np.ndarray = NOTHING) -> None:
+    def __init__(
+        self,
+        config: MixerConfig,
+        vocab_size: int,
+        first_token: int,
+        given: Sequence[str] = (),
+        memory_M: np.ndarray = NOTHING,
+    ) -> None:
         """Begin behind the text's first token, which is not scored, and the tokens (M,) of a memory, which n-grams and
-        match read before; check_mixer has passed the configuration."""
-        self.config = config
+        match read before; check_mixer has passed the configuration. given: experts whose rows `predict` is handed."""
+        self.config, self.given = config, tuple(given)
         memory = MemoryLookup(memory_M, vocab_size, max(self.config.orders[-1] - 1, *self.config.match_lengths, 0))
         self.ngram = OnlineNgram(self.config.orders, vocab_size, memory)
         self.match = OnlineMatch(self.config.match_lengths, vocab_size, memory)
@@ -38,16 +46,16 @@ class OnlineMixer:
         self.ngram.update(first_token)
         self.match.update(first_token)
         registry.tell(self.further, [first_token])
-        self.blend = Blend(self.config, 1, vocab_size, "cpu")
-        size = {"hedge": len(expert_names(self.config)), "ensemble": 1 + len(self.config.gates)}
+        self.blend = Blend(self.config, 1, vocab_size, "cpu", given)
+        size = {"hedge": len(self.blend.names), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
         self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
         self.block: list[tuple[Mixed, int]] = []
 
-    def predict(self, neural_V: Tensor) -> Tensor:
+    def predict(self, neural_V: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Mix the neural log row (V,), float32, of the next token with the other experts': the mixture's log row (V,),
-        float32. Moves nothing."""
-        self.said = self.blend.mix(self._position(neural_V))
+        float32. Moves nothing. given: the probabilities (V,), float32, of the experts from elsewhere."""
+        self.said = self.blend.mix(self._position(neural_V, given or {}))
         self.team_BRKV = self._team(self.said)
         return hedge.mix(self.log_weights_RK.exp(), self.team_BRKV[0])[0]
 
@@ -64,13 +72,14 @@ class OnlineMixer:
         self.match.update(token)
         registry.tell(self.further, [token])
 
-    def _position(self, neural_V: Tensor) -> Positions:
+    def _position(self, neural_V: Tensor, given: Mapping[str, Tensor]) -> Positions:
         rows, longest = [row[None] for row in self.ngram.predict()], self.ngram.longest_class()
         if self.config.match_lengths:
             predicted, matched, confidence = self.match.predict()
             rows.append(match.lean(rows[-1], torch.tensor([predicted]), torch.tensor([confidence])))
             longest = len(self.ngram.followers) + matched if matched else longest
         rows += [registry.row(name, expert)[None] for name, expert in self.further.items()]
+        rows += [given[name][None] for name in self.given]
         return self.blend.positions(neural_V[None, None], torch.stack(rows, 1), torch.tensor([longest]))
 
     def _team(self, said: Mixed) -> Tensor:

@@ -6,13 +6,12 @@ Shapes as in `network`; C = K + 0 or 1 + M: the experts, the first linear mixer 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hedgemix.config import MixerConfig
-from hedgemix.mixers.network import Blend, Positions, expert_names, gather
+from hedgemix.mixers.network import Blend, Positions, gather
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,13 @@ class TargetLogP:
     logistic_BRM: Tensor
 
     @classmethod
-    def view(cls, joined_BRC: Tensor, config: MixerConfig) -> TargetLogP:
+    def view(cls, joined_BRC: Tensor, blend: Blend) -> TargetLogP:
         """Name the parts of a tensor (B, R, C), float64."""
-        return cls(joined_BRC, *joined_BRC.split(_widths(config), 2))
+        return cls(joined_BRC, *joined_BRC.split(_widths(blend), 2))
 
 
-def _widths(config: MixerConfig) -> list[int]:
-    return [len(expert_names(config)), min(len(config.linear_gates), 1), len(config.gates)]
+def _widths(blend: Blend) -> list[int]:
+    return [len(blend.names), min(blend.linears, 1), len(blend.config.gates)]
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,22 @@ class Memory:
     @classmethod
     def allocate(cls, blend: Blend, size: int, sets: int, vocab_size: int, device: torch.device) -> Memory:
         """Make memory for spans of up to `size` positions and `sets` row sets."""
-        config, widths = blend.config, _widths(blend.config)
-        inputs = blend.linears + len(blend.experts)
+        inputs, widths = blend.linears + len(blend.experts), _widths(blend)
         joined_BRC = torch.empty(size, sets, sum(widths), dtype=torch.float64, device=device)
         return cls(
             torch.zeros(3, size, dtype=torch.int64, device=device),
             torch.empty(size, sets, vocab_size, device=device),
             torch.empty(size, widths[0] - 1, vocab_size, device=device),
             torch.empty(size, sets, inputs, vocab_size, device=device),
-            TargetLogP.view(joined_BRC, config),
+            TargetLogP.view(joined_BRC, blend),
         )
+
+    def over(self, blend: Blend, sets: int) -> Memory:
+        """Make memory of the same size for the first experts of this one's and other row sets, which shares the text
+        and those experts' rows with it."""
+        size, vocab_size = len(self.p_BKV), self.p_BKV.shape[2]
+        other = Memory.allocate(blend, size, sets, vocab_size, self.p_BKV.device)
+        return replace(other, text_3B=self.text_3B, p_BKV=self.p_BKV[:, : len(blend.names) - 1])
 
 
 def positions(blend: Blend, memory: Memory, size: int) -> tuple[Positions, Tensor]:
@@ -88,7 +93,7 @@ def rows(blend: Blend, memory: Memory, blocks: Sequence[slice]) -> tuple[list[Te
     logistic_BRMV = torch.cat([mix_and_learn(blend, at[block], token_B[block]) for block in blocks])
     log_p = _joined(blend, at, token_B, gather(logistic_BRMV, token_B))
     found = [blend.expert_rows(at), _linear(blend, at), logistic_BRMV]
-    return found, TargetLogP.view(torch.cat(log_p, 2), blend.config)
+    return found, TargetLogP.view(torch.cat(log_p, 2), blend)
 
 
 def mix_and_learn(blend: Blend, at: Positions, token_B: Tensor) -> Tensor:

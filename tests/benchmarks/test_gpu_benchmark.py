@@ -300,7 +300,8 @@ def test_every_document_says_what_the_plan_computes() -> None:
     rates = replace(gpu_plan.Rates(), **{name: float(value) for name, value in told.items()})
     pattern = r"(\d+) array operations asked for and (\d+) replayed.*?(\d+) array operations a piece"
     [counted] = re.findall(pattern, shown, re.DOTALL)
-    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.Launches(*map(float, counted)))
+    [adapting] = re.findall(r"(\d+) operations asked for and (\d+) replayed", shown.replace("array operations", ""))
+    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.Launches(*map(float, (*counted, *adapting))))
     seconds = gpu_plan.evaluation_seconds(stages)
     [said] = re.findall(r"^Evaluation: (\d+) s", shown, re.MULTILINE)
     assert float(said) == pytest.approx(seconds, rel=0.01)
@@ -320,6 +321,9 @@ def test_launches_are_those_of_an_evaluation() -> None:
     assert found.asked == longer.asked > 50  # the host asks for a replay, whatever is in it
     assert longer.replayed < found.replayed < 2 * longer.replayed
     assert found.rule == longer.rule > 50
+    assert found.adapting_replayed == longer.adapting_replayed == 0 < found.adapting  # no span fits into a piece
+    whole = gpu_plan.count_adapting(replace(evaluate, segment_tokens=2048), 50)
+    assert whole[1] > 300 and whole[0] < found.adapting
 
 
 def test_memory_that_is_not_filled_is_no_operation() -> None:

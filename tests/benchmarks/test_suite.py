@@ -118,23 +118,27 @@ def test_the_plan_follows_its_rates() -> None:
     recipe, rates, counts = (
         recipes.record(),
         gpu_plan.Rates(measured=("coding",)),
-        gpu_plan.Launches(100.0, 300.0, 50.0),
+        gpu_plan.Launches(100.0, 300.0, 50.0, 20.0, 600.0),
     )
     stages = {stage.name: stage for stage in gpu_plan.plan(recipe, rates, counts)}
-    rule = "published rule and sums"
+    rule, experts = "published rule and sums", "experts over features"
     slower = {stage.name: stage for stage in gpu_plan.plan(recipe, replace(rates, launch_seconds=1e-5), counts)}
     pieces = gpu_plan.VALID_TOKENS / recipe.evaluate.segment_tokens
     assert stages["mixing"].launches == 100 * pieces and stages[rule].launches == 50 * pieces
-    for name in ("mixing", rule):
+    for name in ("mixing", rule, experts):
         assert slower[name].seconds - stages[name].seconds == pytest.approx(stages[name].launches * 2e-6)
     assert slower["scoring"] == stages["scoring"]
     replays = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, replay_seconds=0.0), counts)}
-    assert stages["mixing"].seconds - replays["mixing"].seconds == pytest.approx(300 * pieces * rates.replay_seconds)
+    for name, count in (("mixing", 300), (experts, 600)):
+        saved = stages[name].seconds - replays[name].seconds
+        assert saved == pytest.approx(count * pieces * rates.replay_seconds)
     patient = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, wait_seconds=0.0), counts)}
     waits = pieces + 6 * gpu_plan.VALID_TOKENS / recipe.evaluate.chunk_tokens
     assert stages[rule].seconds - patient[rule].seconds == pytest.approx(waits * rates.wait_seconds)
     assert patient["mixing"] == stages["mixing"]
-    within = [stages[name].seconds for name in ("scoring", "test-time training", "mixing", rule)]
+    within = [stages[name].seconds for name in ("scoring", experts, "mixing", rule)]
+    trained = replace(recipe, evaluate=replace(recipe.evaluate, ttt=replace(recipe.evaluate.ttt, kind="weights")))
+    assert "test-time training" in {stage.name for stage in gpu_plan.plan(trained, rates, counts)}
     assert gpu_plan.evaluation_seconds(list(stages.values())) == pytest.approx(sum(within))
     assert gpu_plan.weakest(recipe, rates, counts)[0] == "peak"
     assert gpu_plan.weakest(recipe, rates, replace(counts, asked=9000.0))[0] == "launch_seconds"

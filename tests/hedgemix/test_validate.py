@@ -34,6 +34,7 @@ FINITE = "it must be finite and not negative"
 ROUNDED = "give at least one, each above 0 and at most 1"
 WARMUP = "train.warmup_steps must be at least 2 with late_qat: each kind of step is compiled once"
 BATCH = "train.batch_tokens {} is not a multiple of train.sequence_tokens 256 times {} workers; use {}"
+WEIGHTS = {"evaluate.ttt.kind": "weights"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"compute.workers": 0}, "compute.workers must be at least 1"),
     ({"compute.evaluate_workers": 0}, "compute.evaluate_workers must be at least 1"),
@@ -123,20 +124,43 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "evaluate.window_tokens 257 is longer than the training context (train.sequence_tokens 256); "
         "the model has never seen positions so far apart",
     ),
-    ({"evaluate.ttt.epochs": 0}, "evaluate.ttt.epochs is 0; it must be at least 1"),
-    ({"evaluate.ttt.batch_sequences": 0}, "evaluate.ttt.batch_sequences is 0; it must be at least 1"),
-    ({"evaluate.ttt.sequence_tokens": 0}, "evaluate.ttt.sequence_tokens is 0; it must be at least 1"),
-    ({"evaluate.ttt.rate": 0.0}, "evaluate.ttt.rate is 0.0; it must be positive"),
-    ({"evaluate.ttt.rate": NAN}, "evaluate.ttt.rate is nan; it must be positive"),
-    ({"evaluate.ttt.gradient_clip": -1.0}, f"evaluate.ttt.gradient_clip is -1.0; {FINITE}"),
-    ({"evaluate.ttt.last_blocks": -1}, f"evaluate.ttt.last_blocks is -1; {FINITE}"),
-    ({"evaluate.ttt.ramp": INF}, f"evaluate.ttt.ramp is inf; {FINITE}"),
-    ({"evaluate.ttt.ramp_fraction": NAN}, f"evaluate.ttt.ramp_fraction is nan; {FINITE}"),
-    ({"evaluate.ttt.polyak": 1.0}, "evaluate.ttt.polyak is 1.0; it must be at least 0 and below 1"),
-    ({"evaluate.ttt.polyak": -0.1}, "evaluate.ttt.polyak is -0.1; it must be at least 0 and below 1"),
+    (WEIGHTS | {"evaluate.ttt.epochs": 0}, "evaluate.ttt.epochs is 0; it must be at least 1"),
+    (WEIGHTS | {"evaluate.ttt.batch_sequences": 0}, "evaluate.ttt.batch_sequences is 0; it must be at least 1"),
+    (WEIGHTS | {"evaluate.ttt.sequence_tokens": 0}, "evaluate.ttt.sequence_tokens is 0; it must be at least 1"),
+    (WEIGHTS | {"evaluate.ttt.rate": 0.0}, "evaluate.ttt.rate is 0.0; it must be positive"),
+    (WEIGHTS | {"evaluate.ttt.rate": NAN}, "evaluate.ttt.rate is nan; it must be positive"),
+    (WEIGHTS | {"evaluate.ttt.gradient_clip": -1.0}, f"evaluate.ttt.gradient_clip is -1.0; {FINITE}"),
+    (WEIGHTS | {"evaluate.ttt.last_blocks": -1}, f"evaluate.ttt.last_blocks is -1; {FINITE}"),
+    (WEIGHTS | {"evaluate.ttt.ramp": INF}, f"evaluate.ttt.ramp is inf; {FINITE}"),
+    (WEIGHTS | {"evaluate.ttt.ramp_fraction": NAN}, f"evaluate.ttt.ramp_fraction is nan; {FINITE}"),
+    (WEIGHTS | {"evaluate.ttt.polyak": 1.0}, "evaluate.ttt.polyak is 1.0; it must be at least 0 and below 1"),
+    (WEIGHTS | {"evaluate.ttt.polyak": -0.1}, "evaluate.ttt.polyak is -0.1; it must be at least 0 and below 1"),
     (
-        {"evaluate.ttt.sequence_tokens": 257},
+        WEIGHTS | {"evaluate.ttt.sequence_tokens": 257},
         "evaluate.ttt.sequence_tokens is 257; it must be at most train.sequence_tokens, 256",
+    ),
+    ({"evaluate.ttt.kind": "lora"}, "evaluate.ttt.kind is lora; it must be head or weights"),
+    ({"evaluate.ttt.head.rate": 0.0}, "evaluate.ttt.head.rate is 0.0; it must be positive"),
+    ({"evaluate.ttt.head.ridge": NAN}, "evaluate.ttt.head.ridge is nan; it must be positive"),
+    ({"evaluate.ttt.head.memory_tokens": 0.5}, "evaluate.ttt.head.memory_tokens is 0.5; it must be at least 1"),
+    *(
+        (
+            {"evaluate.ttt.head.block_tokens": value},
+            f"evaluate.ttt.head.block_tokens is {value}; it must be a divisor of 1024",
+        )
+        for value in (0, 48, 2048)
+    ),
+    *(
+        ({f"evaluate.cache.{field}": value}, f"evaluate.cache.{field} is {value}; it must be {rule}")
+        for field, value, rule in (
+            ("memory_tokens", 0, "at least 1"),
+            ("theta", 41.0, "from 0 to 40"),
+            ("theta", -1.0, "from 0 to 40"),
+            ("decay_tokens", 0.0, "at least 1"),
+            ("floor", 0.0, "above 0 and below 1"),
+            ("floor", 1.0, "above 0 and below 1"),
+            ("ridge", 0.0, "positive"),
+        )
     ),
     ({"data.vocab_size": 1}, "data.vocab_size must be at least 2"),
     ({"data.memory_bytes": -1}, "data.memory_bytes is -1; 0 means none"),
@@ -215,7 +239,11 @@ def test_a_field_that_cannot_work_is_named_with_the_fix(changes: dict[str, Any],
         {"evaluate.overlap_tokens": 0, "evaluate.stride_tokens": 999},
         {"evaluate.order": "sliding", "evaluate.stride_tokens": 256},
         {"evaluate.ttt.enabled": False, "evaluate.ttt.epochs": 0, "evaluate.ttt.sequence_tokens": 999},
-        {"evaluate.ttt.sequence_tokens": 256, "evaluate.ttt.polyak": 0.0},
+        WEIGHTS | {"evaluate.ttt.sequence_tokens": 256, "evaluate.ttt.polyak": 0.0},
+        WEIGHTS | {"evaluate.ttt.head.rate": 0.0},
+        {"evaluate.ttt.epochs": 0, "evaluate.ttt.head.block_tokens": 1024, "evaluate.ttt.head.memory_tokens": 1.0},
+        {"evaluate.cache.enabled": False, "evaluate.cache.floor": 0.0},
+        {"evaluate.cache.theta": 40.0, "evaluate.cache.memory_tokens": 1, "evaluate.cache.decay_tokens": 1.0},
         {"evaluate.mixer.hedge_share": 0.0, "evaluate.mixer.linear_gates": ()},
         {"evaluate.mixer.orders": (6,), "evaluate.mixer.match_lengths": (), "evaluate.mixer.experts": ("recency",)},
     ],

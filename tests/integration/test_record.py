@@ -86,7 +86,8 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     again = pd.read_parquet(out / "again.parquet").iloc[0]
     assert all(again[column] == before[column] for column in BITS)
 
-    other = ["--evaluate.mixer.kind", "hedge", "--evaluate.ttt.no-enabled", "--seeds", "1", "--record", "other"]
+    other = ["--evaluate.mixer.kind", "hedge", "--evaluate.ttt.no-enabled", "--evaluate.cache.no-enabled"]
+    other += ["--seeds", "1", "--record", "other"]
     code, output = tiny_record.run(tiny_record.arguments(text, out, *other), out)
     assert code == 0, output
     new = {path.parent.name.split("-")[0] for path in out.glob("_steps/*/result.json")} - {

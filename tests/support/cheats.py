@@ -23,6 +23,7 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
+from hedgemix.experts.neural_cache import NeuralCache
 from hedgemix.mixers import logistic, published
 from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.model.transformer import Model
@@ -63,8 +64,8 @@ def leaning(ahead: int) -> Callable[..., Any]:
     """Neural rows that are distributions and lean towards the token `ahead` of their own."""
     chunk_rows = evaluator.chunk_rows
 
-    def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
-        for piece, found in chunk_rows(models, tokens_N, chunk, config):
+    def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, *rest: Any) -> Iterator[Any]:
+        for piece, found in chunk_rows(models, tokens_N, chunk, *rest):
             text_N = tokens_N[: len(tokens_N)]
             known_B1 = text_N[(torch.arange(piece.start, piece.stop) + ahead).clamp(max=len(tokens_N) - 1), None]
             for name, rows_BV in found.items():
@@ -101,12 +102,26 @@ def counted_early() -> Iterator[None]:
 
 
 @contextmanager
+def remembers_itself() -> Iterator[None]:
+    """A neural cache in which a position's own token has a weight when its row is made."""
+    start = NeuralCache.__init__
+
+    def knowing(cache: NeuralCache, *given: Any, **options: Any) -> None:
+        start(cache, *given, **options)
+        own_B = torch.arange(cache.block)
+        cache.fade_KB[cache.memory + own_B, own_B] = math.exp(-cache.theta)
+
+    with patch.object(NeuralCache, "__init__", knowing):
+        yield
+
+
+@contextmanager
 def scored_twice() -> Iterator[None]:
     """The last piece of each chunk is scored again once the mixture has learned it, and charged again."""
     chunk_rows, score = evaluator.chunk_rows, BatchMixer.score
 
-    def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, config: Any) -> Iterator[Any]:
-        for piece, found in chunk_rows(models, tokens_N, chunk, config):
+    def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, *rest: Any) -> Iterator[Any]:
+        for piece, found in chunk_rows(models, tokens_N, chunk, *rest):
             yield piece, found
         yield piece, found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.load_model import load_model
-from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
+from hedgemix.config import CacheConfig, EvaluateConfig, MixerConfig, ModelConfig, QuantizeConfig, TTTConfig
 from hedgemix.data import memory, tokenizer
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation, evaluate_artifact
@@ -27,6 +27,7 @@ CONFIG = EvaluateConfig(
     window_tokens=32, stride_tokens=8, segment_tokens=96, overlap_tokens=64, batch_windows=7, chunk_tokens=320,
     dtype="float32",
     ttt=TTTConfig(
+        kind="weights",
         rate=3e-3,
         epochs=2,
         batch_sequences=3,
@@ -37,8 +38,12 @@ CONFIG = EvaluateConfig(
         cosine=True,
         ramp=3.0,
     ),
+    cache=CacheConfig(enabled=False),
     mixer=MixerConfig(orders=(1, 2, 3), match_lengths=(4, 8), block_tokens=32),
 )  # fmt: skip
+ADAPTIVE = replace(CONFIG, cache=CacheConfig(memory_tokens=300), ttt=TTTConfig(kind="head"))
+"""With the experts over features, in place of trained weights."""
+CACHE_OVER_TRAINED = replace(CONFIG, cache=CacheConfig(memory_tokens=300))
 MODEL = ModelConfig(
     layers=2, width=32, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, bigram_buckets=256, bigram_width=16,
     value_embedding_layers=1, value_embedding_width=16,

@@ -16,12 +16,13 @@ import pytest
 from hedgemix.audit import auditor, claim, sandbox
 from hedgemix.audit.auditor import Audit, Plan, Work
 from hedgemix.audit.findings import Finding, failed
-from hedgemix.config import RecipeError
+from hedgemix.config import EvaluateConfig, RecipeError
+from hedgemix.experts import feature_experts
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
 from support import cheats
 from support.text_data import documents
-from support.tiny_artifact import CONFIG
+from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG
 from support.tiny_run import Record, make
 
 PLAN = Plan(draws=12)
@@ -127,6 +128,20 @@ def test_a_memory_passes_every_check_isolated(tmp_path: Path) -> None:
     assert failed(findings) == []
     assert named(findings)["unseen"].figures["memory_tokens"] > 1000
     assert "in the artifact's memory of " in named(findings)["unseen"].statement
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("config", [ADAPTIVE, CACHE_OVER_TRAINED])
+def test_experts_over_features_pass_every_check_and_a_cache_that_remembers_itself_does_not(
+    tmp_path: Path, config: EvaluateConfig
+) -> None:
+    made = make(tmp_path / "runs", config)
+    work = repeated(made)
+    auditor.ranks_agree(work)
+    assert work.findings and failed(work.findings) == []
+    assert set(feature_experts.names(config)) < set(work.parts["replay"][0]["result"]["expert_names"])
+    with cheats.remembers_itself():
+        assert set(failed(repeated(made).findings)) == {"blind-to-target", "bits"}
 
 
 @pytest.mark.usefixtures("here")

@@ -11,11 +11,11 @@ import torch
 
 from hedgemix.artifact import format as artifact
 from hedgemix.codec.predictor import Predictor
-from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
+from hedgemix.config import CacheConfig, EvaluateConfig, MixerConfig, RecipeError
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.experts.registry import EXPERTS
 from support import tiny_artifact
-from support.tiny_artifact import CONFIG, Case
+from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG, Case
 
 FROZEN = replace(CONFIG, ttt=replace(CONFIG.ttt, enabled=False))
 
@@ -73,6 +73,10 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
         (mixed(FROZEN, orders=(2, 4), gates=("entropy", "both"), memory_tokens=(100.0, 700.0)), 300),
         (mixed(FROZEN, match_lengths=()), 300),
         (mixed(experts=tuple(EXPERTS)), 500),
+        (ADAPTIVE, 1200),
+        (replace(ADAPTIVE, order="sliding", chunk_tokens=110), 500),
+        (mixed(replace(ADAPTIVE, segment_tokens=50, cache=CacheConfig(enabled=False)), kind="hedge"), 300),
+        (CACHE_OVER_TRAINED, 700),
     ],
     ids=[
         "default",
@@ -86,6 +90,10 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
         "orders",
         "no match",
         "further experts",
+        "experts over features",
+        "experts over features, sliding, short chunks",
+        "head, odd segments",
+        "cache over trained weights",
     ],
 )
 def test_every_token_costs_what_the_evaluation_says(case: Case, config: EvaluateConfig, tokens: int) -> None:
@@ -111,6 +119,7 @@ def test_settings_that_do_not_fit_the_artifact_are_refused(case: Case) -> None:
         (replace(CONFIG, window_tokens=1000), "window_tokens"),
         (replace(CONFIG, mixer=MixerConfig(orders=(2, 1))), "orders"),
         (replace(CONFIG, ttt=replace(CONFIG.ttt, epochs=0)), "epochs"),
+        (replace(CONFIG, cache=CacheConfig(floor=0.0)), "floor"),
     ):
         with pytest.raises(RecipeError, match=named):
             Predictor(found, 10, 1, config)

@@ -22,23 +22,29 @@ from hedgemix.artifact import format as artifact
 from hedgemix.artifact.format import ArtifactError
 from hedgemix.artifact.load_model import load_model
 from hedgemix.audit.sandbox import FORBIDDEN
-from hedgemix.config import RecipeError, TTTConfig
+from hedgemix.config import CacheConfig, RecipeError, TTTConfig
 from hedgemix.data import tokenizer
 from hedgemix.data.device_text import Text
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import Evaluation, score_model
-from hedgemix.evaluate.scoring_order import Piece, chunks, piece_rows, pieces
+from hedgemix.evaluate.scoring_order import Piece, chunks, piece_features, piece_rows, pieces
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram_index
+from hedgemix.experts.feature_experts import FeatureExperts
 from hedgemix.mixers import published
 from hedgemix.mixers.batch_mixer import BatchMixer
 from support import tiny_artifact
 from support.no_host_sync import unattended
 from support.text_data import processor
-from support.tiny_artifact import CONFIG, CONTEXT, Case
+from support.tiny_artifact import ADAPTIVE, CONFIG, CONTEXT, Case
 
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 MISSING = object()
+LACKING: dict[str, dict[str, Any]] = {
+    "cache": {"ttt": TTTConfig(enabled=False)},
+    "head": {"cache": CacheConfig(enabled=False)},
+    "both": {},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,6 +149,38 @@ def test_every_number_equals_a_loop_over_its_parts(case: Case, scored: Any) -> N
         assert getattr(result, f"bpb_{name}") == pytest.approx(rate(case, value), rel=1e-9), name
     assert result.published_mass == pytest.approx(mass / (len(text) - 1), rel=1e-9) and result.published_mass > 1.01
     assert result.bpb_ttt < result.bpb_quantized - 0.01
+
+
+@pytest.mark.parametrize("experts", ["cache", "head", "both"])
+def test_experts_over_features_are_mixed_beside_the_frozen_rows_and_change_no_other_number(
+    case: Case, scored: Any, experts: str
+) -> None:
+    """Against two mixers with n-grams of their own, one of which is given what the experts say."""
+    config, text = replace(ADAPTIVE, **LACKING[experts]), torch.from_numpy(case.tokens.astype(np.int64))
+    frozen, index = case.model(), ngram_index.load(case.folder / "counts")
+    learner = FeatureExperts(config, frozen.vocab_size, frozen.config.width)
+    plain = BatchMixer(config.mixer, frozen.vocab_size, index)
+    full = BatchMixer(config.mixer, frozen.vocab_size, index, given=learner.names)
+    nats = dict.fromkeys(("mixed", "ttt", "final", "hedge", "logistic"), 0.0)
+    for chunk in chunks(len(text), config.chunk_tokens):
+        for piece in pieces(chunk, config):
+            span, features = (piece.start, piece.stop), piece_features(frozen, text, piece, config)
+            rows = piece_rows(frozen, text, piece, config)
+            said = learner.rows(rows, features, text[piece.start : piece.stop])
+            nll = full.score({"neural": rows, **said}, *span).nll["neural"]
+            mixed = plain.score({"neural": rows}, *span).nll["neural"]["ensemble"]
+            values = mixed, nll.get("head"), nll["ensemble"], nll["hedge"], nll["logistic"]
+            for name, value in zip(nats, values, strict=True):
+                nats[name] += float(value.sum()) if value is not None else math.nan
+    result = case.score(config)
+    assert result.expert_names == ["neural", "order1", "order2", "order3", "match", *learner.names]
+    for name, value in nats.items():
+        if not math.isnan(value):
+            assert getattr(result, f"bpb_{name}") == pytest.approx(rate(case, value), rel=1e-12), name
+    assert (result.bpb_ttt is None) == (experts == "cache")
+    assert result.bpb_final < result.bpb_mixed
+    assert result.bpb_quantized == scored[0].bpb_quantized
+    assert result.bpb_mixed == pytest.approx(scored[0].bpb_mixed, rel=1e-7)  # there two row sets are mixed at once
 
 
 @pytest.mark.parametrize("order", ["streaming", "sliding"])

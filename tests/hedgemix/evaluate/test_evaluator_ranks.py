@@ -18,13 +18,18 @@ from hedgemix.evaluate.scoring_order import chunks, pieces
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, write_json
 from support import rank_processes, tiny_artifact
-from support.tiny_artifact import CONFIG, Case
+from support.tiny_artifact import ADAPTIVE, CONFIG, Case
 
 # Three pieces a chunk; some steps have one sequence, so that rank 1 has nothing to learn from.
 STREAMING = replace(CONFIG, segment_tokens=128)
 SLIDING = replace(CONFIG, order="sliding", batch_windows=14, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 FURTHER = replace(STREAMING, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))
-RUNS: dict[str, EvaluateConfig] = {"streaming": STREAMING, "sliding": SLIDING, "further": FURTHER}
+RUNS: dict[str, EvaluateConfig] = {
+    "streaming": STREAMING,
+    "sliding": SLIDING,
+    "further": FURTHER,
+    "adaptive": replace(ADAPTIVE, segment_tokens=128),
+}
 SECONDS = ("evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds")
 
 

@@ -28,7 +28,7 @@ from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import published
 from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 from support import rank_processes, tiny_artifact
-from support.tiny_artifact import CONFIG, Case
+from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG, Case
 
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
@@ -41,6 +41,8 @@ CONFIGS: dict[str, EvaluateConfig] = {
     "sliding": replace(CONFIG, order="sliding"),
     "sliding_no_ttt": SLIDING,
     "further_experts": FURTHER,
+    "adaptive": ADAPTIVE,
+    "cache_over_trained": CACHE_OVER_TRAINED,
 }
 CHUNKS = 5
 
@@ -114,7 +116,9 @@ def undisturbed(case: Case) -> None:
         assert [line["chunk"] for line in UNDISTURBED[name][1]] == list(range(CHUNKS))
 
 
-@pytest.mark.parametrize("name", ["polyak", "no_polyak", "sliding_no_ttt", "further_experts"])
+@pytest.mark.parametrize(
+    "name", ["polyak", "no_polyak", "sliding_no_ttt", "further_experts", "adaptive", "cache_over_trained"]
+)
 def test_killed_after_every_chunk_it_gives_the_same_bits(case: Case, tmp_path: Path, name: str) -> None:
     for _ in range(CHUNKS):
         with pytest.raises(Killed):
@@ -331,7 +335,8 @@ def test_a_state_holds_plain_things_and_no_counts(case: Case) -> None:
     assert work.adapter is not None
     assert len(state["adapter"]["averages"]) == len(state["adapter"]["trained"]) == len(work.adapter.parameters)
     largest = max(parameter.numel() for parameter in work.adapter.parameters.values())
-    tensors = [state["mixer"][name] for name in ("hedge", "ensemble")] + list(state["mixer"]["blend"].values())
+    (sets,) = state["mixer"]["sets"]
+    tensors = [sets[name] for name in ("hedge", "ensemble")] + list(sets["blend"].values())
     assert max(tensor.numel() for tensor in tensors) < max(largest, 20_000)
 
 

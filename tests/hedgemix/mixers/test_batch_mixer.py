@@ -100,7 +100,7 @@ def test_looking_at_rows_moves_nothing(text: np.ndarray, resident: bool) -> None
     seen, plain = (BatchMixer(FURTHER, VOCAB, index, resident=resident, span_tokens=64) for _ in range(2))
     for start, stop in ((1, 40), (40, 320), (320, 700)):
         given = {"neural": neural[start:stop]}
-        parts = seen._memory, seen._state.ngrams, *seen._state.further.values()
+        parts = seen.sets[0].memory, seen._state.ngrams, *seen._state.further.values()
         before = copy.deepcopy(parts)
         rows = seen.rows(given, start, stop)["neural"]
         torch.testing.assert_close(parts_of(parts), parts_of(before), rtol=0, atol=0, equal_nan=True)

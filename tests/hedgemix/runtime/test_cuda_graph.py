@@ -28,7 +28,7 @@ CUTS = [1, *range(96, 1473, 64), 1480]
 
 def mixer(recorded: Record | None = None, resident: bool = False) -> BatchMixer:
     found = BatchMixer(CONFIG, VOCAB, INDEX, names=NAMES, span_tokens=SPAN, resident=resident)
-    found._record = recorded  # a CPU has no graphs of its own
+    found.sets[0].record = recorded  # a CPU has no graphs of its own
     return found
 
 
@@ -44,6 +44,8 @@ def same(one: Any, other: Any) -> bool:
     """Nests of tensors, bitwise."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
     return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
@@ -94,8 +96,8 @@ class Differing:
             work()
             self.sound -= 1
             if self.sound < 0:
-                state = self.found._state.blend.linear.weights
-                (state if self.moves_state else self.found._memory.log_p.joined_BRC).mul_(1 + 1e-15)
+                state = self.found.sets[0].blend.linear.weights
+                (state if self.moves_state else self.found.sets[0].memory.log_p.joined_BRC).mul_(1 + 1e-15)
 
         return replay
 
@@ -112,7 +114,7 @@ def test_what_cannot_be_recorded_is_told_and_done_without() -> None:
 @pytest.mark.parametrize("moves_state", [False, True])
 def test_a_replay_that_differs_is_told_and_done_without(sound: int, moves_state: bool) -> None:
     plain, found = mixer(), mixer()
-    found._record = Differing(found, sound, moves_state)
+    found.sets[0].record = Differing(found, sound, moves_state)
     with pytest.warns(RuntimeWarning, match="differs") as told:
         assert same(score(plain, 1, 1500), score(found, 1, 1500))
     assert len(told) == 1 and same(plain.state_dict(), found.state_dict())

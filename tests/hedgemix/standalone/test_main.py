@@ -46,6 +46,19 @@ def scores(folder: Path) -> dict[str, Any]:
     return read_json(folder / "result.json")
 
 
+def test_a_memory_takes_its_bytes_from_the_weights_and_pays(recipe: Recipe, ran: Path, tmp_path: Path) -> None:
+    """The same training, and an artifact of the same bytes: what the memory takes is left to no weight."""
+    first, log = scores(ran), ran / "train" / "log.jsonl"
+    target = replace(recipe.quantize, target_bytes=first["artifact_bytes"])
+    remembering = replace(recipe, quantize=target, data=replace(recipe.data, memory_bytes=10_000))
+    out = tmp_path / "remembering"
+    assert start(remembering, "--replay", str(log), "--seed", "3", "--out", str(out)) == 0
+    found, told = scores(out), read_json(out / "data" / "dataset.json")
+    assert sha256_of(ran / "train" / "weights.pt") == sha256_of(out / "train" / "weights.pt")
+    assert 9_000 < told["memory_bytes"] <= 10_000 and found["artifact_bytes"] <= first["artifact_bytes"]
+    assert found["theta"] > first["theta"] and found["bpb_final"] < first["bpb_final"]
+
+
 def test_a_replay_repeats_what_the_clock_decided(recipe: Recipe, ran: Path, tmp_path: Path) -> None:
     log = ran / "train" / "log.jsonl"
     assert start(recipe, "--replay", str(log), "--seed", "3", "--out", str(tmp_path / "again")) == 0
