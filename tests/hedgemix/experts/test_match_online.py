@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 
 from hedgemix.config import RecipeError
-from hedgemix.data import tokenizer
 from hedgemix.experts import match, ngram_index
 from hedgemix.experts.match_online import OnlineMatch
-from support.text_data import documents, processor
-
-
-def texts() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    real = np.concatenate(tokenizer.encode_batch(processor(), documents()))
-    return {
-        "small alphabet": rng.integers(0, 3, 3000),
-        "skewed": rng.zipf(1.3, 3000) % 50,
-        "real": np.concatenate([real[:3000], real[500:1500], real[200:900]]),
-    }
+from support.text_data import repetitive_tokens
 
 
 @pytest.mark.parametrize("name", ["small alphabet", "skewed", "real"])
 def test_every_prediction_is_the_batchs_exactly(name: str) -> None:
-    tokens, lengths = texts()[name].astype(np.uint16), (2, 5, 8, 24)
+    tokens, lengths = repetitive_tokens()[name].astype(np.uint16), (2, 5, 8, 24)
     index, online = ngram_index.build(tokens, (1,), 512, lengths).match, OnlineMatch(lengths, 512)
     share = match.confidence(index.hits_N, index.tries_N).astype(np.float32)
     for t, token in enumerate(tokens.tolist()):
