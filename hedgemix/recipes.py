@@ -8,6 +8,7 @@ from hedgemix.config import (
     ComputeConfig,
     DataConfig,
     EvaluateConfig,
+    LimitsConfig,
     MixerConfig,
     ModelConfig,
     Recipe,
@@ -28,14 +29,19 @@ def laptop() -> Recipe:
     """Train on real text in minutes on two CPU cores: 2.7 M parameters, one worker that has the machine to itself."""
     return Recipe(
         recipe="laptop",
-        data=DataConfig(packages=("torch", "numpy", "pandas"), valid_fraction=0.03, max_valid_tokens=98_304),
+        data=DataConfig(
+            packages=("torch", "numpy", "pandas"),
+            valid_fraction=0.03,
+            max_valid_tokens=98_304,
+            memory_bytes=1_000_000,
+        ),
         model=ModelConfig(
             layers=2,
             width=128,
             heads=2,
             kv_heads=2,
             mlp_hidden=448,
-            bigram_buckets=32_768,
+            bigram_buckets=4096,
             bigram_width=64,
             value_embedding_layers=1,
             value_embedding_width=64,
@@ -62,7 +68,9 @@ def laptop() -> Recipe:
             chunk_tokens=8192,
             dtype="float32",
             ttt=TTTConfig(batch_sequences=8, sequence_tokens=256),
+            mixer=MixerConfig(orders=(1, 2, 3, 4, 5, 6, 7, 8)),
         ),
+        limits=LimitsConfig(total_bytes=1_400_000),
         compute=ComputeConfig(
             workers=1, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1, checkpoint_seconds=10
         ),

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from hedgemix import stages
-from hedgemix.config import Recipe, RecipeError, from_dict, to_dict
+from hedgemix.config import ComputeConfig, Recipe, RecipeError, from_dict, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime import collectives
@@ -119,17 +119,17 @@ def run(recipe: Recipe, options: argparse.Namespace, code_bytes: int) -> int:
             f"the recipe trains with {compute.workers} processes and evaluates with {compute.evaluate_workers}, and "
             f"there are {processes}; start it with torchrun --standalone --nproc_per_node={wanted}"
         )
-    told, fractions = replayed(options.replay) if options.replay else ({}, None)
-    seed = next((each for each in (options.seed, told.get("seed")) if each is not None), FIRST_SEED)
-    if told.get("seed", seed) != seed:
-        raise RecipeError(f"--seed {seed}: {options.replay} is of seed {told['seed']}; leave --seed out")
+    logged_run, fractions = replayed(options.replay) if options.replay else ({}, None)
+    seed = next((each for each in (options.seed, logged_run.get("seed")) if each is not None), FIRST_SEED)
+    if logged_run.get("seed", seed) != seed:
+        raise RecipeError(f"--seed {seed}: {options.replay} is of seed {logged_run['seed']}; leave --seed out")
     out = options.out or Path(f"seed{seed}")
     say = print if rank == 0 else lambda line, **_: None
     if compute.gpus_per_worker and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if rank == 0:
         begin(out, {"seed": seed, "recipe": to_dict(recipe), "steps": fingerprint(fractions)})
-    results = work(recipe, seed, out, stages.artifact_room(recipe, code_bytes), told, fractions, say)
+    results = work(recipe, seed, out, stages.artifact_room(recipe, code_bytes), logged_run, fractions, say)
     return report(recipe, seed, results, code_bytes, out, say) if results else 0
 
 
@@ -152,66 +152,96 @@ def work(
     seed: int,
     out: Path,
     room: int,
-    told: Mapping[str, Any],
+    logged_run: Mapping[str, Any],
     fractions: list[float] | None,
     say: Callable[..., None],
 ) -> Results | None:
     """Do all stages, each on the ranks it takes; returns their results on rank 0."""
-    compute = recipe.compute
-    trained, quantized, counted, evaluated = (out / name for name in ("train", "quantize", "counts", "evaluate"))
-    share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.workers
-    torch.set_num_threads(max(1, int(share)))
+    train = train_on_ranks(recipe, seed, out, logged_run, fractions, say)
+    made = score_and_quantize(recipe, seed, out, room, say) if int(os.environ.get("RANK", 0)) == 0 else None
+    evaluate = evaluate_on_ranks(recipe, out, say)
+    return Results(train, *made, evaluate) if train and made and evaluate else None
+
+
+def train_on_ranks(
+    recipe: Recipe,
+    seed: int,
+    out: Path,
+    logged_run: Mapping[str, Any],
+    fractions: list[float] | None,
+    say: Callable[..., None],
+) -> TrainStageResult | None:
+    """Make the data on rank 0, then train on as many ranks as that takes; None on the others."""
+    compute, folder = recipe.compute, out / "train"
+    use_share_of_cpus(compute, compute.workers)
     with group("train", compute.workers, compute.gpus_per_worker) as mine:
-        if mine:
-            if collectives.rank() == 0:
-                prepare(recipe, out / "data", told, say)
-            collectives.barrier()
-            dataset = datasets.load(out / "data")
-            options = RunOptions(log=shown("train", say))
-            train = standing(
-                trained,
-                TrainStageResult,
-                lambda: stages.train_stage(
-                    recipe=recipe, dataset=dataset, seed=seed, folder=trained, options=options, fractions=fractions
-                ),
-            )
-            forget_training(recipe)
-    if int(os.environ.get("RANK", 0)) == 0:
-        score = standing(
-            out / "score",
-            ScoreResult,
-            lambda: stages.score_stage(recipe=recipe, dataset=dataset, train_folder=trained, log=shown("score", say)),
-        )
-        say("quantize", flush=True)
-        quantize = standing(
-            quantized,
-            QuantizeResult,
-            lambda: stages.quantize_stage(
-                recipe=recipe, dataset=dataset, seed=seed, train_folder=trained, folder=quantized, room_bytes=room
+        if not mine:
+            return None
+        if collectives.rank() == 0:
+            prepare(recipe, out / "data", logged_run, say)
+        collectives.barrier()
+        dataset, options = datasets.load(out / "data"), RunOptions(log=shown("train", say))
+        result = standing(
+            folder,
+            TrainStageResult,
+            lambda: stages.train_stage(
+                recipe=recipe, dataset=dataset, seed=seed, folder=folder, options=options, fractions=fractions
             ),
         )
-        say(f"quantize: {quantize.artifact_bytes:,} bytes", flush=True)
-        standing(counted, CountsResult, lambda: stages.counts_stage(recipe=recipe, dataset=dataset, folder=counted))
-    share = compute.cpus_per_worker or (os.cpu_count() or 1) // compute.evaluate_workers
-    torch.set_num_threads(max(1, int(share)))
+        forget_training(recipe)
+    return result
+
+
+def score_and_quantize(
+    recipe: Recipe, seed: int, out: Path, room: int, say: Callable[..., None]
+) -> tuple[ScoreResult, QuantizeResult]:
+    """Do what stands between training and evaluation, the index of n-grams too, in this process."""
+    train, folder, counts = out / "train", out / "quantize", out / "counts"
+    dataset = datasets.load(out / "data")
+    score = standing(
+        out / "score",
+        ScoreResult,
+        lambda: stages.score_stage(recipe=recipe, dataset=dataset, train_folder=train, log=shown("score", say)),
+    )
+    say("quantize", flush=True)
+    quantize = standing(
+        folder,
+        QuantizeResult,
+        lambda: stages.quantize_stage(
+            recipe=recipe, dataset=dataset, seed=seed, train_folder=train, folder=folder, room_bytes=room
+        ),
+    )
+    say(f"quantize: {quantize.artifact_bytes:,} bytes", flush=True)
+    standing(counts, CountsResult, lambda: stages.counts_stage(recipe=recipe, dataset=dataset, folder=counts))
+    return score, quantize
+
+
+def evaluate_on_ranks(recipe: Recipe, out: Path, say: Callable[..., None]) -> EvaluateResult | None:
+    """Evaluate on as many ranks as that takes; None on the others."""
+    compute, folder = recipe.compute, out / "evaluate"
+    use_share_of_cpus(compute, compute.evaluate_workers)
     with group("evaluate", compute.evaluate_workers, compute.gpus_per_worker) as mine:
-        if mine:
-            collectives.barrier()
-            dataset = datasets.load(out / "data")
-            options = RunOptions(log=shown("evaluate", say))
-            evaluate = standing(
-                evaluated,
-                EvaluateResult,
-                lambda: stages.evaluate_stage(
-                    recipe=recipe,
-                    dataset=dataset,
-                    artifact_path=quantized / stages.ARTIFACT,
-                    index_folder=counted / stages.INDEX,
-                    folder=evaluated,
-                    options=options,
-                ),
-            )
-    return Results(train, score, quantize, evaluate) if int(os.environ.get("RANK", 0)) == 0 else None
+        if not mine:
+            return None
+        collectives.barrier()
+        dataset, options = datasets.load(out / "data"), RunOptions(log=shown("evaluate", say))
+        return standing(
+            folder,
+            EvaluateResult,
+            lambda: stages.evaluate_stage(
+                recipe=recipe,
+                dataset=dataset,
+                artifact_path=out / "quantize" / stages.ARTIFACT,
+                index_folder=out / "counts" / stages.INDEX,
+                folder=folder,
+                options=options,
+            ),
+        )
+
+
+def use_share_of_cpus(compute: ComputeConfig, workers: int) -> None:
+    """Use the recipe's threads, or this process's share of the machine's among so many."""
+    torch.set_num_threads(max(1, int(compute.cpus_per_worker or (os.cpu_count() or 1) // workers)))
 
 
 @contextlib.contextmanager
@@ -246,7 +276,7 @@ def standing(folder: Path, kind: type[Result], work: Callable[[], Result]) -> Re
     return result
 
 
-def prepare(recipe: Recipe, folder: Path, told: Mapping[str, Any], say: Callable[..., None]) -> None:
+def prepare(recipe: Recipe, folder: Path, logged_run: Mapping[str, Any], say: Callable[..., None]) -> None:
     """Make the dataset, or find it in the folder, and check it against the recipe and against the log to be replayed.
     Raises RecipeError."""
     if not (folder / datasets.FILE_NAME).is_file():
@@ -256,9 +286,9 @@ def prepare(recipe: Recipe, folder: Path, told: Mapping[str, Any], say: Callable
     stages.check_data(recipe, dataset)
     for name in TEXTS:
         say(f"data: {name} {getattr(dataset, name)}", flush=True)
-        if name in told and told[name] != getattr(dataset, name):
+        if name in logged_run and logged_run[name] != getattr(dataset, name):
             raise RecipeError(
-                f"the log's run had another text ({name} {told[name][:16]}…); "
+                f"the log's run had another text ({name} {logged_run[name][:16]}…); "
                 + (
                     "install the packages of requirements.txt"
                     if recipe.data.source == "docs"
@@ -279,20 +309,20 @@ def forget_training(recipe: Recipe) -> None:
 
 def replayed(path: Path) -> tuple[dict[str, Any], list[float]]:
     """Read what a log says of its run, and the share of the run that was over at each step. Raises RecipeError."""
-    told, fractions = dict[str, Any](), list[float]()
+    logged_run, fractions = dict[str, Any](), list[float]()
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line) if line.startswith("{") else {}
         except ValueError:
             raise RecipeError(f"--replay {path}: a line is no JSON: {line[:60]!r}") from None
-        told |= record.get("run", {})
+        logged_run |= record.get("run", {})
         if "fraction" in record and "step" in record:
             fractions.append(float(record["fraction"]))
             if record["step"] != len(fractions):
                 raise RecipeError(f"--replay {path}: step {len(fractions)} is missing; give the whole log")
     if not fractions:
         raise RecipeError(f"--replay {path} has no steps; give a train_seed<SEED>.log or a log.jsonl of training")
-    return told, fractions
+    return logged_run, fractions
 
 
 def fingerprint(fractions: list[float] | None) -> str:

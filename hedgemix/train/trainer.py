@@ -101,18 +101,7 @@ def train(
     config = recipe.train
     check_train(recipe, collectives.world_size(), QAT_LEVELS)
     built = time.monotonic()
-    deterministic(config, device)
-    torch.manual_seed(seed)
-    model = Model(recipe.model, dataset.vocab_size, config.sequence_tokens).to(device)
-    for parameter in model.parameters():
-        collectives.broadcast(parameter.detach())
-    batches = Batches(
-        datasets.train_stream(dataset), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, seed
-    )
-    if not batches.total:
-        raise RecipeError(f"train.sequence_tokens {config.sequence_tokens} is longer than the training text; lower it")
-    run = Run(model, config, batches, device)
-    run.warm_up()
+    run = build(recipe, dataset, seed, device)
     warmup_seconds = time.monotonic() - built
 
     checkpoints = Checkpoints(folder, kept=kept)
@@ -157,22 +146,14 @@ def train(
     synchronise(device)
     loop_seconds = clock.elapsed()
 
-    run.ema.swap()
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
-    moments = calibrate(model, batches, config, device)
-    if collectives.rank() == 0:
-        save_tensors(folder / WEIGHTS, {name: value.cpu() for name, value in model.state_dict().items()})
-        parts = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
-        save_tensors(folder / MOMENTS, parts)
-    synchronise(device)
+    average_and_calibrate(run, seed, folder)
     checkpoints.close()
     train_seconds = clock.elapsed()
     clock.note()
     return TrainResult(
-        parameters=parameter_count(model),
+        parameters=parameter_count(run.model),
         steps=run.step,
-        tokens=run.step * batches.per_step * config.sequence_tokens,
+        tokens=run.step * run.batch_tokens,
         train_loss_nats=steps.last_tenth(),
         train_seconds=train_seconds,
         loop_seconds=loop_seconds,
@@ -184,6 +165,39 @@ def train(
         qat_steps=run.qat_steps,
         peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
+
+
+def build(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Run:
+    """Make the run that a seed begins with, the same on every rank, and warm it up. Raises RecipeError for a training
+    text that is shorter than a sequence."""
+    config = recipe.train
+    deterministic(config, device)
+    torch.manual_seed(seed)
+    model = Model(recipe.model, dataset.vocab_size, config.sequence_tokens).to(device)
+    for parameter in model.parameters():
+        collectives.broadcast(parameter.detach())
+    batches = Batches(
+        datasets.train_stream(dataset), config.sequence_tokens, config.batch_tokens // config.sequence_tokens, seed
+    )
+    if not batches.total:
+        raise RecipeError(f"train.sequence_tokens {config.sequence_tokens} is longer than the training text; lower it")
+    run = Run(model, config, batches, device)
+    run.warm_up()
+    return run
+
+
+def average_and_calibrate(run: Run, seed: int, folder: Path) -> None:
+    """Put the averages in the weights' place and take the moments that quantization needs; rank 0 writes both to the
+    folder. Raises DivergedError for averages that are not finite."""
+    run.ema.swap()
+    if not all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
+        raise DivergedError(f"seed {seed}: the averaged weights are not finite after step {run.step}; {ADVICE}")
+    moments = calibrate(run.model, run.batches, run.config, run.device)
+    if collectives.rank() == 0:
+        save_tensors(folder / WEIGHTS, {name: value.cpu() for name, value in run.model.state_dict().items()})
+        parts = {part: {name: m.cpu() for name, m in found.items()} for part, found in vars(moments).items()}
+        save_tensors(folder / MOMENTS, parts)
+    synchronise(run.device)
 
 
 class Run:

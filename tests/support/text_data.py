@@ -7,6 +7,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
@@ -28,3 +29,14 @@ def processor() -> SentencePieceProcessor:
     """512 pieces trained on `documents`."""
     with tempfile.TemporaryDirectory() as folder:
         return tokenizer.train(documents(), 512, Path(folder) / "tokenizer.model")
+
+
+def repetitive_tokens() -> dict[str, np.ndarray]:
+    """Texts in which strings of tokens come again, int64 or uint16 (N,), by name."""
+    rng = np.random.default_rng(0)
+    real = np.concatenate(tokenizer.encode_batch(processor(), documents()))
+    return {
+        "small alphabet": rng.integers(0, 3, 3000),
+        "skewed": rng.zipf(1.3, 3000) % 50,
+        "real": np.concatenate([real[:3000], real[500:1500], real[200:900]]),
+    }

@@ -36,17 +36,6 @@ SHORT = replace(PLAN, first_tokens=640, cuts=1)
 """Two chunks, of which the second is scored after something was learned."""
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    return make(tmp_path_factory.mktemp("made") / "runs")
-
-
-@pytest.fixture
-def record(made: Record, tmp_path: Path) -> Record:
-    """A copy to spoil. Its paths are those of another folder that is not there, as at a reviewer's."""
-    return made.moved(tmp_path / "runs")
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work of other processes done in this one, through JSON all the same; but for ranks, which are several."""

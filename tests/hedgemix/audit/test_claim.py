@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,17 +17,7 @@ from hedgemix.config import RecipeError
 from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
-from support.tiny_run import Record, make
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    return make(tmp_path_factory.mktemp("made") / "runs")
-
-
-@pytest.fixture
-def record(made: Record, tmp_path: Path) -> Record:
-    return made.moved(tmp_path / "runs")
+from support.tiny_run import Record
 
 
 def test_a_moved_folder_is_found_beside_its_table(record: Record, made: Record) -> None:

@@ -19,12 +19,7 @@ from hedgemix.data import shards
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
 from support.text_data import documents
-from support.tiny_run import Record, make
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    return make(tmp_path_factory.mktemp("budgets") / "runs")
+from support.tiny_run import Record
 
 
 @pytest.fixture

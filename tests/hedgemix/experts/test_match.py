@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgemix.config import RecipeError
-from hedgemix.data import tokenizer
 from hedgemix.experts import match, ngram_index
-from support.text_data import documents, processor
+from support.text_data import repetitive_tokens
 
 LENGTHS = (1, 3, 4, 9)
 streams = st.lists(st.integers(0, 3), max_size=80).map(lambda tokens: np.array(tokens, np.uint16))
@@ -52,19 +51,9 @@ def test_matches_equal_a_slow_search(tokens: np.ndarray, lengths: tuple[int, ...
             hits[number] += predicted == tokens[t]
 
 
-def texts() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    real = np.concatenate(tokenizer.encode_batch(processor(), documents()))
-    return {
-        "small alphabet": rng.integers(0, 3, 3000),
-        "skewed": rng.zipf(1.3, 3000) % 50,
-        "real": np.concatenate([real[:3000], real[500:1500], real[200:900]]),
-    }
-
-
 @pytest.mark.parametrize("t", [1, 2, 300, 999])
 def test_the_target_and_the_future_change_nothing(t: int) -> None:
-    text = texts()["small alphabet"][:1000]
+    text = repetitive_tokens()["small alphabet"][:1000]
     changed = text.copy()
     changed[t:] = (changed[t:] + 1 + np.arange(1000 - t) % 2) % 3
     before, after = (build(tokens, LENGTHS, 3) for tokens in (text, changed))
@@ -75,7 +64,7 @@ def test_the_target_and_the_future_change_nothing(t: int) -> None:
 
 
 def test_rows_sum_to_one_and_predict() -> None:
-    text = texts()["real"].astype(np.uint16)
+    text = repetitive_tokens()["real"].astype(np.uint16)
     index = build(text, (8, 16), 512)
     top = torch.randn(len(text), 512, generator=torch.manual_seed(0)).softmax(-1)
     rows = match.rows(index, top, 0, len(text))

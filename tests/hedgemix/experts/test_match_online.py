@@ -8,29 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgemix.config import RecipeError
-from hedgemix.data import tokenizer
 from hedgemix.experts import match, ngram_index
 from hedgemix.experts.match_online import OnlineMatch
 from hedgemix.experts.memory_lookup import MemoryLookup
-from support.text_data import documents, processor
+from support.text_data import repetitive_tokens
 
 memories = st.lists(st.integers(0, 2), max_size=40)
 streams = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
 
-def texts() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    real = np.concatenate(tokenizer.encode_batch(processor(), documents()))
-    return {
-        "small alphabet": rng.integers(0, 3, 3000),
-        "skewed": rng.zipf(1.3, 3000) % 50,
-        "real": np.concatenate([real[:3000], real[500:1500], real[200:900]]),
-    }
-
-
 @pytest.mark.parametrize("name", ["small alphabet", "skewed", "real"])
 def test_every_prediction_is_the_batchs_exactly(name: str) -> None:
-    tokens, lengths = texts()[name].astype(np.uint16), (2, 5, 8, 24)
+    tokens, lengths = repetitive_tokens()[name].astype(np.uint16), (2, 5, 8, 24)
     index, online = ngram_index.build(tokens, (1,), 512, lengths).match, OnlineMatch(lengths, 512)
     share = match.confidence(index.hits_N, index.tries_N).astype(np.float32)
     for t, token in enumerate(tokens.tolist()):
