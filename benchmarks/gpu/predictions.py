@@ -109,8 +109,8 @@ RECORD: dict[str, dict[str, Prediction]] = {
     "evaluate": {
         "index": Prediction(5, 5, unit="s"),
         "scoring seconds": Prediction(8, 8, unit="s"),
-        "ttt seconds": Prediction(18, 25, unit="s"),
-        "mixing seconds": Prediction(3.5, 4, unit="s"),
+        "ttt seconds": Prediction(5, 9, unit="s"),
+        "mixing seconds": Prediction(4, 6, unit="s"),
     },
     "audit": {
         "refused": Prediction(said="nothing"),

@@ -48,7 +48,7 @@ class EvaluateResult:
     bpb_quantized: float
     """Bits per byte of the artifact's weights, frozen, no mixing."""
     bpb_mixed: float
-    """Bits per byte of the artifact's weights, frozen, mixed with the experts that see no features."""
+    """Bits per byte of the artifact's weights, frozen, mixed with the experts that see no features of theirs."""
     bpb_ttt: float | None
     """Bits per byte with test-time training (the fast head, or trained weights), no mixing; None when it is off."""
     bpb_final: float

@@ -32,7 +32,7 @@ STAGES = {
     "quantized": "bpb_quantized",
     "mixed": "bpb_mixed",
     "TTT, not mixed": "bpb_ttt",
-    "final: both": "bpb_final",
+    "final: all": "bpb_final",
 }
 RUNNING = {
     "quantized": "quantized",
@@ -43,7 +43,7 @@ RUNNING = {
     "final": "final",
     "published*": "published",
 }
-SAVINGS = {"mixture": ("quantized", "mixed"), "TTT": ("quantized", "ttt"), "both": ("quantized", "final")}
+SAVINGS = {"mixture": ("quantized", "mixed"), "TTT": ("quantized", "ttt"), "all": ("quantized", "final")}
 """What saves: from which stage of the tally to which."""
 RANKS = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 MOST_BARS = 14
@@ -62,7 +62,7 @@ def ladder(record: Record) -> Section:
         ("quantization costs", "full precision", "quantized"),
         ("test-time training gains", "quantized", "TTT, not mixed"),
         ("the mixture gains", "quantized", "mixed"),
-        ("test-time training gains on top of the mixture", "mixed", "final: both"),
+        ("cache and test-time training gain on top of the mixture", "mixed", "final: all"),
     ]
     rows = []
     for what, one, other in steps:
@@ -99,7 +99,7 @@ def training(record: Record) -> Section:
     return Section("Training", [Plot("training", figures.training(logs), caption), Table(heads, rows), *missing])
 
 
-def along(record: Record) -> Section:
+def along_text(record: Record) -> Section:
     """Show bits per byte and weights of the mixtures along the text."""
     traces = {row["seed"]: record.lines(row, "evaluate_path", TRACE) for row in record.done}
     missing = [MISSING.format(TRACE, seed) for seed, lines in traces.items() if not lines]
@@ -129,10 +129,11 @@ def along(record: Record) -> Section:
     return Section("Along the text", [*blocks, *missing])
 
 
-def helped(record: Record) -> Section:
+def gains_and_losses(record: Record) -> Section:
     """Show where the mixture and test-time training helped and hurt: by token rank, by token, by document."""
     title = "Where the mixture and test-time training helped and hurt"
-    tokens, documents, missing = summed(record, TOKENS, "token"), summed(record, DOCUMENTS, "document"), []
+    tokens, documents = sum_over_seeds(record, TOKENS, "token"), sum_over_seeds(record, DOCUMENTS, "document")
+    missing = []
     for row in record.done:
         if not record.lines(row, "evaluate_path", TOKENS):
             missing.append(MISSING.format(TOKENS, row["seed"]))
@@ -158,7 +159,7 @@ def helped(record: Record) -> Section:
             Plot(
                 "documents",
                 figures.sorted_savings(helped_by),
-                f"Bits per byte saved in each of {len(helped_by['both']):,} documents. Made worse: {told}.",
+                f"Bits per byte saved in each of {len(helped_by['all']):,} documents. Made worse: {told}.",
             ),
             "Tokens by the bits that mixture and test-time training saved in all, the most helped and the most hurt:",
             extremes(record, ranked),
@@ -167,7 +168,7 @@ def helped(record: Record) -> Section:
     )
 
 
-def summed(record: Record, name: str, key: str) -> dict[int, Row]:
+def sum_over_seeds(record: Record, name: str, key: str) -> dict[int, Row]:
     """Add up the lines of the tally over the finished seeds, by their number."""
     found: dict[int, Row] = {}
     for row in record.done:
@@ -203,18 +204,18 @@ def by_rank(ranked: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def extremes(record: Record, ranked: Sequence[Row]) -> Table:
-    """List the tokens on which both together saved most and least bits, with their pieces where the artifact is
+    """List the tokens on which all of it saved most and least bits, with their pieces where the artifact is
     there."""
     content = record.content(record.done[0], "artifact_path")
     pieces = tokenizer.load(parts_of(content).tokenizer) if content else None
-    ordered = sorted(ranked, key=lambda line: -saving(line, "both"))
+    ordered = sorted(ranked, key=lambda line: -saving(line, "all"))
     chosen = ordered[:SHOWN_TOKENS] + ordered[-SHOWN_TOKENS:] if len(ordered) > 2 * SHOWN_TOKENS else ordered
     rows = [
         [
             f"`{visible(pieces.id_to_piece(line['token']))}`" if pieces else str(line["token"]),
             f"{line['tokens'] / len(record.done):,.0f}",
             *(f"{round(saving(line, name) / len(record.done)):+,}" for name in SAVINGS),
-            f"{saving(line, 'both') / line['tokens']:+.3f}",
+            f"{saving(line, 'all') / line['tokens']:+.3f}",
         ]
         for line in chosen
     ]

@@ -86,7 +86,7 @@ class Row:
     mixing_seconds: float | None = None
     """Part of evaluate_seconds in experts and mixers."""
     ttt_seconds: float | None = None
-    """Part of evaluate_seconds in test-time training."""
+    """Part of evaluate_seconds in test-time training and the neural cache."""
     evaluate_workers: int | None = None
     """Ranks of the evaluation."""
     order: str | None = None
@@ -96,9 +96,9 @@ class Row:
     bpb_quantized: float | None = None
     """Bits per byte of the artifact's weights, frozen, no mixing."""
     bpb_mixed: float | None = None
-    """Bits per byte of the artifact's weights, frozen, mixed with the experts."""
+    """Bits per byte of the artifact's weights, frozen, mixed with n-grams and the match: nothing adapts but them."""
     bpb_ttt: float | None = None
-    """Bits per byte with test-time training, no mixing."""
+    """Bits per byte with test-time training (the fast head, or trained weights), no mixing."""
     bpb_final: float | None = None
     """The score: bits per byte with everything the recipe turns on. A code length."""
     bpb_hedge: float | None = None

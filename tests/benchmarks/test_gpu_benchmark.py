@@ -96,7 +96,7 @@ def test_every_section_runs_and_leaves_what_it_says(given: Path, tmp_path: Path)
     assert all(line["card"] == "no GPU" for line in lines) and not any(map(predictions.wrong, lines))
     kept = {"results.jsonl", "table.txt", "profile.txt", "log.jsonl", "trace.jsonl", "artifact.hmx"}
     assert {path.name for path in tmp_path.iterdir()} == kept
-    assert sum(line["section"] == "vary" and "final" in line.get("name", "") for line in lines) == 3
+    assert sum(line["section"] == "vary" and "final" in line.get("name", "") for line in lines) == 5
     assert artifact.read(tmp_path / "artifact.hmx").n_bytes < 500_000
     trained = next(line["value"] for line in lines if line.get("name") == "steps")
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == trained

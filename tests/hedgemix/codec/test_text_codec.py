@@ -26,7 +26,7 @@ from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import silent
 from support import tiny_artifact
 from support.text_data import ODD, TEXTS, processor
-from support.tiny_artifact import CONFIG, Case
+from support.tiny_artifact import ADAPTIVE, CONFIG, Case
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,12 @@ def tokens_of(text: str) -> np.ndarray:
     return np.array(tokenizer.encode(processor(), text))
 
 
-def test_a_text_costs_the_bits_of_its_evaluation_and_comes_back(case: Case, found: Artifact) -> None:
-    made = compress_tokens(found, case.tokens, CONFIG)
-    reported_bits = case.score().bpb_final * len(case.text)
+@pytest.mark.parametrize("config", [CONFIG, ADAPTIVE], ids=["trained weights", "experts over features"])
+def test_a_text_costs_the_bits_of_its_evaluation_and_comes_back(
+    case: Case, found: Artifact, config: EvaluateConfig
+) -> None:
+    made = compress_tokens(found, case.tokens, config)
+    reported_bits = case.score(config).bpb_final * len(case.text)
     assert abs(made.payload_bits - reported_bits) <= 0.001 * reported_bits + 64
     assert abs(made.ideal_bits - reported_bits) <= 1e-4 * reported_bits
     assert np.array_equal(decompress_tokens(found, made.data), case.tokens)
@@ -85,7 +88,10 @@ def test_every_text_comes_back(found: Artifact, text: str) -> None:
     assert made.payload_bits <= made.ideal_bits + 64
 
 
-def test_a_fresh_process_with_nothing_but_the_two_files_decodes(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIG, ADAPTIVE], ids=["trained weights", "experts over features"])
+def test_a_fresh_process_with_nothing_but_the_two_files_decodes(
+    case: Case, tmp_path: Path, config: EvaluateConfig
+) -> None:
     text = "Grüße\r\n\x00 from \u2581 somewhere else"
     source = tmp_path / "source" / "text"
     source.parent.mkdir()
@@ -93,7 +99,7 @@ def test_a_fresh_process_with_nothing_but_the_two_files_decodes(case: Case, tmp_
     there = tmp_path / "there"
     there.mkdir()
     shutil.copy(case.artifact, there / "a.hmx")
-    text_codec.compress(case.artifact, source, there / "coded", CONFIG, silent)
+    text_codec.compress(case.artifact, source, there / "coded", config, silent)
     shutil.rmtree(source.parent)
     command = [sys.executable, "-m", "hedgemix.cli", "decompress", "a.hmx", "coded", "text"]
     done = subprocess.run(command, cwd=there, capture_output=True, text=True)

@@ -110,6 +110,34 @@ def test_looking_at_rows_moves_nothing(text: np.ndarray, resident: bool) -> None
         torch.testing.assert_close(seen.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_given_experts_are_mixed_and_plain_row_sets_do_without(text: np.ndarray, resident: bool) -> None:
+    """A plain row set has the bits of a mixer that is given nothing; the other one mixes what it is given, in order."""
+    index, neural = index_of(text, FURTHER), neural_rows(text)
+    given = ("mine", "yours")
+    both = BatchMixer(FURTHER, VOCAB, index, names=("a", "b"), given=given, plain=("a",), resident=resident)
+    alone, only = BatchMixer(FURTHER, VOCAB, index), BatchMixer(FURTHER, VOCAB, index, names=("b",), given=given)
+    assert both.experts == only.experts == (*alone.experts, *given)
+    knowing = torch.nn.functional.one_hot(torch.from_numpy(text.astype(np.int64)), VOCAB) * 0.5 + 0.5 / VOCAB
+    said = {"mine": neural_rows(text, 1).softmax(1), "yours": knowing}
+    for start, stop in ((1, 40), (40, 700)):
+        here = {name: rows[start:stop] for name, rows in ({"a": neural, "b": neural} | said).items()}
+        rows = both.rows(here, start, stop)
+        assert torch.equal(rows["b"]["yours"], here["yours"].log())
+        scores = both.score(here, start, stop).nll
+        other = alone.score({"neural": here["a"]}, start, stop).nll["neural"]
+        third = only.score({name: here[name] for name in ("b", *given)}, start, stop).nll["b"]
+        for mine, theirs in ((scores["a"], other), (scores["b"], third)):
+            assert mine.keys() == theirs.keys()
+            for kind, nll in mine.items():
+                torch.testing.assert_close(
+                    nll, theirs[kind], rtol=1e-5 if resident else 0, atol=1e-5 if resident else 0
+                )
+    assert scores["b"]["ensemble"].sum() < 0.6 * scores["a"]["ensemble"].sum()  # yours knows the token
+    with pytest.raises(ValueError, match="mine"):
+        both.score({"a": neural[:1], "b": neural[:1]}, 700, 701)
+
+
 @BOTH
 @pytest.mark.parametrize("t", [1, 33, 350])
 def test_the_target_and_the_future_change_no_row(text: np.ndarray, t: int, config: MixerConfig) -> None:
