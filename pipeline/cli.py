@@ -41,7 +41,7 @@ def _report(command: Report) -> None:
     record = records.load(command.run)
     path = report.write(record, command.against)
     console = Console(highlight=False)
-    for line in summary.lead(record, command.against):
+    for line in summary.key_findings(record, command.against):
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)
     console.print(f"report: {record.storage.where(path)}", markup=False, soft_wrap=True)
 

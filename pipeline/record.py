@@ -72,9 +72,9 @@ from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
 from pipeline.results.schema import Row
 from pipeline.results.table import read_rows, table_path, write_rows
-from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record, record_folder
+from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record
 from pipeline.steps.recovery import clocked, set_aside
-from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, keep, perform
+from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, perform, save_outputs
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
 from pipeline.tracking.follower import check_trackers
@@ -167,7 +167,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
     storage = open_storage(options.out)
     check_trackers(options.track, storage)
     record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
-    folder = record_folder(storage, record)
+    folder = storage.record_folder(record)
     waiting = "another driver holds this record; waiting to see whether it lives"
     with hold(storage, folder / LOCK, lambda: console.print(waiting)) as lost:
         keep_recipe(storage, folder / RECIPE, recipe, record)
@@ -236,7 +236,7 @@ def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset
         with clocked(step):
             dataset = datasets.prepare(recipe.data, step.folder, log=lambda line: console.print(f"data: {line}"))
             datasets.save(dataset, step.folder)
-            return keep(step, {"valid_tokens": dataset.valid_tokens})
+            return save_outputs(step, {"valid_tokens": dataset.valid_tokens})
 
     perform(step, work, origin())
     try:

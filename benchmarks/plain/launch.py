@@ -24,7 +24,7 @@ from hedgemix.data import dataset as datasets
 from hedgemix.runtime import collectives
 from hedgemix.runtime.files import read_json
 from pipeline.steps import graph
-from pipeline.steps.step import Made, Step, keep, perform
+from pipeline.steps.step import Made, Step, perform, save_outputs
 from pipeline.storage.store import Storage
 
 
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
 
 
 def made(step: Step, stage: Callable[[], dict[str, Any]]) -> Made:
-    return keep(step, stage())
+    return save_outputs(step, stage())
 
 
 if __name__ == "__main__":

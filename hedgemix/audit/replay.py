@@ -37,7 +37,7 @@ from hedgemix.runtime.files import Log, silent
 
 @dataclass(frozen=True)
 class Source:
-    """What an audited evaluation reads, in plain JSON types."""
+    """Says what an audited evaluation reads, in plain JSON types."""
 
     artifact: str
     shards: list[str]
@@ -56,15 +56,16 @@ class Source:
     threads: int
 
     def read(self) -> np.ndarray:
-        """The audited tokens, uint16 (N,)."""
+        """Read the audited tokens, uint16 (N,)."""
         return TokenStream(self.shards, self.limit).read(0, self.tokens)
 
     def settings(self) -> EvaluateConfig:
+        """Return the settings of the evaluation; raises RecipeError for a field that it does not have."""
         return from_dict(EvaluateConfig, self.config)
 
 
 class Enough(Exception):
-    """Raised by a witness when the last piece that it was asked for is scored."""
+    """Ends a replay: the witness raises it when the last piece that it was asked for is scored."""
 
 
 class Witness(Observer):
@@ -92,20 +93,25 @@ class Witness(Observer):
         self.events.append({"event": event, "start": span.start, "stop": span.stop, **more})
 
     def on_open(self, work: Evaluation, chunk: Piece) -> None:
+        """Keep which weights make the chunk's first rows."""
         self.tell("open", chunk, **weights_now(work))
 
     def on_close(self, work: Evaluation, chunk: Piece) -> None:
+        """Keep which weights made the chunk's last rows."""
         self.tell("close", chunk, **weights_now(work))
 
     def on_learn(self, work: Evaluation, chunk: Piece) -> None:
+        """Hold the fingerprint of the adapted weights before they learn the chunk."""
         assert work.adapter
         self._scorer = fingerprint(work.adapter.scorer)
 
     def on_learned(self, work: Evaluation, chunk: Piece) -> None:
+        """Keep that the chunk was learned, and the adapted weights' fingerprints before and after it."""
         assert work.adapter
         self.tell("learn", chunk, before=self._scorer, after=fingerprint(work.adapter.scorer))
 
     def on_rows(self, work: Evaluation, piece: Piece, rows: dict[str, Tensor]) -> None:
+        """Look at the rows of the piece's wanted positions, and hold where the mixer stands before it is scored."""
         asked = [t for t in self.wanted if piece.start <= t < piece.stop]
         began = time.monotonic()
         self._looked = self.look(work, piece, rows, asked) if asked else []
@@ -113,6 +119,8 @@ class Witness(Observer):
         self._position = work.mixer.position
 
     def on_charge(self, work: Evaluation, piece: Piece, charges: dict[str, Tensor]) -> None:
+        """Keep what the piece was charged under the claim, in nats; raises Enough when it holds the last position asked
+        for."""
         nats = charges[self.claim].double().cpu().numpy()
         self.charged += len(nats)
         self.nats_N[piece.start : piece.stop] = nats[: piece.stop - piece.start]
@@ -169,7 +177,7 @@ def play(work: Evaluation, log: Log = silent) -> list[dict[str, Any]]:
 
 
 def weights_now(work: Evaluation) -> dict[str, int]:
-    """Fingerprints of the weights that make the next rows."""
+    """Take the fingerprints of the weights that make the next rows."""
     shipped = fingerprint(work.model)
     learned = work.adapter is not None and work.adapter.chunks_learned > 0
     scorer = fingerprint(work.adapter.scorer) if work.adapter and learned else shipped
@@ -185,7 +193,8 @@ def fingerprint(model: Model) -> int:
 
 
 def begin(source: Source, tokens_N: np.ndarray, observer: Observer | None = None) -> Evaluation:
-    """The source's evaluation of its own text or of another, uint16 (N,), whose n-grams are indexed here and now."""
+    """Begin the source's evaluation of its own text or of another, uint16 (N,), whose n-grams are indexed here and
+    now."""
     torch.set_num_threads(source.threads)
     if source.device == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)  # copies are compared to the bit
@@ -260,7 +269,8 @@ def compare(
 
 
 def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int) -> np.ndarray:
-    """A copy in which every token of the changed part is another one, drawn evenly."""
+    """Copy the tokens with another one, drawn evenly, in place of each of the changed part: the token at `cut`
+    (changed: "target"), or all after it."""
     part = slice(cut, cut + 1) if changed == "target" else slice(cut + 1, None)
     shift = np.random.default_rng(cut).integers(1, vocab_size, len(tokens_N[part]))
     out = tokens_N.copy()
@@ -269,7 +279,8 @@ def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int) -> np
 
 
 def score_rank(source: dict[str, Any], rank: int, world: int, meeting: str, log: Log) -> dict[str, Any]:
-    """One of `world` ranks over gloo, meeting in a file: its lines of the trace and its weights' fingerprint."""
+    """Score as one of `world` ranks over gloo, meeting in a file; returns its lines of the trace and its weights'
+    fingerprint."""
     read = Source(**source)
     if read.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -282,7 +293,8 @@ def score_rank(source: dict[str, Any], rank: int, world: int, meeting: str, log:
 
 
 def compress(source: dict[str, Any], log: Log) -> dict[str, Any]:
-    """The audited tokens as the codec writes them: data in base64, payload bits and the bits that it aimed at."""
+    """Compress the audited tokens with the codec; returns the data in base64, its payload bits and the bits that it
+    aimed at."""
     from hedgemix.codec.text_codec import compress_tokens
 
     read = Source(**source)
@@ -297,7 +309,7 @@ def compress(source: dict[str, Any], log: Log) -> dict[str, Any]:
 
 
 def decompress(artifact_path: str, data_path: str, threads: int, log: Log) -> dict[str, Any]:
-    """The number and SHA-256 of the tokens (uint16) that the codec reads out of a file, with the artifact alone."""
+    """Count and hash (SHA-256) the tokens, uint16, that the codec reads out of a file with the artifact alone."""
     from hedgemix.codec.text_codec import decompress_tokens
 
     torch.set_num_threads(threads)

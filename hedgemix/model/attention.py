@@ -17,20 +17,20 @@ from hedgemix.model.layers import causal_attention
 
 
 def windowed(q_BHTE: Tensor) -> bool:
-    """Whether `windowed_attention` takes these queries."""
+    """Tell whether `windowed_attention` takes these queries."""
     if not (q_BHTE.is_cuda and torch.backends.cuda.is_flash_attention_available()):
         return False
     return flash_takes(q_BHTE.dtype, q_BHTE.shape[-1], torch.cuda.get_device_capability(q_BHTE.device))
 
 
 def flash_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:
-    """Whether FlashAttention 2 has kernels for such heads on a GPU of this compute capability."""
+    """Tell whether FlashAttention 2 has kernels for such heads on a GPU of this compute capability."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and head_width % 8 == 0 and head_width <= 256 and capability >= (8, 0)
 
 
 def windowed_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
-    """`banded_attention` by the kernel's own window: half the keys, and no mask to write or plan for.
+    """Attend as `banded_attention` does, by the kernel's own window: half the keys, and no mask to write or plan for.
 
     The kernel's last query is at its last key's position: it sees window_size_left keys before it, window_size_right
     after. Its layout is (B, T, H, E).
@@ -54,7 +54,7 @@ def windowed_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int
 
 
 def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
-    """Causal attention in which each position sees itself and the `band - 1` positions before it.
+    """Attend causally from each position to itself and the `band - 1` positions before it; returns (B, H, T, E).
 
     Queries are of the last T of the positions that keys and values have. Where no kernel has a window they are cut into
     blocks of `band`, each of which attends to itself and the block before it, so the work is 2 * band keys a query,
@@ -84,7 +84,8 @@ def banded_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) 
 
 @dataclass
 class Cache:
-    """What a growing text leaves behind: with it, `features` runs one more token instead of the whole text again."""
+    """Keeps what a growing text leaves behind: with it, `features` runs one more token instead of the whole text
+    again."""
 
     keys: list[Tensor]
     """Of each layer, (B, H, positions, E)."""
@@ -108,8 +109,8 @@ class Cache:
 
 
 def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None) -> Tensor:
-    """Causal attention over the whole sequence, or over the last `band` positions; queries of the last positions may
-    come alone."""
+    """Attend causally over the whole sequence, or over the last `band` positions; queries of the last positions may
+    come alone. Returns (B, H, queries, E)."""
     queries, keys = q_BHTE.shape[2], k_BHTE.shape[2]
     if band is None or band >= keys:
         if queries == keys:

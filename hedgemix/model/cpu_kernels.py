@@ -25,10 +25,11 @@ MOST_POSITIONS = 512
 
 
 class RMSNorm(torch.autograd.Function):
-    """`scale * x / sqrt(mean(x^2) + eps)` over the last dimension, eps that of float32."""
+    """Computes `scale * x / sqrt(mean(x^2) + eps)` over the last dimension, eps that of float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        """Normalise x (..., D); keeps the result and 1 / rms (..., 1)."""
         inverse = inverse_rms(x)
         y = x * (inverse if scale == 1 else inverse * scale)
         ctx.save_for_backward(y, inverse)
@@ -38,21 +39,24 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x (..., D) for that of the result."""
         y, inverse = ctx.saved_tensors
         along = (gradient * y).sum(-1, keepdim=True).mul_(inverse).mul_(-1 / (y.shape[-1] * ctx.scale))
         return (gradient * (inverse * ctx.scale)).addcmul_(y, along), None
 
 
 def inverse_rms(x: Tensor) -> Tensor:
+    """Compute `1 / sqrt(mean(x^2) + eps)` of x (..., D), (..., 1), eps that of its dtype."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     return squares.div_(x.shape[-1]).add_(torch.finfo(x.dtype).eps).rsqrt_()
 
 
 class NormalisedRotary(torch.autograd.Function):
-    """`rotate(rms_norm(x), cos, sin)` of heads x (B, T, H, E), transposed to (B, H, T, E) and contiguous."""
+    """Computes `rotate(rms_norm(x), cos, sin)` of heads x (B, T, H, E), transposed to (B, H, T, E) and contiguous."""
 
     @staticmethod
     def forward(ctx: Any, x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """Normalise heads (B, T, H, E) and turn them by cos and sin (T, R); returns and keeps (B, H, T, E)."""
         B, T, H, E = x_BTHE.shape
         inverse = inverse_rms(x_BTHE).transpose(1, 2)
         y = torch.mul(x_BTHE.transpose(1, 2), inverse, out=x_BTHE.new_empty(B, H, T, E))
@@ -63,6 +67,7 @@ class NormalisedRotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the heads (B, T, H, E) for that of the result (B, H, T, E)."""
         y, inverse, cos_TR, sin_TR = ctx.saved_tensors
         # A turn changes no inner product, so the norm's gradient can be taken first and turned back as a whole.
         along = (gradient * y).sum(-1, keepdim=True).mul_(inverse).mul_(-1 / y.shape[-1])
@@ -81,10 +86,13 @@ def turn(x_BHTE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
 
 
 class CausalAttention(torch.autograd.Function):
-    """`scaled_dot_product_attention(q, k, v, is_causal=True)` of (B, H, T, E), keeping the attention weights."""
+    """Computes `scaled_dot_product_attention(q, k, v, is_causal=True)` of (B, H, T, E), keeping the attention
+    weights."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
+        """Attend, a block of queries at a time; returns (B, H, T, E) and keeps each block's weights (B * H, block,
+        keys)."""
         T, E = q_BHTE.shape[-2:]
         q, k, v = (x.reshape(-1, T, E) for x in (q_BHTE, k_BHTE, v_BHTE))
         y, kept = torch.empty_like(q), []
@@ -102,6 +110,7 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v for that of the result, all (B, H, T, E)."""
         q, k, v, y, *kept = ctx.saved_tensors
         T, E = q.shape[-2:]
         shape, gradient = gradient.shape, gradient.reshape(-1, T, E)
@@ -119,10 +128,11 @@ class CausalAttention(torch.autograd.Function):
 
 
 class WithoutProjection(torch.autograd.Function):
-    """`y` less its projection on `v`, over the last dimension: `y - (y . d) d` with d = normalize(v)."""
+    """Computes `y` less its projection on `v`, over the last dimension: `y - (y . d) d` with d = normalize(v)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, v: Tensor) -> Tensor:
+        """Subtract the projection of y (..., D) on v (..., D); returns (..., D)."""
         inverse = (v * v).sum(-1, keepdim=True).clamp_min_(1e-24).reciprocal_()
         share = (y * v).sum(-1, keepdim=True).mul_(inverse)
         ctx.save_for_backward(y, v, inverse, share)
@@ -131,6 +141,7 @@ class WithoutProjection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of y and v for that of the result, all (..., D)."""
         y, v, inverse, share = ctx.saved_tensors
         other = (gradient * v).sum(-1, keepdim=True).mul_(inverse)
         to_v = (v * (2 * share * other)).addcmul_(y, other, value=-1).addcmul_(gradient, share, value=-1)
@@ -138,10 +149,11 @@ class WithoutProjection(torch.autograd.Function):
 
 
 class LeakySquare(torch.autograd.Function):
-    """`leaky_relu(x, slope)^2`."""
+    """Computes `leaky_relu(x, slope)^2`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        """Square leaky_relu(x, slope), element by element; keeps x."""
         ctx.save_for_backward(x)
         ctx.slope = slope
         return F.leaky_relu(x, slope).square_()
@@ -149,12 +161,13 @@ class LeakySquare(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x for that of the result, of the same shape."""
         (x,) = ctx.saved_tensors
         return F.leaky_relu(x, ctx.slope**2).mul_(gradient).mul_(2), None
 
 
 class CappedCrossEntropy(torch.autograd.Function):
-    """`cross_entropy(cap * tanh(features @ weight^T / cap), targets, reduction="sum")`.
+    """Computes `cross_entropy(cap * tanh(features @ weight^T / cap), targets, reduction="sum")`.
 
     Loss and gradient come in one pass over pieces of the logits, which are never held whole. With s = sigmoid(2z/cap),
     cap * tanh(z/cap) is 2 cap s - cap, whose last term a softmax does not see, and tanh's slope is 4 s (1 - s).
@@ -162,6 +175,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+        """Sum the losses of N features (N, D) in nats, a 0-d tensor; keeps both gradients but for a factor of 4."""
         features, V = features_ND.detach(), len(weight_VD)
         size = max(1, CHUNK_NUMBERS // V)
         room_s, room_p, room_q = (features.new_empty(size, V) for _ in range(3))
@@ -185,5 +199,6 @@ class CappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Return the gradients of features (N, D) and weight (V, D) for that of the loss, a 0-d tensor."""
         to_features, to_weight = ctx.saved_tensors
         return to_features * (4 * gradient), to_weight * (4 * gradient), None, None

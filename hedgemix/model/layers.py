@@ -33,9 +33,10 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
 
 
 class Table(nn.Embedding):
-    """An embedding whose gradient, where a buffer waits for it, is the few rows that were read, not a dense table."""
+    """Embeds; its gradient, where a buffer waits for it, is the few rows that were read, not a dense table."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Look up the row of each of the input's numbers, int64 (...); returns (..., D)."""
         weight = self.weight
         few = by_hand(weight) and weight.grad is not None and len(weight) > UNTOUCHED * input.numel()
         return F.embedding(input, weight, sparse=few)

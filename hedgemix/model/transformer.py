@@ -35,7 +35,8 @@ QAT_QUANTILE = 0.9995
 
 
 def fake_quantize(weight: Tensor) -> Tensor:
-    """`weight` rounded to 31 levels with one scale a row, with a straight-through gradient (Bengio et al. 2013)."""
+    """Round `weight` (rows, columns) to 31 levels with one scale a row, with a straight-through gradient (Bengio et al.
+    2013)."""
     with torch.no_grad():
         magnitude = weight.float().abs()
         rank = max(1, math.ceil(QAT_QUANTILE * magnitude.shape[1]))
@@ -50,17 +51,18 @@ def fake_quantize(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A bias-free matrix that can be trained through its quantization."""
+    """Multiplies by a matrix, without a bias, that can be trained through its quantization."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, input: Tensor, qat: bool = False) -> Tensor:
+        """Map the input (..., inputs) to (..., outputs). qat: by the quantized weights."""
         return F.linear(input, fake_quantize(self.weight) if qat else self.weight)
 
 
 def rotary_base(config: ModelConfig, context_tokens: int) -> float:
-    """The RoPE base after NTK scaling for the context the model is trained at (not the one it is run at)."""
+    """Scale the RoPE base (NTK) for the context the model is trained at (not the one it is run at)."""
     stretch = context_tokens / config.rope_scaled_beyond_tokens
     if stretch <= 1 or config.rope_dims <= 2:
         return config.rope_base
@@ -68,6 +70,9 @@ def rotary_base(config: ModelConfig, context_tokens: int) -> float:
 
 
 class Attention(nn.Module):
+    """Attends from each position to itself and earlier ones, with normalised, rotated queries and keys and a gain a
+    head."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -91,6 +96,11 @@ class Attention(nn.Module):
         cache: Cache | None,
         last: int,
     ) -> Tensor:
+        """Attend from the last positions of the normalised input (B, T, D); returns (B, last, D).
+
+        value_BTK: what is added to the values before they are cut into key-value heads. cos, sin: (T, R), of these
+        positions. qat: by quantized weights.
+        """
         B, T, D = x_BTD.shape
 
         q = self.q(x_BTD[:, T - last :], qat).view(B, last, self.heads, self.head_width)
@@ -111,6 +121,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Maps each position on its own: up, leaky_relu squared, down."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.slope = config.mlp_slope
@@ -118,10 +130,13 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_hidden, config.width)
 
     def forward(self, x_BTD: Tensor, qat: bool) -> Tensor:
+        """Map (B, T, D) to (B, T, D). qat: by quantized weights."""
         return self.down(leaky_square(self.up(x_BTD, qat), self.slope), qat)
 
 
 class Block(nn.Module):
+    """Adds attention, then an MLP, each of the normalised stream, to the residual stream."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention, self.mlp = Attention(config, layer), MLP(config)
@@ -143,6 +158,11 @@ class Block(nn.Module):
         cache: Cache | None,
         last: int,
     ) -> Tensor:
+        """Run the layer on the residual stream (B, T, D); returns its last positions, (B, last, D).
+
+        x0: the stream that entered the first layer, (B, T, D), which `input_mix` blends in. The rest is
+        `Attention.forward`'s.
+        """
         if self.input_mix is not None:
             mix = self.input_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
@@ -153,7 +173,7 @@ class Block(nn.Module):
 
 
 class BigramEmbedding(nn.Module):
-    """An embedding of the last two tokens, hashed into `bigram_buckets` rows (the last row: no previous token)."""
+    """Embeds the last two tokens, hashed into `bigram_buckets` rows (the last row: no previous token)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -163,17 +183,18 @@ class BigramEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def rows(self, tokens_BT: Tensor) -> Tensor:
-        """The table's row for each position."""
+        """Hash each position's tokens to its row of the table, int64 (B, T)."""
         current, previous = tokens_BT[:, 1:], tokens_BT[:, :-1]
         row = torch.bitwise_xor(HASH_CURRENT * current, HASH_PREVIOUS * previous) % (self.buckets - 1)
         return F.pad(row, (1, 0), value=self.buckets - 1)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Embed each position of the tokens (B, T); returns (B, T, D)."""
         return self.project(self.table(self.rows(tokens_BT))) * self.scale
 
 
 class ValueEmbedding(nn.Module):
-    """A token embedding that the last layers add to their values."""
+    """Embeds a token for the last layers, which add it to their values."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -183,13 +204,14 @@ class ValueEmbedding(nn.Module):
         self.layer_scales = nn.Parameter(torch.ones(config.value_embedding_layers))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Embed the tokens (B, T); returns (B, T, K), K the width of all key-value heads."""
         return self.project(self.table(tokens_BT)) * self.scale
 
 
 class Model(nn.Module):
-    """`features` then `logits`; both take any context up to the one the model was trained at, or a longer stream
-    with a band. `context_tokens` is the training context and fixes the RoPE base. draw: draw initial weights; not worth
-    the seconds when others are loaded."""
+    """Computes `features`, then `logits`; both take any context up to the one the model was trained at, or a longer
+    stream with a band. `context_tokens` is the training context and fixes the RoPE base. draw: draw initial weights;
+    not worth the seconds when others are loaded."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, context_tokens: int, draw: bool = True) -> None:
         super().__init__()
@@ -227,7 +249,7 @@ class Model(nn.Module):
             nn.init.zeros_(self.value_embedding.project.weight)
 
     def start_cache(self, positions: int, sequences: int = 1) -> Cache:
-        """An empty cache for texts of up to `positions` tokens."""
+        """Make an empty cache for texts of up to `positions` tokens."""
         config, like = self.config, self.embedding.weight
         shape = (sequences, config.heads, positions, config.width // config.heads)
         keys, values = ([like.new_zeros(shape) for _ in self.blocks] for _ in range(2))
@@ -241,7 +263,7 @@ class Model(nn.Module):
         cache: Cache | None = None,
         last: int | None = None,
     ) -> Tensor:
-        """Normalised final hidden states (B, T, D); position t depends on tokens 0..t only (the last `band`
+        """Compute the normalised final hidden states (B, T, D); position t depends on tokens 0..t only (the last `band`
         positions of each layer below, when a band is given). last: only of so many last positions, (B, last, D); the
         last layer then makes keys and values for the others, and no more.
 
@@ -285,16 +307,16 @@ class Model(nn.Module):
         return rms_norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Capped logits (…, V) in float32 of features (…, D)."""
+        """Compute the capped logits (…, V) in float32 of features (…, D)."""
         return capped_logits(features, self.embedding.weight, self.config.logit_cap)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False) -> Tensor:
-        """Summed negative log-likelihood of the targets in nats, float32 scalar."""
+        """Sum the negative log-likelihood of the targets in nats, a float32 scalar."""
         features = self.features(tokens_BT, qat=qat)
         return capped_cross_entropy(features, self.embedding.weight, targets_BT, self.config.logit_cap)
 
     def matrices(self) -> dict[str, Linear]:
-        """The attention and MLP matrices by name: what Muon trains with the projections, and what GPTQ quantizes."""
+        """Name the attention and MLP matrices: what Muon trains with the projections, and what GPTQ quantizes."""
         return {
             f"{name}.weight": module
             for name, module in self.named_modules()
@@ -302,7 +324,7 @@ class Model(nn.Module):
         }
 
     def inputs(self) -> dict[str, list[str]]:
-        """Matrices by the one among them whose input they all share (q, k and v read the same activations)."""
+        """Group the matrices' names by the first whose input they share (q, k and v read the same activations)."""
         shared: dict[str, list[str]] = {}
         for name in self.matrices():
             head, _, _ = name.partition(".attention.")
@@ -312,4 +334,5 @@ class Model(nn.Module):
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Count the weights of all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -39,8 +39,8 @@ def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
 
 
 class Muon:
-    """Momentum, a decayed sum of gradients, orthogonalised by Newton-Schulz, with decoupled weight decay, Nesterov, and
-    the step scaled by sqrt(max(1, rows / columns))."""
+    """Moves matrices by their momentum, a decayed sum of gradients, orthogonalised by Newton-Schulz, with decoupled
+    weight decay, Nesterov, and the step scaled by sqrt(max(1, rows / columns))."""
 
     def __init__(self, parameters: Iterable[Tensor], weight_decay: float, newton_schulz_steps: int) -> None:
         self.weight_decay, self.newton_schulz_steps = weight_decay, newton_schulz_steps
@@ -52,6 +52,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
+        """Take one step from the parameters' gradients, which it leaves as they are; every rank calls this."""
         updates = []
         for stack, momentum_NRC in zip(self.stacks, self.momenta, strict=True):
             gradient_NRC = torch.stack([parameter.grad for parameter in stack if parameter.grad is not None])
@@ -65,7 +66,8 @@ class Muon:
             torch._foreach_add_(stack, list(update_NRC.unbind()), alpha=scale)
 
     def start_orthogonalise(self, x_NRC: Tensor) -> Callable[[], Tensor]:
-        """`orthogonalise`, each rank doing its part of the stack; parts travel while the next stack is worked on."""
+        """Begin to `orthogonalise`, each rank doing its part of the stack; parts travel while the next stack is worked
+        on. Returns the function that waits for the whole, (N, R, C)."""
         world = collectives.world_size()
         if world == 1:
             done = orthogonalise(x_NRC, self.newton_schulz_steps)
@@ -78,10 +80,12 @@ class Muon:
         return lambda: torch.cat(finish())[:count]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: each stack's momentum (N, R, C), not copied."""
         return {"sums": self.momenta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises RecipeError for a state whose momentum is an average, which no sum can go on from to the same bits."""
+        """Copy a checkpoint's momentum. Raises RecipeError for a state whose momentum is an average, which no sum can
+        go on from to the same bits."""
         if "sums" not in state:
             raise RecipeError("an earlier hedgemix left this checkpoint, with averaged momentum; remove its folder")
         for mine, saved in zip(self.momenta, state["sums"], strict=True):
@@ -89,7 +93,7 @@ class Muon:
 
 
 class Optimizers:
-    """The recipe's two optimizers over one model, moved by one rate factor."""
+    """Holds the recipe's two optimizers over one model, moved by one rate factor."""
 
     def __init__(self, model: Model, config: TrainConfig) -> None:
         embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -111,21 +115,24 @@ class Optimizers:
         )
 
     def step(self, rate_factor: float, momentum: float) -> None:
+        """Take one step of both. rate_factor: multiplies every rate. momentum: Muon's."""
         for group in self.adamw.param_groups:
             group["lr"] = group["base_rate"] * rate_factor
         self.adamw.step()
         self.muon.step(self.config.matrix_rate * rate_factor, momentum)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of both, not copied."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint kept of both; raises RecipeError as `Muon.load_state_dict` does."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
 
 
 class EMA:
-    """Exponential moving average of a model's weights."""
+    """Averages a model's weights exponentially over the steps."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.parameters: list[Tensor] = list(parameters)
@@ -134,6 +141,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the weights by 1 - decay."""
         torch._foreach_lerp_(self.averages, self.parameters, 1 - self.decay)
 
     @torch.no_grad()

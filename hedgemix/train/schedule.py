@@ -6,21 +6,21 @@ from hedgemix.config import TrainConfig
 
 
 def elapsed_fraction(config: TrainConfig, step: int, elapsed_seconds: float) -> float:
-    """How much of the training loop is over, 0 to 1: by steps when their number is fixed, else by the clock."""
+    """Return how much of the training loop is over, 0 to 1: by steps when their number is fixed, else by the clock."""
     if config.steps:
         return min(1.0, step / config.steps)
     return min(1.0, elapsed_seconds / (config.budget_seconds - config.reserve_seconds))
 
 
 def rate_factor(fraction: float, warmdown_fraction: float) -> float:
-    """1, then linear to 0 over the last `warmdown_fraction` of the run."""
+    """Return 1, then fall linearly to 0 over the last `warmdown_fraction` of the run."""
     if warmdown_fraction <= 0:
         return 1.0
     return min(1.0, max(0.0, (1.0 - fraction) / warmdown_fraction))
 
 
 def muon_momentum(config: TrainConfig, fraction: float) -> float:
-    """Rises linearly from `muon_momentum_start` to `muon_momentum` over the first `muon_momentum_fraction`."""
+    """Rise linearly from `muon_momentum_start` to `muon_momentum` over the first `muon_momentum_fraction`."""
     if config.muon_momentum_fraction <= 0:
         return config.muon_momentum
     progress = min(1.0, fraction / config.muon_momentum_fraction)
@@ -28,5 +28,5 @@ def muon_momentum(config: TrainConfig, fraction: float) -> float:
 
 
 def late_qat(config: TrainConfig, fraction: float) -> bool:
-    """Whether the matrices train through their quantization at this point of the run."""
+    """Tell whether the matrices train through their quantization at this point of the run."""
     return config.late_qat and rate_factor(fraction, config.warmdown_fraction) < config.late_qat_below

@@ -18,7 +18,7 @@ ADVICE = "lower train.matrix_rate, train.embedding_rate or train.vector_rate, or
 
 
 class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """Says that the loss, or a weight, became NaN or infinite."""
 
 
 class StepLog:

@@ -43,6 +43,8 @@ from hedgemix.validate import check_train
 
 @dataclass(frozen=True)
 class TrainResult:
+    """Holds what the training of one seed gives."""
+
     parameters: int
     """Trained weights of the model."""
     steps: int
@@ -185,7 +187,7 @@ def train(
 
 
 class Run:
-    """What a step moves: weights, optimizers, averages, position."""
+    """Holds what a step moves: weights, optimizers, averages, position."""
 
     def __init__(self, model: Model, config: TrainConfig, batches: Batches, device: torch.device) -> None:
         self.model, self.config, self.batches, self.device = model, config, batches, device
@@ -209,6 +211,11 @@ class Run:
         return total
 
     def train_step(self, fraction: float) -> Tensor:
+        """Take one optimizer step and average the weights; returns this rank's part of the mean loss in nats, a 0-d
+        tensor.
+
+        fraction: share of the run that is over, which decides the rates and whether to train through quantization.
+        """
         qat = late_qat(self.config, fraction)
         rate, momentum = rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction)
         with record_function("gradient"):
@@ -241,6 +248,7 @@ class Run:
         synchronise(self.device)
 
     def save(self, checkpoints: Checkpoints, elapsed_seconds: float) -> None:
+        """Write a checkpoint of the run on rank 0. elapsed_seconds: of the budget."""
         if collectives.rank() == 0:
             state = {
                 "model": self.model.state_dict(),
@@ -280,6 +288,7 @@ class RunAhead:
         self.before: torch.cuda.Event | None = None
 
     def wait(self) -> None:
+        """Wait for the step before the one just queued, on a GPU."""
         if self.cuda:
             if self.before is not None:
                 self.before.synchronize()
@@ -288,12 +297,13 @@ class RunAhead:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done all that was queued; a CPU's work is done already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def deterministic(config: TrainConfig, device: torch.device) -> None:
-    """A fixed number of steps promises the same bits again; on a GPU that needs the deterministic kernels."""
+    """Make a fixed number of steps give the same bits again, which on a GPU needs the deterministic kernels."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(bool(config.steps))

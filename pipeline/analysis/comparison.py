@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.console import Console
 from hedgemix.config import RecipeError
 from pipeline.analysis import significance
 from pipeline.analysis.console import COLUMNS, cell, seed_table
-from pipeline.analysis.records import Record
+from pipeline.analysis.records import Record, flatten
 from pipeline.analysis.significance import RULES, Test
 
 NOT_SETTINGS = ("recipe",)
@@ -28,10 +27,10 @@ def scores(record: Record) -> list[float]:
     return [float(row["bpb_final"]) for row in record.done]
 
 
-def same_text(one: Record, other: Record) -> str:
+def same_text(candidate: Record, baseline: Record) -> str:
     """Say why scores of the two cannot be compared; empty when they can. Other tokenizers may cut one text differently:
     its bytes, and the documents it comes from, must then be the same."""
-    mine, theirs = one.done[0], other.done[0]
+    mine, theirs = candidate.done[0], baseline.done[0]
     if mine["valid_sha256"] == theirs["valid_sha256"]:
         return ""
     if mine["text_sha256"] and all(mine[name] == theirs[name] for name in ("text_sha256", "valid_bytes")):
@@ -42,14 +41,14 @@ def same_text(one: Record, other: Record) -> str:
     )
 
 
-def notes(one: Record, other: Record) -> list[str]:
+def notes(candidate: Record, baseline: Record) -> list[str]:
     """Tell what differs beside the settings and may explain a difference of scores, one sentence each."""
     found = []
     for column, name in significance.SAME.items():
-        mine, theirs = one.done[0][column], other.done[0][column]
+        mine, theirs = candidate.done[0][column], baseline.done[0][column]
         if mine != theirs and column not in ("config_hash", "valid_sha256"):
             found.append(f"different {name}: {significance.brief(mine)} and {significance.brief(theirs)}")
-    if gains := same_artifacts(one, other):
+    if gains := same_artifacts(candidate, baseline):
         told = ", ".join(f"{gain:+.4f}" for gain in gains)
         found.append(
             f"both scored the same artifacts, by seed {told} bits per byte: luck of the seeds is in p, not here"
@@ -57,45 +56,40 @@ def notes(one: Record, other: Record) -> list[str]:
     return found
 
 
-def same_artifacts(one: Record, other: Record) -> list[float]:
-    """Compute by how many bits per byte `one` is better, seed by seed, where both scored the same artifacts; else
+def same_artifacts(candidate: Record, baseline: Record) -> list[float]:
+    """Compute by how many bits per byte `candidate` is better, seed by seed, where both scored the same artifacts; else
     empty."""
-    theirs = {row["seed"]: row for row in other.done}
-    pairs = [(row, theirs.get(row["seed"], {})) for row in one.done]
+    theirs = {row["seed"]: row for row in baseline.done}
+    pairs = [(row, theirs.get(row["seed"], {})) for row in candidate.done]
     if not all(mine["artifact_sha256"] == its.get("artifact_sha256") for mine, its in pairs):
         return []
     return [its["bpb_final"] - mine["bpb_final"] for mine, its in pairs]
 
 
-def settings(one: Record, other: Record) -> list[tuple[str, str, str]]:
+def settings(candidate: Record, baseline: Record) -> list[tuple[str, str, str]]:
     """List every field of the configurations whose values differ: its dotted name, and both values."""
-    mine, theirs = (dict(flat(json.loads(record.rows[0]["config"]))) for record in (one, other))
+    mine, theirs = (dict(flatten(json.loads(record.rows[0]["config"]))) for record in (candidate, baseline))
     names = [*mine, *(name for name in theirs if name not in mine)]
-    pairs = [(name, shown(mine.get(name)), shown(theirs.get(name))) for name in names if name not in NOT_SETTINGS]
+    pairs = [
+        (name, format_setting(mine.get(name)), format_setting(theirs.get(name)))
+        for name in names
+        if name not in NOT_SETTINGS
+    ]
     return [(name, a, b) for name, a, b in pairs if a != b]
 
 
-def flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field of a nested configuration with its dotted name."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
-
-
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Write a setting's value as text; a list's items are separated by spaces."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def test(one: Record, other: Record, margin_nats: float = 0.0) -> Test:
-    """Test whether `one` is better by more than the margin (Welch, one-sided), in bits per byte. Raises RecipeError
-    when they cannot be compared."""
-    mine, theirs = scores(one), scores(other)
-    if why := same_text(one, other):
-        raise RecipeError(f"records {one.name} and {other.name} cannot be compared: {why}")
-    return significance.against_values(mine, theirs, margin_nats / significance.nats_per_bit(one.done[0]))
+def test(candidate: Record, baseline: Record, margin_nats: float = 0.0) -> Test:
+    """Test whether `candidate` is better by more than the margin (Welch, one-sided), in bits per byte. Raises
+    RecipeError when they cannot be compared."""
+    mine, theirs = scores(candidate), scores(baseline)
+    if why := same_text(candidate, baseline):
+        raise RecipeError(f"records {candidate.name} and {baseline.name} cannot be compared: {why}")
+    return significance.against_values(mine, theirs, margin_nats / significance.nats_per_bit(candidate.done[0]))
 
 
 HEADS = ("against", "better by, bits per byte", "better by, nats a token", "rule", "p", "holds")
@@ -109,57 +103,59 @@ def verdicts(against: str, tests: list[Test], nats_per_bit: float) -> list[list[
             f"{test.difference:+.4f}",
             f"{test.difference * nats_per_bit:+.4f}",
             rule.text,
-            p_of(test),
-            held(rule.holds(test)),
+            format_p_value(test),
+            yes_or_no(rule.holds(test)),
         ]
         for rule, test in zip(RULES, tests, strict=True)
     ]
 
 
-def held(holds: bool) -> str:
+def yes_or_no(holds: bool) -> str:
     """Write whether a rule holds as yes or no."""
     return "yes" if holds else "no"
 
 
-def p_of(test: Test) -> str:
+def format_p_value(test: Test) -> str:
     """Write a test's p, or say that there was no spread to compute it from."""
     if test.p != test.p:
         return "no spread"
     return f"{test.p:.2g}" if test.p < 0.001 else f"{test.p:.3f}"
 
 
-def show(one: Record, other: Record, console: Console) -> None:
+def show(candidate: Record, baseline: Record, console: Console) -> None:
     """Print every seed of both, the means, the tests and what differs. Raises RecipeError when they cannot be
     compared."""
-    tests = [test(one, other, rule.margin_nats) for rule in RULES]
+    tests = [test(candidate, baseline, rule.margin_nats) for rule in RULES]
 
     def line(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    scale = significance.nats_per_bit(one.done[0])
-    for record in (one, other):
+    scale = significance.nats_per_bit(candidate.done[0])
+    for record in (candidate, baseline):
         table = seed_table()
         for row in record.rows:
             table.add_row(str(row["seed"]), *(cell(row[column], form) for _, column, form in COLUMNS))
-        line(f"{record.name}: {told(significance.summary(scores(record)), scale)}")
+        line(f"{record.name}: {format_summary(significance.summary(scores(record)), scale)}")
         console.print(table)
         line("")
     better, by = tests[-1].difference > 0, abs(tests[-1].difference)
     how = f"{by:.4f} bits per byte ({by * scale:.4f} nats a token) {'better' if better else 'worse'}"
-    line(f"{one.name} is {how} than {other.name}")
+    line(f"{candidate.name} is {how} than {baseline.name}")
     for rule, found_test in zip(RULES, tests, strict=True):
-        line(f"  {rule.text}: {'yes' if rule.holds(found_test) else 'no'}, p = {p_of(found_test)} (Welch, one-sided)")
-    for note in notes(one, other):
+        line(f"  {rule.text}: {yes_or_no(rule.holds(found_test))}, p = {format_p_value(found_test)} (Welch, one-sided)")
+    for note in notes(candidate, baseline):
         line(f"note: {note}")
-    differing = settings(one, other)
-    line("no setting differs" if not differing else f"settings that differ ({one.name} | {other.name}):")
+    differing = settings(candidate, baseline)
+    line("no setting differs" if not differing else f"settings that differ ({candidate.name} | {baseline.name}):")
     for name, mine, theirs in differing:
         line(f"  {name}: {mine} | {theirs}")
 
 
-def told(found: significance.Summary, nats_per_bit: float) -> str:
+def format_summary(sample: significance.Summary, nats_per_bit: float) -> str:
     """Write a summary in one line."""
-    line = f"{found.mean:.4f} bits per byte, {found.mean * nats_per_bit:.4f} nats a token"
-    if found.count < 2:
+    line = f"{sample.mean:.4f} bits per byte, {sample.mean * nats_per_bit:.4f} nats a token"
+    if sample.count < 2:
         return f"{line}; one seed, so no spread"
-    return f"{line}; {found.count} seeds, std {found.deviation:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
+    return (
+        f"{line}; {sample.count} seeds, std {sample.deviation:.4f}, 95 % interval {sample.low:.4f} to {sample.high:.4f}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.config import Recipe, RecipeError, from_dict
-from hedgemix.runtime.layout import RECORDS, STEPS
+from hedgemix.runtime.layout import STEPS
 from pipeline.results import schema
 from pipeline.results.table import table_path
 from pipeline.storage.store import REMOTE_URI, Storage, as_recipe_error, storage_at
@@ -44,7 +45,7 @@ class Record:
     @property
     def folder(self) -> Path:
         """Return the folder of what is written about the record."""
-        return self.storage.root / RECORDS / self.name
+        return self.storage.record_folder(self.name)
 
     def place(self, row: dict[str, Any], column: str) -> Path | None:
         """Find what the row's path names, under the table's folder; None when the row has none."""
@@ -58,10 +59,19 @@ class Record:
 
     def lines(self, row: dict[str, Any], column: str, name: str) -> list[dict[str, Any]]:
         """Read a file of JSON lines; empty when it is not there. A line that was cut short is left out."""
-        return list(parsed(self.content(row, column, name) or b""))
+        return list(parse_json_lines(self.content(row, column, name) or b""))
 
 
-def parsed(content: bytes) -> list[dict[str, Any]]:
+def flatten(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every field of a nested configuration with its dotted name."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
     """Parse JSON lines; those that are no JSON are left out."""
     found = []
     for line in content.splitlines():
@@ -125,7 +135,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
     return found.to_pylist()
 
 
-def together(storage: Storage) -> list[Record]:
+def load_all(storage: Storage) -> list[Record]:
     """Load every record of a runs folder, by name; tables that cannot be read, or that an older hedgemix wrote, left
     out."""
     found = []

@@ -102,13 +102,13 @@ def against_values(values: Sequence[float], others: Sequence[float], margin: flo
     return Test(difference, margin, float(told.statistic), float(told.df), float(told.pvalue))
 
 
-def seeds_needed(found: Summary, bar: float, level: float, power: float = POWER) -> int | None:
+def seeds_needed(sample: Summary, bar: float, level: float, power: float = POWER) -> int | None:
     """Count the seeds with which a one-sample t-test at `level` would find the mean below `bar` with this probability,
     if mean and deviation are what they look like now (noncentral t distribution). None when no number would, or over
     MOST_SEEDS. Raises ValueError without a spread."""
-    if not found.deviation > 0:
+    if not sample.deviation > 0:
         raise ValueError("one seed, or seeds that all scored the same, tell no spread")
-    effect = (bar - found.mean) / found.deviation
+    effect = (bar - sample.mean) / sample.deviation
     if effect <= 0:
         return None
     counts = np.arange(2, MOST_SEEDS + 1)

@@ -22,7 +22,7 @@ from pipeline.execution.preemption import Notice
 from pipeline.execution.rank_group import Gang, run_gang
 from pipeline.steps.graph import SeedSteps
 from pipeline.steps.recovery import clocked, forget
-from pipeline.steps.step import Made, Step, fetch, keep, perform
+from pipeline.steps.step import Made, Step, fetch, perform, save_outputs
 
 
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
             result = stages.score_stage(
                 recipe=job.recipe, dataset=job.plan.dataset, train_folder=train.folder, log=job.log(seed, "score")
             )
-            return keep(step, asdict(result), reads)
+            return save_outputs(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
 
@@ -56,7 +56,7 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
                 folder=step.folder,
                 room_bytes=job.plan.room_bytes,
             )
-            return keep(step, asdict(result), reads)
+            return save_outputs(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
 
@@ -68,7 +68,7 @@ def count(job: Job, step: Step) -> dict[str, Any]:
         with clocked(step):
             reads = fetch(job.plan.data)
             result = stages.counts_stage(recipe=job.recipe, dataset=job.plan.dataset, folder=step.folder)
-            return keep(step, asdict(result), reads)
+            return save_outputs(step, asdict(result), reads)
 
     return perform(step, work, job.origin)
 
@@ -91,7 +91,7 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
             ),
         )
         told = asdict(result) | {"code_bytes": job.plan.code_bytes}
-        return keep(step, told, reads) if collectives.rank() == 0 else Made(told, {}, {})
+        return save_outputs(step, told, reads) if collectives.rank() == 0 else Made(told, {}, {})
 
 
 def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restart
 from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
 from pipeline.execution.preemption import Notice
 from pipeline.steps.recovery import forget
-from pipeline.steps.step import Made, Step, keep, perform
+from pipeline.steps.step import Made, Step, perform, save_outputs
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 ),
             )
         told = asdict(result)
-        return {"made": keep(step, told) if collectives.rank() == 0 else Made(told, {}, {})}
+        return {"made": save_outputs(step, told) if collectives.rank() == 0 else Made(told, {}, {})}
     except MISTAKES as error:
         if isinstance(error, DivergedError) and collectives.rank() == 0:
             forget(step)  # the same command tries again from the beginning, also on another machine

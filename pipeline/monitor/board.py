@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from pipeline.monitor.metrics import ROW, measured
+from pipeline.monitor.metrics import ROW, progress_numbers
 from pipeline.monitor.ray_metrics import Gauges
 
 UNREAD = 10_000
@@ -17,7 +17,7 @@ UNREAD = 10_000
 
 
 @dataclass(frozen=True)
-class Told:
+class ProgressRecord:
     """Holds a progress record as it came to the board."""
 
     at_ns: int
@@ -32,7 +32,7 @@ class Board:
 
     def __init__(self, record: str, meanings: dict[str, str]) -> None:
         self.seeds: dict[int, dict[str, Any]] = {}
-        self.told: deque[Told] = deque(maxlen=UNREAD)
+        self.unread: deque[ProgressRecord] = deque(maxlen=UNREAD)
         self.at_ns = 0
         self.gauges = Gauges(record, meanings)
 
@@ -40,19 +40,19 @@ class Board:
         """Take a seed's progress record, and set Ray's metrics by it."""
         self.seeds[seed] = {"stage": stage, **record}
         self.at_ns = max(self.at_ns + 1, time.time_ns())
-        self.told.append(Told(self.at_ns, seed, stage, record))
-        self.gauges.set(seed, stage, measured(stage, record))
+        self.unread.append(ProgressRecord(self.at_ns, seed, stage, record))
+        self.gauges.set(seed, stage, progress_numbers(stage, record))
 
     def row(self, seed: int, values: dict[str, float]) -> None:
         """Set Ray's metrics by what the seed's row holds by now."""
         self.gauges.set(seed, ROW, values)
 
-    def read(self, after_ns: int = 0) -> tuple[dict[int, dict[str, Any]], list[Told]]:
+    def read(self, after_ns: int = 0) -> tuple[dict[int, dict[str, Any]], list[ProgressRecord]]:
         """Return the last record of every seed, and all that came after this time; earlier ones are forgotten. An
         answer that is lost on its way is given again."""
-        while self.told and self.told[0].at_ns <= after_ns:
-            self.told.popleft()
-        return self.seeds, list(self.told)
+        while self.unread and self.unread[0].at_ns <= after_ns:
+            self.unread.popleft()
+        return self.seeds, list(self.unread)
 
 
 BoardActor = ray.remote(num_cpus=0, max_restarts=-1, resources={"node:__internal_head__": 0.001})(Board)

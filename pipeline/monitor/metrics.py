@@ -44,7 +44,7 @@ NO_MEASURES = ("seed", "schema_version")
 COLUMNS = frozenset(field.name for field in dataclasses.fields(Row))
 
 
-def measured(stage: str, record: dict[str, Any]) -> dict[str, float]:
+def progress_numbers(stage: str, record: dict[str, Any]) -> dict[str, float]:
     """Collect a progress record's numbers by column, and those of `BESIDE`; empty for a stage that tells none."""
     names = RENAMED.get(stage, {})
     told = {names.get(name, name): float(value) for name, value in record.items() if isinstance(value, (int, float))}

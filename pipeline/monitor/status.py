@@ -56,23 +56,24 @@ def names(storage: Storage, wanted: str | None = None) -> list[str]:
     return found if wanted is None else [wanted]
 
 
-def states(storage: Storage, told: dict[str, Any], recipe: dict[str, Any]) -> Iterator[tuple[str, State]]:
-    """Look at every step that steps.json (`told`) names; yields the seed, on its first line, and the step's state.
+def states(storage: Storage, steps_json: dict[str, Any], recipe: dict[str, Any]) -> Iterator[tuple[str, State]]:
+    """Look at every step that steps.json names; yields the seed, on its first line, and the step's state.
     Raises DamagedError when steps.json cannot be what was written."""
     try:
         seeds = {
-            str(seed): [(str(kind), str(name)) for kind, name in kinds.items()] for seed, kinds in told["seeds"].items()
+            str(seed): [(str(kind), str(name)) for kind, name in kinds.items()]
+            for seed, kinds in steps_json["seeds"].items()
         }
-        shared, chunks = str(told["counts"]), int(told["chunks"])
+        shared, chunks = str(steps_json["counts"]), int(steps_json["chunks"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise DamagedError("steps.json is damaged") from None
-    yield "all", look(storage, "counts", shared, recipe, chunks)
+    yield "all", step_state(storage, "counts", shared, recipe, chunks)
     for seed, kinds in seeds.items():
         for number, (kind, name) in enumerate(kinds):
-            yield seed if number == 0 else "", look(storage, kind, name, recipe, chunks)
+            yield seed if number == 0 else "", step_state(storage, kind, name, recipe, chunks)
 
 
-def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks: int) -> State:
+def step_state(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks: int) -> State:
     """Tell what stands of one step. Damage is a state, not an error."""
     if not re.fullmatch(r"[a-z]+-[0-9a-f]+", name):
         return State(kind, "damaged", "steps.json names no step")
@@ -81,7 +82,7 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
         return State(kind, "damaged", f"a file is in the place of the folder {name}")
     try:
         if (result := read(storage, folder / RESULT)) is not None:
-            score = number(inner(result, "result").get("bpb_final"))
+            score = number(nested_object(result, "result").get("bpb_final"))
             note = "" if score is None else f"{score:.4f} bits/byte"
             return State(kind, "done", note, number(result.get("seconds")), number(result.get("attempts")))
         failed, noted = storage.modified(folder / ERROR), storage.modified(folder / CLOCK)
@@ -90,13 +91,13 @@ def look(storage: Storage, kind: str, name: str, recipe: dict[str, Any], chunks:
         notes = [checkpoint(storage, folder, kind)]
         if failed is not None and failed >= (noted or 0.0):
             error = (storage.read_bytes(folder / ERROR) or b"").decode(errors="replace").strip()
-            return State(kind, "failed", joined(*error.splitlines()[:1], *notes), used, starts)
+            return State(kind, "failed", join_notes(*error.splitlines()[:1], *notes), used, starts)
         if noted is None:
-            return State(kind, "waiting", joined(*notes))
+            return State(kind, "waiting", join_notes(*notes))
         age = max(0.0, time.time() - noted)
         done = fraction(storage, folder, kind, recipe, chunks, used)
         notes = [f"{100 * done:.0f} %" if done is not None else "", f"sign of life {duration(age)} ago", *notes]
-        return State(kind, "at work" if age < QUIET_SECONDS else "stopped", joined(*notes), used, starts)
+        return State(kind, "at work" if age < QUIET_SECONDS else "stopped", join_notes(*notes), used, starts)
     except DamagedError as error:
         return State(kind, "damaged", str(error))
 
@@ -106,7 +107,7 @@ def fraction(
 ) -> float | None:
     """Compute how much of a step is done, 0 to 1, where it tells: of a training its budget's seconds, or its steps, of
     an evaluation its chunks."""
-    train = inner(recipe, "train")
+    train = nested_object(recipe, "train")
     if kind == "train" and not train.get("steps"):
         budget = number(train.get("budget_seconds"))
         return min(1.0, used / budget) if budget and used is not None else None
@@ -183,9 +184,9 @@ def read(storage: Storage, path: Path) -> dict[str, Any] | None:
     return found
 
 
-def inner(found: dict[str, Any], name: str) -> dict[str, Any]:
+def nested_object(parent: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the object of this name inside another; an empty one where there is none."""
-    value = found.get(name)
+    value = parent.get(name)
     return value if isinstance(value, dict) else {}
 
 
@@ -194,7 +195,7 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def joined(*notes: str) -> str:
+def join_notes(*notes: str) -> str:
     """Join the notes that are not empty."""
     return ", ".join(note for note in notes if note)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hedgemix.config import RecipeError
-from hedgemix.runtime.layout import LOCK, RECIPE, RECORDS, STEP_NAMES
+from hedgemix.runtime.layout import LOCK, RECIPE, STEP_NAMES
 from pipeline.monitor import status
 from pipeline.monitor.status import DamagedError, State
 from pipeline.storage.store import Storage, open_existing
@@ -43,17 +43,17 @@ def show(storage: Storage, record: str, console: Console) -> None:
     """Print one record: its driver, its steps' states, its failed seeds and its table."""
 
     def line(text: str) -> None:
-        console.print(plain(text), markup=False, soft_wrap=True)
+        console.print(strip_control_characters(text), markup=False, soft_wrap=True)
 
-    folder = storage.root / RECORDS / record
+    folder = storage.record_folder(record)
     line(f"{record}: {status.driver(storage, folder / LOCK)}")
     try:
-        told = status.read(storage, folder / STEP_NAMES)
+        steps_json = status.read(storage, folder / STEP_NAMES)
         recipe = status.read(storage, folder / RECIPE) or {}
-        if told is None:
+        if steps_json is None:
             line("  no steps.json yet: its data are being prepared, or an older hedgemix began it")
         else:
-            console.print(table(list(status.states(storage, told, recipe))))
+            console.print(table(list(status.states(storage, steps_json, recipe))))
     except DamagedError as error:
         line(f"  {error}; the record's command writes it again, or says what to do")
     path = storage.root / f"{record}.parquet"
@@ -63,21 +63,21 @@ def show(storage: Storage, record: str, console: Console) -> None:
     line(f"table: {storage.where(path)}{'' if storage.modified(path) else ' (not yet)'}\n")
 
 
-def table(found: list[tuple[str, State]]) -> Table:
+def table(states: list[tuple[str, State]]) -> Table:
     """Draw the steps' states, a line each."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("seed", "step", "state", "seconds", "starts", ""):
         right = heading in ("seed", "seconds", "starts")
         shown.add_column(heading, justify="right" if right else "left", no_wrap=bool(heading), overflow="fold")
-    for seed, each in found:
+    for seed, each in states:
         style = STYLES.get(each.state, "dim")
         seconds = "" if each.seconds is None else f"{each.seconds:,.1f}"
         starts = "" if each.starts is None else f"{each.starts:.0f}"
         cells = (seed, ""), (each.step, ""), (each.state, style), (seconds, ""), (starts, ""), (each.note, "")
-        shown.add_row(*(Text(plain(cell), style) for cell, style in cells))
+        shown.add_row(*(Text(strip_control_characters(cell), style) for cell, style in cells))
     return shown
 
 
-def plain(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Remove colours and control characters: a terminal obeys those."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)))

@@ -19,10 +19,10 @@ def compose(record: Record, against: float | None = None) -> Page:
     """Compose the report's page. against: a published score in bits per byte to test against, on the same text. What
     averages over seeds is left out where they must not be averaged."""
     averages = [] if significance.mixed(record.done) else [sections.ladder(record)]
-    along = [] if significance.mixed(record.done) else [sections.along(record), sections.helped(record)]
+    along = [] if significance.mixed(record.done) else [sections.along_text(record), sections.gains_and_losses(record)]
     parts = [
         summary.seeds(record),
-        summary.sure(record, against),
+        summary.statistical_tests(record, against),
         *averages,
         summary.handed_in(record),
         *along,
@@ -32,7 +32,7 @@ def compose(record: Record, against: float | None = None) -> Page:
         sections.audits(record),
         sections.origin(record),
     ]
-    return Page(f"Record {record.name}", summary.lead(record, against), parts)
+    return Page(f"Record {record.name}", summary.key_findings(record, against), parts)
 
 
 def write(record: Record, against: float | None = None) -> Path:
@@ -48,7 +48,7 @@ def write(record: Record, against: float | None = None) -> Path:
     for section in composed.sections:
         for block in section.blocks:
             if isinstance(block, Plot):
-                contents[f"{FIGURES}/{block.name}.svg"] = figures.plain(block.svg)
+                contents[f"{FIGURES}/{block.name}.svg"] = figures.standalone_svg(block.svg)
     for name, content in contents.items():
         record.storage.write_bytes(record.folder / name, content.encode())
     return record.folder / PAGE

@@ -1,7 +1,7 @@
 """The plots of a report, each as one SVG whose colours a page may set for light and dark.
 
 They are drawn for a column of a phone's width, with text as text. A colour of `COLOURS` comes out as a variable with
-that colour as its default; `plain` makes a file of its own of it.
+that colour as its default; `standalone_svg` makes a file of its own of it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def svg(figure: Figure) -> str:
     return re.sub(r' (width|height)="[0-9.]+pt"', "", head) + mark + rest
 
 
-def plain(drawn: str) -> str:
+def standalone_svg(drawn: str) -> str:
     """Turn an SVG element into a file that programs which know no variables can show, on white."""
     text = re.sub(r"var\(--\w+, (#[0-9a-f]{6})\)", r"\1", drawn)
     head, mark, rest = text.partition(">")

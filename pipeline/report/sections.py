@@ -99,7 +99,7 @@ def training(record: Record) -> Section:
     return Section("Training", [Plot("training", figures.training(logs), caption), Table(heads, rows), *missing])
 
 
-def along(record: Record) -> Section:
+def along_text(record: Record) -> Section:
     """Show bits per byte and weights of the mixtures along the text."""
     traces = {row["seed"]: record.lines(row, "evaluate_path", TRACE) for row in record.done}
     missing = [MISSING.format(TRACE, seed) for seed, lines in traces.items() if not lines]
@@ -129,10 +129,11 @@ def along(record: Record) -> Section:
     return Section("Along the text", [*blocks, *missing])
 
 
-def helped(record: Record) -> Section:
+def gains_and_losses(record: Record) -> Section:
     """Show where the mixture and test-time training helped and hurt: by token rank, by token, by document."""
     title = "Where the mixture and test-time training helped and hurt"
-    tokens, documents, missing = summed(record, TOKENS, "token"), summed(record, DOCUMENTS, "document"), []
+    tokens, documents = sum_over_seeds(record, TOKENS, "token"), sum_over_seeds(record, DOCUMENTS, "document")
+    missing = []
     for row in record.done:
         if not record.lines(row, "evaluate_path", TOKENS):
             missing.append(MISSING.format(TOKENS, row["seed"]))
@@ -167,7 +168,7 @@ def helped(record: Record) -> Section:
     )
 
 
-def summed(record: Record, name: str, key: str) -> dict[int, Row]:
+def sum_over_seeds(record: Record, name: str, key: str) -> dict[int, Row]:
     """Add up the lines of the tally over the finished seeds, by their number."""
     found: dict[int, Row] = {}
     for row in record.done:

@@ -35,7 +35,7 @@ def rivals(record: Record) -> list[Record]:
     """Load the other records of its folder that are finished, scored the same text and can be averaged; the best
     first."""
     found = []
-    for other in records.together(record.storage):
+    for other in records.load_all(record.storage):
         try:
             finished = len(other.done) == len(other.rows)
             if finished and other.name != record.name and not comparison.same_text(record, other):
@@ -45,14 +45,14 @@ def rivals(record: Record) -> list[Record]:
     return [other for _, other in sorted(found, key=lambda pair: (pair[0], pair[1].name))]
 
 
-def lead(record: Record, against: float | None) -> list[str]:
+def key_findings(record: Record, against: float | None) -> list[str]:
     """Write the answers, a line each."""
     if not record.done:
         return ["No seed has finished yet.", *handing_in(record)]
     if why := significance.mixed(record.done):
         return [f"These seeds are not one record: they have {'; '.join(why)}.", *cost(record), *handing_in(record)]
     row, found = record.done[0], significance.summary(comparison.scores(record))
-    lines = [comparison.told(found, significance.nats_per_bit(row)) + "."]
+    lines = [comparison.format_summary(found, significance.nats_per_bit(row)) + "."]
     if len(record.done) < len(record.rows):
         lines.append(f"{len(record.done)} of {len(record.rows)} seeds are done: this is no final figure.")
     return [*lines, better(record, against), *cost(record), *handing_in(record)]
@@ -71,7 +71,9 @@ def better(record: Record, against: float | None) -> str:
         return "No other record of this folder scored the same text, so there is nothing to be better than."
     how = "better" if test.difference > 0 else "worse"
     verdict = f"a new record by the field's rule ({rule.text})" if rule.holds(test) else f"no new record ({rule.text})"
-    return f"{abs(test.difference):.4f} bits per byte {how} than {name}; p = {comparison.p_of(test)}: {verdict}."
+    return (
+        f"{abs(test.difference):.4f} bits per byte {how} than {name}; p = {comparison.format_p_value(test)}: {verdict}."
+    )
 
 
 def cost(record: Record) -> list[str]:
@@ -115,7 +117,7 @@ def seeds(record: Record) -> Section:
     return Section("Every seed", blocks)
 
 
-def sure(record: Record, against: float | None) -> Section:
+def statistical_tests(record: Record, against: float | None) -> Section:
     """Show the tests, and how many seeds would settle them."""
     title = "Is it better, and how sure is that?"
     if not record.done:
@@ -134,7 +136,7 @@ def sure(record: Record, against: float | None) -> Section:
     for other in others:
         tests = [comparison.test(record, other, rule.margin_nats) for rule in RULES]
         rows += comparison.verdicts(f"{other.name} (Welch)", tests, scale)
-    blocks: list[Any] = [comparison.told(found, scale) + "."]
+    blocks: list[Any] = [comparison.format_summary(found, scale) + "."]
     if rows:
         blocks += [
             Table(HEADS, rows),
@@ -150,19 +152,19 @@ def sure(record: Record, against: float | None) -> Section:
     return Section(title, [*blocks, *([Points(needed)] if needed else []), *([Points(notes)] if notes else [])])
 
 
-def more_seeds(found: significance.Summary, score: float, scale: float) -> list[str]:
+def more_seeds(sample: significance.Summary, score: float, scale: float) -> list[str]:
     """Say for each rule with how many seeds its one-sample test against this score would hold in four cases of five."""
-    if not found.deviation > 0:
+    if not sample.deviation > 0:
         return ["One seed tells no spread: how many more would settle it cannot be said."]
     lines = []
     for rule in RULES:
-        needed = significance.seeds_needed(found, score - rule.margin_nats / scale, rule.level)
+        needed = significance.seeds_needed(sample, score - rule.margin_nats / scale, rule.level)
         if needed is None:
             lines.append(
-                f"{rule.text}: no number of seeds would show it at this mean ({found.mean:.4f} against {score:.4f})."
+                f"{rule.text}: no number of seeds would show it at this mean ({sample.mean:.4f} against {score:.4f})."
             )
         else:
-            more = max(0, needed - found.count)
+            more = max(0, needed - sample.count)
             lines.append(
                 f"{rule.text}: {needed} seeds in all, {more or 'no'} more, would show it against {score:.4f} in "
                 f"{significance.POWER:.0%} of cases, if mean and spread are what they look like now."
@@ -176,11 +178,11 @@ def handed_in(record: Record) -> Section:
     facts = [
         (f"{len(record.done)} of {len(record.rows)} seeds done", eligibility.unfinished(record)),
         ("one configuration, text and kind of machine", significance.mixed(record.done)),
-        ("the code that ran is the code that is installed here", eligibility.other_code(record, code_bytes)),
+        ("the code that ran is the code that is installed here", eligibility.code_mismatches(record, code_bytes)),
         (
             f"at most {limits.total_bytes:,} bytes, {limits.train_seconds:g} s of training, "
             f"{limits.evaluate_seconds:g} s of evaluation",
-            eligibility.unkept(record, code_bytes),
+            eligibility.over_limits(record, code_bytes),
         ),
         ("every check of the audit passed", eligibility.unaudited(record)),
         (

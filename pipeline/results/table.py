@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hedgemix.runtime.files import replacing
-from hedgemix.runtime.layout import RECORDS
 from pipeline.results.schema import Row, schema
 from pipeline.storage.store import Storage
 
@@ -42,7 +41,7 @@ def read_rows(storage: Storage, path: Path) -> list[dict[str, Any]]:
     try:
         return [] if content is None else pq.read_table(pa.BufferReader(content)).to_pylist()
     except (OSError, pa.ArrowInvalid):
-        aside = storage.root / RECORDS / path.stem / "damaged.parquet"
+        aside = storage.record_folder(path.stem) / "damaged.parquet"
         with replacing(aside) as file:
             file.write(content or b"")
         return []

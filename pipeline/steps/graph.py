@@ -25,7 +25,7 @@ from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
 from hedgemix.data import corpus
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate import scoring_order
-from hedgemix.runtime.layout import RECORDS, STEP_NAMES
+from hedgemix.runtime.layout import STEP_NAMES
 from hedgemix.standalone import script
 from pipeline.steps.step import Step
 from pipeline.storage.store import Storage
@@ -64,10 +64,6 @@ class SeedSteps:
             ):
                 found[step.kind] = record
         return found
-
-    def done(self) -> bool:
-        """Say whether every step stands."""
-        return len(self.records()) == len(self.all())
 
 
 def same_files(parent: dict[str, Any], sums: dict[str, str]) -> bool:
@@ -171,16 +167,11 @@ def counts_step(storage: Storage, recipe: Recipe, dataset: Dataset) -> Step:
     return step(storage, "counts", dataset.valid_sha256, dataset.vocab_size, *experts)
 
 
-def record_folder(storage: Storage, record: str) -> Path:
-    """Return the folder of what is written about the record."""
-    return storage.root / RECORDS / record
-
-
 def keep_steps(plan: RecordPlan) -> None:
     """Leave in steps.json what names the record's steps, for who watches it without its data: {"seeds": {seed: {kind:
     name}}, "counts": name, "chunks": of an evaluation}. Seeds of earlier commands stay."""
     storage = plan.storage
-    path = record_folder(storage, plan.name) / STEP_NAMES
+    path = storage.record_folder(plan.name) / STEP_NAMES
     try:
         begun = dict(json.loads(storage.read_bytes(path) or b"")["seeds"])
     except (ValueError, KeyError, TypeError):  # new, or damaged

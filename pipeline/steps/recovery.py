@@ -15,7 +15,7 @@ from hedgemix.runtime.checkpoint import OnFileWritten
 from hedgemix.runtime.clock import Clock
 from hedgemix.runtime.files import write_json
 from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
-from pipeline.steps.step import ASIDE, Step, held, refuse_links
+from pipeline.steps.step import ASIDE, Step, exclusive_lock, refuse_links
 from pipeline.storage.uploader import Uploader
 
 RESUMED = ("checkpoint*", CLOCK, LOG, TRACE)
@@ -55,7 +55,7 @@ def resuming(step: Step) -> Iterator[OnFileWritten]:
     step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
     refuse_links(step.folder)
-    with held(step.folder / "writer.lock"):
+    with exclusive_lock(step.folder / "writer.lock"):
         if step.storage.remote:
             bring(step)
         with closing(Uploader(step.storage)) as kept:

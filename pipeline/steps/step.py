@@ -1,8 +1,9 @@
 """One step of a record: a folder, done when its result.json is there, which is written last and holds the sums of what
 the step made and of what it read. Files that storage changed since are noticed before anything reads them.
 
-Work is done on files of a local folder. Where the runs folder is an object store, `fetch` and `keep` copy what has to
-outlive the machine; where it is a folder that all nodes share they copy nothing. `recovery` is about unfinished steps.
+Work is done on files of a local folder. Where the runs folder is an object store, `fetch` and `save_outputs` copy what
+has to outlive the machine; where it is a folder that all nodes share they copy nothing. `recovery` is about unfinished
+steps.
 """
 
 from __future__ import annotations
@@ -65,21 +66,10 @@ class Step:
             found = json.loads(self.storage.read_bytes(self.folder / RESULT) or b"")
         except ValueError:
             return None
-        return found if whole(found) and found["key"] == self.key else None
-
-    def done(self) -> bool:
-        """Say whether the step is done."""
-        return self.record() is not None
-
-    def result(self) -> dict[str, Any]:
-        """Return what the step's work told. Raises FileNotFoundError when it is not done."""
-        record = self.record()
-        if record is None:
-            raise FileNotFoundError(f"step {self.name} has no result in {self.folder}")
-        return record["result"]
+        return found if is_valid_record(found) and found["key"] == self.key else None
 
 
-def whole(found: Any) -> bool:
+def is_valid_record(record: Any) -> bool:
     """Say whether it has the shape of a result.json, and every file it names lies in the step's folder: others may
     write there too."""
     kinds: dict[str, Any] = {
@@ -91,11 +81,11 @@ def whole(found: Any) -> bool:
     }
     kinds |= {"started_at": str, "finished_at": str, "origin": dict, "reads": dict, "files": dict, "kind": str}
     return (
-        isinstance(found, dict)
-        and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
-        and all(isinstance(sums, dict) for sums in found["reads"].values())
-        and all(is_safe_relative_path(name) and isinstance(told, dict) for name, told in found["files"].items())
-        and all({"bytes", "sha256"} <= told.keys() for told in found["files"].values())
+        isinstance(record, dict)
+        and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(sums, dict) for sums in record["reads"].values())
+        and all(is_safe_relative_path(name) and isinstance(entry, dict) for name, entry in record["files"].items())
+        and all({"bytes", "sha256"} <= entry.keys() for entry in record["files"].values())
     )
 
 
@@ -123,7 +113,7 @@ def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dic
     step.storage.ready()
     step.folder.mkdir(parents=True, exist_ok=True)
     refuse_links(step.folder)
-    with held(step.folder / "step.lock"):
+    with exclusive_lock(step.folder / "step.lock"):
         if (record := step.record()) is not None:
             return record["result"]
         for rest in step.folder.glob(".*.tmp"):  # of a writer that was killed
@@ -162,7 +152,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def keep(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]] | None = None) -> Made:
+def save_outputs(step: Step, result: dict[str, Any], reads: Mapping[str, dict[str, str]] | None = None) -> Made:
     """Hash every file of the step's folder, and push copies where a runs folder needs them. For the process that did
     the work, when it is done."""
     files: dict[str, dict[str, Any]] = {}
@@ -186,27 +176,27 @@ def fetch(step: Step, *names: str) -> dict[str, dict[str, str]]:
     return {step.kind: {name: files[name]["sha256"] for name in names or files}}
 
 
-def sound(path: Path, told: dict[str, Any]) -> bool:
-    """Say whether the file is there with the bytes and SHA-256 that `told` has."""
-    return path.is_file() and path.stat().st_size == told["bytes"] and sha256_of(path) == told["sha256"]
+def is_intact(path: Path, entry: dict[str, Any]) -> bool:
+    """Say whether the file is there with the bytes and SHA-256 of `entry`, its entry in result.json."""
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
 
 
-def check(step: Step, name: str, told: dict[str, Any] | None) -> None:
-    """Check that the file is what `told`, its entry in result.json, says; from an object store a fresh copy is tried
+def check(step: Step, name: str, entry: dict[str, Any] | None) -> None:
+    """Check that the file is what `entry`, its entry in result.json, says; from an object store a fresh copy is tried
     once. Raises DamagedStepError."""
     path = step.folder / name
-    if told is None:
+    if entry is None:
         raise DamagedStepError(step.name, f"it made no {name}")
     if not is_safe_relative_path(name) or not path.resolve().is_relative_to(step.folder.resolve()):
         raise DamagedStepError(step.name, f"{name!r} leads out of {step.folder}")
-    if sound(path, told) or (step.storage.remote and step.storage.pull(path) and sound(path, told)):
+    if is_intact(path, entry) or (step.storage.remote and step.storage.pull(path) and is_intact(path, entry)):
         return
-    state = f"{path.stat().st_size:,} bytes, not the {told['bytes']:,} written" if path.is_file() else "gone"
+    state = f"{path.stat().st_size:,} bytes, not the {entry['bytes']:,} written" if path.is_file() else "gone"
     raise DamagedStepError(step.name, f"{path} is damaged ({state}, or with another sum)")
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Wait for, and hold, a lock that ends with this process."""
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -25,6 +25,7 @@ from pyarrow import ArrowException, fs
 
 from hedgemix.config import RecipeError
 from hedgemix.runtime.files import replacing
+from hedgemix.runtime.layout import RECORDS
 from pipeline.storage.object_store import (
     CHUNK_BYTES,
     connect,
@@ -54,6 +55,10 @@ class Storage:
     def remote(self) -> bool:
         """Say whether this is an object store."""
         return bool(self.uri)
+
+    def record_folder(self, record: str) -> Path:
+        """Return the folder of what is written about the record of this name."""
+        return self.root / RECORDS / record
 
     def relative_path(self, path: Path) -> str:
         """Return the path relative to root, with forward slashes; raises ValueError when it is not under root."""

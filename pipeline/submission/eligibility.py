@@ -51,8 +51,8 @@ def obstacles(record: Record) -> list[str]:
     return [
         *unfinished(record),
         *mixed(record.done),
-        *other_code(record, code_bytes),
-        *unkept(record, code_bytes),
+        *code_mismatches(record, code_bytes),
+        *over_limits(record, code_bytes),
         *unaudited(record),
         *(why for seed in logs(record) for why in cut_short(seed)),
     ]
@@ -84,7 +84,7 @@ def unfinished(record: Record) -> list[str]:
     return [f"seed {row['seed']} is {row['status']}; {again}" for row in record.rows if row["status"] != "done"]
 
 
-def other_code(record: Record, code_bytes: int) -> list[str]:
+def code_mismatches(record: Record, code_bytes: int) -> list[str]:
     """Name the seeds that ran other code, or with other packages, than what would be handed in."""
     why = []
     for row in record.done:
@@ -102,7 +102,7 @@ def other_code(record: Record, code_bytes: int) -> list[str]:
     return why
 
 
-def unkept(record: Record, code_bytes: int) -> list[str]:
+def over_limits(record: Record, code_bytes: int) -> list[str]:
     """Name the limits that a seed is over."""
     limits = record.recipe.limits
     return [

@@ -60,23 +60,29 @@ The largest total is {bytes_total} bytes. All digits, and the hashes of texts an
 """
 
 
+VERSIONS = {"torch": "torch_version", "Python": "python_version", "hedgemix": "hedgemix_version"}
+"""What a submission ran on, and what submission.json calls it."""
+
+
 def log_name(row: dict[str, Any]) -> str:
     """Name the file of the seed's log."""
     return f"train_seed{row['seed']}.log"
 
 
-def readme(record: Record, about: About, told: dict[str, Any]) -> str:
-    """Write the submission's README.md; `told` is its submission.json."""
+def readme(record: Record, about: About, submission: dict[str, Any]) -> str:
+    """Write the submission's README.md; `submission` is its submission.json."""
     rows = record.done
     table = [
         f"| {row['seed']} | {row['bpb_final']:.6f} | {row['nats_per_token']:.6f} | {row['steps']:,} "
         f"| {row['ms_per_step']:.1f} | {row['train_seconds']:.1f} | {row['evaluate_seconds']:.1f} "
-        f"| {row['artifact_bytes'] + told['bytes_code']:,} |"
+        f"| {row['artifact_bytes'] + submission['bytes_code']:,} |"
         for row in rows
     ]
-    spread = [f"{told[name]:.6f}" if told[name] is not None else "" for name in ("val_bpb_std", "val_loss_std")]
+    spread = [
+        f"{submission[name]:.6f}" if submission[name] is not None else "" for name in ("val_bpb_std", "val_loss_std")
+    ]
     table += [
-        f"| mean | {told['val_bpb']:.6f} | {told['val_loss']:.6f} | | | | | |",
+        f"| mean | {submission['val_bpb']:.6f} | {submission['val_loss']:.6f} | | | | | |",
         f"| sample std | {spread[0]} | {spread[1]} | | | | | |",
     ]
     compute = record.recipe.compute
@@ -94,10 +100,10 @@ def readme(record: Record, about: About, told: dict[str, Any]) -> str:
         seed=rows[0]["seed"],
         data=data_line(record.recipe),
         hardware=machine(rows[0]),
-        versions=f"torch {told['torch_version']}, Python {told['python_version']}, hedgemix {told['hedgemix_version']}",
-        facts="\n".join(f"- {fact.replace('_', ' ')}: {NO_YES[so]}" for fact, so in told["compliance"].items()),
-        code_bytes=f"{told['bytes_code']:,}",
-        bytes_total=f"{told['bytes_total']:,}",
+        versions=", ".join(f"{name} {submission[column]}" for name, column in VERSIONS.items()),
+        facts="\n".join(f"- {fact.replace('_', ' ')}: {NO_YES[so]}" for fact, so in submission["compliance"].items()),
+        code_bytes=f"{submission['bytes_code']:,}",
+        bytes_total=f"{submission['bytes_total']:,}",
         limit=f"{record.recipe.limits.total_bytes:,}",
         checks="\n".join(f"- {name}: {FAILED_PASSED[so]}" for name, so in audited(rows).items()),
         audited=f"{min(row['audit_tokens'] for row in rows):,} of {rows[0]['valid_tokens'] + 1:,} tokens",

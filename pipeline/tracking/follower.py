@@ -14,8 +14,8 @@ from threading import Thread
 from typing import Any
 
 from hedgemix.config import RecipeError
-from pipeline.monitor.board import Told
-from pipeline.monitor.metrics import POSITION, measured, row_numbers
+from pipeline.monitor.board import ProgressRecord
+from pipeline.monitor.metrics import POSITION, progress_numbers, row_numbers
 from pipeline.results.schema import Row
 from pipeline.storage.store import Storage
 from pipeline.tracking.services import SERVICES, USABLE
@@ -98,15 +98,15 @@ class Trackers:
         for follower in self.followers:
             follower.close(max(0.1, until - time.monotonic()))
 
-    def tell(self, told: Iterable[Told]) -> None:
+    def tell(self, records: Iterable[ProgressRecord]) -> None:
         """Pass on progress records, each once, in the order they came."""
-        for one in told:
-            if one.seed in self.finished:
+        for progress in records:
+            if progress.seed in self.finished:
                 continue
-            values = measured(one.stage, one.record)
-            position = values.get(POSITION.get(one.stage, ""))
+            values = progress_numbers(progress.stage, progress.record)
+            position = values.get(POSITION.get(progress.stage, ""))
             if position is not None:
-                self.give("point", one.seed, one.stage, int(position), values, one.at_ns / 1e9)
+                self.give("point", progress.seed, progress.stage, int(position), values, progress.at_ns / 1e9)
 
     def rows(self, rows: Iterable[Row]) -> None:
         """Take rows as they stand; a finished seed's is passed on, once."""

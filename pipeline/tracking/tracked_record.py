@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hedgemix.config import Recipe, to_dict
-from pipeline.steps.graph import record_folder
+from pipeline.analysis.records import flatten
 from pipeline.storage.store import Storage
 
 
@@ -25,11 +23,14 @@ class TrackedRecord:
     @property
     def folder(self) -> Path:
         """Return the folder of what is written about the record."""
-        return record_folder(self.storage, self.record)
+        return self.storage.record_folder(self.record)
 
     def settings(self) -> dict[str, str]:
-        """Flatten the recipe: {"train.steps": "0", ...}."""
-        return dict(flat("", to_dict(self.recipe)))
+        """Flatten the recipe: {"train.steps": "0", ...}; lists are JSON."""
+        return {
+            name: json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+            for name, value in flatten(to_dict(self.recipe))
+        }
 
     def identity(self) -> str:
         """Draw at random, the first time, what is the record's for good: names and paths may be the same elsewhere."""
@@ -40,12 +41,3 @@ class TrackedRecord:
             made = secrets.token_hex(8)
             self.storage.write_bytes(path, (json.dumps({"id": made}) + "\n").encode())
             return made
-
-
-def flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield every setting with its dotted name, as text."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(f"{prefix}{name}.", value)
-        else:
-            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, (list, tuple)) else str(value)

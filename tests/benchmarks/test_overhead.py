@@ -76,7 +76,8 @@ def test_the_plain_side_does_a_whole_seed_and_is_marked(text: Path, tmp_path: Pa
     with timeline.Sampler(f"{overhead.MARKS}={marks}", seconds=0.05) as sampler:
         subprocess.run(command, env=environment, check=True, timeout=300)
     data = graph.data_step(Storage("", tmp_path), recipe.data)
-    assert graph.plan_record("tiny", recipe, datasets.load(data.folder), data, (1,)).seeds[1].done()
+    steps = graph.plan_record("tiny", recipe, datasets.load(data.folder), data, (1,)).seeds[1]
+    assert len(steps.records()) == len(steps.all())
     found = Command(0, 1, 1, timeline.read(marks), sampler.found)
     assert len(found.named("train_step")) == recipe.train.steps
     assert {mark.name for mark in found.named(*timeline.WORK)} == set(timeline.WORK)

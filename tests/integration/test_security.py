@@ -39,7 +39,7 @@ from pipeline.execution import ray_session
 from pipeline.monitor import status
 from pipeline.results.table import read_rows, table_path
 from pipeline.steps.recovery import resuming
-from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, keep, perform
+from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, perform, save_outputs
 from pipeline.storage.store import Storage
 from support import tiny_record
 
@@ -176,7 +176,7 @@ def test_a_training_begins_anew_instead_of_taking_up_a_bomb_and_weights_are_refu
 def made(step: Step, content: bytes = b"ours") -> Callable[[], Made]:
     def work() -> Made:
         (step.folder / "a.bin").write_bytes(content)
-        return keep(step, {"x": 1})
+        return save_outputs(step, {"x": 1})
 
     return work
 
@@ -185,13 +185,13 @@ def made(step: Step, content: bytes = b"ours") -> Callable[[], Made]:
 def test_a_result_that_names_files_elsewhere_is_done_again(tmp_path: Path, name: str) -> None:
     step = Step("train", "0", Storage("", tmp_path / "runs"))
     perform(step, made(step), {})
-    assert step.done()
+    assert step.record() is not None
     told = json.loads((step.folder / "result.json").read_text())
     outside = tmp_path / "x"
     outside.write_bytes(b"theirs")
     told["files"][name] = {"bytes": 6, "sha256": hashlib.sha256(b"theirs").hexdigest()}
     write_json(step.folder / "result.json", told)
-    assert not step.done()
+    assert step.record() is None
     with pytest.raises(DamagedStepError):
         fetch(step)
     with pytest.raises(DamagedStepError, match="leads out"):

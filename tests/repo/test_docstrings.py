@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = sorted([*(ROOT / "hedgemix").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
-UNDONE = {
-    "hedgemix/audit", "hedgemix/evaluate", "hedgemix/experts", "hedgemix/mixers", "hedgemix/model", "hedgemix/train",
-}  # fmt: skip
+UNDONE = {"hedgemix/evaluate", "hedgemix/experts", "hedgemix/mixers"}
 """Folders in which a definition may still lack one; a folder that has them all leaves this set."""
 VERBATIM = {"hedgemix/standalone/importer.py"}
 """Files that are copied into train_gpt.py as they are: there a docstring's bytes count."""

@@ -21,7 +21,7 @@ from pipeline.results.row import build_row
 from pipeline.results.table import write_rows
 from pipeline.steps import graph
 from pipeline.steps.recovery import clocked
-from pipeline.steps.step import Made, Step, keep, perform
+from pipeline.steps.step import Made, Step, perform, save_outputs
 from pipeline.storage.store import Storage
 from support import tiny_record
 
@@ -63,7 +63,7 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
 
         def made() -> Made:
             with nullcontext() if step.kind in ("train", "evaluate") else clocked(step):  # those have their own clock
-                return keep(step, asdict(work(recipe=recipe, dataset=dataset, **arguments)) | more)
+                return save_outputs(step, asdict(work(recipe=recipe, dataset=dataset, **arguments)) | more)
 
         perform(step, made, made_by)
 

@@ -52,7 +52,7 @@ DATASET = Dataset(
 def begin(storage: Storage) -> dict[int, SeedSteps]:
     """A record of two seeds of which nothing is done."""
     plan = planned(storage, 1, 2)
-    folder = graph.record_folder(storage, "small")
+    folder = storage.record_folder("small")
     storage.write_bytes(folder / "recipe.json", json.dumps(to_dict(RECIPE)).encode())
     graph.keep_steps(plan)
     return plan.seeds
@@ -88,7 +88,7 @@ def ask(out: object, capsys: pytest.CaptureFixture[str], *options: str) -> tuple
 
 
 def look(step: Step, chunks: int = 4) -> status.State:
-    return status.look(step.storage, step.kind, step.name, to_dict(RECIPE), chunks)
+    return status.step_state(step.storage, step.kind, step.name, to_dict(RECIPE), chunks)
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -132,7 +132,7 @@ def test_training_by_steps_tells_its_fraction_from_the_log(storage: Storage) -> 
     work(step, 1)
     (step.folder / "log.jsonl").write_text('{"fraction": 0.25}\n{"fraction": 0.5}\n{"frac')
     recipe = to_dict(RECIPE) | {"train": to_dict(RECIPE.train) | {"steps": 100}}
-    found = status.look(storage, "train", step.name, recipe, 4)
+    found = status.step_state(storage, "train", step.name, recipe, 4)
     assert found.note.startswith("50 %, ")
 
 
@@ -157,7 +157,7 @@ def test_a_driver_that_holds_the_record_is_seen_and_not_hindered(
     storage: Storage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(storage)
-    lock = graph.record_folder(storage, "small") / "record.lock"
+    lock = storage.record_folder("small") / "record.lock"
     with hold(storage, lock):
         assert "small: a driver is at work" in ask(storage.root, capsys)[1]
     assert "small: no driver" in ask(storage.root, capsys)[1]
@@ -184,7 +184,7 @@ def test_damage_is_shown_and_raises_nothing(
 ) -> None:
     steps = begin(storage)
     work(steps[1].train, 1)
-    folder = graph.record_folder(storage, "small") if name in ("steps.json", "recipe.json") else steps[1].train.folder
+    folder = storage.record_folder("small") if name in ("steps.json", "recipe.json") else steps[1].train.folder
     (folder / name).write_bytes(content)
     code, output = ask(storage.root, capsys)
     assert code == 0 and output.startswith("small: no driver") and "small.parquet" in output
@@ -200,7 +200,7 @@ def test_other_damage(storage: Storage, capsys: pytest.CaptureFixture[str]) -> N
     (steps[2].train.folder / "result.json").mkdir(parents=True)
     (storage.root.parent / "secret-0").mkdir()
     (storage.root.parent / "secret-0" / "result.json").write_text('{"result": {"bpb_final": 7.0}}')
-    path = graph.record_folder(storage, "small") / "steps.json"
+    path = storage.record_folder("small") / "steps.json"
     told = json.loads(path.read_text())
     told["seeds"]["\x1b[31m3"] = {"evaluate": "../../secret-0"}
     path.write_text(json.dumps(told))
@@ -226,7 +226,7 @@ def test_what_is_not_there_is_a_user_s_mistake(
 
 def test_the_steps_of_earlier_commands_stay_named(storage: Storage) -> None:
     steps = begin(storage)
-    path = graph.record_folder(storage, "small") / "steps.json"
+    path = storage.record_folder("small") / "steps.json"
     graph.keep_steps(planned(storage, 3))
     told = json.loads(path.read_text())
     assert list(told["seeds"]) == ["1", "2", "3"] and told["chunks"] == 4
@@ -252,7 +252,7 @@ def test_a_record_on_an_object_store(
         storage.push(path)
     before = storage.names(storage.root)
     monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "reader"))
-    with hold(storage, graph.record_folder(storage, "small") / "record.lock", settle_seconds=0.1):
+    with hold(storage, storage.record_folder("small") / "record.lock", settle_seconds=0.1):
         code, output = ask(store_server.uri(), capsys)
     assert code == 0 and "a driver is at work on " in output and "renewed its lease" in output
     assert "50 %, sign of life" in output and "s3://records/runs/small.parquet (not yet)" in output

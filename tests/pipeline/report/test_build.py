@@ -114,7 +114,7 @@ def test_the_parts_of_a_report_add_up(undisturbed: tuple[Path, int, str]) -> Non
 def test_several_seeds_have_a_spread_and_are_tested(runs: Path) -> None:
     table_rows.write(runs, "old", [2.51, 2.52, 2.50])
     new = table_rows.write(runs, "new", [2.41, 2.42, 2.43])
-    lead = "\n".join(summary.lead(new, None))
+    lead = "\n".join(summary.key_findings(new, None))
     p = significance.against_values(
         [2.41, 2.42, 2.43], [2.51, 2.52, 2.50], 0.005 / significance.nats_per_bit(new.done[0])
     ).p
@@ -134,7 +134,7 @@ def page_of(record: records.Record, against: float | None = None) -> str:
 def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
     table_rows.write(runs, "two-machines", [2.4, 2.5])
     record = table_rows.change(runs, "two-machines", 2, hardware="8 x NVIDIA H100")
-    lead = "\n".join(summary.lead(record, None))
+    lead = "\n".join(summary.key_findings(record, None))
     assert "not one record" in lead and "different hardware" in lead and "seed 2" in lead
     told = page_of(record)
     assert (
@@ -157,7 +157,7 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
 )
 def test_what_stands_in_the_way_of_handing_in_is_told(runs: Path, values: dict[str, object], expected: str) -> None:
     sound = table_rows.write(runs, "sound", [2.4, 2.5], audited=True)
-    assert obstacles(sound) == [] and "Can be handed in" in summary.lead(sound, None)[-1]
+    assert obstacles(sound) == [] and "Can be handed in" in summary.key_findings(sound, None)[-1]
     told = obstacles(table_rows.change(runs, "sound", 2, **values))
     assert len(told) == 1 and expected in told[0]
     (runs / "sound.parquet").unlink()

@@ -16,7 +16,7 @@ import pytest
 from hedgemix.runtime import clock
 from pipeline.execution.train_job import scratch
 from pipeline.steps.recovery import clocked, resuming, set_aside
-from pipeline.steps.step import DamagedStepError, Made, Step, fetch, keep, perform
+from pipeline.steps.step import DamagedStepError, Made, Step, fetch, perform, save_outputs
 from pipeline.storage.store import Storage
 
 
@@ -30,7 +30,7 @@ def making(of: Step, answer: int = 1, **reads: dict[str, str]) -> Any:
     def work() -> Made:
         with clocked(of):
             (of.folder / "answer.txt").write_text(str(answer))
-            return keep(of, {"answer": answer}, reads)
+            return save_outputs(of, {"answer": answer}, reads)
 
     return work
 
@@ -48,12 +48,12 @@ def test_two_records_that_share_a_step_do_it_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert shared.result() == {"answer": 1} and done == [1]
+    assert (record := shared.record()) and record["result"] == {"answer": 1} and done == [1]
 
 
 def test_a_done_step_is_not_done_again(tmp_path: Path) -> None:
     mine = step(tmp_path)
-    assert not mine.done()
+    assert mine.record() is None
     assert perform(mine, making(mine), {"by": "me"}) == {"answer": 1}
     assert perform(mine, lambda: pytest.fail("done twice"), {}) == {"answer": 1}
     record = mine.record()
@@ -67,12 +67,12 @@ def test_a_step_that_fails_or_is_damaged_is_not_done(tmp_path: Path) -> None:
     mine = step(tmp_path)
     with pytest.raises(OSError):
         perform(mine, lambda: (_ for _ in ()).throw(OSError("disk")), {})
-    assert not mine.done()
+    assert mine.record() is None
     (mine.folder / "result.json").write_text('{"key": "x"')
-    assert not mine.done()
+    assert mine.record() is None
     for damaged in (json.dumps({"key": "another", "result": {}}).encode(), b"[]", b"null", b"\xff\xfe", b""):
         (mine.folder / "result.json").write_bytes(damaged)
-        assert not mine.done()
+        assert mine.record() is None
     (mine.folder / "error.txt").write_text("what ended an earlier command's attempts")
     assert perform(mine, making(mine, 2), {}) == {"answer": 2}
     assert not (mine.folder / "error.txt").exists()
@@ -102,7 +102,7 @@ os.replace = lambda a, b: os._exit(9) if str(b).endswith("result.json") else rep
 """
     assert killed(tmp_path, fault) == 9
     mine = step(tmp_path)
-    assert list(mine.folder.glob(".result.json.*")) and not mine.done()
+    assert list(mine.folder.glob(".result.json.*")) and mine.record() is None
     perform(mine, making(mine), {})
     record = mine.record()
     assert record is not None and record["attempts"] == 2 and not list(mine.folder.glob(".*.tmp"))
@@ -141,7 +141,7 @@ def test_a_file_that_storage_changed_is_noticed_before_it_is_read(tmp_path: Path
         fetch(mine)
     assert error.value.step == "data-x"
     set_aside(mine)
-    assert not mine.done() and (mine.folder / "result.damaged.json").exists()
+    assert mine.record() is None and (mine.folder / "result.damaged.json").exists()
     with pytest.raises(DamagedStepError, match="result.json is gone"):
         fetch(mine)
     perform(mine, making(mine), {})

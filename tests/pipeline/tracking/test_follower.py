@@ -17,8 +17,8 @@ import pytest
 from hedgemix import recipes
 from pipeline import record
 from pipeline.monitor import metrics
-from pipeline.monitor.board import UNREAD, Board, Told
-from pipeline.monitor.metrics import measured
+from pipeline.monitor.board import UNREAD, Board, ProgressRecord
+from pipeline.monitor.metrics import progress_numbers
 from pipeline.results.schema import Row
 from pipeline.storage.store import Storage
 from pipeline.tracking import follower
@@ -40,16 +40,18 @@ def row(seed: int, status: str, **columns: Any) -> Row:
     return Row("tiny", "laptop", "0", seed, status, **columns)
 
 
-def step(number: int, loss_nats: float, seed: int = 1) -> Told:
+def step(number: int, loss_nats: float, seed: int = 1) -> ProgressRecord:
     """A training's progress record."""
     told = {"step": number, "tokens": 512 * number, "elapsed_seconds": number / 4, "fraction": number / 12}
-    return Told(number, seed, "train", {**told, "matrix_rate": 0.01, "loss_nats": loss_nats, "tokens_per_second": 2048})
+    return ProgressRecord(
+        number, seed, "train", {**told, "matrix_rate": 0.01, "loss_nats": loss_nats, "tokens_per_second": 2048}
+    )
 
 
-def drive(tracker: Any, told: list[Told], rows: tuple[Row, ...] = (), die: bool = False) -> None:
+def drive(tracker: Any, told: list[ProgressRecord], rows: tuple[Row, ...] = (), die: bool = False) -> None:
     """What one driver tells a tracker; with `die`, up to the moment it is killed."""
     for one in told:
-        values = measured(one.stage, one.record)
+        values = progress_numbers(one.stage, one.record)
         tracker.point(one.seed, one.stage, int(values["steps"]), values, time.time())
     for each in rows:
         tracker.row(each.seed, each.status == "done", metrics.row_numbers(each))
@@ -63,10 +65,10 @@ def test_what_is_told_is_named_as_the_table_s_columns() -> None:
     renamed = {column for names in metrics.RENAMED.values() for column in names.values()}
     assert renamed | set(metrics.SO_FAR) | set(metrics.POSITION.values()) <= columns
     assert not set(metrics.BESIDE) & columns and set(metrics.meanings()) == columns | set(metrics.BESIDE)
-    told = measured("train", step(6, 4.5).record)
+    told = progress_numbers("train", step(6, 4.5).record)
     assert told.keys() - columns == set(metrics.BESIDE)
     assert told["ms_per_step"] == 1000 * 512 / 2048 and told["steps"] == 6 and told["train_loss_nats"] == 4.5
-    assert measured("quantize", {}) == {}
+    assert progress_numbers("quantize", {}) == {}
     assert metrics.row_numbers(row(1, "done", bpb_final=2.5, within_limits=True, train_loss_nats=float("nan"))) == {
         "bpb_final": 2.5,
         "within_limits": 1.0,
@@ -118,7 +120,7 @@ def test_a_record_s_events_are_its_table_s_columns(undisturbed: tuple[Path, int,
     # Nothing that a stage tells is left out.
     [log] = [path for path in out.glob("_steps/train-*/log.jsonl")]
     line = json.loads(log.read_text().splitlines()[-1])
-    assert len(measured("train", line)) == len(line) + 1
+    assert len(progress_numbers("train", line)) == len(line) + 1
     failed = tensorboard_events.scalars(folder / "seed2" / "row")
     assert table.status[2] == "failed" and "row/limit_bytes" in failed and "row/bpb_final" not in failed
 
@@ -176,7 +178,7 @@ class Recorder:
 def test_a_tracker_gets_every_record_once_and_a_finished_seed_s_row_once() -> None:
     tracker, warnings = Recorder(), list[str]()
     followed = Trackers([Follower("recorder", lambda: tracker, warnings.append)])
-    followed.tell([step(2, 5.0), step(4, 5.0), Told(5, 1, "quantize", {})])
+    followed.tell([step(2, 5.0), step(4, 5.0), ProgressRecord(5, 1, "quantize", {})])
     followed.rows([row(1, "pending"), row(2, "failed")])
     followed.rows([row(1, "done"), row(2, "failed")])
     followed.tell([step(6, 5.0), step(8, 5.0, seed=2)])  # a failed seed's other stages may still end
