@@ -121,7 +121,7 @@ def seed_steps(storage: Storage, recipe: Recipe, dataset: Dataset, seed: int, ro
     machine = [compute.workers, compute.gpus_per_worker, compute.cpus_per_worker]
     text = [dataset.train_sha256, dataset.tokenizer_sha256, dataset.vocab_size]
     train = step(storage, "train", recipe.model, recipe.train, machine, text, seed)
-    order = {name: value for name, value in evaluate.items() if name not in ("ttt", "mixer")}
+    order = {name: value for name, value in evaluate.items() if name not in ("ttt", "cache", "mixer")}
     score = step(storage, "score", train.key, order, dataset.valid_sha256)
     room = room_bytes if recipe.quantize.method == "stepped" else None
     quantize = step(storage, "quantize", train.key, recipe.quantize, room, *memory_of(dataset))
