@@ -19,7 +19,7 @@ from hedgemix.data import shards
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
 from support.text_data import documents
-from support.tiny_run import Record
+from support.tiny_run import Record, make
 
 
 @pytest.fixture
