@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "pipeline" / "record.py"), "laptop"]
 OPTIONS = """
 --data.source text --data.vocab-size 512 --data.valid-fraction 0.1 --data.max-valid-tokens 4000
+--data.memory-bytes 20000
 --model.layers 2 --model.width 64 --model.heads 2 --model.kv-heads 2 --model.mlp-hidden 128
 --model.bigram-buckets 256 --model.bigram-width 32 --model.value-embedding-width 32
 --train.steps 12 --train.batch-tokens 512 --train.sequence-tokens 64 --train.microbatch-sequences 8

@@ -27,7 +27,7 @@ CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "2", "--train.reserve
 
 @pytest.fixture(scope="module")
 def recipe(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return tiny_seed.recipe(text, tmp_path_factory.mktemp("shards"), *CLOCKED)
+    return tiny_seed.recipe(text, tmp_path_factory.mktemp("shards"), *CLOCKED, "--data.memory-bytes", "0")
 
 
 @pytest.fixture(scope="module")
