@@ -26,7 +26,8 @@ LONG_BLOCKS = MixerConfig(block_tokens=512)
 
 
 def laptop() -> Recipe:
-    """Train on real text in minutes on two CPU cores: 2.7 M parameters, one worker that has the machine to itself."""
+    """Train on real text in minutes on two CPU cores: 0.8 M parameters, one worker that has the machine to itself.
+    Of the 1.4 MB, 1.0 go to training text that n-grams and match begin with: docs/data.md."""
     return Recipe(
         recipe="laptop",
         data=DataConfig(
