@@ -21,8 +21,8 @@ TOKENS, DOCUMENTS = "tokens.jsonl", "documents.jsonl"
 
 
 class Tally:
-    """Sums of nats under every name of `names`, float64: `token_CV`, `document_CD`; C counts names, then what is in
-    `counted`. D grows with the text."""
+    """Holds sums of nats under every name of `names`, float64: `token_CV`, `document_CD`; C counts names, then what is
+    in `counted`. D grows with the text."""
 
     counted = ("tokens", "bytes")
 
@@ -45,6 +45,7 @@ class Tally:
             self.document_CD[column] += np.bincount(document_B, weights_B, self.document_CD.shape[1])
 
     def state_dict(self) -> dict[str, Any]:
+        """Copy the sums and the number of the last document."""
         return {
             "token": torch.from_numpy(self.token_CV.copy()),
             "document": torch.from_numpy(self.document_CD.copy()),
@@ -52,12 +53,13 @@ class Tally:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
         self.token_CV, self.document_CD = state["token"].cpu().numpy(), state["document"].cpu().numpy()
         self.last = state["last"]
 
     def write(self, folder: Path) -> None:
-        """tokens.jsonl and documents.jsonl, whole: a line a token that occurred, a line a document, with its tokens,
-        bytes and bits."""
+        """Write tokens.jsonl and documents.jsonl, whole: a line a token that occurred, a line a document, with its
+        tokens, bytes and bits."""
         for name, key, sums_CN in ((TOKENS, "token", self.token_CV), (DOCUMENTS, "document", self.document_CD)):
             with replacing(folder / name) as file:
                 for number, sums_C in enumerate(sums_CN.T):

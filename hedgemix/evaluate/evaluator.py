@@ -45,6 +45,8 @@ from hedgemix.runtime.profiler import tracing
 
 @dataclass(frozen=True)
 class EvaluateResult:
+    """Holds what an evaluation found: bits per byte of every stage, seconds and weights."""
+
     bpb_quantized: float
     """Bits per byte of the artifact's weights, frozen, no mixing."""
     bpb_mixed: float
@@ -85,7 +87,7 @@ class EvaluateResult:
 
 
 def score_model(model: Model, stream: TokenStream, config: EvaluateConfig, log: Log = silent) -> float:
-    """Nats of the stream's tokens but the first under a frozen model, no mixing; on the model's device."""
+    """Sum the nats of the stream's tokens but the first under a frozen model, no mixing; on the model's device."""
     device = next(model.parameters()).device
     tokens_N = Text(stream, device)
     nats, began = 0.0, time.monotonic()
@@ -150,7 +152,7 @@ def evaluate_artifact(
 
 
 class Evaluation:
-    """The running state of one evaluation."""
+    """Holds the running state of one evaluation."""
 
     def __init__(
         self,
@@ -209,7 +211,7 @@ class Evaluation:
         start: Start | None = None,
         observer: Observer | None = None,
     ) -> Self:
-        """The evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
+        """Begin the evaluation of `tokens`, integers (N,), by an artifact, before its first chunk.
 
         index: of the tokens behind the artifact's memory, made here when it is not given. Raises ArtifactError for an
         artifact whose parts do not fit together.
@@ -254,8 +256,8 @@ class Evaluation:
         }
 
     def rows(self, chunk: Piece) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-        """The chunk's pieces in order, each with the log rows (B, V) of every row set and, for the experts over them,
-        the features (B, D) that the last one's rows were made from."""
+        """Yield the chunk's pieces in order, each with the log rows (B, V) of every row set and, for the experts over
+        them, the features (B, D) that the last one's rows were made from."""
         self.observer.on_open(self, chunk)
         models = {"frozen": self.model}
         if self.adapter and self.adapter.chunks_learned:
@@ -315,26 +317,27 @@ class Evaluation:
         self.owed = []
 
     def history(self, piece: Piece) -> Tensor:
-        """The two tokens before each target, oldest first, (B, 2); token 0 stands in before the text's start."""
+        """Give the two tokens before each target, oldest first, (B, 2); token 0 stands in before the text's start."""
         before = self.tokens_N[max(piece.start - 2, 0) : piece.stop - 1]
         missing = [before[:1]] * max(2 - piece.start, 0)
         return torch.cat([*missing, before]).unfold(0, 2, 1)
 
     def timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        """Run work and add its seconds to a phase's."""
         value = self.phases.timed(phase, work)
         self.start.beat()
         return value
 
     def so_far(self) -> dict[str, float]:
-        """Bits per byte of every stage and seconds of every phase, named as in the result."""
+        """Name the bits per byte of every stage and seconds of every phase, named as in the result."""
         found = {f"bpb_{name}": bpb.bits_per_byte(nats, max(1, self.bytes)) for name, nats in self.nats.items()}
         if not self.config.ttt.enabled:
             del found["bpb_ttt"]
         return found | {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the finished chunks left behind, in tensors that work goes on with; the artifact and the text hold the
-        rest."""
+        """Collect what the finished chunks left behind, in tensors that work goes on with; the artifact and the text
+        hold the rest."""
         return {
             "finished": self.finished,
             "adapter": self.adapter.state_dict() if self.adapter else {},
@@ -365,6 +368,7 @@ class Evaluation:
         self.mass, self.tokens, self.bytes = (state["sums"][name] for name in ("mass", "tokens", "bytes"))
 
     def result(self) -> EvaluateResult:
+        """Sum up the finished evaluation."""
         rate = {name: bpb.bits_per_byte(nats, self.bytes) for name, nats in self.nats.items()}
         return EvaluateResult(
             bpb_quantized=rate["quantized"],

@@ -32,7 +32,7 @@ from hedgemix.runtime.layout import CLOCK
 
 
 class Restart(Start):
-    """One start of an evaluation in `folder`, on every rank; rank 0 writes."""
+    """Is one start of an evaluation in `folder`, on every rank; rank 0 writes."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Restart(Start):
         self.owner: dict[str, Any] = {}
 
     def elapsed(self) -> float:
+        """Measure the seconds used, over all starts."""
         return self.clock.elapsed() if self.clock else super().elapsed()
 
     def take_up(
@@ -66,8 +67,8 @@ class Restart(Start):
         trace: Path | None,
         device: torch.device,
     ) -> dict[str, Any] | None:
-        """The state that rank 0 finds, read by each rank for itself. Raises DamagedFileError on every rank when one
-        cannot read what rank 0 can."""
+        """Load the state that rank 0 finds, read by each rank for itself. Raises DamagedFileError on every rank when
+        one cannot read what rank 0 can."""
         self.owner = {
             "version": __version__,
             "artifact": found.sha256,
@@ -100,7 +101,8 @@ class Restart(Start):
         return state["evaluation"] if state else None
 
     def load(self) -> dict[str, Any] | None:
-        """The newest sound checkpoint if it is this evaluation's and the trace has its chunks; else there are none."""
+        """Load the newest sound checkpoint if it is this evaluation's and the trace has its chunks; else there are
+        none."""
         state = self.checkpoints.load()
         mine = state is not None and state.get("owner") == self.owner
         if mine and (self.lines is None or self.lines.take_up(chunks_of(state))):
@@ -109,6 +111,7 @@ class Restart(Start):
         return None
 
     def beat(self) -> None:
+        """Note the clock, once a second at most."""
         if self.clock:
             self.clock.beat()
 
@@ -126,7 +129,8 @@ class Restart(Start):
                 self.save(work)
 
     def save(self, work: Evaluation) -> None:
-        """The trace first: a checkpoint promises that its chunks are there. Raises OSError when they cannot be."""
+        """Write trace, then checkpoint: a checkpoint promises that its chunks are there. Raises OSError when they
+        cannot be."""
         if self.lines is not None:
             self.lines.flush(sync=True)
             self.kept(self.lines.path)
@@ -142,12 +146,12 @@ class Restart(Start):
 
 
 def chunks_of(state: dict[str, Any] | None) -> int:
-    """The chunks that a checkpoint has behind it, -1 for none."""
+    """Count the chunks that a checkpoint has behind it, -1 for none."""
     return -1 if state is None else state["evaluation"]["finished"]
 
 
 def digest(stream: TokenStream) -> str:
-    """SHA-256 of a text's tokens, as little-endian 16-bit numbers, in hex."""
+    """Hash a text's tokens with SHA-256, as little-endian 16-bit numbers, in hex."""
     found = hashlib.sha256()
     for at in range(0, len(stream), PIECE_TOKENS):
         found.update(stream.read(at, min(PIECE_TOKENS, len(stream) - at)).astype("<u2").tobytes())

@@ -42,12 +42,12 @@ def cut(start: int, stop: int, size: int) -> list[Piece]:
 
 
 def chunks(n_tokens: int, chunk_tokens: int) -> list[Piece]:
-    """The targets 1 .. n_tokens - 1 in chunks that end at multiples of `chunk_tokens`."""
+    """Cut the targets 1 .. n_tokens - 1 in chunks that end at multiples of `chunk_tokens`."""
     return cut(1, n_tokens, chunk_tokens)
 
 
 def pieces(chunk: Piece, config: EvaluateConfig) -> list[Piece]:
-    """The chunk's targets in order, in the pieces that one forward pass scores."""
+    """Cut the chunk's targets, in order, into the pieces that one forward pass scores."""
     if config.order == "streaming":
         return cut(chunk.start, chunk.stop, config.segment_tokens)
     full = min(max(chunk.start, config.window_tokens + 1), chunk.stop)  # from here on windows are full
@@ -57,7 +57,7 @@ def pieces(chunk: Piece, config: EvaluateConfig) -> list[Piece]:
 
 
 def contexts(piece: Piece, config: EvaluateConfig) -> list[tuple[int, Piece]]:
-    """The same piece for a model that runs one token at a time: targets, and the first token their context may use.
+    """Cut the same piece for a model that runs one token at a time: targets, and the first token their context may use.
 
     Until the targets' end the context only grows; within it, in streaming order, a layer sees `window_tokens`.
     """
@@ -73,7 +73,7 @@ def contexts(piece: Piece, config: EvaluateConfig) -> list[tuple[int, Piece]]:
 
 @torch.inference_mode()
 def piece_features(model: Model, tokens_N: Tensor | Text, piece: Piece, config: EvaluateConfig) -> Tensor:
-    """The model's final features, (piece.stop - piece.start, D), from which the piece's targets are predicted.
+    """Compute the model's final features, (piece.stop - piece.start, D), from which the piece's targets are predicted.
 
     `tokens_N`: the text, whose slices are int64 on the model's device; nothing from piece.stop - 1 on is read.
     """
@@ -100,21 +100,22 @@ def piece_features(model: Model, tokens_N: Tensor | Text, piece: Piece, config: 
 
 @torch.inference_mode()
 def feature_rows(model: Model, features_BD: Tensor, config: EvaluateConfig) -> Tensor:
-    """Log-probabilities in nats, float32 (B, V), of what comes after features (B, D)."""
+    """Compute log-probabilities in nats, float32 (B, V), of what comes after features (B, D)."""
     with autocast(config.dtype, features_BD.device):
         return torch.log_softmax(model.logits(features_BD), dim=-1)
 
 
 def piece_rows(model: Model, tokens_N: Tensor | Text, piece: Piece, config: EvaluateConfig) -> Tensor:
-    """Log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets; as `piece_features`."""
+    """Compute log-probabilities in nats, float32 (piece.stop - piece.start, V), of the piece's targets; as
+    `piece_features`."""
     return feature_rows(model, piece_features(model, tokens_N, piece, config), config)
 
 
 def chunk_rows(
     models: dict[str, Model], tokens_N: Tensor | Text, chunk: Piece, config: EvaluateConfig, features_of: str = ""
 ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-    """Every piece of the chunk in order with each model's rows, on every rank; with features_of, one of the models'
-    names, also that one's features (B, D), float32, as FEATURES."""
+    """Yield every piece of the chunk in order with each model's rows, on every rank; with features_of, one of the
+    models' names, also that one's features (B, D), float32, as FEATURES."""
     todo, world = pieces(chunk, config), collectives.world_size()
     largest = max((piece.stop - piece.start for piece in todo), default=0)
     for first in range(0, len(todo), world):
@@ -134,6 +135,7 @@ def chunk_rows(
 
 
 def gather_rows(rows: Tensor | None, largest: int, width: int, device: torch.device) -> list[Tensor]:
+    """Gather the rows (B, V) of every rank, in the order of ranks, padded to `largest`."""
     if not collectives.active():
         assert rows is not None
         return [rows]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Start:
-    """One start of an evaluation, on every rank; this one is the only one."""
+    """Is one start of an evaluation, on every rank; this one is the only one."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
@@ -28,7 +28,7 @@ class Start:
         self.trace: Path | None = None
 
     def elapsed(self) -> float:
-        """Seconds that the evaluation has used."""
+        """Measure the seconds that the evaluation has used."""
         return self.now() - self.began
 
     def take_up(
@@ -39,7 +39,7 @@ class Start:
         trace: Path | None,
         device: torch.device,
     ) -> dict[str, Any] | None:
-        """What `Evaluation.load_state_dict` goes on from, on every rank; the trace then has its chunks' lines."""
+        """Give what `Evaluation.load_state_dict` goes on from, on every rank; the trace then has its chunks' lines."""
         self.trace = trace
         return None
 

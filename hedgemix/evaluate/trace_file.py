@@ -14,7 +14,8 @@ from typing import Any
 
 
 class Lines:
-    """The lines of the chunks of one evaluation. The first write replaces the file, unless `take_up` kept some."""
+    """Holds the lines of the chunks of one evaluation. The first write replaces the file, unless `take_up` kept
+    some."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,6 +36,7 @@ class Lines:
         return True
 
     def add(self, line: dict[str, Any]) -> None:
+        """Add a chunk's line."""
         self.waiting += json.dumps(line).encode() + b"\n"
         with contextlib.suppress(OSError):
             self.flush()
@@ -55,7 +57,7 @@ class Lines:
 
 
 def chunk_of(line: bytes) -> int | None:
-    """The line's number; None for one that was cut off or damaged."""
+    """Read the line's number; None for one that was cut off or damaged."""
     try:
         return int(json.loads(line)["chunk"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):

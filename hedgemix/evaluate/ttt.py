@@ -27,7 +27,8 @@ MICROBATCH_SEQUENCES = 16
 
 
 def trained_parameters(model: Model, last_blocks: int) -> dict[str, nn.Parameter]:
-    """What test-time training moves: the last blocks and every learned scale, or all weights when last_blocks is 0."""
+    """Choose what test-time training moves: the last blocks and every learned scale, or all weights when last_blocks is
+    0."""
     first = max(0, len(model.blocks) - last_blocks)
     chosen = {}
     for name, parameter in model.named_parameters():
@@ -38,7 +39,7 @@ def trained_parameters(model: Model, last_blocks: int) -> dict[str, nn.Parameter
 
 
 def rate_factor(config: TTTConfig, chunk: int, n_chunks: int) -> float:
-    """The rate's factor after scoring chunk `chunk` (from 0) of `n_chunks`."""
+    """Compute the rate's factor after scoring chunk `chunk` (from 0) of `n_chunks`."""
     progress = chunk / max(1, n_chunks - 1)
     cosine = 0.5 * (1 + math.cos(math.pi * progress)) if config.cosine else 1.0
     ramp = 1 + (config.ramp - 1) * (min(1.0, progress / config.ramp_fraction) if config.ramp_fraction > 0 else 1.0)
@@ -46,7 +47,7 @@ def rate_factor(config: TTTConfig, chunk: int, n_chunks: int) -> float:
 
 
 class Adapter:
-    """A copy of `model` that learns. `scorer` is the model to score the next chunk with."""
+    """Holds a copy of `model` that learns. `scorer` is the model to score the next chunk with."""
 
     def __init__(self, model: Model, config: TTTConfig, n_chunks: int, dtype: str) -> None:
         self.config, self.n_chunks, self.dtype = config, n_chunks, dtype
@@ -77,6 +78,7 @@ class Adapter:
         self.chunks_learned += 1
 
     def step(self, inputs_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> None:
+        """Take one optimizer step on a batch that the ranks share out."""
         total = weights_BT.sum().clamp_min(1e-9)
         world, rank = collectives.world_size(), collectives.rank()
         mine = [part.tensor_split(world)[rank] for part in (inputs_BT, targets_BT, weights_BT)]
@@ -98,7 +100,8 @@ class Adapter:
                 torch._foreach_lerp_(self.averages, self.trained, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, between two chunks; the tensors are the adapter's own. The rest is the shipped model's."""
+        """Collect what was learned, between two chunks; the tensors are the adapter's own. The rest is the shipped
+        model's."""
         return {
             "trained": [parameter.detach() for parameter in self.trained],
             "averages": [average.detach() for average in self.averages] if self.config.polyak > 0 else [],
@@ -121,7 +124,8 @@ class Adapter:
 def sequences(
     tokens_N: Tensor | Text, weights_N: Tensor | Sizes | Ones, chunk: Piece, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The chunk's targets in sequences of `length`: inputs, targets (int64) and weights (float32), each (S, length).
+    """Cut the chunk's targets into sequences of `length`: inputs, targets (int64) and weights (float32), each (S,
+    length).
 
     The last sequence reaches back over targets that have their place in the one before; those weigh nothing in it.
     """

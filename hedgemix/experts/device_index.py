@@ -20,7 +20,7 @@ from hedgemix.experts.ngram_index import NgramIndex, counted, longest_class
 
 
 class Resident:
-    """An index and the counts of the tokens before `position`, all in one device's memory."""
+    """Holds an index and the counts of the tokens before `position`, all in one device's memory."""
 
     def __init__(self, index: NgramIndex, device: torch.device | str, span_tokens: int, discount: float) -> None:
         """span_tokens: of the spans whose sizes are counted now: those that start at its multiples. Of any other span
@@ -95,8 +95,8 @@ class Resident:
         return whole
 
     def sizes(self, start: int, stop: int) -> tuple[list[int], int]:
-        """A span's pairs, by order, and its repeats: positions that share a context with an earlier one of it, once for
-        each of these."""
+        """Count a span's pairs, by order, and its repeats: positions that share a context with an earlier one of it,
+        once for each of these."""
         # Without a memory the text's first token has no context: with it a span has the same ones.
         key = (0 if start == 1 and not self.memory_tokens else start, stop)
         if key not in self._sizes:
@@ -105,7 +105,7 @@ class Resident:
         return self._sizes[key]
 
     def text(self, start: int, stop: int) -> Tensor:
-        """int32 (3, B), a view: tokens, their classes (`longest_class`) and what the match predicts."""
+        """View, as int32 (3, B): tokens, their classes (`longest_class`) and what the match predicts."""
         return self.text_3N[:, start:stop]
 
     def fill(self, p_BKV: Tensor, text_3B: Tensor, start: int, stop: int, matches: bool) -> None:

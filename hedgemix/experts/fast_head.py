@@ -27,7 +27,8 @@ FLOOR = math.exp(-60)
 
 
 class FastHead:
-    """The sum of the steps so far, and the block at work. Blocks start at multiples of `block_tokens` in the text."""
+    """Holds the sum of the steps so far, and the block at work. Blocks start at multiples of `block_tokens` in the
+    text."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class FastHead:
         return _probabilities(logits_BV)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of what was learned."""
+        """Copy what was learned."""
         at_work = slice(self.position % self.block)
         return {
             "position": self.position,

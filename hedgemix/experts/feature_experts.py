@@ -23,13 +23,13 @@ CACHE, HEAD = "cache", "head"
 
 
 def names(config: EvaluateConfig) -> tuple[str, ...]:
-    """The experts over features that the configuration turns on, in the order of their rows."""
+    """Name the experts over features that the configuration turns on, in the order of their rows."""
     head = config.ttt.enabled and config.ttt.kind == "head"
     return (CACHE,) * config.cache.enabled + (HEAD,) * head
 
 
 class FeatureExperts:
-    """What they learned before the next position; features may be of any float type."""
+    """Holds what they learned before the next position; features may be of any float type."""
 
     def __init__(self, config: EvaluateConfig, vocab_size: int, width: int, device: torch.device | str = "cpu") -> None:
         """width: features of a position."""
@@ -89,7 +89,7 @@ class FeatureExperts:
             expert.refresh(whitener_DD)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, in tensors that work may go on with."""
+        """Collect what was learned, in tensors that work may go on with."""
         parts = {"metric": self.metric, CACHE: self.cache, HEAD: self.head}
         return {name: part.state_dict() for name, part in parts.items() if part}
 

@@ -71,7 +71,7 @@ class FeatureMetric:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned; the tensors may be the metric's own."""
+        """Collect what was learned; the tensors may be the metric's own."""
         return {
             "position": self.position,
             "moments": self.moments_DD,

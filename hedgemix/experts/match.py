@@ -29,7 +29,7 @@ _COLUMNS = ("predicted_N", "class_N", "tries_N", "hits_N")
 
 @dataclass(frozen=True)
 class MatchIndex:
-    """What the expert says at every position of a text. All arrays int32."""
+    """Holds what the expert says at every position of a text. All arrays int32."""
 
     lengths: tuple[int, ...]
     predicted_N: np.ndarray

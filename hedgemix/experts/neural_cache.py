@@ -22,7 +22,7 @@ alone."""
 
 
 class NeuralCache:
-    """What the last positions looked like, and the tokens that followed them."""
+    """Holds what the last positions looked like, and the tokens that followed them."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class NeuralCache:
             self.first = first
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of what is remembered."""
+        """Copy what is remembered."""
         kept = slice(max(self.position - self.memory, 0) - self.first, self.position - self.first)
         return {
             "position": self.position,

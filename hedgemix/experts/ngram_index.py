@@ -29,7 +29,8 @@ _COLUMNS = ("first_N", "pair_N", "distinct_N", "token_P")
 
 @dataclass(frozen=True)
 class OrderIndex:
-    """The pairs of one order. All arrays int32; a position without n-1 predecessors has pair -1 and distinct 0."""
+    """Holds the pairs of one order. All arrays int32; a position without n-1 predecessors has pair -1 and distinct
+    0."""
 
     first_N: np.ndarray
     """First pair of the position's context."""
@@ -43,7 +44,7 @@ class OrderIndex:
 
 @dataclass(frozen=True)
 class NgramIndex:
-    """A text, the pairs of every order above 1 and its matches; see `build`."""
+    """Holds a text, the pairs of every order above 1 and its matches; see `build`."""
 
     memory_M: np.ndarray
     """The tokens in front of the text."""

@@ -16,7 +16,7 @@ from hedgemix.validate import check_orders
 
 
 class OnlineNgram:
-    """Counts the tokens so far, in every order, and makes the rows they give the next one."""
+    """Keeps counts of the tokens so far, in every order, and makes the rows they give the next one."""
 
     def __init__(
         self, orders: tuple[int, ...], vocab_size: int, discount: float, memory: MemoryLookup | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Recency:
-    """Counts tokens, and what followed the last token, and lets the counts fade with every later token (a cache
+    """Keeps counts of tokens, and of what followed the last token, that fade with every later token (a cache
     language model; Kuhn and De Mori 1990). Followers are backed off to recent tokens, and these
     to the counts of the whole text so far."""
 
@@ -26,12 +26,14 @@ class Recency:
         self.told, self.last = 0, -1
 
     def row(self) -> Tensor:
+        """Make the row of the next token."""
         p_V = backed_off(self.recent_V, self.count_V / self.count_V.sum(), self.prior_tokens)
         if self.last in self.followers:
             p_V = backed_off(self._after(self.last), p_V, self.prior_followers)
         return p_V
 
     def update(self, token: int) -> None:
+        """Count the token that occurred; every count fades."""
         self.told += 1
         self.count_V[token] += 1
         self.recent_V *= self.kept

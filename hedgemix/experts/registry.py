@@ -24,12 +24,12 @@ SUM_TOLERANCE = 1e-4
 
 
 class Expert(Protocol):
-    """What is mixed. It is copied with `copy.deepcopy`, and told a text's tokens in order from the first, each after
+    """Is mixed. It is copied with `copy.deepcopy`, and told a text's tokens in order from the first, each after
     its row was taken. An evaluation that goes on after a stop tells the earlier ones anew, without asking for rows."""
 
     def row(self) -> Tensor:
-        """Probabilities (V,), float32, on the CPU, of the next token: each above 0, their sum 1. Asked again, the same;
-        whoever asks copies it before the next `update`."""
+        """Give probabilities (V,), float32, on the CPU, of the next token: each above 0, their sum 1. Asked again, the
+        same; whoever asks copies it before the next `update`."""
         ...
 
     def update(self, token: int) -> None:

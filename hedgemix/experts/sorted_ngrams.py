@@ -29,12 +29,12 @@ DIGIT = 1 << 16
 
 @dataclass(frozen=True)
 class Arrays:
-    """Where arrays of a text's length live: files of `folder`, mapped, or memory when it is None."""
+    """Says where arrays of a text's length live: files of `folder`, mapped, or memory when it is None."""
 
     folder: Path | None
 
     def result(self, name: str, size: int, dtype: Any = np.int32) -> np.ndarray:
-        """An array that stays: `name`.npy of the folder."""
+        """Make an array that stays: `name`.npy of the folder."""
         if self.folder is None:
             return np.empty(size, dtype)
         path = self.folder / f"{name}.npy"
@@ -44,14 +44,14 @@ class Arrays:
         return np.lib.format.open_memmap(path, "w+", dtype, (size,))
 
     def scratch(self, size: int, dtype: Any = np.int32) -> np.ndarray:
-        """An array that goes with the last reference to it, not filled; its file has no name."""
+        """Make an array that goes with the last reference to it, not filled; its file has no name."""
         if self.folder is None or size == 0:
             return np.empty(size, dtype)
         with TemporaryFile(dir=self.folder) as file:
             return np.memmap(file, dtype, "w+", shape=(size,))
 
     def zeros(self, size: int) -> np.ndarray:
-        """A scratch array of int32 zeros."""
+        """Make a scratch array of int32 zeros."""
         if self.folder is None:
             return np.zeros(size, np.int32)
         return self.scratch(size)  # a file grows by zeros
@@ -72,7 +72,7 @@ class Block:
 
 
 class Grams:
-    """Where the grams of one length begin, sorted; `grow` makes them longer."""
+    """Holds where the grams of one length begin, sorted; `grow` makes them longer."""
 
     def __init__(self, tokens_N: np.ndarray, vocab_size: int, arrays: Arrays, memory_bytes: int = MEMORY_BYTES) -> None:
         """Takes integer tokens (N,), mapped or not. Raises RecipeError for tokens that do not fit.
@@ -95,7 +95,7 @@ class Grams:
         self._sort_tokens()
 
     def spans(self, size: int) -> Iterator[slice]:
-        """0 .. size - 1 in pieces."""
+        """Cut 0 .. size - 1 into pieces."""
         for start in range(0, size, self.limit):
             yield slice(start, min(start + self.limit, size))
 
@@ -118,7 +118,7 @@ class Grams:
             start_V += here_V
 
     def blocks(self) -> Iterator[slice]:
-        """The sorted grams in pieces of whole groups: at most `limit` grams, unless one group is larger."""
+        """Cut the sorted grams into pieces of whole groups: at most `limit` grams, unless one group is larger."""
         start = 0
         while start < self.size:
             opens = np.flatnonzero(self.opens_N[start : min(start + self.limit + 1, self.size)])
@@ -211,7 +211,7 @@ class Grams:
         self.size, self.length = wrote, length
 
     def repeats(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Where grams begin that began before, and where they last did, both int32, in pieces."""
+        """Find where grams begin that began before, and where they last did, both int32, in pieces."""
         for block in self.blocks():
             begin_B = np.array(self.begin_N[block])
             again = np.flatnonzero(~self.opens_N[block])

@@ -36,7 +36,7 @@ SPAN_TOKENS = {"cpu": 512, "cuda": 4096}
 
 @dataclass
 class Scores:
-    """What one call scored: `nll[row set][kind]` in nats, (B,) float64, and the weights it ended with.
+    """Holds what one call scored: `nll[row set][kind]` in nats, (B,) float64, and the weights it ended with.
 
     Kinds: neural, order1 ..., match, the further experts, the given ones, hedge, linear and logistic (the first mixer
     of each), ensemble. `weights[row set]`: hedge (K,) over the experts, ensemble (1 + M,) over neural and the logistic
@@ -112,7 +112,7 @@ class BatchMixer:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """All experts, the neural one first, the given ones last."""
+        """Name all experts, the neural one first, the given ones last."""
         return self.sets[0].blend.names
 
     @property
@@ -122,7 +122,7 @@ class BatchMixer:
 
     @property
     def position(self) -> int:
-        """The next position to score: all before it are learned, none from it on."""
+        """Give the next position to score: all before it are learned, none from it on."""
         return self._state.ngrams.position
 
     def score(self, rows: dict[str, Tensor], start: int, stop: int) -> Scores:

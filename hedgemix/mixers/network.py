@@ -64,7 +64,7 @@ def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor
 
 @dataclass(frozen=True)
 class Positions:
-    """What is known of B positions before their tokens are."""
+    """Holds what is known of B positions before their tokens are."""
 
     p_BKV: Tensor
     """Probabilities, float32, of all experts but the neural one, which the row sets share."""
@@ -79,7 +79,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What the mixers said of B positions, and what they learn from once the tokens are known."""
+    """Holds what the mixers said of B positions, and what they learn from once the tokens are known."""
 
     p_BKV: Tensor
     log_BRJV: Tensor
@@ -96,7 +96,7 @@ def join(parts: Sequence[Mixed]) -> Mixed:
 
 
 class Blend:
-    """The mixers' weights. `mix` never sees a token; `learn` moves the weights after a block was scored."""
+    """Holds the mixers' weights. `mix` never sees a token; `learn` moves the weights after a block was scored."""
 
     def __init__(
         self,

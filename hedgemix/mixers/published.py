@@ -28,7 +28,8 @@ WINDOW_TOKENS = 32
 
 @dataclass
 class PublishedState:
-    """Counts of finished chunks, the ranks' log weights (N, K) float64, and where in an unfinished chunk scoring is."""
+    """Holds counts of finished chunks, the ranks' log weights (N, K) float64, and where in an unfinished chunk scoring
+    is."""
 
     unigram_V: Tensor
     bigram_VV: Tensor
@@ -46,14 +47,16 @@ class PublishedState:
 
     @property
     def log_weights_K(self) -> Tensor:
-        """Those of the rank whose turn it is."""
+        """Give those of the rank whose turn it is."""
         return self.log_weights_NK[len(self.log_weights_NK) - len(self.shares)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What finished chunks left but the counts, which `count` can make again: they are most of the bytes."""
+        """Collect what finished chunks left but the counts, which `count` can make again: they are most of the
+        bytes."""
         return {"log_weights": self.log_weights_NK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
         self.log_weights_NK = state["log_weights"].to(self.log_weights_NK.device)
 
 
@@ -61,7 +64,7 @@ def start(
     vocab_size: int, device: torch.device | str = "cpu", ranks: int = 1, buckets: int = 65_536,
     batch_tokens: int = 1024, warm_tokens: int = 10_000,
 ) -> PublishedState:  # fmt: skip
-    """No counts, log weights (2, 0, 0, 0, 0) a rank. The trigram table takes 4 * buckets * vocab_size bytes.
+    """Begin with no counts, log weights (2, 0, 0, 0, 0) a rank. The trigram table takes 4 * buckets * vocab_size bytes.
 
     A rank's log weights move after each batch of batch_tokens scored tokens (the reference's 32 windows of stride 32).
     Neural only, and no move, until warm_tokens tokens were counted.
@@ -84,7 +87,7 @@ def open_chunk(state: PublishedState, tokens: int) -> None:
 
 
 def score(state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses in nats (B,) float64 and the probability mass (B,) float64 of each position's mixed "row".
+    """Compute losses in nats (B,) float64 and the probability mass (B,) float64 of each position's mixed "row".
 
     Takes what `losses` takes, of the next B tokens of the open chunk. A rank's weights are the softmax of its log
     weights, which move by -0.1 times each expert's mean loss after a batch and at the end of its share. The state's
@@ -107,7 +110,7 @@ def score(state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token_
 
 
 def losses(state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Each expert's loss in nats and the mass of its "row" over the vocabulary, (B, K) float64 both.
+    """Compute each expert's loss in nats and the mass of its "row" over the vocabulary, (B, K) float64 both.
 
     `log_rows_BV`: neural log probabilities or logits; `history_B2`: the two tokens before, oldest first; `token_B`:
     what occurred. Temperature per position is `1 - 0.02 * (1 - H / ln V)` within [0.9, 1.05].
@@ -127,7 +130,8 @@ def losses(state: PublishedState, log_rows_BV: Tensor, history_B2: Tensor, token
 
 
 def mix(state: PublishedState, loss_BK: Tensor, mass_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """The mixture's loss and mass, (B,) both, of the experts', with the weights of the rank whose turn it is."""
+    """Compute the mixture's loss and mass, (B,) both, of the experts', with the weights of the rank whose turn it
+    is."""
     if state.counted < state.warm_tokens:
         return loss_BK[:, 0], mass_BK[:, 0]
     weights_K = state.log_weights_K.softmax(0)

@@ -36,7 +36,7 @@ def _widths(blend: Blend) -> list[int]:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is known of a span, written by the mixer before `score` reads it, and what `score` leaves."""
+    """Holds what is known of a span, written by the mixer before `score` reads it, and what `score` leaves."""
 
     text_3B: Tensor
     """int64: tokens, their classes (`ngram_index.longest_class`), and what the match predicts where the index is
