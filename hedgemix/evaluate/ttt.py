@@ -20,6 +20,7 @@ from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import Model
 from hedgemix.runtime import collectives
+from hedgemix.runtime.adamw import AdamW
 from hedgemix.runtime.flat_gradient import FlatGradient
 
 MICROBATCH_SEQUENCES = 16
@@ -56,7 +57,7 @@ class Adapter:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.parameters)
         self.gradient = FlatGradient(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.parameters.values(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
         self.scorer = copy.deepcopy(model) if config.polyak > 0 else self.model

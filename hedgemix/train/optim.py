@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hedgemix.config import RecipeError, TrainConfig
 from hedgemix.model.transformer import Linear, Model
 from hedgemix.runtime import collectives
+from hedgemix.runtime.adamw import AdamW
 
 # Quintic with the slope at zero maximised (Jordan et al. 2024, "Muon", section Newton-Schulz).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -102,7 +103,7 @@ class Optimizers:
         vectors = [parameter for parameter in model.parameters() if id(parameter) not in taken]
         self.config = config
         self.muon = Muon(matrices, config.weight_decay, config.newton_schulz_steps)
-        self.adamw = torch.optim.AdamW(
+        self.adamw = AdamW(
             [
                 {"params": embeddings, "base_rate": config.embedding_rate},
                 {"params": vectors, "base_rate": config.vector_rate},
