@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from hedgemix import cli
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact import inspection
 from hedgemix.artifact.tensors import Stepped, Stored
@@ -108,10 +109,14 @@ def _nothing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, dtype=torch.int8), index
 
 
-def test_the_command(path: Path, tmp_path: Path) -> None:
+def test_the_command(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "hedgemix.cli", "inspect"]
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
     assert "ideal: bits a weight" in done.stdout
     (tmp_path / "other").write_bytes(b"text")
-    failed = subprocess.run([*command, str(tmp_path / "other")], capture_output=True, text=True)
-    assert failed.returncode == 2 and "not a hedgemix artifact" in failed.stderr
+    monkeypatch.setattr(sys, "argv", ["hedgemix", "inspect", str(tmp_path / "other")])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2 and "not a hedgemix artifact" in capsys.readouterr().err

@@ -62,8 +62,8 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
 @pytest.mark.parametrize(
     ("config", "tokens"),
     [
-        (CONFIG, 1200),
-        (replace(CONFIG, order="sliding"), 700),
+        (CONFIG, 700),
+        (replace(CONFIG, order="sliding", chunk_tokens=160), 400),
         (replace(CONFIG, segment_tokens=50, overlap_tokens=7), 500),
         (replace(CONFIG, chunk_tokens=110), 400),
         (replace(FROZEN, order="sliding", stride_tokens=32), 300),
@@ -72,11 +72,11 @@ def predicted(case: Case, config: EvaluateConfig, tokens: int) -> tuple[torch.Te
         (mixed(FROZEN, kind="logistic"), 300),
         (mixed(FROZEN, orders=(2, 4), gates=("entropy", "both"), memory_tokens=(100.0, 700.0)), 300),
         (mixed(FROZEN, match_lengths=()), 300),
-        (mixed(experts=tuple(EXPERTS)), 500),
-        (ADAPTIVE, 1200),
+        (mixed(experts=tuple(EXPERTS)), 400),
+        (ADAPTIVE, 700),
         (replace(ADAPTIVE, order="sliding", chunk_tokens=110), 500),
         (mixed(replace(ADAPTIVE, segment_tokens=50, cache=CacheConfig(enabled=False)), kind="hedge"), 300),
-        (CACHE_OVER_TRAINED, 700),
+        (replace(CACHE_OVER_TRAINED, chunk_tokens=160), 400),
     ],
     ids=[
         "default",
@@ -104,9 +104,9 @@ def test_every_token_costs_what_the_evaluation_says(case: Case, config: Evaluate
 
 
 def test_two_predictors_agree_bitwise_and_predicting_changes_nothing(case: Case) -> None:
-    found = artifact.read(case.artifact)
-    one, other = (Predictor(found, len(case.tokens), int(case.tokens[0]), CONFIG) for _ in range(2))
-    for token in case.tokens[1:700].tolist():
+    found, config = artifact.read(case.artifact), replace(CONFIG, chunk_tokens=160)
+    one, other = (Predictor(found, len(case.tokens), int(case.tokens[0]), config) for _ in range(2))
+    for token in case.tokens[1:400].tolist():
         row = one.predict()
         assert np.array_equal(row, other.predict()) and np.array_equal(row, other.predict())
         one.update(token)

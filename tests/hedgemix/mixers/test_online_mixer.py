@@ -18,8 +18,8 @@ from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.online_mixer import OnlineMixer
 
 VOCAB = 40
-TEXT = (np.random.default_rng(0).zipf(1.4, 400) % VOCAB).astype(np.uint16)
-MEMORY = np.roll(TEXT, 100).repeat(2)[:500]
+TEXT = (np.random.default_rng(0).zipf(1.4, 200) % VOCAB).astype(np.uint16)
+MEMORY = np.roll(TEXT, 100).repeat(2)
 CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
 
 
@@ -31,7 +31,7 @@ CONFIG = MixerConfig(orders=(1, 2, 3), match_lengths=(3, 4), block_tokens=32)
         {"linear_gates": (), "experts": tuple(EXPERTS)},
     ],
 )
-@pytest.mark.parametrize("memory_tokens", [0, 1, 500])
+@pytest.mark.parametrize("memory_tokens", [0, 1, 400])
 def test_every_row_is_the_batchs(changes: dict[str, Any], memory_tokens: int) -> None:
     config, memory_M = replace(CONFIG, **changes), MEMORY[:memory_tokens]
     index = ngram_index.build(TEXT, config.orders, VOCAB, config.match_lengths, memory_M=memory_M)
@@ -48,7 +48,9 @@ def test_every_row_is_the_batchs(changes: dict[str, Any], memory_tokens: int) ->
     expected_BV = batch.rows({"neural": neural[1:]}, 1, len(TEXT))["neural"][batch.kind]
     for t, token in enumerate(TEXT[1:].tolist(), 1):
         row_V = online.predict(neural[t])
-        assert torch.equal(row_V, online.predict(neural[t])) and torch.equal(row_V, told.predict(neural[t]))
+        assert torch.equal(row_V, told.predict(neural[t]))
+        if t % 4 == 0:  # also where a block ends
+            assert torch.equal(row_V, online.predict(neural[t]))
         torch.testing.assert_close(row_V, expected_BV[t - 1], rtol=2e-5, atol=2e-5)
         for each in (online, told):
             each.update(token, ends_block=(t + 1) % config.block_tokens == 0)
