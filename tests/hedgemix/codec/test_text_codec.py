@@ -58,7 +58,7 @@ def test_a_text_costs_the_bits_of_its_evaluation_and_comes_back(
         work.run_chunk(number, chunk)
     reported_bits = work.result().bpb_final * work.result().scored_bytes
     assert abs(made.payload_bits - reported_bits) <= 0.001 * reported_bits + 64
-    assert abs(made.ideal_bits - reported_bits) <= 1e-4 * reported_bits
+    assert abs(made.ideal_bits - reported_bits) <= 1e-6 * reported_bits  # measured: 2e-8
     assert np.array_equal(decompress_tokens(found, made.data), part)
 
 
