@@ -9,9 +9,10 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -50,6 +51,8 @@ def sha256_of(path: Path) -> str:
 
 def save_tensors(path: Path, value: Any) -> None:
     """Write nested dicts and lists of tensors and numbers as a whole file."""
+    import torch  # seconds, which files of other kinds do without
+
     with replacing(path) as file:
         torch.save(value, file)
 
@@ -60,6 +63,8 @@ class DamagedFileError(ValueError):
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """Load what `save_tensors` wrote; only tensors and plain containers are ever unpickled. Raises DamagedFileError."""
+    import torch
+
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except OSError:

@@ -129,7 +129,7 @@ class Drive:
                 continue
             if not self.stands(seed, "train"):
                 if slots > 0 and self.ready(seed, "train"):
-                    self.running[train_seed.remote(self.job, steps.train, seed)] = (seed, "train")
+                    self.running[train_seed.remote(self.job, steps.train, seed, not on_cluster())] = (seed, "train")
                     slots -= 1
                 continue
             for stage, start in (("quantize", tasks.start_quantize), ("score", tasks.start_score)):

@@ -73,13 +73,15 @@ def scratch(step: Step) -> Iterator[Path]:
 
 
 @ray.remote(num_cpus=0, max_retries=RAY_RETRIES, resources=HEAD)
-def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
+def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
     """Run Ray Train's job for one seed: all workers on one node, restarted up to `max_restarts` times; each start goes
-    on from the checkpoint in the step's folder with the budget that is left. Raises RuntimeError with the mistake that
-    a worker returned."""
+    on from the checkpoint in the step's folder with the budget that is left. alone: this Ray is of this machine alone.
+    Raises RuntimeError with the mistake that a worker returned."""
     # Half a second to import, which the other tasks' processes do not have to spend.
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from pipeline.execution.trainer import Trainer
 
     compute = job.recipe.compute
 
@@ -88,8 +90,9 @@ def train_seed(job: Job, step: Step, seed: int) -> dict[str, Any]:
         if compute.gpus_per_worker:
             per_worker["GPU"] = compute.gpus_per_worker
         with scratch(step) as notes:
-            trainer = TorchTrainer(
+            trainer = Trainer(
                 train_worker,
+                alone=alone,
                 train_loop_config={"job": job, "seed": seed, "step": step},
                 torch_config=TorchConfig(backend=backend(compute.gpus_per_worker), timeout_s=600),
                 scaling_config=ScalingConfig(

@@ -15,6 +15,8 @@ from pyarrow import fs
 from benchmarks.faults import injection
 from benchmarks.faults.cluster import until
 from hedgemix.runtime import clock
+from pipeline import record
+from pipeline.execution import ray_session
 from support import fault_costs, tiny_record
 from support.fault_costs import Faults, Watch, work
 from support.faulty_record import LONG, Undisturbed, bits, training_for, undisturbed_bits
@@ -154,15 +156,23 @@ def test_a_bucket_that_vanished_or_wrong_keys_are_told_before_any_work(
     store_server: StoreServer,  # noqa: F811
     text: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = tiny_record.arguments(text, Path("unused"), *OPTIONS)
-    options[options.index("unused")] = store_server.uri(bucket="vanished")
-    environment = {"HEDGEMIX_SCRATCH": str(tmp_path)}
-    code, output = tiny_record.run(options, tmp_path, environment)
-    assert code == 2 and "vanished" in output and "Traceback" not in output
+    monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+
+    def told(uri: str) -> str:
+        options = tiny_record.arguments(text, Path("unused"), *OPTIONS)
+        options[options.index("unused")] = uri
+        assert record.main(["laptop", *options]) == 2
+        printed = capsys.readouterr()
+        assert (
+            printed.err.startswith("error: ") and "Traceback" not in printed.err and "starting Ray" not in printed.out
+        )
+        return printed.out + printed.err
+
+    assert "vanished" in told(store_server.uri(bucket="vanished"))
     store_server.make()
     store_server.check_credentials(True)
-    options[options.index(store_server.uri(bucket="vanished"))] = store_server.uri()
-    code, output = tiny_record.run(options, tmp_path, environment)
-    assert code == 2 and "Traceback" not in output and "starting Ray" not in output
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in output
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in told(store_server.uri())

@@ -1,0 +1,43 @@
+"""Ray Train's trainer without the processes that nobody asks for: each takes seconds of a core to start, every seed.
+
+It overrides what Ray keeps to itself: should a later Ray call these otherwise, its own processes start again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+
+class ThisMachine(FixedScalingPolicy):
+    """Takes the machine as it is: a Ray of our own has no autoscaler to ask for more."""
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Ask for nothing, so that no coordinator of requests is started."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Ask for nothing."""
+
+
+class Trainer(TorchTrainer):
+    """Trains with a process for its controller, one for its barrier and one a worker, and no manager of Ray datasets:
+    ours are files. On a machine of our own (`alone`) there is no cleaner either, which would ask the dashboard that is
+    not there for a lost controller once a second, and no coordinator of an autoscaler."""
+
+    def __init__(self, *arguments: Any, alone: bool, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.alone = alone
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback) if self.alone else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.alone:
+            parts["scaling_policy"] = ThisMachine(self.scaling_config)
+        return super()._initialize_and_run_controller(**parts)
