@@ -15,12 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hedgemix.artifact import format as artifact
 from hedgemix.audit.checks import SAME_MACHINE, relative, wrong_or
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.config import config_hash
 from hedgemix.evaluate.scoring_order import chunks
+from hedgemix.runtime.files import sha256_of
 from hedgemix.runtime.layout import RESULT
 from hedgemix.standalone import script
 
@@ -135,8 +135,7 @@ def row_faults(claim: Claim) -> Iterator[str]:
         for name in told:
             if name in row and row[name] != told[name]:
                 yield f"the row says {name} {brief(row[name])}, {RESULT} {brief(told[name])}"
-    found = artifact.read_parts(claim.artifact)
-    code_bytes, limit = script.n_bytes(recipe), recipe.limits.total_bytes
+    n_bytes, code_bytes, limit = claim.artifact.stat().st_size, script.n_bytes(recipe), recipe.limits.total_bytes
     values = {name: getattr(claim.dataset, name) for name in OF_DATASET} | {
         "valid_tokens": claim.dataset.valid_tokens - 1,
         "train_set_tokens": claim.dataset.train_tokens,
@@ -144,10 +143,10 @@ def row_faults(claim: Claim) -> Iterator[str]:
         "config_hash": config_hash(recipe),
         "order": recipe.evaluate.order,
         "workers": recipe.compute.workers,
-        "artifact_sha256": found.sha256,
-        "artifact_bytes": found.n_bytes,
+        "artifact_sha256": sha256_of(claim.artifact),
+        "artifact_bytes": n_bytes,
         "code_bytes": code_bytes,
-        "total_bytes": found.n_bytes + code_bytes,
+        "total_bytes": n_bytes + code_bytes,
         "limit_bytes": limit,
         "code_sha256": script.sha256(),
         "requirements": script.requirements(recipe),
@@ -155,14 +154,9 @@ def row_faults(claim: Claim) -> Iterator[str]:
     for name, value in values.items():
         if row[name] != value:
             yield f"the row says {name} {brief(row[name])}, it is {brief(value)}"
-    yield from header_faults(claim, found.header)
-
-
-def header_faults(claim: Claim, header: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the artifact's own header says of its making that is not the row's."""
-    for name, value in (("seed", claim.seed), ("recipe", claim.recipe.recipe)):
-        if header.get(name) != value:
-            yield f"the artifact says it is of {name} {header.get(name)}, the row {value}"
+    for name, value in (("seed", claim.seed), ("recipe", recipe.recipe)):
+        if claim.header.get(name) != value:
+            yield f"the artifact says it is of {name} {claim.header.get(name)}, the row {value}"
 
 
 def unpinned(requirements: Sequence[Any]) -> list[str]:

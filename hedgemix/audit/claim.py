@@ -65,6 +65,8 @@ class Claim:
     """Of the training, a step each."""
     quantized: dict[str, Any]
     """What the result.json beside the artifact reports."""
+    header: dict[str, Any]
+    """What the artifact itself says of its making."""
 
     @property
     def score(self) -> float:
@@ -140,13 +142,22 @@ def load(table: Path, row: dict[str, Any], name: str) -> Claim:
     for shard in (*data.valid_shards, *data.train_shards):
         if not Path(shard).is_file():
             raise RecipeError(f"seed {seed}: shard {shard} is not there; put back what dataset.json names")
-    trained, log, quantized = (
-        step_result(seed, training),
-        step_lines(seed, training / LOG),
-        step_result(seed, file.parent),
-    )
     return Claim(
-        table, seed, name, row, recipe, data, file, evaluation, result, trace, training, trained, log, quantized
+        table=table,
+        seed=seed,
+        name=name,
+        row=row,
+        recipe=recipe,
+        dataset=data,
+        artifact=file,
+        evaluation=evaluation,
+        result=result,
+        trace=trace,
+        training=training,
+        trained=step_result(seed, training),
+        log=step_lines(seed, training / LOG),
+        quantized=step_result(seed, file.parent),
+        header=loaded.header,
     )
 
 
