@@ -112,8 +112,9 @@ class Audit:
     """Positions at which the text is changed, in each of the two checks that do so."""
     windows: int = 1000
     """Of RUN: windows of each validation shard looked for in the training text."""
-    draw_seed: int = 0
-    """Of everything that is drawn."""
+    draw_seed: int | None = None
+    """Draw what an earlier audit drew, which printed its seed (default: from the system's randomness; only such an
+    audit sets `audited`)."""
     scorer: str = ""
     """module:object, a callable that makes a scorer (docs/audit.md), instead of RUN."""
     tokens: Path | None = None

@@ -176,6 +176,7 @@ def audit(job: Job) -> None:
         "positions": sorted({int(t) for t in np.linspace(1, tokens - 1, 8)}),
         "cuts": [cut],
         "marks": [tokens],
+        "seed": 0,
     }
     readable = [path, *map(Path, data.valid_shards)]
     try:

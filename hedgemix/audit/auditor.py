@@ -24,40 +24,24 @@ import torch
 from rich.console import Console
 
 from hedgemix import __version__
-from hedgemix.audit import checks, limits, sandbox
+from hedgemix.audit import checks, limits, own_code, sandbox
+from hedgemix.audit.agreement import check_agreement
 from hedgemix.audit.claim import Claim, claims, columns, write_columns
 from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
+from hedgemix.audit.plan import FULL, Plan, told
 from hedgemix.audit.replay import Source
 from hedgemix.audit.sandbox import WorkError
-from hedgemix.config import RecipeError, to_dict
+from hedgemix.audit.seconds import check_seconds
+from hedgemix.config import RecipeError, config_hash, to_dict
 from hedgemix.evaluate.scoring_order import Piece, chunks, pieces
-from hedgemix.runtime.files import replacing, write_json
+from hedgemix.runtime.files import replacing, sha256_of, write_json
+from hedgemix.standalone import script
 
 RANKS = 2
 RANK_CHUNKS = 3
 CODED_CHUNKS = 2
 ROWS_A_PIECE = 4
 """Rows looked at in one drawn piece: all of a piece's rows are made for the first."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Says how much is looked at."""
-
-    first_tokens: int = 0
-    """Audit this many tokens from the start, rounded up to whole chunks (0: all)."""
-    draws: int = 64
-    """Positions whose rows are summed."""
-    cuts: int = 2
-    """Positions at which copies of the text are changed, for each of the two checks that do."""
-    coded_tokens: int = 16_384
-    """Most tokens that are compressed and decompressed, of the first two chunks."""
-    windows: int = 1000
-    """Windows of each validation shard looked for in the training text."""
-    tolerance: float = 1e-6
-    """Largest relative difference of bits between two machines or numbers of ranks."""
-    seed: int = 0
-    """Of everything that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,9 @@ class Audit:
 
 
 def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None], done_by: Work = Work()) -> Audit:
-    """Begin an audit; raises RecipeError for a plan that cannot be carried out."""
+    """Begin an audit, and draw its seed if the plan has none; raises RecipeError for a plan that cannot be carried
+    out."""
+    plan = plan.drawn()
     if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
         raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
     total, config = claim.dataset.valid_tokens, claim.recipe.evaluate
@@ -124,15 +110,19 @@ def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None], done_
 
 def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Console) -> int:
     """Audit the table's claims, a line a check; returns 0 when every check passed, else 1. Raises RecipeError."""
-    audited, bad = claims(table, seeds, name), []
+    audited, bad, worth = claims(table, seeds, name), [], FULL
     for claim in audited:
-        total = f"{claim.dataset.valid_tokens:,} tokens"
-        console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total}", highlight=False)
+        total, own = claim.dataset.valid_tokens, plan.drawn()
+        console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total:,} tokens", highlight=False)
+        console.print(f"  drawn with --draw-seed {own.seed}", highlight=False)
         with console.status("starting") as status:
-            findings = run(claim, plan, lambda finding: print_finding(finding, console), status.update)
+            findings = run(claim, own, lambda finding: print_finding(finding, console), status.update)
         bad += [f"{finding} (seed {claim.seed})" for finding in failed(findings)]
         console.print(f"  report: {claim.path('.md')}", soft_wrap=True, highlight=False)
+        worth = told(own, total) if worth == FULL else worth
     sound = f"every check passed: seed {', '.join(str(claim.seed) for claim in audited)}"
+    if worth != FULL:
+        sound += f"; not taken for an audit, which looks at more ({worth})"
     verdict = f"FAILED: {', '.join(bad)}" if bad else sound
     console.print(verdict, style="bold red" if bad else "bold green", soft_wrap=True, highlight=False)
     return 1 if bad else 0
@@ -148,14 +138,16 @@ def run(
     """Make all checks of one claim, handed on one by one; writes audit.json, audit.md and, for the score, the table's
     columns."""
     work = start(claim, plan, on_finding, done_by)
-    work.progress = progress
+    work.progress, plan = progress, work.plan
     coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
     repeat(work, coded_stop)
     work.progress("scoring with two ranks")
     ranks_agree(work)
     work.progress("reading the training text")
     work.find(timed(lambda: limits.check_limits(claim)))
-    work.find(timed(lambda: limits.unseen(claim, plan.windows, plan.seed)))
+    work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work))))
+    work.find(timed(lambda: claimed(work)))
+    work.find(timed(lambda: check_seconds(claim)))
     work.progress("compressing and decompressing")
     work.find(timed(lambda: really_coded(work, coded_stop)))
     write(work)
@@ -168,8 +160,9 @@ def repeat(work: Audit, coded_stop: int) -> None:
     arguments = {
         "source": asdict(source),
         "positions": draw_positions(work.spans, work, plan.draws),
-        "cuts": draw_cuts(work.spans, plan.cuts, plan.seed),
+        "cuts": draw_cuts(work.spans, plan.cuts, drawn_seed(work)),
         "marks": [coded_stop],
+        "seed": drawn_seed(work),
     }
 
     def hear(record: dict[str, Any]) -> None:
@@ -200,6 +193,19 @@ def repeat(work: Audit, coded_stop: int) -> None:
         work.find(checks.not_done(name, message))
 
 
+def drawn_seed(work: Audit) -> int:
+    """Return the seed of all that is drawn, which an audit has from its start on."""
+    assert work.plan.seed is not None
+    return work.plan.seed
+
+
+def claimed(work: Audit) -> Finding:
+    """Hold all that the record says of the seed against the replay."""
+    if not work.parts.get("replay"):
+        return checks.not_done("claim", "there is no replay to compare with")
+    return check_agreement(work.claim, work.parts["replay"][0], work.source.tokens, work.plan.tolerance)
+
+
 def judge(work: Audit, name: str) -> None:
     """Make the findings that became due with the part of this name."""
     claim, plan, parts = work.claim, work.plan, work.parts[name]
@@ -215,7 +221,7 @@ def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]
     """Draw positions: the first target, the last, and others from pieces spread evenly over the text, a few a piece."""
     config = work.claim.recipe.evaluate
     all_pieces = [piece for chunk in spans for piece in pieces(chunk, config)]
-    generator = np.random.default_rng(work.plan.seed)
+    generator = np.random.default_rng(drawn_seed(work))
     count = min(len(all_pieces), -(-draws // ROWS_A_PIECE))
     edges = np.linspace(0, len(all_pieces), count + 1).astype(int)
     chosen = [all_pieces[generator.integers(low, high)] for low, high in itertools.pairwise(edges)]
@@ -291,41 +297,53 @@ def reported_bits(work: Audit, stop: int) -> float:
 
 def write(work: Audit) -> None:
     """Write audit.md, audit.json and, for the score, the table's columns; raises RecipeError where that fails."""
-    claim, findings = work.claim, work.findings
+    claim, findings, code = work.claim, work.findings, own_code.digests()
     figures = {finding.name: finding.figures for finding in findings}
-    rows = figures["normalised"]
+    rows, bad, worth = figures["normalised"], failed(findings), told(work.plan, claim.dataset.valid_tokens)
+    audited_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {
+        f"bpb_{claim.name}": claim.score,
+        "tokens audited": f"{work.source.tokens:,} of {claim.dataset.valid_tokens:,}",
+        "plan": worth,
+        "artifact sha256": claim.row["artifact_sha256"],
+        "validation sha256": claim.row["valid_sha256"],
+        "recipe": f"{claim.row['recipe']}, configuration {claim.row['config_hash']}",
+        "audited": f"{audited_at}, hedgemix {__version__}, torch {torch.__version__}, {work.source.device}, "
+        f"{work.source.threads} threads, {platform.machine()}",
+        "drawn with seed": str(work.plan.seed),
+        "audited with": ", ".join(f"{name} {value}" for name, value in code.items()),
+    }
+    title = f"Audit of {claim.row['record']}, seed {claim.seed}: bpb_{claim.name} {claim.score:.4f}"
+    report = markdown(title, facts, findings).encode()
     verdict = {
-        "passed": not failed(findings),
-        "failed": failed(findings),
+        "audited": False if bad else True if worth == FULL else None,
+        "audit_plan": worth,
+        "passed": not bad,
+        "failed": bad,
         "log_sum": rows.get("largest_log_sum"),
         "published_log_sum": rows.get("published_largest_log_sum"),
         "coded_bits": figures["coded"].get("coded_bits"),
         "reported_bits": figures["coded"].get("reported_bits"),
         "tokens": work.source.tokens,
         "claim": claim.name,
-        "artifact_sha256": claim.row["artifact_sha256"],
+        "seed": claim.seed,
+        "config_hash": config_hash(claim.recipe),
+        "code_sha256": script.sha256(),
+        "artifact_sha256": sha256_of(claim.artifact),
+        "artifact_bytes": claim.artifact.stat().st_size,
         "result": claim.result,
         "plan": asdict(work.plan),
         "source": asdict(work.source),
+        "report_sha256": hashlib.sha256(report).hexdigest(),
         "hedgemix_version": __version__,
         "torch_version": torch.__version__,
-        "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "audited_with": code,
+        "audited_at": audited_at,
         "findings": [asdict(finding) for finding in findings],
     }
-    facts = {
-        f"bpb_{claim.name}": claim.score,
-        "tokens audited": f"{work.source.tokens:,} of {claim.dataset.valid_tokens:,}",
-        "artifact sha256": claim.row["artifact_sha256"],
-        "validation sha256": claim.row["valid_sha256"],
-        "recipe": f"{claim.row['recipe']}, configuration {claim.row['config_hash']}",
-        "audited": f"{verdict['audited_at']}, hedgemix {__version__}, torch {torch.__version__}, {work.source.device}, "
-        f"{work.source.threads} threads, {platform.machine()}",
-        "drawn with seed": str(work.plan.seed),
-    }
-    title = f"Audit of {claim.row['record']}, seed {claim.seed}: bpb_{claim.name} {claim.score:.4f}"
     try:
         with replacing(claim.path(".md")) as file:
-            file.write(markdown(title, facts, findings).encode())
+            file.write(report)
         write_json(claim.path(".json"), verdict)
         if claim.name == "final":
             write_columns(claim.table, claim.seed, columns(verdict))

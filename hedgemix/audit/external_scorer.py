@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -30,6 +31,7 @@ from rich.console import Console
 
 from hedgemix.audit.checks import LOG_SUM, blind, relative
 from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
+from hedgemix.audit.plan import SEED_BITS
 from hedgemix.audit.replay import altered
 from hedgemix.config import RecipeError
 from hedgemix.data.shards import map_shard
@@ -98,21 +100,23 @@ def read_tokens(path: Path) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
-def report(name: str, path: Path, draws: int, cuts: int, seed: int, place: Path | None, console: Console) -> int:
+def report(name: str, path: Path, draws: int, cuts: int, seed: int | None, place: Path | None, console: Console) -> int:
     """Audit the scorer `name` on the tokens of a file, a line a check; the report goes to `place`, or is printed.
 
-    Returns 0 when every check passed, else 1. Raises RecipeError.
+    seed: of all that is drawn; None: from the system's randomness. Returns 0 when every check passed, else 1. Raises
+    RecipeError.
     """
     if draws < 1 or cuts < 1:
         raise RecipeError("--draws and --cuts must be positive")
     make, tokens_N = load(name), read_tokens(path)
+    seed = secrets.randbits(SEED_BITS) if seed is None else seed
     console.print(f"{name} on {len(tokens_N) - 1:,} tokens of {path}", soft_wrap=True, highlight=False)
     findings, rate = run(make, tokens_N, draws, cuts, seed, lambda finding: print_finding(finding, console))
     facts = {
         "bits per token of its rows": rate,
         "tokens": len(tokens_N) - 1,
         "text": path.name,
-        "drawn with seed": seed,
+        "drawn with seed": str(seed),
     }
     text = markdown(f"Audit of {name}: {rate:.4f} bits per token", facts, findings)
     if place is None:
@@ -143,7 +147,7 @@ def run(
     for finding in findings:
         on_finding(finding)
     for changed in ("target", "future"):
-        finding = timed(partial(changed_copies, make, tokens_N, changed, places, base))
+        finding = timed(partial(changed_copies, make, tokens_N, changed, places, base, seed))
         findings.append(finding)
         on_finding(finding)
     return findings, float(base.nats_N[1:].sum()) / math.log(2) / (size - 1)
@@ -228,13 +232,13 @@ def order(base: Walk, asked: Collection[int]) -> Finding:
 
 
 def changed_copies(
-    make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk
+    make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk, seed: int
 ) -> Finding:
     """Check that new scorers, on copies of the text changed at these places, say the same up to there."""
     copies = []
     for cut in places:
         row_V = base.rows[cut]
-        mine = walk(make, altered(tokens_N, changed, cut, len(row_V)), cut, {cut})
+        mine = walk(make, altered(tokens_N, changed, cut, len(row_V), seed), cut, {cut})
         stop = cut + (changed == "future")
         other = np.flatnonzero(mine.nats_N[1:stop] != base.nats_N[1:stop])
         copies.append(

@@ -203,7 +203,9 @@ def begin(source: Source, tokens_N: np.ndarray, observer: Observer | None = None
     return Evaluation.begin(*given, schedule_tokens=source.schedule_tokens, observer=observer)
 
 
-def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks: list[int], log: Log) -> None:
+def testify(
+    source: dict[str, Any], positions: list[int], cuts: list[int], marks: list[int], seed: int, log: Log
+) -> None:
     """Replay the evaluation, then evaluate copies of the text changed at or after each cut.
 
     positions: whose rows are looked at. marks: positions up to which the charged nats are summed. Logs {"fraction"},
@@ -242,16 +244,29 @@ def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks
     del work
     for changed in ("target", "future"):
         for cut in cuts:
-            log({changed: compare(read, tokens_N, changed, cut, nats_N, full[cut], log)})
+            log(
+                {
+                    changed: compare(
+                        read,
+                        altered(tokens_N, changed, cut, len(full[cut]), seed),
+                        changed,
+                        cut,
+                        nats_N,
+                        full[cut],
+                        log,
+                    )
+                }
+            )
 
 
 def compare(
-    source: Source, tokens_N: np.ndarray, changed: str, cut: int, nats_N: np.ndarray, row_V: Tensor, log: Log
+    source: Source, copy_N: np.ndarray, changed: str, cut: int, nats_N: np.ndarray, row_V: Tensor, log: Log
 ) -> dict[str, Any]:
-    """Evaluate a copy of the text in which only the token at `cut` is another one, or all tokens after it are."""
+    """Evaluate a copy of the text in which only the token at `cut` is another one, or all tokens after it are; see
+    `altered`."""
     began = time.monotonic()
-    witness = Witness(source.claim, len(tokens_N), [cut], until=cut)
-    work = begin(source, altered(tokens_N, changed, cut, row_V.shape[0]), witness)
+    witness = Witness(source.claim, len(copy_N), [cut], until=cut)
+    work = begin(source, copy_N, witness)
     play(work, log)
     stop = cut + (changed == "future")
     mine, expected = witness.nats_N[1:stop], nats_N[1:stop]
@@ -268,11 +283,11 @@ def compare(
     }
 
 
-def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int) -> np.ndarray:
-    """Copy the tokens with another one, drawn evenly, in place of each of the changed part: the token at `cut`
-    (changed: "target"), or all after it."""
+def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Copy the tokens with another one, drawn evenly with the audit's seed, in place of each of the changed part: the
+    token at `cut` (changed: "target"), or all after it."""
     part = slice(cut, cut + 1) if changed == "target" else slice(cut + 1, None)
-    shift = np.random.default_rng(cut).integers(1, vocab_size, len(tokens_N[part]))
+    shift = np.random.default_rng([seed, cut]).integers(1, vocab_size, len(tokens_N[part]))
     out = tokens_N.copy()
     out[part] = (out[part] + shift) % vocab_size
     return out

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hedgemix.audit.claim import ADDED
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.runtime.layout import STEPS
 from pipeline.results import schema
@@ -124,7 +125,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
         found = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
         raise RecipeError(f"{run} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    lacking = [name for name in schema.schema().names if name not in found.column_names]
+    lacking = [name for name in schema.schema().names if name not in {*found.column_names, *ADDED}]
     if lacking:
         raise RecipeError(
             f"{run} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "
@@ -132,7 +133,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
         )
     if not found.num_rows:
         raise RecipeError(f"{run} has no rows")
-    return found.to_pylist()
+    return [dict.fromkeys(ADDED) | row for row in found.to_pylist()]
 
 
 def load_all(storage: Storage) -> list[Record]:

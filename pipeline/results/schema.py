@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,10 @@ class Row:
     dataset_path: str | None = None
     """Folder of dataset.json, which names the shards."""
     audited: bool | None = None
-    """Whether every check of `hedgemix audit` passed; empty when this artifact and result were not audited."""
+    """Whether every check of `hedgemix audit` passed under its full plan, or one failed under any; empty when this
+    artifact and result were not audited, or passed a weaker plan."""
+    audit_plan: str | None = None
+    """How much the audit looked at: full, or in what it was weaker than the default; empty before schema version 7."""
     audit_failed: list[str] | None = None
     """The checks that failed."""
     audit_log_sum: float | None = None

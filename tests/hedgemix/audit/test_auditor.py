@@ -13,19 +13,23 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hedgemix.audit import auditor, claim, sandbox
-from hedgemix.audit.auditor import Audit, Plan, Work
+from hedgemix.audit import auditor, claim, own_code, sandbox
+from hedgemix.audit.auditor import Audit, Work
 from hedgemix.audit.findings import Finding, failed
+from hedgemix.audit.plan import Plan
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.experts import feature_experts
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.runtime.files import read_json, write_json
+from hedgemix.runtime.files import read_json, sha256_of, write_json
+from pipeline.submission.evidence import AUDITED
 from support import cheats
 from support.text_data import documents
 from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG
 from support.tiny_run import Record, make
 
-PLAN = Plan(draws=12)
+FULL = Plan(seed=5, unforeseen=True)
+"""As an audit draws one; the seed is known so that a failure is repeated."""
+PLAN = replace(FULL, draws=12)
 WORK = Work(
     witness="support.cheats:testify",
     rank="support.cheats:score_rank",
@@ -65,12 +69,9 @@ def named(findings: list[Finding]) -> dict[str, Finding]:
 @pytest.mark.usefixtures("here")
 def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record) -> None:
     told: list[Finding] = []
-    findings = auditor.run(record.claim(), PLAN, told.append, done_by=WORK)
+    findings = auditor.run(record.claim(), FULL, told.append, done_by=WORK)
     assert [found.headline for found in findings if not found.passed] == [] and told == findings
-    assert {found.name for found in findings} == {
-        "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained",
-        "world-size", "limits", "unseen", "coded",
-    }  # fmt: skip
+    assert {found.name for found in findings} == set(AUDITED)
     found = named(findings)
     assert 0 < found["normalised"].figures["largest_log_sum"] < 2e-6
     assert found["normalised"].figures["rows"] >= 12
@@ -86,12 +87,18 @@ def test_a_sound_run_passes_every_check_and_the_findings_are_kept(record: Record
     assert all(found.seconds >= 0 and found.statement.endswith(".") for found in findings)
 
     row = pd.read_parquet(record.table).set_index("seed").loc[7]
-    assert row.audited and list(row.audit_failed) == [] and 0 < row.audit_log_sum < 2e-6
+    assert row.audited and row.audit_plan == "full" and list(row.audit_failed) == [] and 0 < row.audit_log_sum < 2e-6
     assert row.audit_published_log_sum > 0.01 and row.audit_tokens == record.claim().dataset.valid_tokens
     assert abs(row.audit_coded_bits - row.audit_reported_bits) < 64
     report = (record.evaluation() / "audit.md").read_text()
     assert "**Every check passed.**" in report and found["world-size"].statement in report
     assert pd.read_parquet(record.table).set_index("seed").loc[8].audited is None
+
+    verdict = read_json(record.evaluation() / "audit.json")
+    assert (verdict["seed"], verdict["plan"]["seed"], verdict["config_hash"]) == (7, 5, row.config_hash)
+    assert verdict["artifact_bytes"] == row.artifact_bytes and verdict["code_sha256"] == row.code_sha256
+    assert verdict["report_sha256"] == sha256_of(record.evaluation() / "audit.md")
+    assert verdict["audited_with"] == own_code.digests() and verdict["audited_with"]["all"] in report
 
     result, sha256 = record.claim().result, record.claim().row["artifact_sha256"]
     kept = claim.read_columns(record.evaluation(), sha256, result)
@@ -245,7 +252,7 @@ def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "run", dies)
         findings = auditor.run(record.claim(), PLAN, done_by=WORK)
-    assert [found.name for found in findings if found.passed] == ["limits", "unseen"]
+    assert [found.name for found in findings if found.passed] == ["limits", "unseen", "seconds"]
     assert named(findings)["bits"].headline == "it broke"
     assert not pd.read_parquet(record.table).set_index("seed").loc[7].audited
 
