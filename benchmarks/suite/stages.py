@@ -122,7 +122,7 @@ def mixing(bench: Bench) -> Iterator[Row]:
         return mixer_now.score({"neural": rows[: stop - 1]}, 1, stop).nll["neural"]
 
     def told(stop: int) -> Tensor:
-        one_by_one, nats = OnlineMixer(mixer, vocab_size, int(text[0])), []
+        one_by_one, nats = OnlineMixer(mixer, vocab_size, text[:1]), []
         cpu_rows = rows[: stop - 1].cpu()
         for at in range(1, stop):
             nats.append(-one_by_one.predict(cpu_rows[at - 1])[int(text[at])])

@@ -21,6 +21,7 @@ from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.mixers import hedge
 from hedgemix.mixers.network import Blend, Mixed, Positions, join
+from hedgemix.mixers.row_sets import RowSets
 
 NOTHING = np.zeros(0, np.uint16)
 
@@ -32,25 +33,35 @@ class OnlineMixer:
         self,
         config: MixerConfig,
         vocab_size: int,
-        first_token: int,
+        told_B: np.ndarray,
         given: Sequence[str] = (),
         memory_M: np.ndarray = NOTHING,
     ) -> None:
-        """Begin behind the text's first token, which is not scored, and the tokens (M,) of a memory, which n-grams and
-        match read before; check_mixer has passed the configuration. given: experts whose rows `predict` is handed."""
+        """Begin behind the text's tokens so far, integers (B,), of which the first is never scored, and the tokens (M,)
+        of a memory, which n-grams and match read before; check_mixer has passed the configuration. given: experts whose
+        rows `predict` is handed. Weights are those of a text's beginning: see `go_on`."""
         self.config, self.given = config, tuple(given)
-        memory = MemoryLookup(memory_M, vocab_size, max(self.config.orders[-1] - 1, *self.config.match_lengths, 0))
+        # To what only counts, a text that was told is a memory: it is looked up, and takes no table.
+        before = np.concatenate([memory_M, told_B[:-1].astype(memory_M.dtype)])
+        memory = MemoryLookup(before, vocab_size, max(self.config.orders[-1] - 1, *self.config.match_lengths, 0))
         self.ngram = OnlineNgram(self.config.orders, vocab_size, self.config.discount, memory)
         self.match = OnlineMatch(self.config.match_lengths, vocab_size, memory)
         self.further = registry.start(self.config.experts, vocab_size)
-        self.ngram.update(first_token)
-        self.match.update(first_token)
-        registry.tell(self.further, [first_token])
+        self.ngram.update(int(told_B[-1]))
+        self.match.update(int(told_B[-1]))
+        registry.tell(self.further, told_B.tolist())
         self.blend = Blend(self.config, 1, vocab_size, "cpu", given)
         size = {"hedge": len(self.blend.names), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
         self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
         self.block: list[tuple[Mixed, int]] = []
+
+    def go_on(self, sets: RowSets, name: str) -> None:
+        """Take up what row set `name` of an evaluation has learned, at the end of a piece."""
+        r, state = sets.names.index(name), sets.state_dict()
+        self.blend.load_state_dict({part: value[r : r + 1] for part, value in state["blend"].items()})
+        if self.config.kind in ("hedge", "ensemble"):
+            self.log_weights_RK = state[self.config.kind][r : r + 1].cpu()
 
     def predict(self, neural_V: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Mix the neural log row (V,), float32, of the next token with the other experts': the mixture's log row (V,),

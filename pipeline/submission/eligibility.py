@@ -15,8 +15,7 @@ from pipeline.analysis.records import Record
 from pipeline.analysis.significance import mixed
 
 AUDITED = (
-    "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained", "world-size", "limits",
-    "unseen", "coded",
+    "order", "bits", "streamed", "self-contained", "world-size", "limits", "unseen", "coded",
 )  # fmt: skip
 """The checks of `hedgemix audit`."""
 

@@ -36,8 +36,8 @@ def test_every_row_is_the_batchs(changes: dict[str, Any], memory_tokens: int) ->
     config, memory_M = replace(CONFIG, **changes), MEMORY[:memory_tokens]
     index = ngram_index.build(TEXT, config.orders, VOCAB, config.match_lengths, memory_M=memory_M)
     neural = torch.randn(len(TEXT), VOCAB, generator=torch.manual_seed(0)).mul_(2).log_softmax(-1)
-    batch, online = BatchMixer(config, VOCAB, index), OnlineMixer(config, VOCAB, int(TEXT[0]), memory_M=memory_M)
-    told = OnlineMixer(config, VOCAB, int(TEXT[0]))  # the slow, obvious way: experts that read the memory first
+    batch, online = BatchMixer(config, VOCAB, index), OnlineMixer(config, VOCAB, TEXT[:1], memory_M=memory_M)
+    told = OnlineMixer(config, VOCAB, TEXT[:1])  # the slow, obvious way: experts that read the memory first
     told.ngram, told.match = (
         OnlineNgram(config.orders, VOCAB, config.discount),
         OnlineMatch(config.match_lengths, VOCAB),
