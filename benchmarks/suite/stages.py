@@ -125,7 +125,7 @@ def mixing(bench: Bench) -> Iterator[Row]:
         one_by_one, nats = OnlineMixer(mixer, vocab_size, text[:1]), []
         cpu_rows = rows[: stop - 1].cpu()
         for at in range(1, stop):
-            nats.append(-one_by_one.predict(cpu_rows[at - 1])[int(text[at])])
+            nats.append(-torch.from_numpy(one_by_one.predict(cpu_rows[at - 1]))[int(text[at])])
             one_by_one.update(int(text[at]), ends_block=(at + 1) % mixer.block_tokens == 0)
         return torch.stack(nats)
 

@@ -121,8 +121,9 @@ def run(
             child.stdin.write(json.dumps(spec).encode() + b"\n")
             child.stdin.close()
             if talk and ends:
-                with os.fdopen(ends[0][0], "rb") as heard, os.fdopen(ends[1][1], "wb") as told, suppress(OSError):
-                    talk(heard, told)  # a work that ended can be told nothing: why it did, it says below
+                # A work that ended can be told nothing; why it did, it says below.
+                with suppress(OSError), os.fdopen(ends[0][0], "rb") as heard, os.fdopen(ends[1][1], "wb") as told:
+                    talk(heard, told)
             for line in child.stdout:
                 reply = json.loads(line)
                 if "log" in reply:
@@ -225,7 +226,10 @@ def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
     rules = struct.pack("=QQ", every, 3) if version >= 4 else struct.pack("=Q", every)
     ruleset = libc.syscall(444, rules, len(rules), 0)
     grants = [(name, read | look | execute) for name in folders] + [(name, read) for name in files]
-    for name, access in [*grants, ("/dev", read | look | write), (scratch, every)]:
+    # Devices, and not what other processes leave in shared memory.
+    devices = [f"/dev/{name}" for name in os.listdir("/dev") if name not in ("shm", "mqueue")]
+    grants += [(name, read | look | write) for name in devices]
+    for name, access in [*grants, (scratch, every)]:
         if os.path.exists(name):
             held = os.open(name, os.O_PATH)
             allowed = access if os.path.isdir(name) else access & ~look

@@ -43,8 +43,10 @@ class Committed:
     tokens_N: np.ndarray
     """The text, uint16, which only this side has."""
     vocab_size: int
+    stretches: Sequence[Piece]
+    """Whose rows are asked for."""
     nats_N: np.ndarray = field(init=False)
-    """What the committed row charges each target, NaN where none was asked for."""
+    """What the committed row charges each target, NaN where there is none."""
     largest_off: float = 0.0
     """|sum - 1| of the row furthest from a distribution."""
     unsound: list[int] = field(default_factory=list)
@@ -53,10 +55,14 @@ class Committed:
     def __post_init__(self) -> None:
         self.nats_N = np.full(len(self.tokens_N), np.nan)
 
-    def talk(self, stretches: Sequence[Piece], progress: Callable[[float], None]) -> sandbox.Talk:
+    def asked(self) -> np.ndarray:
+        """List the positions asked for."""
+        return np.concatenate([np.arange(each.start, each.stop) for each in self.stretches])
+
+    def talk(self, progress: Callable[[float], None]) -> sandbox.Talk:
         """Make the conversation in which every row of the stretches is taken before its token is told."""
-        told_N = self.tokens_N.astype("<u2")
-        total, log_rows_BV = sum(each.stop - each.start for each in stretches), np.empty((ROWS, self.vocab_size), "<f4")
+        told_N, stretches, total = self.tokens_N.astype("<u2"), self.stretches, len(self.asked())
+        log_rows_BV = np.empty((ROWS, self.vocab_size), "<f4")
 
         def converse(heard: BinaryIO, told: BinaryIO) -> None:
             known = done = 0
@@ -125,7 +131,7 @@ def commit(
 ) -> tuple[Committed, sandbox.Outcome, float]:  # fmt: skip
     """Hold the conversation with the predictor in a process of its own; returns also the seconds that it took. Raises
     WorkError when the predictor fails."""
-    began, committed = time.monotonic(), Committed(source.read(), vocab_size)
+    began, committed = time.monotonic(), Committed(source.read(), vocab_size, stretches)
     arguments = {
         "artifact_path": source.artifact,
         "config": source.config,
@@ -133,7 +139,7 @@ def commit(
         "stretches": [[each.start, each.stop] for each in stretches],
         "device": source.device,
     }
-    outcome = sandbox.run(work, arguments, readable, talk=committed.talk(stretches, progress))
+    outcome = sandbox.run(work, arguments, readable, talk=committed.talk(progress))
     return committed, outcome, time.monotonic() - began
 
 
@@ -148,7 +154,7 @@ def check(
     process asked for.
     """
     nats_N = committed.nats_N
-    asked = np.flatnonzero(~np.isnan(nats_N))
+    asked = committed.asked()
     off_B = np.abs(charged_N[asked] - nats_N[asked])
     off_B[~np.isfinite(off_B)] = math.inf
     beyond = asked[off_B > TOKEN_NATS[dtype]]
@@ -185,9 +191,8 @@ def check(
         "guarded_by": f"Landlock {confined.landlock}" if confined.landlock else "an audit hook of Python alone",
         "violations": wrong[:8],
     }
-    headline = (
-        wrong[0] if wrong else f"{proved:,} of {total:,} positions; charges within {worst:.1e} nats, sum {sums:.0e}"
-    )
+    share = f"{proved:,} of {total:,}" if leaks else f"all {total:,}"
+    headline = wrong[0] if wrong else f"{share} positions within {worst:.0e} nats, their sum {sums:.0e}"
     return Finding(
         "streamed", not wrong, headline,
         f"Violated: {wrong[0]} ({len(wrong) - 1} more)." if wrong else statement, figures, seconds,

@@ -91,7 +91,7 @@ class Predictor:
         if self.row_V is None:
             neural_V, feature_D = self._neural_row()
             given = self.experts.predict(neural_V, feature_D) if self.experts else {}
-            self.row_V = self.mixer.predict(neural_V, given).numpy()
+            self.row_V = self.mixer.predict(neural_V, given)
         return self.row_V
 
     def update(self, token: int) -> None:

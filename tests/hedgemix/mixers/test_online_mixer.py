@@ -48,7 +48,7 @@ def test_every_row_is_the_batchs(changes: dict[str, Any], memory_tokens: int) ->
     expected_BV = batch.rows({"neural": neural[1:]}, 1, len(TEXT))["neural"][batch.kind]
     for t, token in enumerate(TEXT[1:].tolist(), 1):
         row_V = online.predict(neural[t])
-        assert torch.equal(row_V, online.predict(neural[t])) and torch.equal(row_V, told.predict(neural[t]))
-        torch.testing.assert_close(row_V, expected_BV[t - 1], rtol=2e-5, atol=2e-5)
+        assert np.array_equal(row_V, online.predict(neural[t])) and np.array_equal(row_V, told.predict(neural[t]))
+        torch.testing.assert_close(torch.from_numpy(row_V), expected_BV[t - 1], rtol=2e-5, atol=2e-5)
         for each in (online, told):
             each.update(token, ends_block=(t + 1) % config.block_tokens == 0)
