@@ -192,7 +192,8 @@ def impatient_predictor(pipe: list[int], log: Any, **given: Any) -> dict[str, An
     log_row, ready = Predictor.log_row, []
 
     def waiting(predictor: Predictor) -> np.ndarray:
-        ready.append(len(select.select([pipe[1]], [], [], 0.02)[0]))
+        if predictor.row_V is None:  # else the row was committed, and what comes next may be told
+            ready.append(len(select.select([pipe[1]], [], [], 0.02)[0]))
         return log_row(predictor)
 
     with eager(), patch.object(Predictor, "log_row", waiting):
