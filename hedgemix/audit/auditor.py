@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import math
 import platform
 import tempfile
@@ -24,7 +23,8 @@ import torch
 from rich.console import Console
 
 from hedgemix import __version__
-from hedgemix.audit import checks, limits, own_code, sandbox
+from hedgemix.artifact import format as artifact
+from hedgemix.audit import checks, limits, own_code, sandbox, streamed
 from hedgemix.audit.agreement import check_agreement
 from hedgemix.audit.claim import Claim, claims, columns, write_columns
 from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
@@ -33,15 +33,12 @@ from hedgemix.audit.replay import Source
 from hedgemix.audit.sandbox import WorkError
 from hedgemix.audit.seconds import check_seconds
 from hedgemix.config import RecipeError, config_hash, to_dict
-from hedgemix.evaluate.scoring_order import Piece, chunks, pieces
+from hedgemix.evaluate.scoring_order import Piece, chunks
 from hedgemix.runtime.files import replacing, sha256_of, write_json
 from hedgemix.standalone import script
 
 RANKS = 2
 RANK_CHUNKS = 3
-CODED_CHUNKS = 2
-ROWS_A_PIECE = 4
-"""Rows looked at in one drawn piece: all of a piece's rows are made for the first."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Work:
     """Names the functions that do the work in processes of their own, as "module:function"; see `sandbox.run`."""
 
     witness: str = "hedgemix.audit.replay:testify"
+    predictor: str = "hedgemix.audit.commitment:commit"
     rank: str = "hedgemix.audit.replay:score_rank"
     coder: str = "hedgemix.audit.replay:compress"
     decoder: str = "hedgemix.audit.replay:decompress"
@@ -66,8 +64,10 @@ class Audit:
     """The chunks audited."""
     done_by: Work = Work()
     findings: list[Finding] = field(default_factory=list)
-    parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """What the witness logged."""
+    replay: dict[str, Any] | None = None
+    """What the witness told at its end."""
+    charges: list[np.ndarray] = field(default_factory=list)
+    """What it said each target was charged, in nats, a chunk each."""
     progress: Callable[[str], None] = lambda text: None
 
     def find(self, finding: Finding) -> None:
@@ -85,8 +85,8 @@ def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None], done_
     """Begin an audit, and draw its seed if the plan has none; raises RecipeError for a plan that cannot be carried
     out."""
     plan = plan.drawn()
-    if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
-        raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
+    if plan.first_tokens < 0 or plan.streamed_tokens < 1 or plan.coded_tokens < 2 or plan.windows < 1:
+        raise RecipeError("--streamed-tokens, --windows, --coded-tokens must be positive, --first-tokens not negative")
     total, config = claim.dataset.valid_tokens, claim.recipe.evaluate
     all_chunks = chunks(total, config.chunk_tokens)
     wanted = plan.first_tokens or total
@@ -139,40 +139,37 @@ def run(
     columns."""
     work = start(claim, plan, on_finding, done_by)
     work.progress, plan = progress, work.plan
-    coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
-    repeat(work, coded_stop)
-    work.progress("scoring with two ranks")
-    ranks_agree(work)
-    work.progress("reading the training text")
-    work.find(timed(lambda: limits.check_limits(claim)))
-    work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work))))
-    work.find(timed(lambda: claimed(work)))
-    work.find(timed(lambda: check_seconds(claim)))
-    work.progress("compressing and decompressing")
-    work.find(timed(lambda: really_coded(work, coded_stop)))
+    coded_stop = min(work.source.tokens, plan.coded_tokens)
+    with ThreadPoolExecutor(1) as other:  # on a core of its own, since it takes as long as all the rest
+        proof = other.submit(prove, work)
+        repeat(work, coded_stop)
+        work.progress("scoring with two ranks")
+        ranks_agree(work)
+        work.progress("reading the training text")
+        work.find(timed(lambda: limits.check_limits(claim)))
+        work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work))))
+        work.find(timed(lambda: claimed(work)))
+        work.find(timed(lambda: check_seconds(claim)))
+        work.progress("compressing and decompressing")
+        work.find(timed(lambda: really_coded(work, coded_stop)))
+        work.find(proof.result()())
     write(work)
     return work.findings
 
 
 def repeat(work: Audit, coded_stop: int) -> None:
-    """Run the replay and its copies, isolated; without isolation when that fails, so that the rest can be told."""
-    plan, source = work.plan, work.source
-    arguments = {
-        "source": asdict(source),
-        "positions": draw_positions(work.spans, work, plan.draws),
-        "cuts": draw_cuts(work.spans, plan.cuts, drawn_seed(work)),
-        "marks": [coded_stop],
-        "seed": drawn_seed(work),
-    }
+    """Run the replay, isolated; without isolation when that fails, so that the rest can be told."""
+    arguments = {"source": asdict(work.source), "marks": [coded_stop]}
 
     def hear(record: dict[str, Any]) -> None:
         if "fraction" in record:
-            what = "evaluating a copy of the text" if work.parts.get("replay") else "evaluating the text"
-            work.progress(f"{what}: {record['fraction']:.0%}")
-        for name in ("replay", "target", "future"):
-            if name in record:
-                work.parts.setdefault(name, []).append(record[name])
-                judge(work, name)
+            work.progress(f"evaluating the text: {record['fraction']:.0%}")
+        if "charges" in record:
+            work.charges.append(np.frombuffer(base64.b64decode(record["charges"]), "<f8"))
+        if "replay" in record:
+            work.replay = record["replay"]
+            work.find(checks.order(work.claim, record["replay"], work.source.tokens))
+            work.find(checks.bits(work.claim, record["replay"], work.plan.tolerance))
 
     try:
         outcome = sandbox.run(work.done_by.witness, arguments, work.readable(), hear)
@@ -183,13 +180,13 @@ def repeat(work: Audit, coded_stop: int) -> None:
         refused = error.refused
     if refused:
         work.find(checks.self_contained(None, message, len(work.readable()), 0.0))
-        work.parts.clear()
+        work.replay, work.charges = None, []
         try:
             sandbox.run(work.done_by.witness, arguments, None, hear)
             return
         except WorkError as error:
             message = str(error)
-    for name in ("normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained"):
+    for name in ("order", "bits", "self-contained"):
         work.find(checks.not_done(name, message))
 
 
@@ -201,47 +198,45 @@ def drawn_seed(work: Audit) -> int:
 
 def claimed(work: Audit) -> Finding:
     """Hold all that the record says of the seed against the replay."""
-    if not work.parts.get("replay"):
+    if work.replay is None:
         return checks.not_done("claim", "there is no replay to compare with")
-    return check_agreement(work.claim, work.parts["replay"][0], work.source.tokens, work.plan.tolerance)
+    return check_agreement(work.claim, work.replay, work.source.tokens, work.plan.tolerance)
 
 
-def judge(work: Audit, name: str) -> None:
-    """Make the findings that became due with the part of this name."""
-    claim, plan, parts = work.claim, work.plan, work.parts[name]
-    if name == "replay":
-        work.find(checks.normalised(claim, parts[0]))
-        work.find(checks.order(claim, parts[0], work.source.tokens))
-        work.find(checks.bits(claim, parts[0], plan.tolerance))
-    elif len(parts) == plan.cuts:
-        work.find(checks.blind(name, parts))
+def prove(work: Audit) -> Callable[[], Finding]:
+    """Have rows committed before their tokens are told; returns what judges the replay's charges by them, once they
+    are there."""
+    claim, source, settings = work.claim, work.source, work.claim.recipe.evaluate
+    stretches, *drawn = streamed.draw(work.spans, settings, work.plan.streamed_tokens, drawn_seed(work))
+    vocab_size = artifact.read(claim.artifact).header["vocab_size"]
 
+    def told(fraction: float) -> None:
+        work.progress(f"rows before their tokens: {fraction:.0%}")
 
-def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]:
-    """Draw positions: the first target, the last, and others from pieces spread evenly over the text, a few a piece."""
-    config = work.claim.recipe.evaluate
-    all_pieces = [piece for chunk in spans for piece in pieces(chunk, config)]
-    generator = np.random.default_rng(drawn_seed(work))
-    count = min(len(all_pieces), -(-draws // ROWS_A_PIECE))
-    edges = np.linspace(0, len(all_pieces), count + 1).astype(int)
-    chosen = [all_pieces[generator.integers(low, high)] for low, high in itertools.pairwise(edges)]
-    drawn = [generator.integers(piece.start, piece.stop, -(-draws // count)) for piece in chosen]
-    return sorted({1, spans[-1].stop - 1, *(int(t) for part in drawn for t in part)})
+    try:
+        committed, outcome, seconds = streamed.commit(
+            work.done_by.predictor, source, stretches, [claim.artifact], vocab_size, told
+        )
+    except WorkError as error:
+        finding = checks.not_done("streamed", str(error))
+        return lambda: finding
 
+    def judge() -> Finding:
+        if work.replay is None:
+            return checks.not_done("streamed", "there is no replay whose charges could be compared")
+        charged_N = np.concatenate([[math.nan], *work.charges])
+        if len(charged_N) != source.tokens:
+            return checks.not_done("streamed", f"the replay told {len(charged_N) - 1:,} charges")
+        lines = work.replay["lines"]
+        return streamed.check(committed, charged_N, lines, claim.name, settings.dtype, drawn, outcome.confined, seconds)
 
-def draw_cuts(spans: Sequence[Piece], cuts: int, seed: int) -> list[int]:
-    """Draw positions spread over the text, the last after the first chunk when there is a second."""
-    stop = spans[-1].stop - 1  # the future of a cut has a token at least
-    edges = np.linspace(1, stop, cuts + 1).astype(int)
-    if len(spans) > 1:
-        edges[-2] = max(edges[-2], min(spans[1].start, stop - 1))
-    generator = np.random.default_rng(seed)
-    return [int(generator.integers(low, max(high, low + 1))) for low, high in itertools.pairwise(edges)]
+    return judge
 
 
 def ranks_agree(work: Audit) -> None:
     """Score the first chunks with two ranks and compare with the replay, which one scored."""
-    if not work.parts.get("replay"):
+    replay = work.replay
+    if replay is None:
         work.find(checks.not_done("world-size", "there is no replay to compare with"))
         return
     source = replace(
@@ -260,14 +255,14 @@ def ranks_agree(work: Audit) -> None:
                 outcomes = [each.result().value for each in running]
             except WorkError as error:
                 return checks.not_done("world-size", str(error))
-        return checks.world_size(work.parts["replay"][0], outcomes, work.plan.tolerance)
+        return checks.world_size(replay, outcomes, work.plan.tolerance)
 
     work.find(timed(check))
 
 
 def really_coded(work: Audit, stop: int) -> Finding:
     """Take the beginning of the text through the codec, there and back in two processes."""
-    if not work.parts.get("replay"):
+    if work.replay is None:
         return checks.not_done("coded", "there is no replay to compare with")
     source = replace(work.source, tokens=stop)
     with tempfile.TemporaryDirectory() as folder:
@@ -286,7 +281,8 @@ def really_coded(work: Audit, stop: int) -> Finding:
 def reported_bits(work: Audit, stop: int) -> float:
     """Count the bits that the record reports for the targets before `stop`: its trace's for whole chunks, and for the
     beginning of a chunk the same share of them as in the replay."""
-    claim, replay = work.claim, work.parts["replay"][0]
+    claim, replay = work.claim, work.replay
+    assert replay is not None
     total, mine = 0.0, 0.0
     for chunk, line, replayed in zip(work.spans, claim.trace, replay["lines"], strict=False):
         if chunk.start < stop:
@@ -299,7 +295,8 @@ def write(work: Audit) -> None:
     """Write audit.md, audit.json and, for the score, the table's columns; raises RecipeError where that fails."""
     claim, findings, code = work.claim, work.findings, own_code.digests()
     figures = {finding.name: finding.figures for finding in findings}
-    rows, bad, worth = figures["normalised"], failed(findings), told(work.plan, claim.dataset.valid_tokens)
+    mass = work.replay["published_mass"] if work.replay else math.nan
+    bad, worth = failed(findings), told(work.plan, claim.dataset.valid_tokens)
     audited_at = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {
         f"bpb_{claim.name}": claim.score,
@@ -320,8 +317,8 @@ def write(work: Audit) -> None:
         "audit_plan": worth,
         "passed": not bad,
         "failed": bad,
-        "log_sum": rows.get("largest_log_sum"),
-        "published_log_sum": rows.get("published_largest_log_sum"),
+        "log_sum": figures["streamed"].get("largest_sum_off_1"),
+        "published_log_sum": math.log(mass) if mass > 0 else None,
         "coded_bits": figures["coded"].get("coded_bits"),
         "reported_bits": figures["coded"].get("reported_bits"),
         "tokens": work.source.tokens,

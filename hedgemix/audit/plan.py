@@ -20,12 +20,10 @@ class Plan:
 
     first_tokens: int = 0
     """Audit this many tokens from the start, rounded up to whole chunks (0: all)."""
-    draws: int = 64
-    """Positions whose rows are summed."""
-    cuts: int = 2
-    """Positions at which copies of the text are changed, for each of the two checks that do."""
-    coded_tokens: int = 16_384
-    """Most tokens that are compressed and decompressed, of the first two chunks."""
+    streamed_tokens: int = 131_072
+    """Most tokens whose rows are committed before they are told; of a longer text first, last and drawn pieces."""
+    coded_tokens: int = 1024
+    """Most tokens from the start that are compressed and decompressed."""
     windows: int = 1000
     """Windows of each validation shard looked for in the training text."""
     tolerance: float = 1e-6
@@ -48,7 +46,7 @@ def weaker(plan: Plan, tokens: int) -> list[str]:
     full = Plan()
     found = [
         f"{name} {getattr(plan, name):,} of {getattr(full, name):,}"
-        for name in ("draws", "cuts", "coded_tokens", "windows")
+        for name in ("streamed_tokens", "coded_tokens", "windows")
         if getattr(plan, name) < min(getattr(full, name), tokens)
     ]
     if 0 < plan.first_tokens < tokens:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,11 +88,6 @@ class Mixed:
     """Weights of the linear mixtures, float64; their log rows are the first L of log_BRJV."""
     log_BRMV: Tensor
     """Log rows of the logistic mixers."""
-
-
-def join(parts: Sequence[Mixed]) -> Mixed:
-    """Concatenate several positions' as one."""
-    return Mixed(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Mixed)))
 
 
 class Blend:

@@ -175,9 +175,9 @@ class Row:
     audit_failed: list[str] | None = None
     """The checks that failed."""
     audit_log_sum: float | None = None
-    """Largest |log of the sum| of the audited rows of the mixture: 0 is a distribution."""
+    """Largest distance from 1 of the sum of a committed row: 0 is a distribution."""
     audit_published_log_sum: float | None = None
-    """The same of the published rule's rows."""
+    """Log of the mean sum of the published rule's rows."""
     audit_coded_bits: int | None = None
     """Bits that the audit's stretch of text took when it was really compressed and decoded."""
     audit_reported_bits: float | None = None

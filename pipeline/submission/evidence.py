@@ -29,8 +29,7 @@ from pipeline.steps.graph import RecordPlan, SeedSteps, plan_record
 from pipeline.steps.step import Step
 
 AUDITED = (
-    "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained", "world-size", "limits",
-    "unseen", "claim", "seconds", "coded",
+    "order", "bits", "streamed", "self-contained", "world-size", "limits", "unseen", "claim", "seconds", "coded",
 )  # fmt: skip
 """The checks of `hedgemix audit`."""
 KEPT = (("quantize", stages.ARTIFACT), ("train", LOG), ("evaluate", TRACE))

@@ -36,18 +36,18 @@ def test_a_record_is_audited_and_its_table_says_so(
 ) -> None:
     out = undisturbed[0]
     monkeypatch.setenv("COLUMNS", "100")
-    some = ["--draws", "8", "--cuts", "1", "--coded-tokens", "1100"]  # a chunk, and the beginning of the next
-    weaker = "draws 8 of 64; cuts 1 of 2; coded_tokens 1,100 of 16,384"
+    some = ["--streamed-tokens", "500", "--coded-tokens", "900"]
+    weaker = "streamed_tokens 500 of 131,072; coded_tokens 900 of 1,024"
     code, output = run([str(out / "tiny.parquet"), *some], monkeypatch, capsys)
     assert code == 0, output
     lines = output.splitlines()
     assert lines[0].startswith("seed 1: bpb_final ") and "3,999" in output
     assert lines[1].startswith("  drawn with --draw-seed ")
     assert lines[-1].startswith(
-        "every check passed: seed 1; not taken for an audit, which looks at more (draws 8 of 64"
+        "every check passed: seed 1; not taken for an audit, which looks at more (streamed_tokens 500 of 131,072"
     )
     checks = [line for line in lines if line.startswith("  ") and line.endswith(" s")]
-    assert len(checks) == 12 and all(len(line) <= 100 and "pass" in line for line in checks)
+    assert len(checks) == 10 and all(len(line) <= 100 and "pass" in line for line in checks)
     audited = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert pd.isna(audited.audited[1]) and weaker == audited.audit_plan[1]
     assert audited.audit_tokens[1] == 4000 and pd.isna(audited.audit_plan[2])
@@ -69,7 +69,7 @@ def test_a_record_is_audited_and_its_table_says_so(
     )
     assert row.evaluate_path == audited.evaluate_path[1] and row.dataset_path == audited.dataset_path[1]
 
-    few = ["--claim", "published", "--first-tokens", "10", "--draws", "8", "--cuts", "1", "--coded-tokens", "100"]
+    few = ["--claim", "published", "--first-tokens", "10", "--streamed-tokens", "100", "--coded-tokens", "100"]
     code, output = run([str(out / "tiny.parquet"), *few], monkeypatch, capsys)
     again = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert "seed 1: bpb_published" in output and again.audit_tokens[1] == 4000  # about another number than the score

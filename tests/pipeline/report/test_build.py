@@ -148,7 +148,7 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
     ("values", "expected"),
     [
         ({"audited": None, "audit_plan": None}, "not audited: seed 2; run hedgemix audit"),
-        ({"audited": False, "audit_failed": ["normalised"]}, "seed 2 failed its audit (normalised)"),
+        ({"audited": False, "audit_failed": ["streamed"]}, "seed 2 failed its audit (streamed)"),
         ({"artifact_bytes": 16_000_000}, " bytes, the recipe allows 1,400,000"),
         ({"train_seconds": 601.0}, "seed 2: 601.0 training seconds, the recipe allows 600"),
         ({"evaluate_seconds": 700.0}, "seed 2: 700.0 evaluation seconds, the recipe allows 600"),

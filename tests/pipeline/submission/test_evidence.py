@@ -117,7 +117,7 @@ def forget_declared(table: Path) -> None:
 
 
 def weak_plan(table: Path) -> None:
-    in_json("evaluate", "audit.json", lambda verdict: verdict["plan"].update(draws=3, tolerance=0.1))(table)
+    in_json("evaluate", "audit.json", lambda verdict: verdict["plan"].update(streamed_tokens=3, tolerance=0.1))(table)
 
 
 def failed_check(table: Path) -> None:
@@ -167,9 +167,9 @@ def test_an_honest_record_contradicts_itself_nowhere(finished: Path, table: Path
         (audit(result={}), "audit.json says result {}, it is "),
         (audit(audited_with={"hedgemix": "0"}), "audit.json says audited_with '0', it is "),
         (audit(tokens=100), "audit.json says tokens 100, it is 4000"),
-        (audit(findings=[]), "seed 2: its audit did not pass normalised"),
-        (audit(plan={"draws": "many"}), "audit.json is not there, or is none of this hedgemix"),
-        (weak_plan, "seed 2: its audit was weaker: draws 3 of 64"),
+        (audit(findings=[]), "seed 2: its audit did not pass order"),
+        (audit(plan={"windows": "many"}), "audit.json is not there, or is none of this hedgemix"),
+        (weak_plan, "seed 2: its audit was weaker: streamed_tokens 3 of 131,072"),
         (weak_plan, "seed 2: its audit was weaker: tolerance 0.1 instead of 1e-06"),
         (failed_check, "seed 2: its audit did not pass bits"),
         (lambda table: (place(table, 2, "evaluate") / "audit.md").write_text("fine"), "says report_sha256"),
