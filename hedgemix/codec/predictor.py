@@ -29,9 +29,14 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import registry
 from hedgemix.experts.feature_experts import names, start_experts
+from hedgemix.mixers.network import entropy_buckets
 from hedgemix.mixers.online_mixer import OnlineMixer
 from hedgemix.model.layers import autocast
 from hedgemix.validate import check_cache, check_evaluate, check_mixer, check_ttt
+
+EDGE = 1e-4
+"""Of a bucket of neural entropy: so near to its edge, rounding one token at a time may choose another weight set than
+rounding in blocks does, and rows that would agree to 1e-6 do not. The row is then made as `evaluate` makes it."""
 
 
 class Predictor:
@@ -74,7 +79,8 @@ class Predictor:
         self.model = self.adapter.scorer if self.adapter else model
         self.step = ModelStep(self.model) if config.dtype == "float32" else None
         self.contexts = self._contexts()
-        self.targets, self.piece_stop, self.cache = scoring_order.Piece(1, self.position), 1, model.start_cache(0)
+        self.targets, self.cache = scoring_order.Piece(1, self.position), model.start_cache(0)
+        self.piece = self.targets
         memory_M = memory.tokens(processor, found.memory)
         self.mixer = OnlineMixer(config.mixer, model.vocab_size, told_B, names(config), memory_M)
         if after is not None:
@@ -106,7 +112,7 @@ class Predictor:
         block = self.config.mixer.block_tokens
         if self.experts:
             self.experts.update(token)
-        self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
+        self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece.stop)
 
     def _weigh(self, start: int, tokens_B: np.ndarray) -> None:
         """Note what the tokens from `start` on count when the model learns; tokens_B: with the one before them."""
@@ -114,15 +120,15 @@ class Predictor:
             sizes_B = bpb.token_bytes(self.tables, tokens_B[:-1], tokens_B[1:])
             self.weights_N[start : start + len(sizes_B)] = torch.from_numpy(sizes_B.astype(np.float32))
 
-    def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, int]]:
-        """Every piece's contexts with the piece's end; between chunks the model learns."""
+    def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, scoring_order.Piece]]:
+        """Every piece's contexts with the piece; between chunks the model learns."""
         for number, chunk in enumerate(self.chunks):
             if chunk.stop <= self.position:
                 continue
             for piece in scoring_order.pieces(chunk, self.config):
                 for begin, targets in scoring_order.contexts(piece, self.config):
                     if targets.stop > self.position:
-                        yield begin, targets, piece.stop
+                        yield begin, targets, piece
             if self.adapter and number + 1 < len(self.chunks):
                 self.adapter.learn(self.tokens_N, self.weights_N, chunk)
 
@@ -130,9 +136,15 @@ class Predictor:
         """Compute log probabilities (V,), float32, of the next token, and the features (D,) they come from."""
         begin = self.position - 1
         if self.position == self.targets.stop:
-            begin, self.targets, self.piece_stop = next(self.contexts)
+            begin, self.targets, self.piece = next(self.contexts)
             self.cache = self.model.start_cache(self.targets.stop - 1 - begin)
-        return self._next_row(begin)
+        neural_V, feature_D = self._next_row(begin)
+        buckets = float(entropy_buckets(self.config.mixer, neural_V))
+        if abs(buckets - round(buckets)) < EDGE:
+            # What is not told yet is 0 in tokens_N, and no row rests on it: the model is causal.
+            rows_BV = scoring_order.piece_rows(self.model, self.tokens_N, self.piece, self.config)
+            neural_V = rows_BV[self.position - self.piece.start]
+        return neural_V, feature_D
 
     @torch.inference_mode()
     def _next_row(self, begin: int) -> tuple[Tensor, Tensor]:

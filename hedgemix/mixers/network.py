@@ -46,12 +46,17 @@ def logistic_experts(config: MixerConfig, given: Sequence[str] = ()) -> list[int
     return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config, given)))})
 
 
+def entropy_buckets(config: MixerConfig, neural_log_rows: Tensor) -> Tensor:
+    """Measure the entropy of log rows (..., V) in buckets (...): a whole number is the edge of one."""
+    entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
+    return entropy * (config.entropy_sets + 1)
+
+
 def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
     """Find each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context
     occurred before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural
     entropy's bucket, both or neither."""
-    entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
-    bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
+    bucket = entropy_buckets(config, neural_log_rows).long().clamp(0, config.entropy_sets - 1)
     longest = longest_class.expand_as(bucket)
     sets = {
         "none": torch.zeros_like(bucket),
