@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Row:
     """done, failed, or pending (not finished when the driver stopped)."""
     error: str | None = None
     """What ended a failed seed."""
-    attempts: int | None = None
-    """Starts of the seed's finished steps; one each when nothing was lost."""
+    retries: int | None = None
+    """Starts of the seed's finished steps beyond the first of each: 0 when nothing was lost. Before schema version 7
+    `attempts`, which counted the first as well."""
     lost_seconds: float | None = None
     """Seconds of work in those steps that a fault undid and that were done again."""
     parameters: int | None = None
