@@ -34,14 +34,16 @@ def laptop() -> Recipe:
             packages=("torch", "numpy", "pandas"),
             valid_fraction=0.03,
             max_valid_tokens=98_304,
-            memory_bytes=1_000_000,
+            memory_bytes=1_110_000,
         ),
         model=ModelConfig(
-            layers=2,
-            width=128,
+            layers=1,
+            width=96,
             heads=2,
             kv_heads=2,
-            mlp_hidden=448,
+            mlp_hidden=320,
+            input_mix=False,
+            residual_scale=False,
             bigram_buckets=4096,
             bigram_width=64,
             value_embedding_layers=1,
@@ -50,10 +52,11 @@ def laptop() -> Recipe:
         train=TrainConfig(
             budget_seconds=45,
             reserve_seconds=2,
-            batch_tokens=2048,
+            batch_tokens=1024,
             sequence_tokens=256,
-            microbatch_sequences=8,
+            microbatch_sequences=2,
             warmup_steps=2,
+            adam_beta2=0.99,
             ema_decay=0.98,
             muon_momentum_start=0.85,
             muon_momentum=0.95,
@@ -69,11 +72,15 @@ def laptop() -> Recipe:
             chunk_tokens=8192,
             dtype="float32",
             ttt=TTTConfig(batch_sequences=8, sequence_tokens=256),
-            mixer=MixerConfig(orders=(1, 2, 3, 4, 5, 6, 7, 8)),
+            mixer=MixerConfig(
+                orders=(1, 2, 3, 4, 5, 6, 7, 8),
+                gates=("order", "entropy", "both", "none"),
+                memory_tokens=(1000.0, 1000.0, 1000.0, 1000.0),
+            ),
         ),
         limits=LimitsConfig(total_bytes=1_400_000),
         compute=ComputeConfig(
-            workers=1, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1, checkpoint_seconds=10
+            workers=2, gpus_per_worker=0, cpus_per_worker=0, evaluate_workers=1, checkpoint_seconds=10
         ),
     )
 
