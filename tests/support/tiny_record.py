@@ -17,10 +17,11 @@ OPTIONS = """
 --data.memory-bytes 20000
 --model.layers 2 --model.width 64 --model.heads 2 --model.kv-heads 2 --model.mlp-hidden 128
 --model.bigram-buckets 256 --model.bigram-width 32 --model.value-embedding-width 32
+--model.input-mix --model.residual-scale
 --train.steps 12 --train.batch-tokens 512 --train.sequence-tokens 64 --train.microbatch-sequences 8
 --train.calibration-sequences 8 --train.warmup-steps 1 --train.log-every-steps 2
 --evaluate.window-tokens 64 --evaluate.overlap-tokens 64 --evaluate.segment-tokens 512 --evaluate.chunk-tokens 1024
---evaluate.ttt.sequence-tokens 64 --compute.cpus-per-worker 1 --compute.max-restarts 0 --no-report
+--evaluate.ttt.sequence-tokens 64 --compute.workers 1 --compute.cpus-per-worker 1 --compute.max-restarts 0 --no-report
 """
 TINY = OPTIONS.split()
 SECRETS = {
