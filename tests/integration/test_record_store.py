@@ -52,6 +52,8 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     text: Path,
     tmp_path: Path,
     faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     store_server.make()
     options = arguments(store_server, text, *OPTIONS)
@@ -88,8 +90,10 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     assert secret.decode() not in output and f"s3://{BUCKET}/runs/tiny.parquet" in output
 
     # A third time, on a third machine, there is nothing to do but the report; and a person's pandas reads the folder.
-    elsewhere = {"HEDGEMIX_SCRATCH": str(tmp_path / "elsewhere")}
-    code, output = tiny_record.run([*options, "--report"], tmp_path, elsewhere)
+    monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+    code = record.main(["laptop", *options, "--report"])
+    output = capsys.readouterr().out
     assert code == 0 and "nothing to do" in output
     assert f"report: s3://{BUCKET}/runs/_records/tiny/report.html" in output
     with store_server.filesystem().open_input_stream(f"{BUCKET}/runs/_records/tiny/report.html") as stream:

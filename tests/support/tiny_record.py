@@ -1,12 +1,16 @@
-"""A record small enough for a test, run as a user runs it: the command in a process of its own."""
+"""A record small enough for a test, run as a user runs it: the command in a process of its own; or, where no test is
+about that process or the start of Ray, in the tests' own process."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from support import text_data
 
@@ -61,3 +65,14 @@ def run(options: list[str], cwd: Path, environment: dict[str, str] | None = None
     process = start(options, cwd, environment)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
+
+
+def run_here(options: list[str]) -> tuple[int, str]:
+    """Exit code and output of the command in this process, on the Ray of fixture `ray_session`: its workers have
+    imported torch for the record before."""
+    from pipeline import record
+
+    told = io.StringIO()
+    started = patch.object(record, "ray_started", lambda console: contextlib.nullcontext())
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), started:
+        return record.main(["laptop", *options]), told.getvalue()
