@@ -76,6 +76,8 @@ def laptop() -> Recipe:
                 orders=(1, 2, 3, 4, 5, 6, 7, 8),
                 gates=("order", "entropy", "both", "none"),
                 memory_tokens=(1000.0, 1000.0, 1000.0, 1000.0),
+                bias_rate=0.0,
+                experts=("recency",),
             ),
         ),
         limits=LimitsConfig(total_bytes=1_400_000),

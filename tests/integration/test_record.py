@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 
 from hedgemix.config import config_hash, to_dict
 from hedgemix.runtime.files import read_json
@@ -84,7 +85,7 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     before = row(out)
     steps = {path: path.stat().st_mtime_ns for path in out.glob("_steps/*/result.json")}
     with monkeypatch.context() as patched:
-        patched.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+        patched.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
         same = tiny_record.arguments(text, out, "--seeds", "1", "--record", "again")
         assert record.main(["laptop", *same]) == 0
     assert "nothing to do" in capsys.readouterr().out
