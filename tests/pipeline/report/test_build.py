@@ -204,7 +204,7 @@ def test_a_table_of_an_older_schema_reads_as_one_with_empty_columns(
 ) -> None:
     table = pd.read_parquet(undisturbed[0] / "tiny.parquet")
     table.drop(columns=["retries", "memory_tokens"]).assign(attempts=4).to_parquet(tmp_path / "tiny.parquet")
-    [row] = records.load(str(tmp_path / "tiny.parquet")).rows
+    row = records.load(str(tmp_path / "tiny.parquet")).rows[0]
     assert row["retries"] is None and row["memory_tokens"] is None and row["bpb_final"] == table.bpb_final[0]
 
 
