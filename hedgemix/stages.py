@@ -25,9 +25,8 @@ from hedgemix.experts import ngram_index
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
-from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
 from hedgemix.runtime.clock import no_notice
-from hedgemix.runtime.files import Log, load_tensors, silent
+from hedgemix.runtime.files import Log, OnFileWritten, load_tensors, no_copy, silent
 from hedgemix.runtime.layout import MOMENTS, TRACE, WEIGHTS
 from hedgemix.train.trainer import TrainResult, train
 

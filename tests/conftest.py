@@ -11,6 +11,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -43,17 +44,20 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One small local Ray for all tests of a process; tests marked `cluster` must not meet it."""
-    import ray
+    """One small local Ray for all tests of a process, as the command starts its own; tests marked `cluster` must not
+    meet it."""
+    from pipeline.execution.ray_session import ALONE, ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        object_store_memory=150 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    with patch.dict(os.environ, {**ALONE, "OMP_NUM_THREADS": "1"}):
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            object_store_memory=150 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ Killed are training's workers, ranks of an evaluation, tasks, jobs, whole nodes,
 storage refuses writes for a moment; a bit of a checkpoint or an artifact flips. What is drawn, and how long until the
 next, repeats with `--seed`; whom it meets does not, since the machine's speed says that. The same command is started
 again until its seeds are done, then the next seeds, until both the seeds and the minutes are over. Then every seed must
-have one row with the bits of an undisturbed run, the attempts and lost seconds that the kills ask for, and nothing may
+have one row with the bits of an undisturbed run, the retries and lost seconds that the kills ask for, and nothing may
 be left behind. Writes bench/soak.md and bench/soak.json; exit code 1 when anything is wrong. Linux only.
 """
 
@@ -152,7 +152,7 @@ def main(options: Options) -> int:
 def markdown(told: dict[str, Any]) -> str:
     """soak.md, from what soak.json holds."""
     rows, kills, about = told["rows"], told["kills"], told["machine"]
-    attempts, lost = (sum(row[name] or 0 for row in rows) for name in ("attempts", "lost_seconds"))
+    retries, lost = (sum(row[name] or 0 for row in rows) for name in ("retries", "lost_seconds"))
     lines = [
         "# Soak",
         "",
@@ -165,7 +165,7 @@ def markdown(told: dict[str, Any]) -> str:
         "|---|---:|",
         f"| commands started | {told['commands']} |",
         f"| of them ended by themselves with seeds not done | {sum(code != 0 for code in told['codes'])} |",
-        f"| attempts of steps (four a seed undisturbed) | {attempts} |",
+        f"| retries of steps | {retries} |",
         f"| seconds of work that were lost | {lost:.1f} |",
         f"| most processes at once | {told['processes']} |",
         f"| listening ports at the start, at the end | {told['ports'][0]}, {told['ports'][1]} |",

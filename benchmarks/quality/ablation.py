@@ -2,58 +2,57 @@
 
     python benchmarks/quality/ablation.py runs/RECORD.parquet [--device cpu] [--out ablation.md]
 
-For every finished seed the artifact scores the text once with its frozen weights and once with test-time training;
-each variant of the mixture takes those same rows. Mixing seconds are a line's own, forward seconds (with the training
-between passes) those of its rows. A line that another line's run gives has no mixing seconds. Prints and writes a
-markdown table: mean and sample deviation over seeds, and the mean difference to the neural model. The lines "its
-record" repeat what the record's own evaluation found, with the settings and the code of its day.
+Every finished seed's artifact scores the text once, with the record's own settings; each variant of the mixture takes
+those same rows, so that lines are compared within a seed. Prints and writes a markdown table: means over seeds, the
+paired differences to the default with Student's interval, and how many seeds differ in the mean's direction. Below it
+stands how far the default is from what the record reports. Seconds are of CPU time, all threads together; on a GPU of
+the clock. Mixing seconds are a line's own, with the memory's counting and the cache and head that it mixes; a line that
+another one's run gives has none. Forward seconds have the training between passes.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import tyro
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.load_model import load_model
-from hedgemix.config import EvaluateConfig, MixerConfig, Recipe, from_dict
-from hedgemix.data import bpb, dataset, tokenizer
-from hedgemix.data.dataset import Dataset
-from hedgemix.evaluate.evaluator import target_nats
-from hedgemix.evaluate.scoring_order import FEATURES, chunk_rows, chunks
+from hedgemix.audit.claim import Claim, claims
+from hedgemix.config import EvaluateConfig, MixerConfig, RecipeError
+from hedgemix.data import bpb, memory, tokenizer
+from hedgemix.data import dataset as datasets
+from hedgemix.data.device_text import Ones, Sizes, Text
+from hedgemix.evaluate.scoring_order import FEATURES, Piece, chunk_rows, chunks
 from hedgemix.evaluate.ttt import Adapter
-from hedgemix.experts import ngram_index
-from hedgemix.experts.feature_experts import CACHE, HEAD, start_experts
+from hedgemix.experts import feature_experts, ngram_index
+from hedgemix.experts.feature_experts import CACHE, HEAD, FeatureExperts
 from hedgemix.experts.ngram_index import NgramIndex
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.mixers import hedge
 from hedgemix.mixers.batch_mixer import BatchMixer
-from pipeline.results.table import mean_and_deviation
-from pipeline.steps import graph
-from pipeline.storage.store import Storage
+from pipeline.analysis.significance import summary
 
-MIXER = MixerConfig()
-"""The default under test; a record's own mixer settings are not used."""
+DEFAULT = "everything (the default)"
+TOP_ORDERS = (2, 4, 6)
+"""Highest orders to stop at."""
+NAMES = {CACHE: "neural cache", HEAD: "fast head"}
+Counted = tuple[tuple[int, ...], tuple[int, ...], bool]
 
 
 @dataclass(frozen=True)
 class Options:
     table: tyro.conf.Positional[Path]
     """A record's parquet file."""
-    data: Path | None = None
-    """Folder of the record's dataset.json (default: the one its runs folder keeps)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seeds: tuple[int, ...] = ()
     """Only these (default: every finished one)."""
@@ -63,227 +62,259 @@ class Options:
     """Also write the table here."""
 
 
-DEFAULT = "ensemble, neural cache and fast head"
+@dataclass(frozen=True)
+class Run:
+    """What one mixer scores, and lines may share."""
+
+    mixer: MixerConfig
+    rows: str
+    """frozen or adapted: whose rows are mixed."""
+    given: tuple[str, ...]
+    """The experts over features among what is mixed."""
+    remembers: bool
+    """n-grams and match have read the artifact's memory."""
+
+    @property
+    def counted(self) -> Counted:
+        """What tells its index from others: orders, match lengths, and whether the memory is in front."""
+        return self.mixer.orders, self.mixer.match_lengths, self.remembers
 
 
 @dataclass(frozen=True)
 class Line:
-    """One variant: which rows it mixes, with what, and which mixture of that is its score."""
+    """One variant: a run, and which of its kinds (`batch_mixer.Scores`) is the score."""
 
     label: str
-    mixer: MixerConfig
+    run: Run
     kind: str
-    rows: str = "frozen"
-    given: tuple[str, ...] = ()
-    """Experts over the rows' features that are mixed besides."""
-
-    @property
-    def key(self) -> tuple[MixerConfig, str, tuple[str, ...]]:
-        """What lines have in common that one mixer scores."""
-        return self.mixer, self.rows, self.given
 
 
-def lines(ttt: bool) -> list[Line]:
-    """All variants that mix."""
-    orders = MIXER.orders
-    found = [
-        Line("ensemble: " + (f"orders 1 to {n}" if n > 1 else "order 1"), _cut(orders[:n]), "ensemble")
-        for n in range(1, 1 + len(orders))
-    ]
-    found += [
-        Line("ensemble: all orders and the match", MIXER, "ensemble"),
-        Line("Hedge over the experts", MIXER, "hedge"),
-    ]
-    found += [Line(f"ensemble and {name}", replace(MIXER, experts=(name,)), "ensemble") for name in EXPERTS]
-    found += [
-        Line("ensemble and the neural cache", MIXER, "ensemble", given=(CACHE,)),
-        Line("ensemble and the fast head", MIXER, "ensemble", given=(HEAD,)),
-        Line(DEFAULT, MIXER, "ensemble", given=(CACHE, HEAD)),
-    ]
-    found += [
-        Line(
-            f"ensemble, neural cache, fast head and {name}",
-            replace(MIXER, experts=(name,)),
-            "ensemble",
-            given=(CACHE, HEAD),
-        )
-        for name in EXPERTS
-    ]
-    for gate in ("none", "entropy", "order"):
-        linear = (gate, *(other for other in MIXER.linear_gates if other != gate))
-        alone = replace(MIXER, linear_gates=linear, gates=(gate,), memory_tokens=MIXER.memory_tokens[:1])
-        found += [Line(f"linear mixer, gate {gate}", alone, "linear")]
-        found += [Line(f"logistic mixer, gate {gate}", alone, "logistic")]
-    found += [
-        Line("ensemble without linear mixers", replace(MIXER, linear_gates=()), "ensemble"),
-        Line("ensemble without the bias", replace(MIXER, bias_rate=0.0), "ensemble"),
-        Line("ensemble with pure Hedge, share 0", replace(MIXER, hedge_share=0.0), "ensemble"),
-    ]
-    if ttt:
-        found.append(Line("ensemble over trained weights", MIXER, "ensemble", "adapted"))
+def lines(config: EvaluateConfig, remembers: bool) -> list[Line]:
+    """All variants of an evaluation, the default among them; only what it turns on is left out."""
+    mixer, given, trains = config.mixer, feature_experts.names(config), config.ttt.trains_weights
+    whole = Run(mixer, "adapted" if trains else "frozen", given, remembers)
+
+    def variant(label: str, **change: Any) -> Line:
+        return Line(label, replace(whole, **change), mixer.kind)
+
+    adapts = [NAMES[name] for name in given] + ["trained weights"] * trains
+    unadapted = variant(f"without {' and '.join(adapts)}", rows="frozen", given=())
+    found = [Line("neural", unadapted.run if trains else whole, "neural")]
+    if trains:
+        found.append(Line("neural, trained weights", whole, "neural"))
+    if HEAD in given:
+        found.append(Line("neural with fast head", whole, HEAD))
+    found.append(Line(DEFAULT, whole, mixer.kind))
+    for name in given if len(adapts) > 1 else ():
+        found.append(variant(f"without {NAMES[name]}", given=tuple(other for other in given if other != name)))
+    if adapts:
+        found.append(unadapted)
+    if remembers:
+        found.append(variant("without memory", remembers=False))
+    if mixer.match_lengths:
+        found.append(variant("without match", mixer=replace(mixer, match_lengths=())))
+    for top in (top for top in TOP_ORDERS if mixer.orders[0] <= top < mixer.orders[-1]):
+        kept = tuple(n for n in mixer.orders if n <= top)
+        found.append(variant(f"without n-grams above order {top}", mixer=replace(mixer, orders=kept)))
+    if mixer.kind in ("logistic", "ensemble"):
+        if mixer.linear_gates:
+            found.append(variant("without linear mixers", mixer=replace(mixer, linear_gates=())))
+        if mixer.bias_rate:
+            found.append(variant("without bias", mixer=replace(mixer, bias_rate=0.0)))
+    for name in EXPERTS:
+        rest = tuple(other for other in mixer.experts if other != name)
+        if name in mixer.experts:
+            found.append(variant(f"without {name}", mixer=replace(mixer, experts=rest)))
+        else:
+            found.append(variant(f"with {name}", mixer=replace(mixer, experts=(*rest, name))))
+    kinds = {"ensemble": "ensemble", "logistic": f"one logistic mixer, gate {mixer.gates[0]}"}
+    if mixer.linear_gates:
+        kinds["linear"] = f"one linear mixer, gate {mixer.linear_gates[0]}"
+    kinds["hedge"] = "Hedge over the experts"
+    return found + [Line(label, whole, kind) for kind, label in kinds.items() if kind != mixer.kind]
+
+
+def build_indexes(
+    todo: Sequence[Line], tokens: np.ndarray, vocab_size: int, memory_M: np.ndarray
+) -> dict[Counted, NgramIndex]:
+    """The indexes of the text that the lines read."""
+    found = dict[Counted, NgramIndex]()
+    for orders, lengths, remembers in dict.fromkeys(line.run.counted for line in todo):
+        before_M = memory_M if remembers else None
+        found[orders, lengths, remembers] = ngram_index.build(tokens, orders, vocab_size, lengths, memory_M=before_M)
     return found
 
 
-def _cut(orders: tuple[int, ...]) -> MixerConfig:
-    return replace(MIXER, orders=orders, match_lengths=())
-
-
-def main(options: Options) -> None:
-    table = pd.read_parquet(options.table)
-    table = table[(table.status == "done") & (table.seed.isin(options.seeds) if options.seeds else True)]
-    if not len(table):
-        sys.exit(f"error: {options.table} has no finished row of these seeds")
-    recipe = from_dict(Recipe, json.loads(table.iloc[0].config))
-    folder = options.data or graph.data_step(Storage("", options.table.resolve().parent), recipe.data).folder
-    text = dataset.load(folder)
-    stream = dataset.valid_stream(text)
-    tokens = stream.read(0, min(len(stream), options.tokens or len(stream)))
-    print(f"{len(tokens):,} tokens; counting", file=sys.stderr, flush=True)
-    index = ngram_index.build(tokens, MIXER.orders, text.vocab_size, MIXER.match_lengths)
-    found = []
-    for row in table.to_dict("records"):
-        lines_of = score(Path(row["artifact_path"]), tokens, index, recipe.evaluate, torch.device(options.device))
-        if len(tokens) == len(stream):
-            kept = {"its record, mixed": row["bpb_mixed"], "its record, final": row["bpb_final"]}
-            lines_of |= {label: Score(bits) for label, bits in kept.items()}
-        found.append(lines_of)
-        print(f"seed {row['seed']}: {time.process_time():.0f} s so far", file=sys.stderr, flush=True)
-        report = markdown(text, tokens, recipe, table.seed.tolist()[: len(found)], found)
-        if options.out:  # after every seed, so that a run that is cut leaves the finished ones
-            options.out.write_text(report + "\n")
-    print(report)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Score:
-    """Of one line and seed; seconds are None where another line's run, or the record's table, gave the score."""
+    """Of one line and seed; mixing seconds are None where another line of the run shows them."""
 
     bpb: float
-    forward: float | None = None
-    mixing: float | None = None
+    forward: float
+    mixing: float | None
 
 
-def score(
-    path: Path, tokens: np.ndarray, index: NgramIndex, config: EvaluateConfig, device: torch.device
-) -> dict[str, Score]:
-    """Every line's score with one artifact."""
-    found = artifact.read(path)
-    model = load_model(found).to(device)
-    sizes = bpb.token_bytes(bpb.byte_tables(tokenizer.load(found.tokenizer)), tokens[:-1], tokens[1:])
-    tokens_N = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    watch = Watch(device)
-    todo, mixers = lines(config.ttt.trains_weights), dict[tuple[MixerConfig, str, tuple[str, ...]], BatchMixer]()
-    for line in todo:
-        if line.key not in mixers:
-            own = select(index, line.mixer)
-            mixers[line.key] = BatchMixer(line.mixer, model.vocab_size, own, device, given=line.given)
-    nll: dict[tuple[MixerConfig, str, tuple[str, ...]], dict[str, list[Tensor]]] = {key: {} for key in mixers}
-    everything = replace(
-        config, cache=replace(config.cache, enabled=True), ttt=replace(config.ttt, enabled=True, kind="head")
-    )
-    experts_over = start_experts(everything, model, device)
-    assert experts_over
-    neural = dict.fromkeys(("frozen", "adapted", "sliding"), 0.0)
-    parts = chunks(len(tokens), config.chunk_tokens)
-    adapter = Adapter(model, config.ttt, len(parts), config.dtype) if config.ttt.trains_weights else None
-    weights = torch.from_numpy(np.concatenate([[0], sizes])).float().to(device)
-    weights = weights if config.ttt.byte_weighted else torch.ones_like(weights)
-    for number, chunk in enumerate(parts):
-        models = {"frozen": model} | ({"adapted": adapter.scorer} if adapter else {})
-        for name, scorer in models.items():
-            streaming = replace(config, order="streaming")
-            source = chunk_rows({name: scorer}, tokens_N, chunk, streaming, "frozen")
-            while (item := watch(name, partial(next, source, None))) is not None:
+class Scorer:
+    """Scores a text with one artifact under every line, all from the same rows."""
+
+    def __init__(
+        self,
+        found: artifact.Artifact,
+        tokens: np.ndarray,
+        config: EvaluateConfig,
+        todo: Sequence[Line],
+        indexes: dict[Counted, NgramIndex],
+        device: torch.device,
+        schedule_tokens: int = 0,
+    ) -> None:
+        """schedule_tokens: length of the whole text when `tokens` are only its beginning."""
+        self.config, self.todo, self.tokens_N, self.watch = config, todo, Text(tokens, device), Watch(device)
+        self.model = load_model(found).to(device)
+        self.sizes_N = Sizes(self.tokens_N, bpb.byte_tables(tokenizer.load(found.tokenizer)))
+        self.adapter = None
+        if config.ttt.trains_weights:
+            scheduled = len(chunks(schedule_tokens or len(tokens), config.chunk_tokens))
+            self.adapter = Adapter(self.model, config.ttt, scheduled, config.dtype)
+        width, vocab_size = self.model.config.width, self.model.vocab_size
+        self.experts = {
+            name: FeatureExperts(alone(config, name), vocab_size, width, device)
+            for name in feature_experts.names(config)
+        }
+        self.mixers = dict[Run, BatchMixer]()
+        for run in dict.fromkeys(line.run for line in todo):
+            start = partial(BatchMixer, run.mixer, vocab_size, indexes[run.counted], device, given=run.given)
+            self.mixers[run] = self.watch(run, start)
+        self.nats = dict.fromkeys(todo, 0.0)
+
+    def score(self) -> dict[str, Score]:
+        """Score the whole text; the results by the lines' labels."""
+        weights_N = self.sizes_N if self.config.ttt.byte_weighted else Ones(self.tokens_N)
+        parts = chunks(len(self.tokens_N), self.config.chunk_tokens)
+        for number, chunk in enumerate(parts):
+            self._score_chunk(chunk)
+            if self.adapter and number + 1 < len(parts):
+                self.watch("adapted", partial(self.adapter.learn, self.tokens_N, weights_N, chunk))
+        n_bytes = int(self.sizes_N.read(slice(1, len(self.tokens_N))).sum())
+        return {line.label: self._result(line, n_bytes) for line in self.todo}
+
+    def _score_chunk(self, chunk: Piece) -> None:
+        models = {"frozen": self.model} | ({"adapted": self.adapter.scorer} if self.adapter else {})
+        best = [*models][-1]
+        for name, model in models.items():
+            features_of = name if name == best and self.experts else ""
+            source = chunk_rows({name: model}, self.tokens_N, chunk, self.config, features_of)
+            while (item := self.watch(name, partial(next, source, None))) is not None:
                 piece, rows = item
-                neural[name] += target_nats(rows[name], tokens_N[piece.start : piece.stop])
-                said_of = {}
-                if FEATURES in rows:
-                    here = rows[name], rows[FEATURES], tokens_N[piece.start : piece.stop]
-                    said_of = watch("experts", partial(experts_over.rows, *here))
-                for key in (key for key in mixers if key[1] == name):
-                    given = {"neural": rows[name]} | {expert: said_of[expert] for expert in key[2]}
-                    said = watch(
-                        key, lambda key=key, given=given, at=piece: mixers[key].score(given, at.start, at.stop)
-                    )
-                    for kind, values in said.nll["neural"].items():
-                        nll[key].setdefault(kind, []).append(values)
-        source = chunk_rows({"sliding": model}, tokens_N, chunk, replace(config, order="sliding"))
-        while (item := watch("sliding", partial(next, source, None))) is not None:
-            neural["sliding"] += target_nats(item[1]["sliding"], tokens_N[item[0].start : item[0].stop])
-        if adapter and number + 1 < len(parts):
-            watch("adapted", partial(adapter.learn, tokens_N, weights, chunk))
-    n_bytes = int(sizes.sum())
+                said = dict[str, Tensor]()
+                if features_of:
+                    here = rows[name], rows[FEATURES], self.tokens_N[piece.start : piece.stop]
+                    for expert, work in self.experts.items():
+                        said |= self.watch(expert, partial(work.rows, *here))
+                self._mix(piece, name, rows[name], said)
 
-    def rate(nats: float) -> float:
-        return bpb.bits_per_byte(nats, n_bytes)
+    def _mix(self, piece: Piece, name: str, rows_BV: Tensor, said: dict[str, Tensor]) -> None:
+        for run, mixer in self.mixers.items():
+            if run.rows != name:
+                continue
+            rows = {"neural": rows_BV} | {expert: said[expert] for expert in run.given}
+            scores = self.watch(run, partial(mixer.score, rows, piece.start, piece.stop))
+            for line in self.todo:
+                if line.run == run:
+                    self.nats[line] += float(scores.nll["neural"][line.kind].sum())
 
-    plain = MIXER, "frozen", ()
-    own = nll[plain]
-    experts = -torch.stack([torch.cat(own[name]) for name in mixers[plain].experts], 1)[:, None]
-    uniform = torch.full(experts.shape[1:], -np.log(experts.shape[2]), dtype=torch.float64, device=device)
-    pure = -float(hedge.fixed_share(experts, uniform, 0.0)[0].sum())
-    out = {
-        "neural, sliding windows": Score(rate(neural["sliding"]), watch.seconds["sliding"]),
-        "neural, streaming": Score(rate(neural["frozen"]), watch.seconds["frozen"]),
-        "neural with test-time training": Score(rate(neural["adapted"]), watch.seconds.get("adapted", 0.0)),
-        "pure Hedge over the experts, share 0": Score(rate(pure), watch.seconds["frozen"]),
-    }
-    for line in todo:
-        key = line.key
-        nats = sum(float(part.sum()) for part in nll[key][line.kind])
-        first = next(other for other in todo if other.key == key) is line
-        out[line.label] = Score(rate(nats), watch.seconds[line.rows], watch.seconds[key] if first else None)
-    return out if config.ttt.trains_weights else {k: v for k, v in out.items() if k != "neural with test-time training"}
+    def _result(self, line: Line, n_bytes: int) -> Score:
+        seconds, mixing = self.watch.seconds, None
+        if line.kind == self.config.mixer.kind:
+            mixing = seconds[line.run] + sum(seconds[expert] for expert in line.run.given)
+        return Score(bpb.bits_per_byte(self.nats[line], n_bytes), seconds[line.run.rows], mixing)
 
 
-def select(index: NgramIndex, config: MixerConfig) -> NgramIndex:
-    """The part of an index that a mixer of fewer experts reads."""
-    tables = {n: table for n, table in index.tables.items() if n in config.orders}
-    matches = index.match if config.match_lengths else ngram_index.build(index.tokens_N, (1,), index.vocab_size).match
-    return replace(index, orders=config.orders, tables=tables, match=matches)
+def alone(config: EvaluateConfig, name: str) -> EvaluateConfig:
+    """The configuration with one of its experts over features."""
+    cache, ttt = replace(config.cache, enabled=name == CACHE), replace(config.ttt, enabled=name == HEAD)
+    return replace(config, cache=cache, ttt=ttt)
 
 
 class Watch:
-    """Seconds by name, to the end of a device's work."""
+    """Seconds by name: of CPU time, or on a GPU to the end of its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict[Any, float]()
 
     def __call__(self, name: Any, work: Callable[[], Any]) -> Any:
-        began = time.monotonic()
+        clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        began = clock()
         value = work()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + clock() - began
         return value
 
 
-def markdown(
-    text: Dataset, tokens: np.ndarray, recipe: Recipe, seeds: list[int], found: list[dict[str, Score]]
-) -> str:  # fmt: skip
-    """The table, over the seeds."""
-    where = f"recipe {recipe.recipe}, {recipe.data.source}, seeds {', '.join(map(str, seeds))}"
-    order = f"{recipe.evaluate.window_tokens} tokens of context, stride {recipe.evaluate.stride_tokens} when sliding"
+def markdown(found: Sequence[dict[str, Score]]) -> str:
+    """The table, over the seeds, of each line's score by its label."""
     out = [
-        f"{len(tokens) - 1:,} validation tokens ({text.valid_sha256[:12]}); {where}; {order}.",
-        "",
-        "| variant | bits per byte | std | to neural | mixing s | forward s |",
-        "|---|---|---|---|---|---|",
+        "| variant | bits per byte | to the default | 95 % interval | seeds that agree | mixing s | forward s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    base = np.array([seed["neural, streaming"].bpb for seed in found])
-    for label in found[0]:
+    for label, first in found[0].items():
         each = [seed[label] for seed in found]
-        mean, deviation = mean_and_deviation([one.bpb for one in each])
-        change = float(np.mean([one.bpb for one in each] - base))
-        mixing, forward = (seconds([getattr(one, name) for one in each]) for name in ("mixing", "forward"))
-        name = f"**{label} (the default)**" if label == DEFAULT else label
-        out.append(f"| {name} | {mean:.4f} | {deviation:.4f} | {change:+.4f} | {mixing} | {forward} |")
+        by = [seed[label].bpb - seed[DEFAULT].bpb for seed in found]
+        told = summary(by)
+        interval = f"{told.low:+.4f} to {told.high:+.4f}" if told.low == told.low else ""
+        agree = sum(math.copysign(1, one) == math.copysign(1, told.mean) for one in by)
+        compared = [f"{told.mean:+.4f}", interval, f"{agree} of {len(by)}"] if label != DEFAULT else ["", "", ""]
+        mixing = f"{np.mean([one.mixing for one in each]):.1f}" if first.mixing is not None else ""
+        forward = f"{np.mean([one.forward for one in each]):.1f}"
+        name, score = f"**{label}**" if label == DEFAULT else label, f"{np.mean([one.bpb for one in each]):.4f}"
+        out.append(f"| {' | '.join([name, score, *compared, mixing, forward])} |")
     return "\n".join(out)
 
 
-def seconds(each: list[float | None]) -> str:
-    known = [value for value in each if value is not None]
-    return f"{np.mean(known):.1f}" if known else ""
+def measure(options: Options) -> Iterator[str]:
+    """The report after each seed. Raises RecipeError for a record that mixes nothing, or is not whole."""
+    todo_claims = claims(options.table, options.seeds)
+    recipe, dataset = todo_claims[0].recipe, todo_claims[0].dataset
+    config, device = recipe.evaluate, torch.device(options.device)
+    if config.mixer.kind == "none":
+        raise RecipeError("the record's evaluate.mixer.kind is none: there is no mixture to leave parts out of")
+    stream, memory_M = datasets.valid_stream(dataset), datasets.memory_tokens(dataset)
+    tokens = stream.read(0, min(len(stream), options.tokens or len(stream)))
+    todo = lines(config, bool(len(memory_M)))
+    print(f"{len(tokens):,} tokens; counting", file=sys.stderr, flush=True)
+    indexes = build_indexes(todo, tokens, dataset.vocab_size, memory_M)
+    found = []
+    for claim in todo_claims:
+        shipped = artifact.read(claim.artifact)
+        if not np.array_equal(memory_M, memory.tokens(tokenizer.load(shipped.tokenizer), shipped.memory)):
+            raise RecipeError(f"seed {claim.seed}: the artifact's memory is not the data set's")
+        found.append(Scorer(shipped, tokens, config, todo, indexes, device, len(stream)).score())
+        print(f"seed {claim.seed}: {time.process_time():.0f} CPU s so far", file=sys.stderr, flush=True)
+        seeds = ", ".join(str(done.seed) for done in todo_claims[: len(found)])
+        heading = (
+            f"{len(tokens) - 1:,} validation tokens ({dataset.valid_sha256[:12]}); recipe {recipe.recipe}, "
+            f"{recipe.data.source}, memory of {len(memory_M):,} tokens, seeds {seeds}."
+        )
+        yield f"{heading}\n\n{markdown(found)}\n\n{check(todo_claims, found, len(tokens) == len(stream))}"
+
+
+def check(of: Sequence[Claim], found: Sequence[dict[str, Score]], whole: bool) -> str:
+    """Say how far the default is from what the record found."""
+    if not whole:
+        return "Scored in part, so not compared with the record's own bpb_final."
+    largest = max(abs(seed[DEFAULT].bpb - claim.score) for claim, seed in zip(of, found, strict=False))
+    return f"Largest difference of the default to a seed's own bpb_final: {largest:.1e} bits per byte."
+
+
+def main(options: Options) -> None:
+    report = ""
+    try:
+        for report in measure(options):
+            if options.out:  # after every seed, so that a run that is cut leaves the finished ones
+                options.out.write_text(report + "\n")
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    print(report)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.start import Start
 from hedgemix.evaluate.trace_file import Lines
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Checkpoints, OnFileWritten, no_copy
+from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.clock import Clock, Due, no_notice
-from hedgemix.runtime.files import DamagedFileError
+from hedgemix.runtime.files import DamagedFileError, OnFileWritten, no_copy
 from hedgemix.runtime.layout import CLOCK
 
 

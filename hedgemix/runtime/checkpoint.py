@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from hedgemix.runtime import collectives
-from hedgemix.runtime.files import DamagedFileError, load_tensors, read_json, save_tensors, sha256_of, write_json
+from hedgemix.runtime.files import (
+    DamagedFileError,
+    OnFileWritten,
+    load_tensors,
+    no_copy,
+    read_json,
+    save_tensors,
+    sha256_of,
+    write_json,
+)
 
 KEPT = 2
-
-OnFileWritten = Callable[[Path], None]
-"""Told of every file a restart needs, each time it is whole on disk; on any thread, in the order they are needed."""
-
-
-def no_copy(path: Path) -> None:
-    """Keep no copy."""
 
 
 class Checkpoints:

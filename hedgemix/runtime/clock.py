@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
-from hedgemix.runtime.files import read_json, write_json
+from hedgemix.runtime.files import OnFileWritten, no_copy, read_json, write_json
 
 BEAT_SECONDS = 1.0
 FIELDS = ("elapsed_seconds", "starts", "discarded_seconds", "lost_seconds")
@@ -56,6 +54,8 @@ class Clock:
 
     def note(self) -> None:
         """Write the clock down; raises OSError when storage fails."""
+        from hedgemix.runtime import collectives  # torch, which who only reads a clock does without
+
         self.beaten = self.now()
         if collectives.rank() == 0:
             seconds = self.elapsed(), self.starts, self.discarded_seconds, self.lost_seconds

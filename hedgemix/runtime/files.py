@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     import torch
 
+OnFileWritten = Callable[[Path], None]
+"""Told of every file a restart needs, each time it is whole on disk; on any thread, in the order they are needed."""
+
+
+def no_copy(path: Path) -> None:
+    """Keep no copy."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:

@@ -29,9 +29,9 @@ from hedgemix.model.layers import autocast
 from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
 from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import Checkpoints, OnFileWritten, no_copy
+from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.clock import Clock, Due, no_notice
-from hedgemix.runtime.files import Log, save_tensors, silent
+from hedgemix.runtime.files import Log, OnFileWritten, no_copy, save_tensors, silent
 from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.runtime.profiler import tracing

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hedgemix.audit.claim import ADDED
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.runtime.layout import STEPS
 from pipeline.results import schema
@@ -119,26 +118,23 @@ def find(run: str) -> tuple[Storage, Path]:
 
 
 def rows(content: bytes, run: str) -> list[dict[str, Any]]:
-    """Read the rows of a table. Raises RecipeError for a file that is no record's table, is an older one's or has no
-    rows."""
+    """Read the rows of a table; what an older hedgemix did not write is None. Raises RecipeError for a file that is no
+    record's table or has no rows."""
     try:
         found = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
         raise RecipeError(f"{run} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    lacking = [name for name in schema.schema().names if name not in {*found.column_names, *ADDED}]
-    if lacking:
-        raise RecipeError(
-            f"{run} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "
-            "record command again, which repeats no finished step"
-        )
+    lacking = [field.name for field in fields(schema.Row) if field.name not in found.column_names]
+    always = [field.name for field in fields(schema.Row) if field.default is MISSING]
+    if any(name in always for name in lacking):
+        raise RecipeError(f"{run} has no column {lacking[0]}: it is no record's table")
     if not found.num_rows:
         raise RecipeError(f"{run} has no rows")
-    return [dict.fromkeys(ADDED) | row for row in found.to_pylist()]
+    return [dict.fromkeys(lacking) | row for row in found.to_pylist()]
 
 
 def load_all(storage: Storage) -> list[Record]:
-    """Load every record of a runs folder, by name; tables that cannot be read, or that an older hedgemix wrote, left
-    out."""
+    """Load every record of a runs folder, by name; tables that cannot be read left out."""
     found = []
     for name in sorted(storage.names(storage.root)):
         if "/" in name or not name.endswith(".parquet") or name.startswith((".", "_")):

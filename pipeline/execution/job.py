@@ -11,8 +11,7 @@ import torch
 
 from hedgemix.config import Recipe
 from hedgemix.runtime import collectives
-from hedgemix.runtime.checkpoint import OnFileWritten, no_copy
-from hedgemix.runtime.files import Log
+from hedgemix.runtime.files import Log, OnFileWritten, no_copy
 from pipeline.steps.graph import RecordPlan
 from pipeline.steps.recovery import resuming
 from pipeline.steps.step import Step, fetch

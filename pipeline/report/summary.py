@@ -27,7 +27,7 @@ SEED_COLUMNS = (
     ("bytes", "total_bytes", ",.0f"),
     ("train s", "train_seconds", ",.1f"),
     ("evaluate s", "evaluate_seconds", ",.1f"),
-    ("attempts", "attempts", ".0f"),
+    ("retries", "retries", ".0f"),
 )
 
 

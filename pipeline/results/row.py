@@ -64,7 +64,7 @@ def build_row(
     known = values | {
         "status": "done" if done else "failed" if error else "pending",
         "error": None if done else error,
-        "attempts": sum(found["attempts"] for found in records) if records else None,
+        "retries": sum(found["attempts"] - 1 for found in records) if records else None,
         "lost_seconds": sum(found["lost_seconds"] for found in records) if records else None,
         "counts_seconds": counted["seconds"] if counted else None,
         "order": recipe.evaluate.order,

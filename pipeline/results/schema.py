@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Row:
     """done, failed, or pending (not finished when the driver stopped)."""
     error: str | None = None
     """What ended a failed seed."""
-    attempts: int | None = None
-    """Starts of the seed's finished steps; one each when nothing was lost."""
+    retries: int | None = None
+    """Starts of the seed's finished steps beyond the first of each: 0 when nothing was lost. Before schema version 7
+    `attempts`, which counted the first as well."""
     lost_seconds: float | None = None
     """Seconds of work in those steps that a fault undid and that were done again."""
     parameters: int | None = None
@@ -171,7 +172,7 @@ class Row:
     """Whether every check of `hedgemix audit` passed under its full plan, or one failed under any; empty when this
     artifact and result were not audited, or passed a weaker plan."""
     audit_plan: str | None = None
-    """How much the audit looked at: full, or in what it was weaker than the default; empty before schema version 7."""
+    """How much the audit looked at: full, or in what it was weaker than the default; empty before schema version 8."""
     audit_failed: list[str] | None = None
     """The checks that failed."""
     audit_log_sum: float | None = None

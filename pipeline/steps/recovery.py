@@ -11,9 +11,8 @@ from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 
 from hedgemix.runtime import clock
-from hedgemix.runtime.checkpoint import OnFileWritten
 from hedgemix.runtime.clock import Clock
-from hedgemix.runtime.files import write_json
+from hedgemix.runtime.files import OnFileWritten, write_json
 from hedgemix.runtime.layout import CLOCK, LOG, RESULT, TRACE
 from pipeline.steps.step import ASIDE, Step, exclusive_lock, refuse_links
 from pipeline.storage.uploader import Uploader

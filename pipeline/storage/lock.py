@@ -131,6 +131,8 @@ class Lease:
         time.sleep(stale_seconds if slow else settle_seconds)
         if not self.owned():
             raise self.refused(self.read())
+        if slow:
+            self.write()  # the wait has made it look like a dead one's
         self._renewing.start()
 
     def age(self) -> float:

@@ -23,7 +23,7 @@ class PendingUpload:
 
 class Uploader:
     """Push files in the order in which they are named: a
-    `hedgemix.runtime.checkpoint.OnFileWritten`, which any thread may call with a file and which returns at once.
+    `hedgemix.runtime.files.OnFileWritten`, which any thread may call with a file and which returns at once.
 
     Small files go up as they were at the call, so a list of checkpoints is never up before the checkpoints it names; a
     file that was deleted before its turn is passed over. A file named again and again goes up every

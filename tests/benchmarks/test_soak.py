@@ -98,7 +98,7 @@ def row(seed: int, **changed: Any) -> dict[str, Any]:
         "seed": seed,
         "status": "done",
         "error": None,
-        "attempts": 4,
+        "retries": 0,
         "lost_seconds": 0.0,
         "artifact_sha256": "a",
         **dict.fromkeys(same_record.BITS, 1.1),
@@ -114,7 +114,7 @@ def test_a_row_that_is_another_is_told() -> None:
         ({"bpb_full": None}, "bpb_full is None"),
         ({"status": "failed", "error": "lost"}, "seed 1 is failed: lost"),
         ({"artifact_sha256": "b"}, "another artifact"),
-        ({"attempts": 3}, "3 attempts"),
+        ({"retries": -1}, "-1 retries"),
         ({"lost_seconds": -1.0}, "-1.0 seconds lost"),
     ):
         [told] = same_record.wrong_rows([row(1, **changed)], [1], expected)
@@ -236,12 +236,12 @@ def test_the_report_counts_what_was_hit_and_says_what_is_wrong() -> None:
     about = {"cpu": "c", "cores": 2, "memory_gib": 8, "load": 1, "torch": "2", "ray": "3", "python": "4"}
     text = soak.markdown(
         {
-            "minutes": 10.0, "seed": 0, "seeds": 2, "references": [0], "rows": [row(0), row(1, attempts=7)],
+            "minutes": 10.0, "seed": 0, "seeds": 2, "references": [0], "rows": [row(0), row(1, retries=3)],
             "kills": kills, "missed": [], "commands": 3, "codes": [1, 0], "processes": 9, "ports": [1, 2],
             "trends": {"raylet": Trend(4.0, 100.0, 0.5, 40, 0.0), "driver": None}, "machine": about,
             "wrong": ["seed 1 is another"],
         }
     )  # fmt: skip
-    assert "| attempts of steps (four a seed undisturbed) | 11 |" in text
+    assert "| retries of steps | 3 |" in text
     assert "| task | 3 | 3 | 2 | 2.0 | 3.0 |" in text and "| node | 0 | 0 | 0 | | |" in text
     assert "| raylet | 4.0 | 100 | +0.50 | 40 | +0.00 |" in text and "- WRONG: seed 1 is another" in text

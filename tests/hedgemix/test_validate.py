@@ -65,9 +65,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model.width": 129}, "model.width 129 is not a multiple of model.heads"),
     ({"model.kv_heads": 3}, "model.kv_heads 3 does not divide model.heads"),
-    ({"model.rope_dims": 3}, "model.rope_dims 3 must be even and at most the head width 64"),
-    ({"model.rope_dims": 66}, "model.rope_dims 66 must be even and at most the head width 64"),
-    ({"model.rope_dims": -2}, "model.rope_dims -2 must be even and at most the head width 64"),
+    ({"model.rope_dims": 3}, "model.rope_dims 3 must be even and at most the head width 48"),
+    ({"model.rope_dims": 66}, "model.rope_dims 66 must be even and at most the head width 48"),
+    ({"model.rope_dims": -2}, "model.rope_dims -2 must be even and at most the head width 48"),
     ({"model.bigram_buckets": 1}, "model.bigram_buckets must be 0 (none) or at least 2"),
     ({"model.bigram_buckets": -1}, "model.bigram_buckets must be 0 (none) or at least 2"),
     ({"model.value_embedding_layers": 3}, "model.value_embedding_layers 3 must be between 0 and model.layers"),
@@ -81,9 +81,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train.microbatch_sequences": 0}, "train.microbatch_sequences must be at least 1"),
     ({"train.log_every_steps": 0}, "train.log_every_steps must be at least 1"),
     ({"train.calibration_sequences": 0}, "train.calibration_sequences must be at least 1"),
-    ({"train.batch_tokens": 1000}, BATCH.format(1000, 1, 768)),
-    ({"train.batch_tokens": 16}, BATCH.format(16, 1, 256)),
-    ({"compute.workers": 3}, BATCH.format(2048, 3, 1536)),
+    ({"train.batch_tokens": 1000}, BATCH.format(1000, 2, 512)),
+    ({"train.batch_tokens": 16}, BATCH.format(16, 2, 512)),
+    ({"compute.workers": 3}, BATCH.format(1024, 3, 768)),
     (
         {"train.late_qat": True, "quantize.method": "reference", "quantize.matrix_bits": 6},
         "train.late_qat trains for 5 bits; quantize.matrix_bits is 6",
@@ -185,7 +185,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             ("gates", (), "one or more"),
             ("linear_rate", 0.0, "above 0 and below 1"),
             ("memory_tokens", (1.0,), "one number for each of gates"),
-            ("memory_tokens", (1.0, 0.0), "above 0"),
+            ("memory_tokens", (1.0, 1.0, 1.0, 0.0), "above 0"),
             ("bias_rate", 1.0, "at least 0 and below 1"),
             ("logistic_ridge", 0.0, "above 0"),
             ("block_tokens", 0, "at least 1"),
@@ -228,10 +228,10 @@ def test_a_field_that_cannot_work_is_named_with_the_fix(changes: dict[str, Any],
 @pytest.mark.parametrize(
     "changes",
     [
-        {"compute.gpus_per_worker": 0.5},
+        {"compute.gpus_per_worker": 0.5, "compute.workers": 1},
         {"model.bigram_buckets": 0, "model.bigram_width": 0},
         {"model.value_embedding_layers": 0, "model.value_embedding_width": 0},
-        {"model.rope_dims": 64},
+        {"model.rope_dims": 48},
         {"train.steps": 5, "train.budget_seconds": 0.0},
         {"train.late_qat": True, "quantize.matrix_bits": 6},
         {"train.late_qat": True, "train.warmup_steps": 0},
@@ -262,7 +262,7 @@ def test_what_the_code_can_do_is_handed_in() -> None:
     validate.check_recipe(recipe, QAT_LEVELS, EXPERTS)
     with pytest.raises(RecipeError, match="late_qat"):
         validate.check_recipe(recipe, QAT_LEVELS + 1, EXPERTS)
-    validate.check_train(recipe, 8, QAT_LEVELS)
+    validate.check_train(recipe, 4, QAT_LEVELS)
     with pytest.raises(RecipeError, match=r"256 times 3 workers"):
         validate.check_train(recipe, 3, QAT_LEVELS)
     validate.check_experts(("mine",), ("mine", "yours"))

@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_costs_the_work_since_the_one_before(
         code, output = command(text, tmp_path, *OFTEN, environment=seen.environment())
     assert code == 0, output
     assert list(seen.folder.glob("fault-1.*")), "the checkpoint before was not read"
-    row = ended(out, undisturbed, attempts=5)
+    row = ended(out, undisturbed, retries=1)
     assert row.restarts == 1
     told = f"{(watch.again or 0) + newest - before} steps, {row.lost_seconds:.1f} s"
     faults.note(13, f"newest checkpoint {SAID[harm.__name__]}", "after machine and driver were killed", watch, told)
@@ -73,7 +73,7 @@ def test_a_damaged_artifact_is_made_again_and_the_score_stands(
         code, output = again(text, tmp_path)
     assert code == 0 and "damaged, made again" in output, output
     assert sha256_of(artifact) == sha256 and scored.stat().st_mtime_ns == before
-    ended(out, undisturbed, attempts=5)
+    ended(out, undisturbed, retries=1)
     name = f"artifact {SAID[harm.__name__]}"
     faults.note(14, name, "after all was done", watch, "quantization; the score stands")
 
@@ -98,7 +98,7 @@ def test_an_artifact_damaged_before_it_is_scored_is_made_again(
     thread.join()
     assert code == 0 and "damaged, made again" in output, output
     plan.check()
-    ended(out, undisturbed, attempts=6)
+    ended(out, undisturbed, retries=2)
     faults.note(
         14, "artifact a bit flipped, the evaluation killed", "between quantization and score", watch, "quantization"
     )
@@ -118,7 +118,7 @@ def test_damaged_weights_are_made_again_from_the_last_checkpoint(
         code, output = again(text, tmp_path)
     assert code == 0 and "damaged, made again" in output, output
     assert sha256_of(weights) == sha256
-    row = ended(out, undisturbed, attempts=range(6, 8))  # who reads the weights first, or both at once, starts in vain
+    row = ended(out, undisturbed, retries=range(2, 4))  # who reads the weights first, or both at once, starts in vain
     assert row.restarts == 1
     told = "averaging and calibration: training goes on from its last checkpoint"
     faults.note(15, f"weights.pt {SAID[harm.__name__]}", "between training and quantization", watch, told)

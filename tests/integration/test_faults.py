@@ -130,7 +130,7 @@ def test_every_stage_killed_once_changes_no_number(
         code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
     assert code == 0, output
     plan.check()
-    row = ended(out, undisturbed, attempts=8)
+    row = ended(out, undisturbed, retries=4)
     assert row.restarts == 1
     where = ("at its third checkpoint", "at the artifact", "at its result", "in the third chunk")
     names = ("training worker killed", "quantization killed", "scoring killed", "evaluation killed")
@@ -155,7 +155,7 @@ def test_a_driver_killed_in_training_the_same_command_goes_on(
         code, output = again(text, tmp_path, *options)
         driver.communicate()
     assert code == 0, output
-    row = ended(out, undisturbed_long, attempts=5)
+    row = ended(out, undisturbed_long, retries=1)
     assert row.restarts == 1 and row.lost_seconds <= 2 + clock.BEAT_SECONDS + 1
     faults.note(7, "driver killed", "in training, checkpoints every 2 s", watch, work(watch, row.lost_seconds))
 
@@ -171,7 +171,7 @@ def test_a_machine_lost_whole_the_same_command_goes_on(
         plan.check()
         code, output = again(text, tmp_path)
     assert code == 0, output
-    row = ended(tmp_path / "runs", undisturbed, attempts=5)
+    row = ended(tmp_path / "runs", undisturbed, retries=1)
     assert row.restarts == 0
     faults.note(8, "driver and all of its Ray killed", "in the third chunk", watch, work(watch, row.lost_seconds))
 
@@ -200,7 +200,7 @@ def test_weights_that_could_not_be_written_are_made_again(
         code, output = command(text, tmp_path, *OFTEN, environment=plan.environment())
     assert code == 0, output
     plan.check()
-    row = ended(tmp_path / "runs", undisturbed, attempts=5)
+    row = ended(tmp_path / "runs", undisturbed, retries=1)
     assert row.restarts == 1
     name = "disk full" if error == "ENOSPC" else "disk reports an error (EIO)"
     faults.note(11, name, "writing weights.pt", watch, "averaging and calibration")
@@ -218,7 +218,7 @@ def test_a_disk_that_stays_full_is_told_and_the_same_command_goes_on(
         room.say()
         code, output = again(text, tmp_path)
     assert code == 0, output
-    ended(tmp_path / "runs", undisturbed, attempts=6)
+    ended(tmp_path / "runs", undisturbed, retries=2)
     faults.note(12, "disk stays full", "writing weights.pt", watch, "averaging and calibration")
 
 
@@ -234,7 +234,7 @@ def test_one_of_two_ranks_killed_restarts_both(text: Path, tmp_path: Path, fault
     assert code == 0, output
     plan.check()
     row = the_row(tmp_path / "runs")
-    assert row.restarts == 1 and row.attempts == 5 and bits(row) == bits(the_row(tmp_path / "calm"))
+    assert row.restarts == 1 and row.retries == 1 and bits(row) == bits(the_row(tmp_path / "calm"))
     faults.note(2, "one of two training ranks killed", "at a checkpoint", watch, work(watch, row.lost_seconds))
 
 
@@ -252,7 +252,7 @@ def test_one_of_two_evaluating_ranks_killed_goes_on_from_its_chunk(
     assert code == 0, output
     plan.check()
     row = the_row(out)
-    assert row.attempts == 5 and row.evaluate_workers == 2 and bits(row) == bits(the_row(calm))
+    assert row.retries == 1 and row.evaluate_workers == 2 and bits(row) == bits(the_row(calm))
     assert "was lost, starts again" in output
     assert watch.again is not None and watch.again < fault_costs.done(the_step(out, "evaluate"))
     faults.note(6, "one of two evaluating ranks killed", "in the third chunk", watch, work(watch, row.lost_seconds))
@@ -298,7 +298,7 @@ def test_a_budget_is_not_granted_twice(text: Path, tmp_path: Path, faults: Fault
     assert code == 0, output
     plan.check()
     row, step = the_row(tmp_path / "runs"), the_step(tmp_path / "runs", "train")
-    assert row.status == "done" and row.restarts == 1 and row.attempts == 5
+    assert row.status == "done" and row.restarts == 1 and row.retries == 1
     came, starts = fault_costs.fired(plan)(), watch.starts
     assert came is not None and len(starts) == 2
     used = came - starts[0] + (step / "moments.pt").stat().st_mtime - starts[1]

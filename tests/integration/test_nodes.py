@@ -181,7 +181,7 @@ def test_a_machine_lost_in_training_is_replaced_by_another(
         Followed(cluster, text, out, 1, *WHOLE, *OFTEN).end()
         plan.check()
         assert len(cluster.alive()) == 2  # the head and the one that is left
-    row = ended(out, undisturbed, attempts=5)
+    row = ended(out, undisturbed, retries=1)
     assert row.restarts == 1
     faults.note(3, "machine killed, another idle", "at a checkpoint", watch, work(watch, row.lost_seconds))
 
@@ -201,7 +201,7 @@ def test_a_machine_removed_in_training_is_replaced_by_a_new_one(
         cluster.wait(1, 120)
         cluster.add()
         record.end()
-    row = ended(out, undisturbed_long, attempts=5)
+    row = ended(out, undisturbed_long, retries=1)
     assert row.restarts == 1 and 0 < row.lost_seconds <= 2 + clock.BEAT_SECONDS + 1
     told = work(watch, row.lost_seconds)
     faults.note(3, "machine removed, a new one added", "in training, checkpoints every 2 s", watch, told)
@@ -231,7 +231,7 @@ def test_a_spot_machine_s_notice_saves_the_training(
         if killed:
             node.kill()
         record.end()
-    row = ended(out, undisturbed_long, attempts=5)
+    row = ended(out, undisturbed_long, retries=1)
     assert saved < 5 and row.restarts == 1
     assert 0 < row.lost_seconds <= gone.time - noticed + 2
     told = f"{work(watch, row.lost_seconds)}; checkpoint {saved:.1f} s after the notice"
@@ -256,7 +256,7 @@ def test_a_cluster_that_was_lost_whole_costs_the_work_since_the_last_checkpoint(
         ended_after = time.time() - (gone.time or 0)
         cluster.restart(1)
         Followed(cluster, text, out, 1, *options).end()
-    row = ended(out, undisturbed_long, attempts=5)
+    row = ended(out, undisturbed_long, retries=1)
     assert row.restarts == 1 and 0 < row.lost_seconds <= 2 + clock.BEAT_SECONDS + 1
     told = f"{work(watch, row.lost_seconds)}; the first command ended after {ended_after:.0f} s"
     faults.note(9, "whole cluster killed, started anew", "in training, checkpoints every 2 s", watch, told)

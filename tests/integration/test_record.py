@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 
 from hedgemix.config import config_hash, to_dict
 from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from hedgemix.standalone import script
 from pipeline import record
-from pipeline.execution import ray_session
 from pipeline.monitor import status
 from pipeline.storage.store import Storage
 from support import tensorboard_events, tiny_record
@@ -76,6 +76,7 @@ def test_a_failed_seed_is_a_row_with_its_error_and_leaves_the_others_alone(undis
 
 def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     undisturbed: tuple[Path, int, str],
+    ray_session: None,
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -84,7 +85,7 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     before = row(out)
     steps = {path: path.stat().st_mtime_ns for path in out.glob("_steps/*/result.json")}
     with monkeypatch.context() as patched:
-        patched.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+        patched.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
         same = tiny_record.arguments(text, out, "--seeds", "1", "--record", "again")
         assert record.main(["laptop", *same]) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -94,7 +95,7 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
 
     other = ["--evaluate.mixer.kind", "hedge", "--evaluate.ttt.no-enabled", "--evaluate.cache.no-enabled"]
     other += ["--seeds", "1", "--record", "other"]
-    code, output = tiny_record.run(tiny_record.arguments(text, out, *other), out)
+    code, output = tiny_record.run_here(tiny_record.arguments(text, out, *other))
     assert code == 0, output
     new = {path.parent.name.split("-")[0] for path in out.glob("_steps/*/result.json")} - {
         path.parent.name.split("-")[0] for path in steps
@@ -115,7 +116,7 @@ def stands(storage: Storage) -> tuple[list[status.State], str]:
 
 
 def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
-    undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path
+    undisturbed: tuple[Path, int, str], ray_session: None, text: Path, tmp_path: Path
 ) -> None:
     options = tiny_record.arguments(text, tmp_path, "--seeds", "1", "--record", "tiny")
     process = tiny_record.start(options, tmp_path)
@@ -137,7 +138,7 @@ def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
     at = trained.stat().st_mtime_ns
     assert not list(tmp_path.glob("_steps/evaluate-*/result.json"))
 
-    code, output = tiny_record.run(options, tmp_path)
+    code, output = tiny_record.run_here(options)
     assert code == 0, output
     assert trained.stat().st_mtime_ns == at
     mine, theirs = row(tmp_path), row(undisturbed[0])
@@ -152,10 +153,10 @@ def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
 
 
 def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(
-    undisturbed: tuple[Path, int, str], text: Path, tmp_path: Path
+    undisturbed: tuple[Path, int, str], ray_session: None, text: Path, tmp_path: Path
 ) -> None:
     several = ["--compute.workers", "2", "--compute.evaluate-workers", "2", "--seeds", "1"]
-    code, output = tiny_record.run(tiny_record.arguments(text, tmp_path, *several), tmp_path)
+    code, output = tiny_record.run_here(tiny_record.arguments(text, tmp_path, *several))
     assert code == 0, output
     mine, theirs = row(tmp_path), row(undisturbed[0])
     assert mine.workers == 2 and theirs.workers == 1
@@ -164,8 +165,8 @@ def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(
         assert mine[column] == pytest.approx(theirs[column], rel=2e-3)  # rounding to 31 levels magnifies float noise
 
 
-def test_a_recipe_no_machine_can_hold_is_refused_at_once(text: Path, tmp_path: Path) -> None:
-    code, output = tiny_record.run(tiny_record.arguments(text, tmp_path, "--compute.gpus-per-worker", "4"), tmp_path)
+def test_a_recipe_no_machine_can_hold_is_refused_at_once(ray_session: None, text: Path, tmp_path: Path) -> None:
+    code, output = tiny_record.run_here(tiny_record.arguments(text, tmp_path, "--compute.gpus-per-worker", "4"))
     assert code == 2 and "compute.gpus_per_worker" in output and "4 GPU" in output
 
 

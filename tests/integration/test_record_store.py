@@ -52,6 +52,8 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     text: Path,
     tmp_path: Path,
     faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     store_server.make()
     options = arguments(store_server, text, *OPTIONS)
@@ -77,7 +79,7 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     table = pq.read_table(f"{BUCKET}/runs/tiny.parquet", filesystem=store_server.filesystem()).to_pandas()
     assert len(table) == 1 and table.status[0] == "done"
     assert bits(table.iloc[0]) == undisturbed_bits(undisturbed)
-    assert table.attempts[0] == 5  # the evaluation was started twice
+    assert table.retries[0] == 1  # the evaluation was started twice
     assert table.artifact_path[0].startswith(f"s3://{BUCKET}/runs/_steps/quantize-")
 
     # Nothing that was stored or printed holds the secret that all of it was written with.
@@ -88,8 +90,10 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     assert secret.decode() not in output and f"s3://{BUCKET}/runs/tiny.parquet" in output
 
     # A third time, on a third machine, there is nothing to do but the report; and a person's pandas reads the folder.
-    elsewhere = {"HEDGEMIX_SCRATCH": str(tmp_path / "elsewhere")}
-    code, output = tiny_record.run([*options, "--report"], tmp_path, elsewhere)
+    monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+    code = record.main(["laptop", *options, "--report"])
+    output = capsys.readouterr().out
     assert code == 0 and "nothing to do" in output
     assert f"report: s3://{BUCKET}/runs/_records/tiny/report.html" in output
     with store_server.filesystem().open_input_stream(f"{BUCKET}/runs/_records/tiny/report.html") as stream:
@@ -126,7 +130,7 @@ def test_a_store_that_stands_still_for_a_while_is_waited_for(
     assert driver.returncode == 0, output
     row = pq.read_table(f"{BUCKET}/runs/tiny.parquet", filesystem=store_server.filesystem()).to_pandas().iloc[0]
     assert row.status == "done" and bits(row) == undisturbed_bits(undisturbed_long)
-    assert row.attempts == 4 and row.lost_seconds == 0 and row.checkpoint_failures == 0
+    assert row.retries == 0 and row.lost_seconds == 0 and row.checkpoint_failures == 0
     faults.note(18, "object store silent for 10 s", "in training", 0.0, "none: training did not wait")
 
 

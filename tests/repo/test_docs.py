@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         workers=8, evaluate_workers=8, total_bytes=200_000, limit_bytes=300_000, within_limits=True,
         bits_per_weight=4.0,
     )  # fmt: skip
-    failed = replace(failed, error="train: it broke", attempts=4)
+    failed = replace(failed, error="train: it broke", retries=1)
     write_rows(storage, [done, failed])
     config = json.loads(done.config or "")
     config["evaluate"]["mixer"]["kind"] = "hedge"

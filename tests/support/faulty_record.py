@@ -57,12 +57,12 @@ def again(text: Path, folder: Path, *options: str) -> tuple[int, str]:
     return command(text, folder, *(options or OFTEN))
 
 
-def ended(out: Path, undisturbed: Undisturbed, *, attempts: int | range = 4) -> pd.Series:
-    """The row, which must be done with the undisturbed record's bits after so many starts of its four steps."""
+def ended(out: Path, undisturbed: Undisturbed, *, retries: int | range = 0) -> pd.Series:
+    """The row, which must be done with the undisturbed record's bits after so many retries of its steps."""
     row = the_row(out)
     assert row.status == "done", f"{row.status}: {row.error}"
     assert bits(row) == undisturbed_bits(undisturbed), (bits(row), undisturbed_bits(undisturbed))
-    assert row.attempts in (attempts if isinstance(attempts, range) else [attempts]), f"{row.attempts} starts"
+    assert row.retries in (retries if isinstance(retries, range) else [retries]), f"{row.retries} retries"
     return row
 
 

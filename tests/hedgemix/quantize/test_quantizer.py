@@ -46,6 +46,12 @@ def export(trained: Trained, target: int = UNBOUND, **changes: Any) -> tuple[dic
     return tensors, report, len(pack(tensors=tensors))
 
 
+@pytest.fixture(scope="module")
+def exported(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """With the default settings; not to be changed."""
+    return export(trained)
+
+
 @torch.no_grad()
 def divergence(trained: Trained, tensors: dict[str, Any]) -> float:
     """Mean KL, in nats, of the quantized model from the trained one."""
@@ -62,8 +68,10 @@ def changed(trained: Trained, **tensors: tuple[str, Tensor]) -> Trained:
     return trained._replace(moments=replace(trained.moments, **parts))
 
 
-def test_matrices_and_tables_get_steps_and_the_rest_is_float16(trained: Trained) -> None:
-    tensors, _, _ = export(trained)
+def test_matrices_and_tables_get_steps_and_the_rest_is_float16(
+    trained: Trained, exported: tuple[dict[str, Any], dict[str, Any], int]
+) -> None:
+    tensors, _, _ = exported
     assert list(tensors) == [name for name, _ in trained.model.named_parameters()]
     for name, parameter in trained.model.named_parameters():
         if parameter.dim() == 2 and min(parameter.shape) >= 16:
@@ -79,8 +87,10 @@ def test_the_loss_is_the_one_asked_for(trained: Trained, nats: float) -> None:
     assert 0.5 < divergence(trained, tensors) / nats < 2
 
 
-def test_bytes_are_those_asked_for_and_cost_what_was_expected(trained: Trained) -> None:
-    _, _, most = export(trained)
+def test_bytes_are_those_asked_for_and_cost_what_was_expected(
+    trained: Trained, exported: tuple[dict[str, Any], dict[str, Any], int]
+) -> None:
+    _, _, most = exported
     losses = []
     for share in (0.9, 0.7, 0.5):
         target = int(share * most)

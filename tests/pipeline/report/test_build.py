@@ -203,6 +203,15 @@ def test_twin_and_page_have_the_same_words() -> None:
         assert word in words
 
 
+def test_a_table_of_an_older_schema_reads_as_one_with_empty_columns(
+    undisturbed: tuple[Path, int, str], tmp_path: Path
+) -> None:
+    table = pd.read_parquet(undisturbed[0] / "tiny.parquet")
+    table.drop(columns=["retries", "memory_tokens"]).assign(attempts=4).to_parquet(tmp_path / "tiny.parquet")
+    row = records.load(str(tmp_path / "tiny.parquet")).rows[0]
+    assert row["retries"] is None and row["memory_tokens"] is None and row["bpb_final"] == table.bpb_final[0]
+
+
 @pytest.mark.parametrize("run", ["nowhere.parquet", "_records", "page.parquet", "old.parquet", "."])
 def test_what_is_no_record_is_refused_in_a_line(
     run: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -210,7 +219,7 @@ def test_what_is_no_record_is_refused_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("_records").mkdir()
     Path("page.parquet").write_text("no parquet")
-    pd.read_parquet(runs / "tiny.parquet").drop(columns="train_path").to_parquet("old.parquet")
+    pd.read_parquet(runs / "tiny.parquet").drop(columns="config_hash").to_parquet("old.parquet")
     monkeypatch.setattr("sys.argv", ["hedgemix", "report", run])
     with pytest.raises(SystemExit) as ended:
         cli.main()

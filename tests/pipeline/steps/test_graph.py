@@ -55,7 +55,7 @@ def test_a_step_is_named_by_what_it_reads_and_nothing_else() -> None:
     assert changed(base, keys(recipe, dataset(train_sha256="other"))) == {"train", "score", "quantize", "evaluate"}
     ranks = replace(recipe, compute=replace(recipe.compute, evaluate_workers=8))
     assert changed(base, keys(ranks, dataset())) == set()
-    workers = replace(recipe, compute=replace(recipe.compute, workers=2))
+    workers = replace(recipe, compute=replace(recipe.compute, workers=4))
     assert "train" in changed(base, keys(workers, dataset()))
 
 

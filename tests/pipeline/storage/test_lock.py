@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hedgemix.config import RecipeError
-from pipeline.storage.lock import hold
+from pipeline.storage.lock import Lease, hold
 from pipeline.storage.store import Storage, open_storage
 from support.s3_server import StoreServer, store_process, store_server
 
@@ -84,17 +84,36 @@ def test_a_second_is_refused_and_the_next_goes_on_at_once(store_server: StoreSer
 
 
 def test_a_killed_holders_lease_is_taken_over(store_server: StoreServer, tmp_path: Path) -> None:
+    there, calls = machine(store_server, tmp_path / "there"), []
+    patient = {**QUICK, "stale_seconds": 5.0}  # more than a busy machine takes to look at it
+    there.read_bytes(LOCK)  # its first question takes longest
     process = holder(store_server.uri(), tmp_path / "here")
     process.kill()
     process.wait()
-    there, calls = machine(store_server, tmp_path / "there"), []
     began = time.monotonic()
-    with hold(there, LOCK, lambda: calls.append(1), **QUICK):
-        assert calls == [1] and time.monotonic() - began < 2 * QUICK["stale_seconds"]
+    with hold(there, LOCK, lambda: calls.append(1), **patient):
+        assert calls == [1] and time.monotonic() - began < 2 * patient["stale_seconds"]
     there.write_bytes(LOCK, json.dumps({"owner": "x", "host": "y", "turn": 1}).encode())
     time.sleep(QUICK["stale_seconds"] + 1.1)  # the store's times are whole seconds
     with hold(there, LOCK, lambda: calls.append(1), **QUICK):
         assert calls == [1]  # old when we came: no waiting
+
+
+def test_a_slow_start_leaves_a_lease_that_looks_alive(
+    store_server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = machine(store_server, tmp_path / "here"), machine(store_server, tmp_path / "there")
+    write, writes = Lease.write, []
+
+    def slow(lease: Lease) -> None:
+        writes.append(lease)
+        if len(writes) == 1:
+            time.sleep(QUICK["settle_seconds"])
+        write(lease)
+
+    monkeypatch.setattr(Lease, "write", slow)
+    with hold(here, LOCK, **{**QUICK, "renew_seconds": 60.0}):
+        assert len(writes) == 2 and Lease(there, LOCK, 60.0).age() < QUICK["stale_seconds"]
 
 
 def test_of_many_at_once_one_goes_on(store_server: StoreServer, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.tracking.wandb_tracker import Wandb
 from tests.pipeline.tracking.test_follower import SECRET, drive, row, step
 
 ROW = row(1, "done", bpb_final=2.5, artifact_bytes=1000)
-FAILED = row(2, "failed", attempts=3)
+FAILED = row(2, "failed", retries=3)
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_mlflow_s_database_holds_one_run_a_seed(subject: TrackedRecord, monkeypa
     history = client.get_metric_history(runs["1"].info.run_id, "train/train_loss_nats")
     assert [(metric.step, metric.value) for metric in history] == values(9.0, 2, 4, 6) + values(1.0, 8, 10)
     assert runs["1"].data.metrics["row/bpb_final"] == 2.5 and runs["1"].data.metrics["row/artifact_bytes"] == 1000
-    assert runs["2"].data.metrics["row/attempts"] == 3
-    assert runs["1"].data.params == subject.settings() and subject.settings()["train.budget_seconds"] == "45"
+    assert runs["2"].data.metrics["row/retries"] == 3
+    assert runs["1"].data.params == subject.settings() and subject.settings()["train.budget_seconds"] == "55"
 
 
 def log_records(path: Path) -> Iterator[bytes]:
