@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,10 +24,18 @@ from hedgemix.runtime.files import Log
 
 
 class Pipe:
-    """Commits rows and hears tokens, each side by a file descriptor."""
+    """Commits rows and hears tokens, each side by a file descriptor, which are closed with it: who listens hears the
+    end of one that failed."""
 
     def __init__(self, rows_to: int, tokens_from: int) -> None:
         self.rows_to, self.tokens_from = os.fdopen(rows_to, "wb"), os.fdopen(tokens_from, "rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.rows_to.close()
+        self.tokens_from.close()
 
     def commit(self, log_row_V: np.ndarray) -> None:
         """Write a row."""
@@ -56,18 +64,18 @@ def commit(
     n_tokens: of the whole text, which schedules depend on."""
     torch.set_num_threads(1)
     found, settings = artifact.read(artifact_path), from_dict(EvaluateConfig, config)
-    line = Pipe(*pipe)
-    told_N, past = line.hear(1), Past(found, settings, n_tokens, torch.device(device))
-    for start, stop in stretches:
-        told_N = np.concatenate([told_N, line.hear(start - len(told_N))])
-        work = past.until(told_N) if start > 1 else None
-        predictor = Predictor(found, n_tokens, int(told_N[0]), settings, work)
-        heard_B = np.empty(stop - start, np.uint16)
-        for at in range(stop - start):
-            line.commit(predictor.log_row())
-            heard_B[at] = token = int(line.hear(1)[0])
-            predictor.update(token)
-        told_N = np.concatenate([told_N, heard_B])
+    with Pipe(*pipe) as line:
+        told_N, past = line.hear(1), Past(found, settings, n_tokens, torch.device(device))
+        for start, stop in stretches:
+            told_N = np.concatenate([told_N, line.hear(start - len(told_N))])
+            work = past.until(told_N) if start > 1 else None
+            predictor = Predictor(found, n_tokens, int(told_N[0]), settings, work)
+            heard_B = np.empty(stop - start, np.uint16)
+            for at in range(stop - start):
+                line.commit(predictor.log_row())
+                heard_B[at] = token = int(line.hear(1)[0])
+                predictor.update(token)
+            told_N = np.concatenate([told_N, heard_B])
 
 
 class Past:

@@ -23,7 +23,7 @@ from hedgemix.codec.predictor import Predictor
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import evaluator
 from hedgemix.evaluate.evaluator import Evaluation
-from hedgemix.evaluate.scoring_order import Piece
+from hedgemix.evaluate.scoring_order import FEATURES, Piece
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.experts.neural_cache import NeuralCache
@@ -75,6 +75,8 @@ def leaning(ahead: int, every: int = 1, start: int = 1) -> Callable[..., Any]:
             at_B = torch.arange(piece.start, piece.stop)
             leans_B1 = ((at_B % every == 0) & (at_B >= start)).float()[:, None]
             for name, rows_BV in found.items():
+                if name == FEATURES:
+                    continue
                 found[name] = rows_BV.scatter_add(1, known_B1, leans_B1).log_softmax(-1)
             yield piece, found
 
@@ -123,7 +125,7 @@ def charging(change: Callable[[dict[str, Tensor]], Tensor]) -> Iterator[None]:
 
 
 def hard_tokens_uncharged() -> AbstractContextManager[None]:
-    return charging(lambda nll: torch.where(nll["ensemble"] < 12, nll["ensemble"], 0.0))
+    return charging(lambda nll: torch.where(nll["ensemble"] < 6, nll["ensemble"], 0.0))
 
 
 def better_of_two() -> AbstractContextManager[None]:

@@ -160,7 +160,7 @@ def test_experts_over_features_pass_every_check_and_a_cache_that_remembers_itsel
     ("plant", "caught"),
     [
         (cheats.unnormalised, {"streamed", "bits"}),
-        (cheats.heavy_at_few, {"streamed"}),
+        (cheats.heavy_at_few, {"order", "streamed"}),
         (cheats.knows_target, {"streamed", "bits"}),
         (cheats.knows_future, {"streamed", "bits"}),
         (cheats.knows_one_in_33, {"streamed", "bits"}),
@@ -285,7 +285,7 @@ def test_the_first_tokens_are_whole_chunks_and_follow_the_whole_texts_schedule(r
 
 @pytest.mark.usefixtures("here")
 def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None:
-    def dies(*given: Any) -> sandbox.Outcome:
+    def dies(*given: Any, **named: Any) -> sandbox.Outcome:
         raise sandbox.WorkError("it broke")
 
     with pytest.MonkeyPatch.context() as patch:
