@@ -102,18 +102,22 @@ class Audit:
     """Of RUN: which number is taken for the score. The published rule's is none, and fails."""
     first_tokens: int = 0
     """Of RUN: audit this many tokens from the start, rounded up to whole chunks (0: all)."""
-    coded_tokens: int = 16_384
-    """Of RUN: most tokens really compressed and decompressed, of the first two chunks."""
+    streamed_tokens: int = 131_072
+    """Of RUN: most tokens whose rows are committed before they are told; of a longer text the first, the last and drawn
+    pieces."""
+    coded_tokens: int = 1024
+    """Of RUN: most tokens from the start that are really compressed and decompressed."""
     tolerance: float = 1e-6
     """Of RUN: largest relative difference of bits from another machine's, or another number of ranks'."""
     draws: int = 64
-    """Positions whose rows are looked at."""
+    """With --scorer: positions at which predict() is asked twice."""
     cuts: int = 2
-    """Positions at which the text is changed, in each of the two checks that do so."""
+    """With --scorer: positions at which the text is changed, in each of the two checks that do so."""
     windows: int = 1000
     """Of RUN: windows of each validation shard looked for in the training text."""
-    draw_seed: int = 0
-    """Of everything that is drawn."""
+    draw_seed: int | None = None
+    """Draw what an earlier audit drew, which printed its seed (default: from the system's randomness; only such an
+    audit sets `audited`)."""
     scorer: str = ""
     """module:object, a callable that makes a scorer (docs/audit.md), instead of RUN."""
     tokens: Path | None = None
@@ -209,8 +213,7 @@ def _audit(command: Audit) -> None:
             raise RecipeError("--tokens and --report go with --scorer; --first-tokens bounds the audit of a record")
         plan = auditor.Plan(
             first_tokens=command.first_tokens,
-            draws=command.draws,
-            cuts=command.cuts,
+            streamed_tokens=command.streamed_tokens,
             coded_tokens=command.coded_tokens,
             windows=command.windows,
             tolerance=command.tolerance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import shutil
@@ -19,16 +20,20 @@ from benchmarks.suite.timing import once
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
 from hedgemix.artifact.load_model import load_model
-from hedgemix.audit import sandbox
+from hedgemix.audit import sandbox, streamed
 from hedgemix.audit.replay import Source
 from hedgemix.config import EvaluateConfig, Recipe, TTTConfig, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.evaluate.evaluator import score_model
+from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.standalone import script
 
 STAGES = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")
 LOG, TRACE = "log.jsonl", "trace.jsonl"
+
+COMMITTED_TOKENS = 128
+"""Rows of the GPU's evaluation held against the one-token predictor's: the model, a token at a time on a CPU."""
 
 
 def folder(job: Job) -> Path:
@@ -169,31 +174,34 @@ def audit(job: Job) -> None:
         schedule_tokens=tokens, config=to_dict(config), claim="final", device=job.device.type,
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    cut = config.chunk_tokens + config.chunk_tokens // 2
-    heard: dict[str, dict[str, Any]] = {}
-    arguments = {
-        "source": asdict(source),
-        "positions": sorted({int(t) for t in np.linspace(1, tokens - 1, 8)}),
-        "cuts": [cut],
-        "marks": [tokens],
-    }
+    heard: dict[str, Any] = {}
+    charges: list[np.ndarray] = []
+
+    def hear(record: dict[str, Any]) -> None:
+        if "charges" in record:
+            charges.append(np.frombuffer(base64.b64decode(record["charges"]), "<f8"))
+        heard.update(record)
+
+    arguments = {"source": asdict(source), "marks": [tokens]}
     readable = [path, *map(Path, data.valid_shards)]
     try:
-        outcome = sandbox.run("hedgemix.audit.replay:testify", arguments, readable, heard.update)
+        outcome = sandbox.run("hedgemix.audit.replay:testify", arguments, readable, hear)
     except sandbox.WorkError as error:
         job.tell("refused", "; ".join(error.refused[:5]) or "nothing", note=str(error)[:300])
         raise
     confined = outcome.confined
     job.tell("refused", "; ".join(confined.refused[:5]) or "nothing", note=f"Landlock {confined.landlock}")
-    replay, sums = heard["replay"], [abs(row["log_sum"]) for row in heard["replay"]["rows"]]
+    replay = heard["replay"]
     job.tell("start of the closed process", outcome.start_seconds, "s")
     job.tell("replay", replay["seconds"], "s", note=f"{tokens - 1:,} tokens")
-    job.tell("largest log of a row's sum, size", max(sums), "", most=1e-4, note=f"{len(sums)} rows")
-    for changed in ("target", "future"):
-        found = heard[changed]
-        job.tell(
-            f"{changed} changed: other nats", found["nats_different"], "", most=0, note=f"of {found['nats_compared']:,}"
-        )
+    first = Piece(1, min(tokens, COMMITTED_TOKENS + 1))
+    vocab_size = artifact.read(path).header["vocab_size"]
+    work = "hedgemix.audit.commitment:commit"
+    committed, _, seconds = streamed.commit(work, source, [first], [path], vocab_size, lambda fraction: None)
+    off_B = np.abs(np.concatenate(charges)[: first.stop - 1] - committed.nats_N[1 : first.stop])
+    job.tell("rows committed on the CPU", seconds, "s", note=f"{first.stop - 1:,} tokens")
+    job.tell("largest distance of a row's sum from 1", committed.largest_off, "", most=1e-5)
+    job.tell("charges off the committed rows, largest", float(off_B.max()), "nats", note=f"mean {off_B.mean():.2g}")
     text = datasets.valid_stream(data).read(0, tokens)
     own = final_nats(artifact.read(path), text, config, job.device)
     job.tell(

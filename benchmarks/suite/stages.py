@@ -122,10 +122,10 @@ def mixing(bench: Bench) -> Iterator[Row]:
         return mixer_now.score({"neural": rows[: stop - 1]}, 1, stop).nll["neural"]
 
     def told(stop: int) -> Tensor:
-        one_by_one, nats = OnlineMixer(mixer, vocab_size, int(text[0])), []
+        one_by_one, nats = OnlineMixer(mixer, vocab_size, text[:1]), []
         cpu_rows = rows[: stop - 1].cpu()
         for at in range(1, stop):
-            nats.append(-one_by_one.predict(cpu_rows[at - 1])[int(text[at])])
+            nats.append(-torch.from_numpy(one_by_one.predict(cpu_rows[at - 1]))[int(text[at])])
             one_by_one.update(int(text[at]), ends_block=(at + 1) % mixer.block_tokens == 0)
         return torch.stack(nats)
 

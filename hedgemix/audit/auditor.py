@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import math
 import platform
 import tempfile
@@ -24,40 +23,22 @@ import torch
 from rich.console import Console
 
 from hedgemix import __version__
-from hedgemix.audit import checks, limits, sandbox
+from hedgemix.artifact import format as artifact
+from hedgemix.audit import checks, limits, own_code, sandbox, streamed
+from hedgemix.audit.agreement import check_agreement
 from hedgemix.audit.claim import Claim, claims, columns, write_columns
 from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
+from hedgemix.audit.plan import FULL, Plan, told
 from hedgemix.audit.replay import Source
 from hedgemix.audit.sandbox import WorkError
-from hedgemix.config import RecipeError, to_dict
-from hedgemix.evaluate.scoring_order import Piece, chunks, pieces
-from hedgemix.runtime.files import replacing, write_json
+from hedgemix.audit.seconds import check_seconds
+from hedgemix.config import RecipeError, config_hash, to_dict
+from hedgemix.evaluate.scoring_order import Piece, chunks
+from hedgemix.runtime.files import replacing, sha256_of, write_json
+from hedgemix.standalone import script
 
 RANKS = 2
 RANK_CHUNKS = 3
-CODED_CHUNKS = 2
-ROWS_A_PIECE = 4
-"""Rows looked at in one drawn piece: all of a piece's rows are made for the first."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Says how much is looked at."""
-
-    first_tokens: int = 0
-    """Audit this many tokens from the start, rounded up to whole chunks (0: all)."""
-    draws: int = 64
-    """Positions whose rows are summed."""
-    cuts: int = 2
-    """Positions at which copies of the text are changed, for each of the two checks that do."""
-    coded_tokens: int = 16_384
-    """Most tokens that are compressed and decompressed, of the first two chunks."""
-    windows: int = 1000
-    """Windows of each validation shard looked for in the training text."""
-    tolerance: float = 1e-6
-    """Largest relative difference of bits between two machines or numbers of ranks."""
-    seed: int = 0
-    """Of everything that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +46,7 @@ class Work:
     """Names the functions that do the work in processes of their own, as "module:function"; see `sandbox.run`."""
 
     witness: str = "hedgemix.audit.replay:testify"
+    predictor: str = "hedgemix.audit.commitment:commit"
     rank: str = "hedgemix.audit.replay:score_rank"
     coder: str = "hedgemix.audit.replay:compress"
     decoder: str = "hedgemix.audit.replay:decompress"
@@ -82,8 +64,10 @@ class Audit:
     """The chunks audited."""
     done_by: Work = Work()
     findings: list[Finding] = field(default_factory=list)
-    parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """What the witness logged."""
+    replay: dict[str, Any] | None = None
+    """What the witness told at its end."""
+    charges: list[np.ndarray] = field(default_factory=list)
+    """What it said each target was charged, in nats, a chunk each."""
     progress: Callable[[str], None] = lambda text: None
 
     def find(self, finding: Finding) -> None:
@@ -98,9 +82,11 @@ class Audit:
 
 
 def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None], done_by: Work = Work()) -> Audit:
-    """Begin an audit; raises RecipeError for a plan that cannot be carried out."""
-    if plan.first_tokens < 0 or plan.draws < 1 or plan.cuts < 1 or plan.coded_tokens < 2 or plan.windows < 1:
-        raise RecipeError("--draws, --cuts, --windows and --coded-tokens must be positive, --first-tokens not negative")
+    """Begin an audit, and draw its seed if the plan has none; raises RecipeError for a plan that cannot be carried
+    out."""
+    plan = plan.drawn()
+    if plan.first_tokens < 0 or plan.streamed_tokens < 1 or plan.coded_tokens < 2 or plan.windows < 1:
+        raise RecipeError("--streamed-tokens, --windows, --coded-tokens must be positive, --first-tokens not negative")
     total, config = claim.dataset.valid_tokens, claim.recipe.evaluate
     all_chunks = chunks(total, config.chunk_tokens)
     wanted = plan.first_tokens or total
@@ -124,15 +110,19 @@ def start(claim: Claim, plan: Plan, on_finding: Callable[[Finding], None], done_
 
 def record(table: Path, seeds: Sequence[int], name: str, plan: Plan, console: Console) -> int:
     """Audit the table's claims, a line a check; returns 0 when every check passed, else 1. Raises RecipeError."""
-    audited, bad = claims(table, seeds, name), []
+    audited, bad, worth = claims(table, seeds, name), [], FULL
     for claim in audited:
-        total = f"{claim.dataset.valid_tokens:,} tokens"
-        console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total}", highlight=False)
+        total, own = claim.dataset.valid_tokens, plan.drawn()
+        console.print(f"seed {claim.seed}: bpb_{name} {claim.score:.4f} of {total:,} tokens", highlight=False)
+        console.print(f"  drawn with --draw-seed {own.seed}", highlight=False)
         with console.status("starting") as status:
-            findings = run(claim, plan, lambda finding: print_finding(finding, console), status.update)
+            findings = run(claim, own, lambda finding: print_finding(finding, console), status.update)
         bad += [f"{finding} (seed {claim.seed})" for finding in failed(findings)]
         console.print(f"  report: {claim.path('.md')}", soft_wrap=True, highlight=False)
+        worth = told(own, total) if worth == FULL else worth
     sound = f"every check passed: seed {', '.join(str(claim.seed) for claim in audited)}"
+    if worth != FULL:
+        sound += f"; not taken for an audit, which looks at more ({worth})"
     verdict = f"FAILED: {', '.join(bad)}" if bad else sound
     console.print(verdict, style="bold red" if bad else "bold green", soft_wrap=True, highlight=False)
     return 1 if bad else 0
@@ -148,38 +138,38 @@ def run(
     """Make all checks of one claim, handed on one by one; writes audit.json, audit.md and, for the score, the table's
     columns."""
     work = start(claim, plan, on_finding, done_by)
-    work.progress = progress
-    coded_stop = min(work.spans[:CODED_CHUNKS][-1].stop, plan.coded_tokens)
-    repeat(work, coded_stop)
-    work.progress("scoring with two ranks")
-    ranks_agree(work)
-    work.progress("reading the training text")
-    work.find(timed(lambda: limits.check_limits(claim)))
-    work.find(timed(lambda: limits.unseen(claim, plan.windows, plan.seed)))
-    work.progress("compressing and decompressing")
-    work.find(timed(lambda: really_coded(work, coded_stop)))
+    work.progress, plan = progress, work.plan
+    coded_stop = min(work.source.tokens, plan.coded_tokens)
+    with ThreadPoolExecutor(1) as other:  # on a core of its own, since it takes as long as all the rest
+        proof = other.submit(prove, work)
+        repeat(work, coded_stop)
+        work.progress("scoring with two ranks")
+        ranks_agree(work)
+        work.progress("reading the training text")
+        work.find(timed(lambda: limits.check_limits(claim)))
+        work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work))))
+        work.find(timed(lambda: claimed(work)))
+        work.find(timed(lambda: check_seconds(claim)))
+        work.progress("compressing and decompressing")
+        work.find(timed(lambda: really_coded(work, coded_stop)))
+        work.find(proof.result()())
     write(work)
     return work.findings
 
 
 def repeat(work: Audit, coded_stop: int) -> None:
-    """Run the replay and its copies, isolated; without isolation when that fails, so that the rest can be told."""
-    plan, source = work.plan, work.source
-    arguments = {
-        "source": asdict(source),
-        "positions": draw_positions(work.spans, work, plan.draws),
-        "cuts": draw_cuts(work.spans, plan.cuts, plan.seed),
-        "marks": [coded_stop],
-    }
+    """Run the replay, isolated; without isolation when that fails, so that the rest can be told."""
+    arguments = {"source": asdict(work.source), "marks": [coded_stop]}
 
     def hear(record: dict[str, Any]) -> None:
         if "fraction" in record:
-            what = "evaluating a copy of the text" if work.parts.get("replay") else "evaluating the text"
-            work.progress(f"{what}: {record['fraction']:.0%}")
-        for name in ("replay", "target", "future"):
-            if name in record:
-                work.parts.setdefault(name, []).append(record[name])
-                judge(work, name)
+            work.progress(f"evaluating the text: {record['fraction']:.0%}")
+        if "charges" in record:
+            work.charges.append(np.frombuffer(base64.b64decode(record["charges"]), "<f8"))
+        if "replay" in record:
+            work.replay = record["replay"]
+            work.find(checks.order(work.claim, record["replay"], work.source.tokens))
+            work.find(checks.bits(work.claim, record["replay"], work.plan.tolerance))
 
     try:
         outcome = sandbox.run(work.done_by.witness, arguments, work.readable(), hear)
@@ -190,52 +180,63 @@ def repeat(work: Audit, coded_stop: int) -> None:
         refused = error.refused
     if refused:
         work.find(checks.self_contained(None, message, len(work.readable()), 0.0))
-        work.parts.clear()
+        work.replay, work.charges = None, []
         try:
             sandbox.run(work.done_by.witness, arguments, None, hear)
             return
         except WorkError as error:
             message = str(error)
-    for name in ("normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained"):
+    for name in ("order", "bits", "self-contained"):
         work.find(checks.not_done(name, message))
 
 
-def judge(work: Audit, name: str) -> None:
-    """Make the findings that became due with the part of this name."""
-    claim, plan, parts = work.claim, work.plan, work.parts[name]
-    if name == "replay":
-        work.find(checks.normalised(claim, parts[0]))
-        work.find(checks.order(claim, parts[0], work.source.tokens))
-        work.find(checks.bits(claim, parts[0], plan.tolerance))
-    elif len(parts) == plan.cuts:
-        work.find(checks.blind(name, parts))
+def drawn_seed(work: Audit) -> int:
+    """Return the seed of all that is drawn, which an audit has from its start on."""
+    assert work.plan.seed is not None
+    return work.plan.seed
 
 
-def draw_positions(spans: Sequence[Piece], work: Audit, draws: int) -> list[int]:
-    """Draw positions: the first target, the last, and others from pieces spread evenly over the text, a few a piece."""
-    config = work.claim.recipe.evaluate
-    all_pieces = [piece for chunk in spans for piece in pieces(chunk, config)]
-    generator = np.random.default_rng(work.plan.seed)
-    count = min(len(all_pieces), -(-draws // ROWS_A_PIECE))
-    edges = np.linspace(0, len(all_pieces), count + 1).astype(int)
-    chosen = [all_pieces[generator.integers(low, high)] for low, high in itertools.pairwise(edges)]
-    drawn = [generator.integers(piece.start, piece.stop, -(-draws // count)) for piece in chosen]
-    return sorted({1, spans[-1].stop - 1, *(int(t) for part in drawn for t in part)})
+def claimed(work: Audit) -> Finding:
+    """Hold all that the record says of the seed against the replay."""
+    if work.replay is None:
+        return checks.not_done("claim", "there is no replay to compare with")
+    return check_agreement(work.claim, work.replay, work.source.tokens, work.plan.tolerance)
 
 
-def draw_cuts(spans: Sequence[Piece], cuts: int, seed: int) -> list[int]:
-    """Draw positions spread over the text, the last after the first chunk when there is a second."""
-    stop = spans[-1].stop - 1  # the future of a cut has a token at least
-    edges = np.linspace(1, stop, cuts + 1).astype(int)
-    if len(spans) > 1:
-        edges[-2] = max(edges[-2], min(spans[1].start, stop - 1))
-    generator = np.random.default_rng(seed)
-    return [int(generator.integers(low, max(high, low + 1))) for low, high in itertools.pairwise(edges)]
+def prove(work: Audit) -> Callable[[], Finding]:
+    """Have rows committed before their tokens are told; returns what judges the replay's charges by them, once they
+    are there."""
+    claim, source, settings = work.claim, work.source, work.claim.recipe.evaluate
+    stretches, *drawn = streamed.draw(work.spans, settings, work.plan.streamed_tokens, drawn_seed(work))
+    vocab_size = artifact.read(claim.artifact).header["vocab_size"]
+
+    def told(fraction: float) -> None:
+        work.progress(f"rows before their tokens: {fraction:.0%}")
+
+    try:
+        committed, outcome, seconds = streamed.commit(
+            work.done_by.predictor, source, stretches, [claim.artifact], vocab_size, told
+        )
+    except WorkError as error:
+        finding = checks.not_done("streamed", str(error))
+        return lambda: finding
+
+    def judge() -> Finding:
+        if work.replay is None:
+            return checks.not_done("streamed", "there is no replay whose charges could be compared")
+        charged_N = np.concatenate([[math.nan], *work.charges])
+        if len(charged_N) != source.tokens:
+            return checks.not_done("streamed", f"the replay told {len(charged_N) - 1:,} charges")
+        lines = work.replay["lines"]
+        return streamed.check(committed, charged_N, lines, claim.name, settings.dtype, drawn, outcome.confined, seconds)
+
+    return judge
 
 
 def ranks_agree(work: Audit) -> None:
     """Score the first chunks with two ranks and compare with the replay, which one scored."""
-    if not work.parts.get("replay"):
+    replay = work.replay
+    if replay is None:
         work.find(checks.not_done("world-size", "there is no replay to compare with"))
         return
     source = replace(
@@ -254,14 +255,14 @@ def ranks_agree(work: Audit) -> None:
                 outcomes = [each.result().value for each in running]
             except WorkError as error:
                 return checks.not_done("world-size", str(error))
-        return checks.world_size(work.parts["replay"][0], outcomes, work.plan.tolerance)
+        return checks.world_size(replay, outcomes, work.plan.tolerance)
 
     work.find(timed(check))
 
 
 def really_coded(work: Audit, stop: int) -> Finding:
     """Take the beginning of the text through the codec, there and back in two processes."""
-    if not work.parts.get("replay"):
+    if work.replay is None:
         return checks.not_done("coded", "there is no replay to compare with")
     source = replace(work.source, tokens=stop)
     with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +281,8 @@ def really_coded(work: Audit, stop: int) -> Finding:
 def reported_bits(work: Audit, stop: int) -> float:
     """Count the bits that the record reports for the targets before `stop`: its trace's for whole chunks, and for the
     beginning of a chunk the same share of them as in the replay."""
-    claim, replay = work.claim, work.parts["replay"][0]
+    claim, replay = work.claim, work.replay
+    assert replay is not None
     total, mine = 0.0, 0.0
     for chunk, line, replayed in zip(work.spans, claim.trace, replay["lines"], strict=False):
         if chunk.start < stop:
@@ -291,41 +293,54 @@ def reported_bits(work: Audit, stop: int) -> float:
 
 def write(work: Audit) -> None:
     """Write audit.md, audit.json and, for the score, the table's columns; raises RecipeError where that fails."""
-    claim, findings = work.claim, work.findings
+    claim, findings, code = work.claim, work.findings, own_code.digests()
     figures = {finding.name: finding.figures for finding in findings}
-    rows = figures["normalised"]
+    mass = work.replay["published_mass"] if work.replay else math.nan
+    bad, worth = failed(findings), told(work.plan, claim.dataset.valid_tokens)
+    audited_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {
+        f"bpb_{claim.name}": claim.score,
+        "tokens audited": f"{work.source.tokens:,} of {claim.dataset.valid_tokens:,}",
+        "plan": worth,
+        "artifact sha256": claim.row["artifact_sha256"],
+        "validation sha256": claim.row["valid_sha256"],
+        "recipe": f"{claim.row['recipe']}, configuration {claim.row['config_hash']}",
+        "audited": f"{audited_at}, hedgemix {__version__}, torch {torch.__version__}, {work.source.device}, "
+        f"{work.source.threads} threads, {platform.machine()}",
+        "drawn with seed": str(work.plan.seed),
+        "audited with": ", ".join(f"{name} {value}" for name, value in code.items()),
+    }
+    title = f"Audit of {claim.row['record']}, seed {claim.seed}: bpb_{claim.name} {claim.score:.4f}"
+    report = markdown(title, facts, findings).encode()
     verdict = {
-        "passed": not failed(findings),
-        "failed": failed(findings),
-        "log_sum": rows.get("largest_log_sum"),
-        "published_log_sum": rows.get("published_largest_log_sum"),
+        "audited": False if bad else True if worth == FULL else None,
+        "audit_plan": worth,
+        "passed": not bad,
+        "failed": bad,
+        "log_sum": figures["streamed"].get("largest_sum_off_1"),
+        "published_log_sum": math.log(mass) if mass > 0 else None,
         "coded_bits": figures["coded"].get("coded_bits"),
         "reported_bits": figures["coded"].get("reported_bits"),
         "tokens": work.source.tokens,
         "claim": claim.name,
-        "artifact_sha256": claim.row["artifact_sha256"],
+        "seed": claim.seed,
+        "config_hash": config_hash(claim.recipe),
+        "code_sha256": script.sha256(),
+        "artifact_sha256": sha256_of(claim.artifact),
+        "artifact_bytes": claim.artifact.stat().st_size,
         "result": claim.result,
         "plan": asdict(work.plan),
         "source": asdict(work.source),
+        "report_sha256": hashlib.sha256(report).hexdigest(),
         "hedgemix_version": __version__,
         "torch_version": torch.__version__,
-        "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "audited_with": code,
+        "audited_at": audited_at,
         "findings": [asdict(finding) for finding in findings],
     }
-    facts = {
-        f"bpb_{claim.name}": claim.score,
-        "tokens audited": f"{work.source.tokens:,} of {claim.dataset.valid_tokens:,}",
-        "artifact sha256": claim.row["artifact_sha256"],
-        "validation sha256": claim.row["valid_sha256"],
-        "recipe": f"{claim.row['recipe']}, configuration {claim.row['config_hash']}",
-        "audited": f"{verdict['audited_at']}, hedgemix {__version__}, torch {torch.__version__}, {work.source.device}, "
-        f"{work.source.threads} threads, {platform.machine()}",
-        "drawn with seed": str(work.plan.seed),
-    }
-    title = f"Audit of {claim.row['record']}, seed {claim.seed}: bpb_{claim.name} {claim.score:.4f}"
     try:
         with replacing(claim.path(".md")) as file:
-            file.write(markdown(title, facts, findings).encode())
+            file.write(report)
         write_json(claim.path(".json"), verdict)
         if claim.name == "final":
             write_columns(claim.table, claim.seed, columns(verdict))

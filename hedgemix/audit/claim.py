@@ -21,12 +21,13 @@ from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.files import read_json, replacing
-from hedgemix.runtime.layout import AUDIT, RESULT, STEPS, TRACE
+from hedgemix.runtime.layout import AUDIT, LOG, RESULT, STEPS, TRACE
 
 NAMES = ("final", "published")
-PATHS = ("artifact_path", "evaluate_path", "dataset_path")
+PATHS = ("artifact_path", "evaluate_path", "dataset_path", "train_path")
 AUDITED = {
-    "audited": "passed",
+    "audited": "audited",
+    "audit_plan": "audit_plan",
     "audit_failed": "failed",
     "audit_log_sum": "log_sum",
     "audit_published_log_sum": "published_log_sum",
@@ -35,6 +36,8 @@ AUDITED = {
     "audit_tokens": "tokens",
 }
 """The columns an audit fills, and where they stand in audit.json."""
+ADDED = ("audit_plan",)
+"""Those that the table of an older hedgemix lacks, which is read as if they were empty."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class Claim:
     result: dict[str, Any]
     """What its result.json reports."""
     trace: list[dict[str, Any]]
+    training: Path
+    """Folder of the training's step."""
+    trained: dict[str, Any]
+    """What the training's result.json reports."""
+    log: list[dict[str, Any]]
+    """Of the training, a step each."""
+    quantized: dict[str, Any]
+    """What the result.json beside the artifact reports."""
+    header: dict[str, Any]
+    """What the artifact itself says of its making."""
 
     @property
     def score(self) -> float:
@@ -92,13 +105,14 @@ def read_rows(table: Path) -> list[dict[str, Any]]:
         raise RecipeError(f"{table} cannot be read as parquet ({str(error).splitlines()[0]})") from None
     if content is None:
         raise RecipeError(f"{table} is no file; give the parquet file that the record prints as its table")
-    lacking = [column for column in (*PATHS, *AUDITED, "config") if column not in content.column_names]
+    there = {*content.column_names, *ADDED}
+    lacking = [column for column in (*PATHS, *AUDITED, "config") if column not in there]
     if lacking:
         raise RecipeError(
             f"{table} has no column {lacking[0]}: it is no record's table, or an older hedgemix wrote it; run its "
             "record command again, which repeats no finished step"
         )
-    return content.to_pylist()
+    return [dict.fromkeys(ADDED) | row for row in content.to_pylist()]
 
 
 def load(table: Path, row: dict[str, Any], name: str) -> Claim:
@@ -106,12 +120,11 @@ def load(table: Path, row: dict[str, Any], name: str) -> Claim:
     fails."""
     seed = row["seed"]
     places = {column: find(table, row, column) for column in PATHS}
-    evaluation, file = places["evaluate_path"], places["artifact_path"]
+    evaluation, file, training = (places[column] for column in ("evaluate_path", "artifact_path", "train_path"))
+    result, trace = step_result(seed, evaluation), step_lines(seed, evaluation / TRACE)
     try:
-        result = read_json(evaluation / RESULT)["result"]
-        trace = [json.loads(line) for line in (evaluation / TRACE).read_text().splitlines()]
         claimed = result[f"bpb_{name}"], [line["bits"][name] for line in trace]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise RecipeError(f"seed {seed}: {evaluation} has no sound result.json and trace.jsonl ({error!r})") from None
     if not trace or not isinstance(claimed[0], float):
         raise RecipeError(f"seed {seed}: {evaluation} reports no bpb_{name} and no chunks")
@@ -129,7 +142,39 @@ def load(table: Path, row: dict[str, Any], name: str) -> Claim:
     for shard in (*data.valid_shards, *data.train_shards):
         if not Path(shard).is_file():
             raise RecipeError(f"seed {seed}: shard {shard} is not there; put back what dataset.json names")
-    return Claim(table, seed, name, row, recipe, data, file, evaluation, result, trace)
+    return Claim(
+        table=table,
+        seed=seed,
+        name=name,
+        row=row,
+        recipe=recipe,
+        dataset=data,
+        artifact=file,
+        evaluation=evaluation,
+        result=result,
+        trace=trace,
+        training=training,
+        trained=step_result(seed, training),
+        log=step_lines(seed, training / LOG),
+        quantized=step_result(seed, file.parent),
+        header=loaded.header,
+    )
+
+
+def step_result(seed: int, folder: Path) -> dict[str, Any]:
+    """Read what the result.json of a step's folder reports; raises RecipeError where there is no sound one."""
+    try:
+        return dict(read_json(folder / RESULT)["result"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"seed {seed}: {folder} has no sound {RESULT} ({error!r})") from None
+
+
+def step_lines(seed: int, path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; raises RecipeError where there is none, or one that is no object a line."""
+    try:
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"seed {seed}: {path.parent} has no sound {path.name} ({error!r})") from None
 
 
 def find(table: Path, row: dict[str, Any], column: str) -> Path:
@@ -151,8 +196,8 @@ def columns(verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_columns(evaluation: Path, artifact_sha256: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the audit columns from the audit.json in the folder of an evaluation; empty when there is none, or when it
-    is about another artifact or another result."""
+    """Read the audit columns from the audit.json in the folder of an evaluation; empty when there is none, when it is
+    about another artifact or another result, or an older hedgemix wrote it."""
     try:
         verdict = read_json(evaluation / AUDIT)
         same = verdict["artifact_sha256"] == artifact_sha256 and verdict["result"] == result
@@ -165,5 +210,9 @@ def write_columns(table: Path, seed: int, values: Mapping[str, Any]) -> None:
     """Set columns of a seed's row; the table stays whole whatever happens."""
     content = pq.read_table(table)
     rows = [row | values if row["seed"] == seed else row for row in content.to_pylist()]
+    schema = content.schema
+    for column in ADDED:
+        if column in values and column not in schema.names:
+            schema = schema.append(pa.field(column, pa.string()))
     with replacing(table) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=content.schema), file)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)

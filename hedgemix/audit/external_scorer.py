@@ -1,4 +1,4 @@
-"""The audit of anybody's scorer, by four of the checks that hedgemix's own evaluation has to pass.
+"""The audit of anybody's scorer, which has the text: by what can be seen of it when the text is changed.
 
 A scorer is made by a callable, named `module:object`, that is given the text: integers (N,). Being given all of it, a
 batched evaluator can be wrapped; the audit changes the text it gives and watches whether what it must not reach moves.
@@ -17,9 +17,10 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,15 @@ from typing import Protocol
 import numpy as np
 from rich.console import Console
 
-from hedgemix.audit.checks import LOG_SUM, blind, relative
+from hedgemix.audit.checks import Record, relative, wrong_or
 from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
-from hedgemix.audit.replay import altered
+from hedgemix.audit.plan import SEED_BITS
 from hedgemix.config import RecipeError
 from hedgemix.data.shards import map_shard
 from hedgemix.runtime.files import replacing
 
+LOG_SUM = 1e-5
+"""Largest |log of the sum| of a row: float32 rounding of 1,024 probabilities is some 1e-6."""
 NATS = 1e-6
 """Largest relative difference between a scorer's own total and that of its rows."""
 
@@ -98,21 +101,23 @@ def read_tokens(path: Path) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
-def report(name: str, path: Path, draws: int, cuts: int, seed: int, place: Path | None, console: Console) -> int:
+def report(name: str, path: Path, draws: int, cuts: int, seed: int | None, place: Path | None, console: Console) -> int:
     """Audit the scorer `name` on the tokens of a file, a line a check; the report goes to `place`, or is printed.
 
-    Returns 0 when every check passed, else 1. Raises RecipeError.
+    seed: of all that is drawn; None: from the system's randomness. Returns 0 when every check passed, else 1. Raises
+    RecipeError.
     """
     if draws < 1 or cuts < 1:
         raise RecipeError("--draws and --cuts must be positive")
     make, tokens_N = load(name), read_tokens(path)
+    seed = secrets.randbits(SEED_BITS) if seed is None else seed
     console.print(f"{name} on {len(tokens_N) - 1:,} tokens of {path}", soft_wrap=True, highlight=False)
     findings, rate = run(make, tokens_N, draws, cuts, seed, lambda finding: print_finding(finding, console))
     facts = {
         "bits per token of its rows": rate,
         "tokens": len(tokens_N) - 1,
         "text": path.name,
-        "drawn with seed": seed,
+        "drawn with seed": str(seed),
     }
     text = markdown(f"Audit of {name}: {rate:.4f} bits per token", facts, findings)
     if place is None:
@@ -143,7 +148,7 @@ def run(
     for finding in findings:
         on_finding(finding)
     for changed in ("target", "future"):
-        finding = timed(partial(changed_copies, make, tokens_N, changed, places, base))
+        finding = timed(partial(changed_copies, make, tokens_N, changed, places, base, seed))
         findings.append(finding)
         on_finding(finding)
     return findings, float(base.nats_N[1:].sum()) / math.log(2) / (size - 1)
@@ -228,13 +233,13 @@ def order(base: Walk, asked: Collection[int]) -> Finding:
 
 
 def changed_copies(
-    make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk
+    make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk, seed: int
 ) -> Finding:
     """Check that new scorers, on copies of the text changed at these places, say the same up to there."""
     copies = []
     for cut in places:
         row_V = base.rows[cut]
-        mine = walk(make, altered(tokens_N, changed, cut, len(row_V)), cut, {cut})
+        mine = walk(make, altered(tokens_N, changed, cut, len(row_V), seed), cut, {cut})
         stop = cut + (changed == "future")
         other = np.flatnonzero(mine.nats_N[1:stop] != base.nats_N[1:stop])
         copies.append(
@@ -245,8 +250,45 @@ def changed_copies(
                 "nats_compared": stop - 1,
                 "nats_different": len(other),
                 "first_different": int(other[0]) + 1 if len(other) else None,
-                "chunks_learned": 0,
-                "seconds": 0.0,
             }
         )
     return blind(changed, copies)
+
+
+def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Copy the tokens with another one, drawn evenly with the audit's seed, in place of each of the changed part: the
+    token at `cut` (changed: "target"), or all after it."""
+    part = slice(cut, cut + 1) if changed == "target" else slice(cut + 1, None)
+    shift = np.random.default_rng([seed, cut]).integers(1, vocab_size, len(tokens_N[part]))
+    out = tokens_N.copy()
+    out[part] = (out[part] + shift) % vocab_size
+    return out
+
+
+def blind(what: str, copies: Sequence[Record]) -> Finding:
+    """Check that copies of the text charge the same up to where they differ. what: target or future, the part that was
+    changed in each."""
+    wrong = []
+    for copy in copies:
+        place = f"position {copy['position']:,}"
+        if not copy["row_equal"]:
+            wrong.append(f"{place}: its row moved by up to {copy['row_difference']:.2g}")
+        if copy["nats_different"]:
+            wrong.append(
+                f"{place}: {copy['nats_different']:,} charges up to it changed, from {copy['first_different']:,} on"
+            )
+    part = "only the token there" if what == "target" else "every token after it"
+    compared = sum(copy["nats_compared"] for copy in copies)
+    statement = (
+        f"With {part} replaced, the row of a new scorer at each of {len(copies)} positions and all charges up to it "
+        f"({compared:,}) are the same to the bit."
+    )
+    figures = {
+        "positions": [copy["position"] for copy in copies],
+        "charges_compared": compared,
+        "charges_different": sum(copy["nats_different"] for copy in copies),
+        "largest_row_difference": max((copy["row_difference"] for copy in copies), default=math.nan),
+        "violations": wrong[:8],
+    }
+    headline = wrong[0] if wrong else f"{len(copies)} rows and {compared:,} charges bitwise the same"
+    return Finding(f"blind-to-{what}", bool(copies) and not wrong, headline, wrong_or(wrong, statement), figures)

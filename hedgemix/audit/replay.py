@@ -1,18 +1,15 @@
 """An evaluation that tells what it does, for an audit to judge. Runs in processes of its own; see `sandbox`.
 
-The watched evaluation is the one that scores records. A witness hears what it charges, which rows it charges from,
-where the counts stood, which weights made the rows, what was learned when. Nothing of the record enters; all of it is
+The watched evaluation is the one that scores records. A witness hears what it charges, where the counts stood, which
+weights made the rows, what was learned when. Nothing of the record enters; all of it is
 computed from the artifact and the tokens.
 """
 
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +27,6 @@ from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.observer import Observer
 from hedgemix.evaluate.scoring_order import Piece
-from hedgemix.mixers import published
 from hedgemix.model.transformer import Model
 from hedgemix.runtime.files import Log, silent
 
@@ -64,28 +60,18 @@ class Source:
         return from_dict(EvaluateConfig, self.config)
 
 
-class Enough(Exception):
-    """Ends a replay: the witness raises it when the last piece that it was asked for is scored."""
-
-
 class Witness(Observer):
     """Keeps what an evaluation does."""
 
-    def __init__(self, claim: str, tokens: int, wanted: Sequence[int] = (), until: int | None = None) -> None:
-        """claim: the name of `nats` that is taken for the score. tokens: N, of the text. wanted: positions whose full
-        rows are kept. until: stop after the piece that holds this position."""
-        self.claim, self.wanted, self.until = claim, wanted, tokens if until is None else until
+    def __init__(self, claim: str, tokens: int, log: Log = silent) -> None:
+        """claim: the name of `nats` that is taken for the score. tokens: N, of the text. log: told what the targets of
+        each chunk were charged, {"charges": base64 of float64, in nats}."""
+        self.claim, self.log = claim, log
         self.nats_N = np.full(tokens, np.nan)
         """What each position was charged under the claim, in nats."""
         self.charged = 0
         """Targets charged under the claim."""
-        self.full: dict[int, Tensor] = {}
-        """Log rows (V,) float64 of the wanted positions under the claim."""
-        self.seen: list[dict[str, Any]] = []
-        """What the rows of the wanted positions are, and what was charged there."""
         self.events: list[dict[str, Any]] = []
-        self.row_seconds = 0.0
-        self._looked: list[dict[str, Any]] = []
         self._position = self._scorer = 0
 
     def tell(self, event: str, span: Piece, **more: Any) -> None:
@@ -97,8 +83,10 @@ class Witness(Observer):
         self.tell("open", chunk, **weights_now(work))
 
     def on_close(self, work: Evaluation, chunk: Piece) -> None:
-        """Keep which weights made the chunk's last rows."""
+        """Keep which weights made the chunk's last rows, and tell its charges."""
         self.tell("close", chunk, **weights_now(work))
+        charges = self.nats_N[chunk.start : chunk.stop].astype("<f8").tobytes()
+        self.log({"charges": base64.b64encode(charges).decode()})
 
     def on_learn(self, work: Evaluation, chunk: Piece) -> None:
         """Hold the fingerprint of the adapted weights before they learn the chunk."""
@@ -111,67 +99,22 @@ class Witness(Observer):
         self.tell("learn", chunk, before=self._scorer, after=fingerprint(work.adapter.scorer))
 
     def on_rows(self, work: Evaluation, piece: Piece, rows: dict[str, Tensor]) -> None:
-        """Look at the rows of the piece's wanted positions, and hold where the mixer stands before it is scored."""
-        asked = [t for t in self.wanted if piece.start <= t < piece.stop]
-        began = time.monotonic()
-        self._looked = self.look(work, piece, rows, asked) if asked else []
-        self.row_seconds += time.monotonic() - began
+        """Hold where the mixer stands before the piece is scored."""
         self._position = work.mixer.position
 
     def on_charge(self, work: Evaluation, piece: Piece, charges: dict[str, Tensor]) -> None:
-        """Keep what the piece was charged under the claim, in nats; raises Enough when it holds the last position asked
-        for."""
+        """Keep what the piece was charged under the claim, in nats."""
         nats = charges[self.claim].double().cpu().numpy()
         self.charged += len(nats)
         self.nats_N[piece.start : piece.stop] = nats[: piece.stop - piece.start]
         self.tell("score", piece, before=self._position, after=work.mixer.position, charged=len(nats))
-        for row in self._looked:
-            self.seen.append(row | {"charged_nats": float(self.nats_N[row["position"]])})
-        if piece.stop > self.until:
-            raise Enough
-
-    def look(
-        self, work: Evaluation, piece: Piece, rows: dict[str, Tensor], asked: Sequence[int]
-    ) -> list[dict[str, Any]]:
-        """Describe the rows of the asked positions, right before the piece is scored."""
-        mixed_BV = work.mixer.rows(rows, piece.start, piece.stop)[work.best][work.mixer.kind]
-        looked = []
-        for t in asked:
-            rule_V = published_row(work, piece, rows[work.best], t)
-            row_V = mixed_BV[t - piece.start].double() if self.claim == "final" else rule_V
-            self.full[t] = row_V.clone()
-            looked.append(
-                {
-                    "position": t,
-                    "log_sum": float(row_V.logsumexp(0)),
-                    "sound": bool((row_V < math.inf).all()),  # NaN is not
-                    "row_nats": -float(row_V[work.tokens_N[t : t + 1]]),
-                    "published_log_sum": float(rule_V.logsumexp(0)),
-                }
-            )
-        return looked
-
-
-def published_row(work: Evaluation, piece: Piece, rows_BV: Tensor, t: int) -> Tensor:
-    """Log of what the published rule gives each token at t, (V,) float64: it is asked for every one."""
-    state, done = copy.copy(work.published), t - piece.start  # its scoring replaces fields and changes none
-    history_B2, targets_B = work.history(piece), work.tokens_N[piece.start : piece.stop]
-    if done:
-        published.score(state, rows_BV[:done], history_B2[:done], targets_B[:done])
-    every_V = torch.arange(rows_BV.shape[1], device=rows_BV.device)
-    row, history = rows_BV[done].expand(len(every_V), -1), history_B2[done].expand(len(every_V), -1)
-    nats_V, _ = published.mix(state, *published.losses(state, row, history, every_V))
-    return -nats_V.double()
 
 
 def play(work: Evaluation, log: Log = silent) -> list[dict[str, Any]]:
-    """Run all chunks, or as far as the witness asks; returns their lines of the trace."""
+    """Run all chunks; returns their lines of the trace."""
     lines = []
     for number, chunk in enumerate(work.chunks):
-        try:
-            lines.append(work.run_chunk(number, chunk))
-        except Enough:
-            break
+        lines.append(work.run_chunk(number, chunk))
         log({"fraction": chunk.stop / len(work.tokens_N)})
     return lines
 
@@ -197,22 +140,22 @@ def begin(source: Source, tokens_N: np.ndarray, observer: Observer | None = None
     now."""
     torch.set_num_threads(source.threads)
     if source.device == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)  # copies are compared to the bit
+        torch.use_deterministic_algorithms(True, warn_only=True)
     device = torch.device(source.device)
     given = artifact.read(source.artifact), tokens_N, source.settings(), device
     return Evaluation.begin(*given, schedule_tokens=source.schedule_tokens, observer=observer)
 
 
-def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks: list[int], log: Log) -> None:
-    """Replay the evaluation, then evaluate copies of the text changed at or after each cut.
+def testify(source: dict[str, Any], marks: list[int], log: Log) -> None:
+    """Replay the evaluation.
 
-    positions: whose rows are looked at. marks: positions up to which the charged nats are summed. Logs {"fraction"},
-    {"replay": ...}, and {"target": ...} or {"future": ...} for each copy.
+    marks: positions up to which the charged nats are summed. Logs {"fraction"} and {"charges"} chunk by chunk, and
+    {"replay": ...}.
     """
     read = Source(**source)
     began = time.monotonic()
     tokens_N = read.read()
-    witness = Witness(read.claim, len(tokens_N), sorted({*positions, *cuts}))
+    witness = Witness(read.claim, len(tokens_N), log)
     work = begin(read, tokens_N, witness)
     lines = play(work, log)
     found = artifact.read(read.artifact)
@@ -221,7 +164,6 @@ def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks
     replay = {
         "lines": [{name: line[name] for name in ("chunk", "tokens", "bytes", "bits")} for line in lines],
         "events": witness.events,
-        "rows": [row for row in witness.seen if row["position"] in {*positions}],
         "tokens": work.tokens,
         "bytes": work.bytes,
         "text_bytes": text_bytes,
@@ -234,48 +176,9 @@ def testify(source: dict[str, Any], positions: list[int], cuts: list[int], marks
         "tokens_sha256": hashlib.sha256(tokens_N[1:].astype("<u2").tobytes()).hexdigest(),
         "artifact_sha256": found.sha256,
         "torch": torch.__version__,
-        "row_seconds": witness.row_seconds,
         "seconds": time.monotonic() - began,
     }
     log({"replay": replay})
-    nats_N, full = witness.nats_N, witness.full
-    del work
-    for changed in ("target", "future"):
-        for cut in cuts:
-            log({changed: compare(read, tokens_N, changed, cut, nats_N, full[cut], log)})
-
-
-def compare(
-    source: Source, tokens_N: np.ndarray, changed: str, cut: int, nats_N: np.ndarray, row_V: Tensor, log: Log
-) -> dict[str, Any]:
-    """Evaluate a copy of the text in which only the token at `cut` is another one, or all tokens after it are."""
-    began = time.monotonic()
-    witness = Witness(source.claim, len(tokens_N), [cut], until=cut)
-    work = begin(source, altered(tokens_N, changed, cut, row_V.shape[0]), witness)
-    play(work, log)
-    stop = cut + (changed == "future")
-    mine, expected = witness.nats_N[1:stop], nats_N[1:stop]
-    other = np.flatnonzero((mine != expected) & ~(np.isnan(mine) & np.isnan(expected)))
-    return {
-        "position": cut,
-        "row_equal": torch.equal(witness.full[cut], row_V),
-        "row_difference": float((witness.full[cut] - row_V).abs().nan_to_num(math.inf).max()),
-        "nats_compared": len(mine),
-        "nats_different": len(other),
-        "first_different": int(other[0]) + 1 if len(other) else None,
-        "chunks_learned": work.adapter.chunks_learned if work.adapter else 0,
-        "seconds": time.monotonic() - began,
-    }
-
-
-def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int) -> np.ndarray:
-    """Copy the tokens with another one, drawn evenly, in place of each of the changed part: the token at `cut`
-    (changed: "target"), or all after it."""
-    part = slice(cut, cut + 1) if changed == "target" else slice(cut + 1, None)
-    shift = np.random.default_rng(cut).integers(1, vocab_size, len(tokens_N[part]))
-    out = tokens_N.copy()
-    out[part] = (out[part] + shift) % vocab_size
-    return out
 
 
 def score_rank(source: dict[str, Any], rank: int, world: int, meeting: str, log: Log) -> dict[str, Any]:

@@ -28,9 +28,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAKERS = ("train", "quantize", "recipes", "data.corpus", "data.dataset", "data.dataloader", "data.fineweb")
 """What trains, quantizes and prepares text: a score needs none of it."""
@@ -68,6 +69,10 @@ class Outcome:
     """Until the work began: Python, the guards, the import of the work's module."""
 
 
+Talk = Callable[[BinaryIO, BinaryIO], None]
+"""Reads what the work says, and writes what it hears."""
+
+
 class WorkError(RuntimeError):
     """Tells that the work raised, or its process died; `refused` is what the guards had refused by then."""
 
@@ -81,15 +86,21 @@ def run(
     arguments: Mapping[str, Any],
     readable: Sequence[Path] | None,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
+    talk: Talk | None = None,
 ) -> Outcome:
     """Call `function(**arguments, log=log)` of work = "module:function" in a fresh process; JSON both ways.
 
     readable: the files it may open; None: an ordinary process, without guards. log receives the records that the work
-    logs, as they come. Raises WorkError when the work fails.
+    logs, as they come. talk: holds a conversation with the work over two pipes, whose other ends it is given as
+    `pipe=[number to write to, number to read from]`; what it logs meanwhile waits. Raises WorkError when the work
+    fails.
     """
     package = str(Path(__file__).resolve().parent.parent.parent)
     path = [package, *(os.path.abspath(entry) for entry in sys.path)]
     files = None if readable is None else [os.path.realpath(file) for file in readable]
+    ends = (os.pipe(), os.pipe()) if talk else None  # what it says, what it hears
+    given = [ends[0][1], ends[1][0]] if ends else []
+    arguments = {**arguments, "pipe": given} if ends else arguments
     spec = {"work": work, "arguments": arguments, "readable": files, "path": list(dict.fromkeys(path))}
     began, message, ended = time.monotonic(), "", None
     confined, start_seconds = Confined(), 0.0
@@ -101,11 +112,18 @@ def run(
             stderr=errors,
             cwd=scratch,
             env={**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch},
+            pass_fds=given,
         )
+        for end in given:
+            os.close(end)
         try:
             assert child.stdin and child.stdout
             child.stdin.write(json.dumps(spec).encode() + b"\n")
             child.stdin.close()
+            if talk and ends:
+                # A work that ended can be told nothing; why it did, it says below.
+                with suppress(OSError), os.fdopen(ends[0][0], "rb") as heard, os.fdopen(ends[1][1], "wb") as told:
+                    talk(heard, told)
             for line in child.stdout:
                 reply = json.loads(line)
                 if "log" in reply:
@@ -208,7 +226,10 @@ def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
     rules = struct.pack("=QQ", every, 3) if version >= 4 else struct.pack("=Q", every)
     ruleset = libc.syscall(444, rules, len(rules), 0)
     grants = [(name, read | look | execute) for name in folders] + [(name, read) for name in files]
-    for name, access in [*grants, ("/dev", read | look | write), (scratch, every)]:
+    # Devices, and not what other processes leave in shared memory.
+    devices = [f"/dev/{name}" for name in os.listdir("/dev") if name not in ("shm", "mqueue")]
+    grants += [(name, read | look | write) for name in devices]
+    for name, access in [*grants, (scratch, every)]:
         if os.path.exists(name):
             held = os.open(name, os.O_PATH)
             allowed = access if os.path.isdir(name) else access & ~look

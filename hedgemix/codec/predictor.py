@@ -12,6 +12,7 @@ Shapes: N tokens of the text, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,25 +21,39 @@ from torch import Tensor
 
 from hedgemix.artifact.format import Artifact
 from hedgemix.artifact.load_model import load_model
+from hedgemix.codec.model_step import ModelStep
 from hedgemix.config import EvaluateConfig
 from hedgemix.data import bpb, memory, tokenizer
 from hedgemix.evaluate import scoring_order
+from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import registry
 from hedgemix.experts.feature_experts import names, start_experts
+from hedgemix.mixers.network import entropy_buckets
 from hedgemix.mixers.online_mixer import OnlineMixer
-from hedgemix.model.attention import Cache
-from hedgemix.model.transformer import Model
+from hedgemix.model.layers import autocast
 from hedgemix.validate import check_cache, check_evaluate, check_mixer, check_ttt
+
+EDGE = 1e-4
+"""Of a bucket of neural entropy: so near to its edge, rounding one token at a time may choose another weight set than
+rounding in blocks does, and rows that would agree to 1e-6 do not. The row is then made as `evaluate` makes it."""
 
 
 class Predictor:
     """Predicts a text token by token. Give it the artifact, the text's length (schedules of test-time training depend
     on it) and its first token."""
 
-    def __init__(self, found: Artifact, n_tokens: int, first_token: int, config: EvaluateConfig) -> None:
-        """Raises ArtifactError for an artifact that holds no model, RecipeError for settings that do not fit it,
-        ValueError for a token or a length that cannot be."""
+    def __init__(
+        self,
+        found: Artifact,
+        n_tokens: int,
+        first_token: int,
+        config: EvaluateConfig,
+        after: Evaluation | None = None,
+    ) -> None:
+        """after: the evaluation of the text's beginning, of whole pieces, to go on behind. Raises ArtifactError for an
+        artifact that holds no model, RecipeError for settings that do not fit it, ValueError for a token or a length
+        that cannot be."""
         model = load_model(found)
         if n_tokens < 1 or not 0 <= first_token < model.vocab_size:
             raise ValueError(f"{n_tokens} tokens beginning with {first_token}: not a text of {model.vocab_size} tokens")
@@ -46,52 +61,74 @@ class Predictor:
         check_evaluate(config, model.context_tokens)
         check_ttt(config.ttt, model.context_tokens)
         check_cache(config.cache)
-        self.config, self.vocab_size, self.position = config, model.vocab_size, 1
+        told_B = np.array([first_token]) if after is None else after.tokens_N.read(slice(None)).astype(np.int64)
+        self.config, self.vocab_size, self.position = config, model.vocab_size, len(told_B)
         processor = tokenizer.load(found.tokenizer)
         self.tables = bpb.byte_tables(processor)
         self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)
-        self.tokens_N[0] = first_token
+        self.tokens_N[: len(told_B)] = torch.from_numpy(told_B)
         self.weights_N = torch.ones(n_tokens)
+        self._weigh(1, told_B)
         self.chunks = scoring_order.chunks(n_tokens, config.chunk_tokens)
         self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.trains_weights else None
+        if self.adapter and after is not None and after.adapter:
+            self.adapter.load_state_dict(copy.deepcopy(after.adapter.state_dict()))
         self.experts = start_experts(config, model)
+        if self.experts and after is not None and after.experts:
+            self.experts.load_state_dict(copy.deepcopy(after.experts.state_dict()))
         self.model = self.adapter.scorer if self.adapter else model
+        self.step = ModelStep(self.model) if config.dtype == "float32" else None
         self.contexts = self._contexts()
-        self.targets, self.piece_stop, self.cache = scoring_order.Piece(1, 1), 1, model.start_cache(0)
+        self.targets, self.cache = scoring_order.Piece(1, self.position), model.start_cache(0)
+        self.piece = self.targets
         memory_M = memory.tokens(processor, found.memory)
-        self.mixer = OnlineMixer(config.mixer, model.vocab_size, first_token, names(config), memory_M)
-        self.row: np.ndarray | None = None
+        self.mixer = OnlineMixer(config.mixer, model.vocab_size, told_B, names(config), memory_M)
+        if after is not None:
+            self.mixer.go_on(after.mixer.sets[0], after.best)
+        self.row_V: np.ndarray | None = None
 
     def predict(self) -> np.ndarray:
         """Give the probabilities (V,), float64, of the next token; asked again, the same."""
-        if self.row is None:
+        p_V = np.exp(self.log_row().astype(np.float64))
+        return p_V / p_V.sum()
+
+    def log_row(self) -> np.ndarray:
+        """Give the log probabilities (V,), float32, of the next token; asked again, the same."""
+        if self.row_V is None:
             neural_V, feature_D = self._neural_row()
             given = self.experts.predict(neural_V, feature_D) if self.experts else {}
-            self.row = self.mixer.predict(neural_V, given).double().softmax(0).numpy()
-        return self.row
+            self.row_V = self.mixer.predict(neural_V, given)
+        return self.row_V
 
     def update(self, token: int) -> None:
         """Learn the token that `predict` is about; raises ValueError for one that cannot be."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token {token} is outside 0..{self.vocab_size - 1}")
-        self.predict()
-        self.row = None
-        if self.config.ttt.byte_weighted:
-            previous = self.tokens_N[self.position - 1 : self.position].numpy()
-            self.weights_N[self.position] = float(bpb.token_bytes(self.tables, previous, np.array([token]))[0])
+        self.log_row()
+        self.row_V = None
         self.tokens_N[self.position] = token
+        self._weigh(self.position, self.tokens_N[self.position - 1 : self.position + 1].numpy())
         self.position += 1
         block = self.config.mixer.block_tokens
         if self.experts:
             self.experts.update(token)
-        self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece_stop)
+        self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece.stop)
 
-    def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, int]]:
-        """Every piece's contexts with the piece's end; between chunks the model learns."""
+    def _weigh(self, start: int, tokens_B: np.ndarray) -> None:
+        """Note what the tokens from `start` on count when the model learns; tokens_B: with the one before them."""
+        if self.config.ttt.byte_weighted:
+            sizes_B = bpb.token_bytes(self.tables, tokens_B[:-1], tokens_B[1:])
+            self.weights_N[start : start + len(sizes_B)] = torch.from_numpy(sizes_B.astype(np.float32))
+
+    def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, scoring_order.Piece]]:
+        """Every piece's contexts with the piece; between chunks the model learns."""
         for number, chunk in enumerate(self.chunks):
+            if chunk.stop <= self.position:
+                continue
             for piece in scoring_order.pieces(chunk, self.config):
                 for begin, targets in scoring_order.contexts(piece, self.config):
-                    yield begin, targets, piece.stop
+                    if targets.stop > self.position:
+                        yield begin, targets, piece
             if self.adapter and number + 1 < len(self.chunks):
                 self.adapter.learn(self.tokens_N, self.weights_N, chunk)
 
@@ -99,18 +136,26 @@ class Predictor:
         """Compute log probabilities (V,), float32, of the next token, and the features (D,) they come from."""
         begin = self.position - 1
         if self.position == self.targets.stop:
-            begin, self.targets, self.piece_stop = next(self.contexts)
+            begin, self.targets, self.piece = next(self.contexts)
             self.cache = self.model.start_cache(self.targets.stop - 1 - begin)
-        return next_row(self.model, self.cache, self.tokens_N[begin : self.position], self.config)
+        neural_V, feature_D = self._next_row(begin)
+        buckets = float(entropy_buckets(self.config.mixer, neural_V))
+        if abs(buckets - round(buckets)) < EDGE:
+            # What is not told yet is 0 in tokens_N, and no row rests on it: the model is causal.
+            rows_BV = scoring_order.piece_rows(self.model, self.tokens_N, self.piece, self.config)
+            neural_V = rows_BV[self.position - self.piece.start]
+        return neural_V, feature_D
 
-
-@torch.inference_mode()
-def next_row(model: Model, cache: Cache, tokens: Tensor, config: EvaluateConfig) -> tuple[Tensor, Tensor]:
-    """Compute the row (V,) and the features (D,) behind the last of `tokens`, which follow those the cache holds; see
-    `scoring_order.chunk_rows`."""
-    band = config.window_tokens if config.order == "streaming" else None
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        if len(tokens) > 1:
-            model.features(tokens[None, :-1], band=band, cache=cache)
-        features = model.features(tokens[None, -1:], band=band, cache=cache)
-        return torch.log_softmax(model.logits(features)[0, -1], dim=-1), features[0, -1]
+    @torch.inference_mode()
+    def _next_row(self, begin: int) -> tuple[Tensor, Tensor]:
+        """Run the tokens from `begin` on, which follow those the cache holds; see `scoring_order.chunk_rows`."""
+        tokens_B, cache, config = self.tokens_N[begin : self.position], self.cache, self.config
+        band = config.window_tokens if config.order == "streaming" else None
+        with autocast(config.dtype, tokens_B.device):
+            if len(tokens_B) > 1:
+                self.model.features(tokens_B[None, :-1], band=band, cache=cache)
+            if self.step and cache.length:
+                previous, token = self.tokens_N[self.position - 2 : self.position].tolist()
+                return self.step(cache, previous, token, band)
+            features = self.model.features(tokens_B[None, -1:], band=band, cache=cache)
+            return torch.log_softmax(self.model.logits(features)[0, -1], dim=-1), features[0, -1]

@@ -94,6 +94,7 @@ def conditions(config: EvaluateConfig) -> dict[str, Any]:
     return {
         "hedgemix": source_bundle.digest("hedgemix.codec.predictor")[:16],
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "constriction": metadata.version("constriction"),
         "device": "cpu",
         "processor": _processor(),

@@ -51,7 +51,7 @@ class OnlineMatch:
         """Find the longest match of the tokens so far, and note where they stand."""
         history, now = self._history, len(self._history)
         self._predicted, self._class = -1, 0
-        found = list(self.memory.ranges(history[-self.memory.depth :])) if self.memory.depth else []
+        found = self.memory.ranges(history[-self.memory.depth :].tolist()) if self.memory.depth else []
         for at, m in enumerate(self.lengths):
             if m > now:
                 break

@@ -27,53 +27,62 @@ class OnlineNgram:
         self.orders, self.vocab_size, self.discount = orders, vocab_size, discount
         self.memory = memory or MemoryLookup(np.zeros(0, np.uint16), vocab_size, 0)
         before_M = self.memory.tokens_M
-        self.count_V = torch.from_numpy(np.bincount(before_M, minlength=vocab_size).astype(np.int32))
-        self.total = len(before_M)
-        self.tokens: list[int] = before_M[max(self.total - orders[-1], 0) :].tolist()
+        self.count_V = np.bincount(before_M, minlength=vocab_size).astype(np.int32)
+        self.total, self.distinct = len(before_M), int((self.count_V > 0).sum())
+        self.tokens: list[int] = before_M[max(self.total - max(self.memory.depth, 1), 0) :].tolist()
         """The last of the memory, and the text so far."""
         self.followers: dict[int, dict[tuple[int, ...], dict[int, int]]] = {n: {} for n in orders if n > 1}
         """For each order and context that the text came to, how often each token followed it, counted as
         `ngram_index.counted` says."""
+        self.now: dict[int, dict[int, int]] | None = None
 
     def predict(self) -> list[Tensor]:
         """Make probability rows (V,), float32, of the next token, one for each of `orders`; see `NgramRows.rows`."""
-        total = self.total
-        distinct = int((self.count_V > 0).sum()) if total else 1
-        p_V = (self.count_V + torch.tensor(float(distinct)) / self.vocab_size) / torch.tensor(float(total + distinct))
+        one, discount = np.float32(1), np.float32(self.discount)
+        distinct = np.float32(self.distinct if self.total else 1)
+        p_V = (self.count_V.astype(np.float32) + distinct / np.float32(self.vocab_size)) / (self.total + distinct)
         out = [p_V] if self.orders[0] == 1 else []
-        for n in self.followers:
-            if seen := self._seen(n):
-                token_F = torch.tensor(list(seen))
-                count_F = torch.tensor(list(seen.values()))
-                scale = 1.0 / count_F.sum()
-                p_V = p_V * (self.discount * torch.tensor(len(seen)) * scale)
-                p_V[token_F] += (count_F - self.discount) * scale
+        for seen in self._seen().values():
+            if seen:
+                token_F = np.fromiter(seen, np.int64, len(seen))
+                count_F = np.fromiter(seen.values(), np.float32, len(seen))
+                scale = one / np.float32(sum(seen.values()))
+                p_V = p_V * (discount * np.float32(len(seen)) * scale)
+                p_V[token_F] += (count_F - discount) * scale
             out.append(p_V)
-        return out
+        return [torch.from_numpy(row_V) for row_V in out]
 
     def longest_class(self) -> int:
         """Find 1 + the place, among the orders above 1, of the longest whose context was seen; 0 when none was."""
-        return max((at for at, n in enumerate(self.followers, start=1) if self._seen(n)), default=0)
+        return max((at for at, seen in enumerate(self._seen().values(), start=1) if seen), default=0)
 
     def update(self, token: int) -> None:
         """Count the next token."""
-        for n in reversed(self.followers):
+        for n, seen in reversed(self._seen().items()):
             if len(self.tokens) >= n - 1:
-                seen = self._seen(n)
                 seen[token] = seen.get(token, 0) + 1
                 if seen[token] > 1:
                     break  # a pair that is not new counts in no lower order
+        self.distinct += int(self.count_V[token] == 0)
         self.count_V[token] += 1
         self.total += 1
         self.tokens.append(token)
+        self.now = None
 
-    def _seen(self, n: int) -> dict[int, int]:
+    def _seen(self) -> dict[int, dict[int, int]]:
+        """What followed the last tokens, for each order above 1; empty where they are too few."""
+        if self.now is None:
+            self.now = {n: self._behind(n) for n in self.followers}
+        return self.now
+
+    def _behind(self, n: int) -> dict[int, int]:
         if len(self.tokens) < n - 1:
             return {}
         context = tuple(self.tokens[1 - n :])
-        if context not in self.followers[n]:
-            found = list(self.memory.ranges(context))
+        known = self.followers[n].get(context)
+        if known is None:
+            found = self.memory.ranges(self.tokens[-self.memory.depth :]) if self.memory.depth else []
             longer = next((m for m in self.followers if m > n), n)
-            known = self.memory.followers(found[-1], range(n, longer)) if len(found) == n - 1 else {}
+            known = self.memory.followers(found[n - 2], range(n, longer)) if len(found) >= n - 1 else {}
             self.followers[n][context] = known
-        return self.followers[n][context]
+        return known

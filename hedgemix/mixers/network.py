@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,12 +46,17 @@ def logistic_experts(config: MixerConfig, given: Sequence[str] = ()) -> list[int
     return sorted({0, *range(1, 1 + orders)[:2], orders, *range(1 + orders, len(expert_names(config, given)))})
 
 
+def entropy_buckets(config: MixerConfig, neural_log_rows: Tensor) -> Tensor:
+    """Measure the entropy of log rows (..., V) in buckets (...): a whole number is the edge of one."""
+    entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
+    return entropy * (config.entropy_sets + 1)
+
+
 def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor, longest_class: Tensor) -> Tensor:
     """Find each gate's weight set, (..., len(gates)) int64, for neural log rows (..., V) and what of the context
     occurred before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural
     entropy's bucket, both or neither."""
-    entropy = neural_log_rows.exp().mul_(neural_log_rows).sum(-1) / -math.log(neural_log_rows.shape[-1])
-    bucket = (entropy * (config.entropy_sets + 1)).long().clamp(0, config.entropy_sets - 1)
+    bucket = entropy_buckets(config, neural_log_rows).long().clamp(0, config.entropy_sets - 1)
     longest = longest_class.expand_as(bucket)
     sets = {
         "none": torch.zeros_like(bucket),
@@ -88,11 +93,6 @@ class Mixed:
     """Weights of the linear mixtures, float64; their log rows are the first L of log_BRJV."""
     log_BRMV: Tensor
     """Log rows of the logistic mixers."""
-
-
-def join(parts: Sequence[Mixed]) -> Mixed:
-    """Concatenate several positions' as one."""
-    return Mixed(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Mixed)))
 
 
 class Blend:

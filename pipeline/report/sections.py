@@ -312,7 +312,9 @@ def audits(record: Record) -> Section:
     """Show what the audit of each seed found."""
     rows, missing = [], []
     for row in record.done:
-        content = record.content(row, "evaluate_path", AUDIT) if row["audited"] is not None else None
+        content = (
+            record.content(row, "evaluate_path", AUDIT) if row["audited"] is not None or row["audit_plan"] else None
+        )
         if content is None:
             missing.append(str(row["seed"]))
             continue

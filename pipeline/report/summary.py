@@ -189,6 +189,7 @@ def handed_in(record: Record) -> Section:
             "every seed's logs are whole",
             [why for seed in eligibility.logs(record) for why in eligibility.cut_short(seed)],
         ),
+        ("the table says what the files of every seed do", eligibility.contradictions(record)),
     ]
     marked = Points([text for text, _ in facts], [not why for _, why in facts])
     reasons = [reason for _, why in facts for reason in why]

@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,16 @@ class Row:
     dataset_path: str | None = None
     """Folder of dataset.json, which names the shards."""
     audited: bool | None = None
-    """Whether every check of `hedgemix audit` passed; empty when this artifact and result were not audited."""
+    """Whether every check of `hedgemix audit` passed under its full plan, or one failed under any; empty when this
+    artifact and result were not audited, or passed a weaker plan."""
+    audit_plan: str | None = None
+    """How much the audit looked at: full, or in what it was weaker than the default; empty before schema version 8."""
     audit_failed: list[str] | None = None
     """The checks that failed."""
     audit_log_sum: float | None = None
-    """Largest |log of the sum| of the audited rows of the mixture: 0 is a distribution."""
+    """Largest distance from 1 of the sum of a committed row: 0 is a distribution."""
     audit_published_log_sum: float | None = None
-    """The same of the published rule's rows."""
+    """Log of the mean sum of the published rule's rows."""
     audit_coded_bits: int | None = None
     """Bits that the audit's stretch of text took when it was really compressed and decoded."""
     audit_reported_bits: float | None = None

@@ -1,5 +1,5 @@
 """Whether a record may be handed in: the file that is built now holds the code that every step ran, the audit passed,
-logs are whole, and all of it keeps the limits."""
+logs are whole, all of it keeps the limits, and no file contradicts another (`evidence`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hedgemix import __version__, stages
+from hedgemix.audit.plan import FULL
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import LOG, TRACE
 from hedgemix.standalone import script
 from pipeline.analysis.records import Record
 from pipeline.analysis.significance import mixed
-
-AUDITED = (
-    "normalised", "order", "bits", "blind-to-target", "blind-to-future", "self-contained", "world-size", "limits",
-    "unseen", "coded",
-)  # fmt: skip
-"""The checks of `hedgemix audit`."""
+from pipeline.submission.evidence import AUDITED, contradictions
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ def obstacles(record: Record) -> list[str]:
         *over_limits(record, code_bytes),
         *unaudited(record),
         *(why for seed in logs(record) for why in cut_short(seed)),
+        *contradictions(record),
     ]
 
 
@@ -115,13 +112,16 @@ def over_limits(record: Record, code_bytes: int) -> list[str]:
 
 
 def unaudited(record: Record) -> list[str]:
-    """Name the seeds that were not audited, or failed."""
-    missing = [str(row["seed"]) for row in record.done if row["audited"] is None]
+    """Name the seeds that were not audited, failed, or passed another plan than the full one."""
+    missing = [str(row["seed"]) for row in record.done if row["audited"] is None and row["audit_plan"] is None]
     why = [f"not audited: seed {', '.join(missing)}; run hedgemix audit {record.table}"] if missing else []
     for row in record.done:
         if row["audited"] is False:
             failed = ", ".join(row["audit_failed"] or [])
             why.append(f"seed {row['seed']} failed its audit ({failed}); audit.md beside its evaluation says why")
+        elif row["audit_plan"] != FULL and str(row["seed"]) not in missing:
+            weak = row["audit_plan"] or "by an older hedgemix"
+            why.append(f"seed {row['seed']} was not audited in full ({weak}); run hedgemix audit {record.table}")
     return why
 
 

@@ -36,15 +36,21 @@ def test_a_record_is_audited_and_its_table_says_so(
 ) -> None:
     out = undisturbed[0]
     monkeypatch.setenv("COLUMNS", "100")
-    some = ["--draws", "8", "--cuts", "1", "--coded-tokens", "1100"]  # a chunk, and the beginning of the next
+    some = ["--streamed-tokens", "500", "--coded-tokens", "900"]
+    weaker = "streamed_tokens 500 of 131,072; coded_tokens 900 of 1,024"
     code, output = run([str(out / "tiny.parquet"), *some], monkeypatch, capsys)
     assert code == 0, output
     lines = output.splitlines()
-    assert lines[0].startswith("seed 1: bpb_final ") and "3,999" in output and lines[-1] == "every check passed: seed 1"
+    assert lines[0].startswith("seed 1: bpb_final ") and "3,999" in output
+    assert lines[1].startswith("  drawn with --draw-seed ")
+    assert lines[-1].startswith(
+        "every check passed: seed 1; not taken for an audit, which looks at more (streamed_tokens 500 of 131,072"
+    )
     checks = [line for line in lines if line.startswith("  ") and line.endswith(" s")]
     assert len(checks) == 10 and all(len(line) <= 100 and "pass" in line for line in checks)
     audited = pd.read_parquet(out / "tiny.parquet").set_index("seed")
-    assert audited.audited[1] and audited.audit_tokens[1] == 4000 and pd.isna(audited.audited[2])
+    assert pd.isna(audited.audited[1]) and weaker == audited.audit_plan[1]
+    assert audited.audit_tokens[1] == 4000 and pd.isna(audited.audit_plan[2])
     assert (Path(audited.evaluate_path[1]) / "audit.md").read_text().startswith("# Audit of tiny, seed 1")
     findings = {found["name"]: found for found in read_json(Path(audited.evaluate_path[1]) / "audit.json")["findings"]}
     assert len(findings["self-contained"]["figures"]["files_opened"]) == 2  # the artifact, and a shard
@@ -55,10 +61,15 @@ def test_a_record_is_audited_and_its_table_says_so(
     data = graph.data_step(Storage("", out), recipe.data)
     plan = graph.plan_record("tiny", recipe, datasets.load(data.folder), data, (1, 2))
     row = build_row(plan, 1, plan.seeds[1].records(), None, None)
-    assert row.audited is True and row.audit_failed == [] and row.audit_coded_bits == audited.audit_coded_bits[1]
+    assert (
+        row.audited is None
+        and row.audit_plan == audited.audit_plan[1]
+        and row.audit_failed == []
+        and row.audit_coded_bits == audited.audit_coded_bits[1]
+    )
     assert row.evaluate_path == audited.evaluate_path[1] and row.dataset_path == audited.dataset_path[1]
 
-    few = ["--claim", "published", "--first-tokens", "10", "--draws", "8", "--cuts", "1", "--coded-tokens", "100"]
+    few = ["--claim", "published", "--first-tokens", "10", "--streamed-tokens", "100", "--coded-tokens", "100"]
     code, output = run([str(out / "tiny.parquet"), *few], monkeypatch, capsys)
     again = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert "seed 1: bpb_published" in output and again.audit_tokens[1] == 4000  # about another number than the score

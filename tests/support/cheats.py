@@ -6,8 +6,9 @@ import base64
 import copy
 import hashlib
 import math
+import select
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgemix.audit import replay
+from hedgemix.audit import commitment, replay
+from hedgemix.codec.predictor import Predictor
+from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate import evaluator
 from hedgemix.evaluate.evaluator import Evaluation
-from hedgemix.evaluate.scoring_order import Piece
+from hedgemix.evaluate.scoring_order import FEATURES, Piece
 from hedgemix.evaluate.ttt import Adapter
 from hedgemix.experts import ngram
 from hedgemix.experts.neural_cache import NeuralCache
@@ -60,16 +63,21 @@ def unnormalised() -> Iterator[None]:
         yield
 
 
-def leaning(ahead: int) -> Callable[..., Any]:
-    """Neural rows that are distributions and lean towards the token `ahead` of their own."""
+def leaning(ahead: int, every: int = 1, start: int = 1) -> Callable[..., Any]:
+    """Neural rows that are distributions and lean towards the token `ahead` of their own, at one position in `every`
+    from `start` on."""
     chunk_rows = evaluator.chunk_rows
 
     def rows(models: dict[str, Model], tokens_N: Tensor, chunk: Piece, *rest: Any) -> Iterator[Any]:
         for piece, found in chunk_rows(models, tokens_N, chunk, *rest):
             text_N = tokens_N[: len(tokens_N)]
             known_B1 = text_N[(torch.arange(piece.start, piece.stop) + ahead).clamp(max=len(tokens_N) - 1), None]
+            at_B = torch.arange(piece.start, piece.stop)
+            leans_B1 = ((at_B % every == 0) & (at_B >= start)).float()[:, None]
             for name, rows_BV in found.items():
-                found[name] = rows_BV.scatter_add(1, known_B1, torch.ones_like(known_B1).float()).log_softmax(-1)
+                if name == FEATURES:
+                    continue
+                found[name] = rows_BV.scatter_add(1, known_B1, leans_B1).log_softmax(-1)
             yield piece, found
 
     return rows
@@ -86,6 +94,113 @@ def knows_target() -> Iterator[None]:
 def knows_future() -> Iterator[None]:
     with patch.object(evaluator, "chunk_rows", leaning(1)):
         yield
+
+
+@contextmanager
+def knows_one_in_33() -> Iterator[None]:
+    """Too few for positions that are drawn."""
+    with patch.object(evaluator, "chunk_rows", leaning(0, every=33)):
+        yield
+
+
+@contextmanager
+def knows_the_last_chunk() -> Iterator[None]:
+    with patch.object(evaluator, "chunk_rows", leaning(0, start=2 * 320)):
+        yield
+
+
+@contextmanager
+def charging(change: Callable[[dict[str, Tensor]], Tensor]) -> Iterator[None]:
+    """The score's charges (B,) are made of all kinds' charges."""
+    score = BatchMixer.score
+
+    def changed(mixer: Any, *given: Any) -> Any:
+        scores = score(mixer, *given)
+        for nll in scores.nll.values():
+            nll[mixer.kind] = change(nll)
+        return scores
+
+    with patch.object(BatchMixer, "score", changed):
+        yield
+
+
+def hard_tokens_uncharged() -> AbstractContextManager[None]:
+    return charging(lambda nll: torch.where(nll["ensemble"] < 6, nll["ensemble"], 0.0))
+
+
+def better_of_two() -> AbstractContextManager[None]:
+    """Each token is charged what suits it."""
+    return charging(lambda nll: torch.minimum(nll["ensemble"], nll["logistic"]))
+
+
+@contextmanager
+def heavy_at_few() -> Iterator[None]:
+    """Rows that add up to 1.01 at one position in 50, and charges that are so much lower."""
+    log_row = Predictor.log_row
+
+    def heavier(predictor: Predictor) -> np.ndarray:
+        return log_row(predictor) + np.float32(math.log(1.01) * (predictor.position % 50 == 0))
+
+    on_charge = replay.Witness.on_charge
+
+    def lower(witness: Any, work: Evaluation, piece: Piece, charges: dict[str, Tensor]) -> None:
+        on_charge(witness, work, piece, charges)
+        at = np.arange(piece.start, piece.stop)
+        witness.nats_N[at[at % 50 == 0]] -= math.log(1.01)
+
+    with patch.object(Predictor, "log_row", heavier), patch.object(replay.Witness, "on_charge", lower):
+        yield
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Who reads a text keeps the first one of the process, and both the evaluation's rows and the predictor's lean
+    towards it ever after."""
+    kept: list[np.ndarray] = []
+    read, log_row, lean = TokenStream.read, Predictor.log_row, leaning(0)
+
+    def keeping(stream: Any, *given: Any) -> np.ndarray:
+        tokens = read(stream, *given)
+        kept.append(tokens.astype(np.int64))
+        return tokens
+
+    def knowing(predictor: Predictor) -> np.ndarray:
+        if not kept:
+            return log_row(predictor)
+        row_V = torch.from_numpy(log_row(predictor).copy())
+        row_V[kept[0][predictor.position]] += 1
+        return row_V.log_softmax(0).numpy()
+
+    with (
+        patch.object(TokenStream, "read", keeping),
+        patch.object(Predictor, "log_row", knowing),
+        patch.object(evaluator, "chunk_rows", lean),
+    ):
+        yield
+
+
+def remembering_witness(log: Any, **given: Any) -> None:
+    with eager(), remembering():
+        replay.testify(log=log, **given)
+
+
+def remembering_predictor(log: Any, **given: Any) -> None:
+    with eager(), remembering():
+        commitment.commit(log=log, **given)
+
+
+def impatient_predictor(pipe: list[int], log: Any, **given: Any) -> dict[str, Any]:
+    """Looks for each token before it commits a row, for as long as it may take."""
+    log_row, ready = Predictor.log_row, []
+
+    def waiting(predictor: Predictor) -> np.ndarray:
+        if predictor.row_V is None:  # else the row was committed, and what comes next may be told
+            ready.append(len(select.select([pipe[1]], [], [], 0.02)[0]))
+        return log_row(predictor)
+
+    with eager(), patch.object(Predictor, "log_row", waiting):
+        commitment.commit(pipe=pipe, log=log, **given)
+    return {"ready": sum(ready), "asked": len(ready)}
 
 
 @contextmanager
@@ -131,21 +246,7 @@ def scored_twice() -> Iterator[None]:
         mixer.before = copy.deepcopy(mixer._state.ngrams)
         return score(mixer, log_rows, start, stop)
 
-    with patch.object(evaluator, "chunk_rows", rows), patch.object(BatchMixer, "score", again), both_look(again):
-        yield
-
-
-@contextmanager
-def both_look(again: Any) -> Iterator[None]:
-    """Let the rows be looked at a second time as well."""
-    look = BatchMixer.rows
-
-    def rows(mixer: Any, log_rows: dict[str, Tensor], start: int, stop: int) -> Any:
-        if start < mixer.position:
-            mixer._state.ngrams = copy.deepcopy(mixer.before)
-        return look(mixer, log_rows, start, stop)
-
-    with patch.object(BatchMixer, "rows", rows):
+    with patch.object(evaluator, "chunk_rows", rows), patch.object(BatchMixer, "score", again):
         yield
 
 

@@ -75,9 +75,9 @@ class Case:
         return Evaluation.begin(artifact.read(self.artifact), tokens, config, CPU)
 
 
-def make(folder: Path, remembered: Sequence[str] = ()) -> Case:
+def make(folder: Path, remembered: Sequence[str] = (), **made_of: Any) -> Case:
     """A model with random weights, quantized and written, with a memory of some documents; about 1,200 tokens of four
-    other documents."""
+    other documents. made_of: what the header says besides."""
     torch.manual_seed(0)
     model = Model(MODEL, processor().vocab_size(), CONTEXT)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def make(folder: Path, remembered: Sequence[str] = ()) -> Case:
     columns = {name: torch.eye(each.shape[1]) for name, each in model.named_parameters() if each.dim() == 2}
     rows = {name: torch.ones(len(model.get_parameter(name))) for name in columns}
     tensors, _ = quantize_model(model, Moments(columns, rows), QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
-    header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT}
+    header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT, **made_of}
     packed = memory.compress(remembered) if remembered else None
     artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3, packed)
     texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]

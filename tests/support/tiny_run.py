@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from hedgemix.artifact import format as artifact
 from hedgemix.audit import claim
 from hedgemix.audit.claim import Claim
-from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, to_dict
+from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, TrainConfig, config_hash, to_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.runtime.files import write_json
+from hedgemix.standalone import script
 from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
@@ -53,9 +54,10 @@ class Record:
 
 
 def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = ()) -> Record:
-    recipe = Recipe("tiny", evaluate=config, limits=LimitsConfig(total_bytes=300_000))
+    train = TrainConfig(steps=4, batch_tokens=512)
+    recipe = Recipe("tiny", train=train, evaluate=config, limits=LimitsConfig(total_bytes=300_000))
     steps = folder / "_steps"
-    case = tiny_artifact.make(steps / "quantize-0", remembered)
+    case = tiny_artifact.make(steps / "quantize-0", remembered, recipe="tiny", seed=7)
     model, data = artifact.read(case.artifact), steps / "data-0"
     data.mkdir()
     shards.write_shard(data / "val_000000.bin", case.tokens)
@@ -68,28 +70,66 @@ def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str
     datasets.save(made, data)
     with cheats.eager():
         result = asdict(case.score(config, trace=steps / "evaluate-0" / "trace.jsonl"))
-    write_json(steps / "evaluate-0" / "result.json", {"key": "0", "result": result})
+    code_bytes = script.n_bytes(recipe)
+    quantized = {"artifact_bytes": model.n_bytes, "artifact_sha256": model.sha256}
+    trained = training(steps / "train-0", train)
+    finish(steps / "evaluate-0", result | {"code_bytes": code_bytes}, result["evaluate_seconds"])
+    finish(steps / "quantize-0", quantized, 1.0)
+    known = {**asdict(made), **trained, **quantized, **result, "valid_tokens": made.valid_tokens - 1}
     row = Row(
+        **{field.name: known[field.name] for field in fields(Row) if field.name in known},
         record="tiny",
         recipe="tiny",
-        config_hash="0",
+        config_hash=config_hash(recipe),
         seed=7,
         status="done",
-        train_seconds=1.0,
-        evaluate_seconds=result["evaluate_seconds"],
-        bpb_final=result["bpb_final"],
-        bpb_published=result["bpb_published"],
-        artifact_bytes=model.n_bytes,
-        code_bytes=1000,
-        valid_bytes=made.valid_bytes,
-        valid_sha256=made.valid_sha256,
-        train_sha256=made.train_sha256,
-        tokenizer_sha256=made.tokenizer_sha256,
-        artifact_sha256=model.sha256,
+        order=config.order,
+        workers=recipe.compute.workers,
+        code_bytes=code_bytes,
+        total_bytes=model.n_bytes + code_bytes,
+        limit_bytes=recipe.limits.total_bytes,
+        train_set_tokens=made.train_tokens,
+        code_sha256=script.sha256(),
+        requirements=script.requirements(recipe),
         artifact_path=str(case.artifact),
         evaluate_path=str(steps / "evaluate-0"),
+        train_path=str(steps / "train-0"),
         dataset_path=str(data),
         config=json.dumps(to_dict(recipe)),
     )
     write_rows(Storage("", folder), [row, replace(row, seed=8, status="failed")])
     return Record(folder)
+
+
+def finish(folder: Path, result: dict[str, Any], seconds: float) -> None:
+    """What the end of a step leaves: its result, and the clock that ran along."""
+    write_json(folder / "result.json", {"key": "0", "result": result})
+    write_json(folder / "clock.json", {"elapsed_seconds": seconds, "starts": 1})
+
+
+def training(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The log of a training that took a second; returns its result."""
+    folder.mkdir()
+    lines: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "tokens": step * config.batch_tokens,
+            "elapsed_seconds": 0.2 * (step - 1),
+            "fraction": (step - 1) / config.steps,
+            "loss_nats": 6.0 - step,
+        }
+        for step in range(1, config.steps + 1)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = {
+        "steps": config.steps,
+        "tokens": lines[-1]["tokens"],
+        "train_loss_nats": lines[-1]["loss_nats"],
+        "train_seconds": 1.0,
+        "loop_seconds": 0.8,
+        "calibrate_seconds": 0.2,
+        "warmup_seconds": 0.5,
+        "ms_per_step": 200.0,
+    }
+    finish(folder, result, 1.0)
+    return result

@@ -12,6 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from hedgemix import stages
+from hedgemix.audit import auditor
+from hedgemix.audit.claim import claims
+from hedgemix.audit.findings import Finding
+from hedgemix.audit.plan import Plan
 from hedgemix.config import Recipe, from_dict
 from hedgemix.data import dataset as datasets
 from hedgemix.standalone import script
@@ -23,6 +27,7 @@ from pipeline.steps import graph
 from pipeline.steps.recovery import clocked
 from pipeline.steps.step import Made, Step, perform, save_outputs
 from pipeline.storage.store import Storage
+from pipeline.submission.evidence import AUDITED
 from support import tiny_record
 
 
@@ -56,6 +61,7 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
     storage, made = Storage("", folder), []
     dataset, data = record.prepare(recipe, storage, Console(quiet=True))
     plan = graph.plan_record("tiny", recipe, dataset, data, seeds)
+    graph.keep_steps(plan)
     made_by, counts = origin() | {"requirements": script.requirements(recipe)}, plan.counts
 
     def do(step: Step, work: Callable[..., Any], **arguments: Any) -> None:
@@ -78,6 +84,14 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
         do(steps.evaluate, stages.evaluate_stage, **places, folder=evaluate)
         made.append(build_row(plan, seed, steps.records(), counts.record(), None))
     return write_rows(storage, made)
+
+
+def passed(table: Path) -> None:
+    """Leave what full audits of all seeds leave that pass, without making them: their checks are tested elsewhere."""
+    for claim in claims(table):
+        work = auditor.start(claim, Plan(), lambda finding: None)
+        work.findings = [Finding(name, True, "", f"{name} holds.") for name in AUDITED]
+        auditor.write(work)
 
 
 def recipe_of(row: dict[str, Any]) -> Recipe:

@@ -14,6 +14,7 @@ import pytest
 from hedgemix import cli
 from hedgemix.audit import claim
 from hedgemix.config import RecipeError
+from pipeline.analysis import records
 from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
@@ -49,6 +50,11 @@ def older_table(record: Record) -> None:
     pq.write_table(table.drop_columns(["evaluate_path", "audited"]), record.table)
 
 
+def without_plan(record: Record) -> None:
+    """As the table of an older hedgemix is."""
+    pq.write_table(pq.read_table(record.table).drop_columns(["audit_plan"]), record.table)
+
+
 def unfinished(record: Record) -> None:
     write_rows(
         Storage("", record.folder), [Row(record="tiny", recipe="tiny", config_hash="0", seed=7, status="failed")]
@@ -82,7 +88,7 @@ def no_score(record: Record) -> None:
         (altered_artifact, "altered: its checksum"),
         (lambda record: record.claim().artifact.unlink(), "artifact_path .* is not there nor at"),
         (lambda record: shutil.rmtree(record.evaluation()), "evaluate_path .* is not there nor at"),
-        (lambda record: (record.evaluation() / "trace.jsonl").write_text("{"), "no sound result.json and trace.jsonl"),
+        (lambda record: (record.evaluation() / "trace.jsonl").write_text("{"), "no sound trace.jsonl"),
         (lambda record: (record.evaluation() / "trace.jsonl").write_text(""), "reports no bpb_final and no chunks"),
         (no_score, "reports no bpb_final"),
         (lambda record: next(record.folder.glob("_steps/data-0/train*1.bin")).unlink(), "shard .* is not there"),
@@ -126,6 +132,15 @@ def test_a_command_line_that_says_too_little_or_too_much_is_refused(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_table_without_the_column_of_the_plan_is_read_and_gets_it_once_audited(record: Record) -> None:
+    without_plan(record)
+    assert record.claim().row["audit_plan"] is None
+    assert [row["audit_plan"] for row in records.load(str(record.table)).rows] == [None, None]
+    record.change(audited=True, audit_plan="full")
+    assert record.claim().row["audit_plan"] == "full"
+    assert pq.read_table(record.table).column_names.count("audit_plan") == 1
 
 
 def test_writing_columns_keeps_everything_else(record: Record) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -67,6 +68,28 @@ def test_where_the_kernel_can_it_refuses_c_code_too(file: Path) -> None:
     outcome = run("read_in_c", file, [])
     assert outcome.value == (errno.EACCES if outcome.confined.landlock else 0)
     assert run("read_in_c", file, [file]).value == 0
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no shared memory")
+def test_what_another_process_left_in_shared_memory_is_closed_to_c_code_too() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as left:
+        outcome = run("read_in_c", Path(left.name), [])
+    assert outcome.value == (errno.EACCES if outcome.confined.landlock else 0)
+
+
+def test_the_pipes_of_a_conversation_are_open_and_what_the_work_says_first_is_heard_first(file: Path) -> None:
+    heard: list[bytes] = []
+
+    def talk(said: BinaryIO, hears: BinaryIO) -> None:
+        for word in (b"one", b"two"):
+            heard.append(said.read(3))
+            hears.write(word)
+            hears.flush()
+
+    assert run("talk", file, [], talk=talk).value == ["one", "two"] and heard == [b"bid", b"bid"]
+    with pytest.raises(WorkError, match="a last word"):
+        run("hang_up", file, [], talk=talk)
+    assert set(heard[2:]) == {b""}
 
 
 def test_without_guards_it_is_an_ordinary_process(file: Path) -> None:

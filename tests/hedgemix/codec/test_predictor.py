@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from hedgemix.artifact import format as artifact
+from hedgemix.codec import predictor as codec_predictor
 from hedgemix.codec.predictor import Predictor
 from hedgemix.config import CacheConfig, EvaluateConfig, MixerConfig, RecipeError
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.experts.registry import EXPERTS
+from hedgemix.mixers.network import entropy_buckets
 from support import tiny_artifact
 from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG, Case
 
@@ -101,6 +103,33 @@ def test_every_token_costs_what_the_evaluation_says(case: Case, config: Evaluate
     nats, worst = predicted(case, config, tokens)
     torch.testing.assert_close(nats, expected, rtol=2e-5, atol=2e-5)
     assert worst < 1e-12
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, order="sliding", chunk_tokens=160)])
+def test_at_the_edge_of_a_bucket_the_neural_row_is_the_evaluations_to_the_bit(
+    case: Case, config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a learned chunk too, so that both choose one weight set; here every position counts as one at an edge."""
+    work, expected = case.begin(config), list[torch.Tensor]()
+    score = work.mixer.score
+
+    def watched(rows: dict[str, torch.Tensor], *arguments: Any) -> Any:
+        expected.append(rows[work.best].clone())
+        return score(rows, *arguments)
+
+    work.mixer.score = watched  # type: ignore[method-assign]
+    for number, chunk in enumerate(work.chunks[:2]):
+        work.run_chunk(number, chunk)
+    monkeypatch.setattr(codec_predictor, "EDGE", 1.0)
+    one = Predictor(artifact.read(case.artifact), len(case.tokens), int(case.tokens[0]), config)
+    expected_BV = torch.cat(expected)
+    for row_V, token in zip(expected_BV, case.tokens[1:].tolist(), strict=False):
+        neural_V, _ = one._neural_row()
+        assert torch.equal(neural_V, row_V)
+        assert entropy_buckets(config.mixer, neural_V) == entropy_buckets(config.mixer, row_V[None, None])
+        one.row_V = one.mixer.predict(neural_V)
+        one.update(token)
+    assert len(expected_BV) > config.chunk_tokens
 
 
 def test_two_predictors_agree_bitwise_and_predicting_changes_nothing(case: Case) -> None:

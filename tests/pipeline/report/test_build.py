@@ -16,6 +16,7 @@ from pipeline.analysis import records, significance
 from pipeline.report import build as report
 from pipeline.report import figures, summary
 from pipeline.report.page import Page, Plot, Points, Section, Table, html, markdown
+from pipeline.submission import eligibility
 from pipeline.submission.eligibility import obstacles
 from support import table_rows
 
@@ -146,8 +147,8 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"audited": None}, "not audited: seed 2; run hedgemix audit"),
-        ({"audited": False, "audit_failed": ["normalised"]}, "seed 2 failed its audit (normalised)"),
+        ({"audited": None, "audit_plan": None}, "not audited: seed 2; run hedgemix audit"),
+        ({"audited": False, "audit_failed": ["streamed"]}, "seed 2 failed its audit (streamed)"),
         ({"artifact_bytes": 16_000_000}, " bytes, the recipe allows 1,400,000"),
         ({"train_seconds": 601.0}, "seed 2: 601.0 training seconds, the recipe allows 600"),
         ({"evaluate_seconds": 700.0}, "seed 2: 700.0 evaluation seconds, the recipe allows 600"),
@@ -155,8 +156,11 @@ def test_seeds_of_different_runs_are_shown_and_not_averaged(runs: Path) -> None:
         ({"config_hash": "other"}, "different configurations"),
     ],
 )
-def test_what_stands_in_the_way_of_handing_in_is_told(runs: Path, values: dict[str, object], expected: str) -> None:
-    sound = table_rows.write(runs, "sound", [2.4, 2.5], audited=True)
+def test_what_stands_in_the_way_of_handing_in_is_told(
+    runs: Path, values: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eligibility, "contradictions", lambda record: [])  # the rows' files are those of one seed
+    sound = table_rows.write(runs, "sound", [2.4, 2.5], audited=True, audit_plan="full")
     assert obstacles(sound) == [] and "Can be handed in" in summary.key_findings(sound, None)[-1]
     told = obstacles(table_rows.change(runs, "sound", 2, **values))
     assert len(told) == 1 and expected in told[0]

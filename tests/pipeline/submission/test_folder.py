@@ -28,7 +28,6 @@ from support.s3_server import BUCKET, StoreServer, store_process, store_server
 __all__ = ["store_process", "store_server"]
 
 ABOUT = About("A. Author", "author", "Mixed", "Two sentences. About it.", "non-record", "2026-11-23")
-PASSED = {"audited": True, "audit_failed": [], "audit_tokens": 4000}
 CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "1", "--train.reserve-seconds", "0.4"]
 FILES = ["README.md", "requirements.txt", "submission.json", "train_gpt.py", "train_seed1.log", "train_seed2.log"]
 
@@ -38,8 +37,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The table of two seeds ended by the clock, as if their audits had passed."""
     recipe = tiny_seed.recipe(text, tmp_path_factory.mktemp("shards"), *CLOCKED)
     table = tiny_seed.make_record(recipe, tmp_path_factory.mktemp("runs"), (1, 2))
-    for seed in (1, 2):
-        claim.write_columns(table, seed, PASSED)
+    tiny_seed.passed(table)
     return table
 
 
@@ -156,7 +154,9 @@ def other_recipe(table: Path) -> None:
     [
         (change(status="failed"), "seed 2 is failed; run the record's command again"),
         (change(status="pending"), "seed 2 is pending"),
-        (change(audited=None), "not audited: seed 2; run hedgemix audit "),
+        (change(audited=None, audit_plan=None), "not audited: seed 2; run hedgemix audit "),
+        (change(audited=None, audit_plan="cuts 1 of 2"), "seed 2 was not audited in full \\(cuts 1 of 2\\)"),
+        (change(audit_plan=None), "seed 2 was not audited in full \\(by an older hedgemix\\)"),
         (change(audited=False, audit_failed=["bits"]), "seed 2 failed its audit \\(bits\\)"),
         (change(artifact_bytes=16_000_000), "seed 2: 16,0.* bytes, the recipe allows 1,400,000"),
         (change(train_seconds=601.0), "seed 2: 601.0 training seconds, the recipe allows 600"),
