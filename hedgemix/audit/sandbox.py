@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAKERS = ("train", "quantize", "recipes", "data.corpus", "data.dataset", "data.dataloader", "data.fineweb")
+DATA_MAKERS = ("corpus", "dataset", "dataloader", "docstrings", "fineweb")
+MAKERS = ("train", "quantize", "recipes", *(f"data.{name}" for name in DATA_MAKERS))
 """What trains, quantizes and prepares text: a score needs none of it."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""

@@ -56,10 +56,10 @@ def write(
     path.unlink(missing_ok=True)
     if not most_bytes:
         return {}
-    chosen = choose(documents, most_bytes)
-    if not chosen:
+    chosen, memory = choose(documents, most_bytes)
+    if memory is None:
         raise RecipeError(f"data.memory_bytes {most_bytes:,} holds not one training document; raise it, or give 0")
-    memory, n_tokens = compress(chosen), len(tokens(processor, chosen))
+    n_tokens = len(tokens(processor, chosen))
     with replacing(path) as file:
         file.write(memory.data)
     log(f"memory: {len(chosen):,} training documents, {n_tokens:,} tokens, in {len(memory.data):,} bytes")
@@ -73,8 +73,9 @@ def write(
     }
 
 
-def choose(documents: Iterable[str], most_bytes: int) -> list[str]:
-    """Choose the first documents that compress to at most `most_bytes` and have at most LARGEST_TEXT bytes."""
+def choose(documents: Iterable[str], most_bytes: int) -> tuple[list[str], Memory | None]:
+    """Choose the first documents that compress to at most `most_bytes` and have at most LARGEST_TEXT bytes; returns them
+    as they are and compressed, none and None where the first alone takes more."""
     encoder, chosen, text_bytes, found = _encoder(), list[str](), 0, 0
     for document in documents:
         part = document.encode() + SEPARATOR
@@ -85,9 +86,11 @@ def choose(documents: Iterable[str], most_bytes: int) -> list[str]:
         chosen.append(document)
     encoder.flush()
     # What the end of the stream takes on top is known only now, and is 8 bytes at most.
-    while chosen and len(compress(chosen).data) > most_bytes:
+    while chosen:
+        if len((memory := compress(chosen)).data) <= most_bytes:
+            return chosen, memory
         chosen.pop()
-    return chosen
+    return [], None
 
 
 def compress(documents: Sequence[str]) -> Memory:
