@@ -148,7 +148,8 @@ def run(
         ranks_agree(work)
         work.progress("reading the training text")
         work.find(timed(lambda: limits.check_limits(claim)))
-        work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work))))
+        charged_N = np.concatenate([[math.nan], *work.charges]) if work.replay else None
+        work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work), charged_N)))
         work.find(timed(lambda: check_bytes(claim)))
         work.find(timed(lambda: claimed(work)))
         work.find(timed(lambda: check_seconds(claim)))
