@@ -10,11 +10,12 @@ import numpy as np
 
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit import contamination
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.data import dataset as datasets
-from hedgemix.data import memory, tokenizer
+from hedgemix.data import memory
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
 
@@ -59,7 +60,7 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
     wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
     drawn = contamination.draw([map_shard(path) for path in valid], windows, seed)
     found = artifact.read(claim.artifact)
-    memory_M = memory.tokens(tokenizer.load(found.tokenizer), found.memory)
+    memory_M = memory.tokens(load_tokenizer(found), found.memory)
     remembered = contamination.occurring(drawn, [memory_M])
     occurs = contamination.occurring(drawn, [map_shard(path) for path in train]) | remembered
     counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
