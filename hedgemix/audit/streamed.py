@@ -188,7 +188,8 @@ def check(
         "largest_sum_off_1": committed.largest_off,
         "rows_that_are_no_distribution": len(committed.unsound),
         "positions_charged_otherwise": len(beyond),
-        "guarded_by": f"Landlock {confined.landlock}" if confined.landlock else "an audit hook of Python alone",
+        "guarded_by": confined.guarded_by(),
+        "left_open": confined.weakness() or "nothing known",
         "violations": wrong[:8],
     }
     share = f"{proved:,} of {total:,}" if leaks else f"all {total:,}"

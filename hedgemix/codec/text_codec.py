@@ -51,6 +51,7 @@ from hedgemix.config import EvaluateConfig, RecipeError, from_dict, to_dict
 from hedgemix.data import tokenizer
 from hedgemix.runtime import source_bundle
 from hedgemix.runtime.files import Log, replacing, silent
+from hedgemix.runtime.switches import SWITCHES
 
 Categorical = constriction.stream.model.Categorical
 RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
@@ -58,12 +59,6 @@ MAGIC = b"\x89HMC\r\n\x1a\n"
 VERSION = 1
 PREFIX = struct.Struct("<8sI32s32sQQQII")
 LARGEST_SETTINGS = 2**16
-SWITCHES = (
-    "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE",
-    "MKL_ENABLE_INSTRUCTIONS", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES", "ONEDNN_DEFAULT_FPMATH_MODE",
-    "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)  # fmt: skip
-"""Environment variables by which a library chooses other instructions, or fewer bits."""
 FAILURES = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
 """What settings that cannot work, or rows that are none, raise somewhere in libraries."""
 LOG_EVERY_TOKENS = 256
