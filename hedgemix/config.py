@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -354,8 +355,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Make a configuration of what `to_dict` gave; raises RecipeError on an unknown or missing field, or a value of
-    another type."""
+    """Make a configuration of what `to_dict` gave; raises RecipeError for other fields, or other types."""
     if not isinstance(values, dict):
         raise RecipeError(f"{kind.__name__} is {str(values)[:40]}, and should be an object with its fields")
     hints = typing.get_type_hints(kind)
@@ -386,8 +386,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return type(value) is str and value in of
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(each, of[0]) for each in value)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return isinstance(value, hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, each) for each in of)
+    if not isinstance(hint, type) or dataclasses.is_dataclass(hint):
+        return hint is Any or isinstance(value, (tuple, typing.get_origin(hint) or hint))
     return type(value) in ((int, float) if hint is float else (hint,)) and not (hint is int and abs(value) >= 2**53)
 
 

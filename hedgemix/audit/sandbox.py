@@ -67,6 +67,8 @@ class Confined:
     refused: list[str] = field(default_factory=list)
     landlock: int = 0
     namespaces: bool = False
+    loaded: list[str] = field(default_factory=list)
+    """Files of code in memory when the work ended."""
 
     def guarded_by(self) -> str:
         """Name the guards that were in force."""
@@ -206,7 +208,18 @@ def serve(spec: dict[str, Any]) -> None:
     except Exception as error:
         traceback.print_exc()
         end = {"error": f"{type(error).__name__}: {error}"}
+    if spec["readable"] is not None:
+        confined.loaded = loaded()
     tell({**end, "confined": vars(confined)})
+
+
+def loaded() -> list[str]:
+    """List the files of this process's modules, and of the shared libraries in its memory."""
+    files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+    with suppress(OSError):
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        files |= {name for line in maps if ".so" in (name := line[73:]) and name.startswith("/")}
+    return sorted(filter(os.path.isabs, files))  # torch.ops and its like name files that are none
 
 
 def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str], scratch: str) -> Confined:

@@ -132,3 +132,9 @@ def talk(path: str, pipe: list[int], log: Any) -> list[str]:
 
 def hang_up(path: str, pipe: list[int], log: Any) -> None:
     die(path, log)
+
+
+def load(path: str, log: Any) -> None:
+    """Load what an evaluation loads."""
+    importlib.import_module("hedgemix.audit.replay")
+    importlib.import_module("hedgemix.codec.text_codec")
