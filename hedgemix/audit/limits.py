@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit import contamination
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
-from hedgemix.data import bpb, memory, tokenizer
+from hedgemix.data import bpb, memory
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import TokenStream, map_shard
 from hedgemix.standalone import script
@@ -63,7 +65,7 @@ def unseen(claim: Claim, windows: int, seed: int, charged_N: np.ndarray | None =
     wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
     drawn = contamination.draw([map_shard(path) for path in valid], windows, seed)
     found = artifact.read(claim.artifact)
-    memory_M = memory.tokens(tokenizer.load(found.tokenizer), found.memory)
+    memory_M = memory.tokens(load_tokenizer(found), found.memory)
     remembered = contamination.occurring(drawn, [memory_M])
     occurs = contamination.occurring(drawn, [map_shard(path) for path in train]) | remembered
     counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
@@ -79,7 +81,7 @@ def unseen(claim: Claim, windows: int, seed: int, charged_N: np.ndarray | None =
         f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)"
         + (f", {int(remembered.sum())} in the artifact's memory of {len(memory_M):,}." if len(memory_M) else ".")
     )
-    documents = by_document(claim, found.tokenizer, charged_N)
+    documents = by_document(claim, load_tokenizer(found), charged_N)
     statement += (
         f" {documents['documents_without']:,} of {documents['documents']:,} documents have no window of "
         f"{contamination.SHORT_WINDOW} tokens in common with the training text, "
@@ -105,9 +107,9 @@ def unseen(claim: Claim, windows: int, seed: int, charged_N: np.ndarray | None =
     return Finding("unseen", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
 
 
-def by_document(claim: Claim, model: bytes, charged_N: np.ndarray | None) -> dict[str, Any]:
+def by_document(claim: Claim, processor: SentencePieceProcessor, charged_N: np.ndarray | None) -> dict[str, Any]:
     """Count the documents that the training text has nothing of, and half or more of; and score those without."""
-    stream, tables = datasets.valid_stream(claim.dataset), bpb.byte_tables(tokenizer.load(model))
+    stream, tables = datasets.valid_stream(claim.dataset), bpb.byte_tables(processor)
     tokens_N = stream.read(0, min(len(stream), contamination.MOST_TOKENS))
     train = TokenStream(claim.dataset.train_shards)
     document_N, share_D = contamination.by_document(tokens_N, tables.is_control, train)

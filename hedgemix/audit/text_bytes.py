@@ -14,6 +14,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.config import DataConfig, RecipeError
@@ -39,8 +40,8 @@ USER_DEFINED = 4
 def check_bytes(claim: Claim) -> Finding:
     """Check that the validation tokens stand for as many bytes as are counted: by texts of known length, by encoding
     again what they decode to, by the pieces in them, and by the raw text where it can be had."""
-    model = artifact.read(claim.artifact).tokenizer
-    processor, stream = tokenizer.load(model), datasets.valid_stream(claim.dataset)
+    found = artifact.read(claim.artifact)
+    model, processor, stream = found.tokenizer, load_tokenizer(found), datasets.valid_stream(claim.dataset)
     wrong = miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in user_defined(model)[:3]]
     alike, again = encoded_alike(processor, stream)
     if alike < ENCODED_ALIKE * again:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit import limits
 from hedgemix.audit.claim import Claim
 from hedgemix.config import LimitsConfig
-from hedgemix.data import bpb, shards, tokenizer
+from hedgemix.data import bpb, shards
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
@@ -106,15 +107,16 @@ def test_documents_without_anything_known_are_scored_beside_all(sound: Claim) ->
     shards.write_shard(Path(sound.dataset.valid_shards[0]), tokens)
     shards.write_shard(place(sound, 1), tokens[:700])
     charged = np.where(np.arange(len(tokens)) < 700, 1.0, 3.0)
-    found = limits.by_document(sound, artifact.read(sound.artifact).tokenizer, charged)
-    tables = bpb.byte_tables(tokenizer.load(artifact.read(sound.artifact).tokenizer))
+    processor = load_tokenizer(artifact.read(sound.artifact))
+    found = limits.by_document(sound, processor, charged)
+    tables = bpb.byte_tables(processor)
     begins = np.flatnonzero(tokens == bos)
     assert found["documents"] == len(begins) and found["documents_without"] == (begins >= 700).sum() > 0
     assert found["documents_mostly_known"] == (begins < 700).sum() > 0
     n_bytes = bpb.count_bytes(tables, tokens[699:])
     assert found["bpb_of_documents_without"] == bpb.bits_per_byte(3.0 * (len(tokens) - 700), n_bytes)
     assert found["bpb_of_all"] < found["bpb_of_documents_without"]
-    assert limits.by_document(sound, artifact.read(sound.artifact).tokenizer, None)["bpb_of_all"] is None
+    assert limits.by_document(sound, processor, None)["bpb_of_all"] is None
 
 
 def test_validation_text_in_the_memory_is_caught(tmp_path: Path) -> None:
