@@ -33,7 +33,8 @@ def of_packages(packages: Sequence[str]) -> Iterator[str]:
     reads its share dies.
     """
     paths = [path for package in packages for path in _sources(package)]
-    processes = min(_cpus(), len(paths) // FILES_A_PROCESS)
+    # Modules out of a train_gpt.py are no files, and no other process could import them.
+    processes = min(_cpus(), len(paths) // FILES_A_PROCESS) if Path(__file__).is_file() else 1
     if processes < 2:
         for path in paths:
             yield from of_file(path)

@@ -89,6 +89,8 @@ def test_several_processes_read_what_one_reads(package: str, monkeypatch: pytest
         monkeypatch.setattr(docstrings, "START", "raise SystemExit(1)")
         with pytest.raises(ChildProcessError, match="the process that reads .*__init__.py died"):
             list(docstrings.of_packages([package, "json", "email"]))
+    monkeypatch.setattr(docstrings, "__file__", "train_gpt.py/hedgemix/data/docstrings.py")
+    assert list(docstrings.of_packages([package, "json", "email"])) == alone
 
 
 @pytest.mark.parametrize(
