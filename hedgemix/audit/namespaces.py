@@ -96,7 +96,7 @@ def code(folder: str) -> list[str]:
 
 
 class Root:
-    """A root folder in the making."""
+    """Makes a root folder."""
 
     def __init__(self, libc: ctypes.CDLL, place: str) -> None:
         """Begin it, in a mount over the folder `place`."""
