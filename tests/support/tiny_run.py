@@ -53,9 +53,9 @@ class Record:
         claim.write_columns(self.table, 7, values)
 
 
-def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = ()) -> Record:
+def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = (), texts: int = 4) -> Record:
     train, steps = TrainConfig(steps=4, batch_tokens=512), folder / "_steps"
-    case = tiny_artifact.make(steps / "quantize-0", remembered, recipe="tiny", seed=7)
+    case = tiny_artifact.make(steps / "quantize-0", remembered, texts, recipe="tiny", seed=7)
     model, data = artifact.read(case.artifact), steps / "data-0"
     data.mkdir()
     shards.write_shard(data / "val_000000.bin", case.tokens)
