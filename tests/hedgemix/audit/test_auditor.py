@@ -304,7 +304,7 @@ def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("seed", "config"), enumerate([CONFIG, CACHE_OVER_TRAINED, replace(ADAPTIVE, order="sliding")])
+    ("seed", "config"), list(enumerate([CONFIG, CACHE_OVER_TRAINED, replace(ADAPTIVE, order="sliding")]))
 )
 def test_of_a_long_text_what_is_drawn_is_proved(tmp_path: Path, seed: int, config: EvaluateConfig) -> None:
     """Behind what was told of the text between two stretches: trained weights, experts, counts and mixing weights."""
