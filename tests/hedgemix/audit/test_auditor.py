@@ -297,7 +297,7 @@ def test_work_that_fails_is_a_failure_of_what_it_was_for(record: Record) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "run", dies)
         findings = auditor.run(record.claim(), PLAN, done_by=WORK)
-    assert [found.name for found in findings if found.passed] == ["limits", "unseen", "seconds"]
+    assert [found.name for found in findings if found.passed] == ["limits", "unseen", "bytes", "seconds"]
     assert named(findings)["bits"].headline == "it broke"
     assert not pd.read_parquet(record.table).set_index("seed").loc[7].audited
 
