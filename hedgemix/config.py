@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -354,7 +355,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Make a configuration of what `to_dict` gave; raises RecipeError on an unknown or missing field."""
+    """Make a configuration of what `to_dict` gave; raises RecipeError for other fields, or other types."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{kind.__name__} is {str(values)[:40]}, and should be an object with its fields")
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
@@ -367,11 +370,27 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
             value = from_dict(hint, value)
         elif isinstance(value, list):
             value = tuple(value)
+        if not _fits(value, hint):
+            raise RecipeError(f"{kind.__name__}.{name} is {str(value)[:40]}, which is no {str(hint)[:80]}")
         arguments[name] = value
     try:
         return kind(**arguments)
     except TypeError as error:
         raise RecipeError(f"{kind.__name__}: {error}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; a whole number is a float too."""
+    of = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return type(value) is str and value in of
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, of[0]) for each in value)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, each) for each in of)
+    if not isinstance(hint, type) or dataclasses.is_dataclass(hint):
+        return hint is Any or isinstance(value, (tuple, typing.get_origin(hint) or hint))
+    return type(value) in ((int, float) if hint is float else (hint,)) and not (hint is int and abs(value) >= 2**53)
 
 
 def config_hash(*parts: Any) -> str:

@@ -50,7 +50,7 @@ def laptop() -> Recipe:
             value_embedding_width=64,
         ),
         train=TrainConfig(
-            budget_seconds=55,
+            budget_seconds=61,
             reserve_seconds=2,
             batch_tokens=1024,
             sequence_tokens=256,

@@ -46,6 +46,7 @@ from torch import Tensor
 from hedgemix.artifact.sections import (
     LARGEST_SECTION,
     ArtifactError,
+    check_length,
     from_lzma,
     from_ppmd,
     from_zstd,
@@ -60,9 +61,11 @@ from hedgemix.runtime.files import replacing
 
 MAGIC = b"\x89HMX\r\n\x1a\n"
 VERSION, MEMORY_VERSION = 2, 3
-FREE_NUMBERS, NUMBERS_A_BYTE = 2**22, 256
-"""Most steps, and most weights, that a file may have: FREE_NUMBERS and some for each byte of their section. No real
-model comes near (that would be 1/32 bit a weight), and a file with a wrong table cannot ask for all memory."""
+FREE_STEPS, FREE_NUMBERS, NUMBERS_A_BYTE = 2**17, 2**20, 64
+"""Most steps, and most weights, that a file may have: so many, and some for each byte of their section. No real model
+comes near (that would be 1/8 bit a weight; a table that was never trained is free), and a file with a wrong table
+cannot ask for all memory."""
+MOST_TENSORS = 4096
 PREFIX = {VERSION: struct.Struct("<8sI14Q"), MEMORY_VERSION: struct.Struct("<8sI16Q")}
 KINDS = {"stepped": 0, "quantized": 1, "float16": 2, "float32": 4}
 """How a tensor is stored, and the bytes of one element in the sections whose sizes follow from shapes."""
@@ -197,7 +200,8 @@ def pack(
 def read(path: str | Path) -> Artifact:
     """Read and check an artifact; raises ArtifactError unless it is exactly what `write` made.
 
-    Nothing is decompressed before the checksum and the declared sizes (at most 1 GiB a section) were checked.
+    Nothing is decompressed before the checksum and the declared sizes were checked, and none of these may be out of
+    proportion to the file's own: see `sections` and `FREE_NUMBERS`.
     """
     parts = read_parts(path)
     tensors = _tensors(Path(path), parts)
@@ -262,8 +266,9 @@ def _stepped(path: Path, shapes: list[tuple[int, int]], steps: bytes, weights: b
 
 
 def _check_count(path: Path, shapes: list[tuple[int, int]], n_steps: int, n_weights: int) -> None:
-    for wanted, stored in ((sum(map(sum, shapes)), n_steps), (sum(map(math.prod, shapes)), n_weights)):
-        if wanted > FREE_NUMBERS + NUMBERS_A_BYTE * stored:
+    steps, weights = sum(map(sum, shapes)), sum(map(math.prod, shapes))
+    for wanted, free, stored in ((steps, FREE_STEPS, n_steps), (weights, FREE_NUMBERS, n_weights)):
+        if wanted > free + NUMBERS_A_BYTE * stored:
             raise ArtifactError(f"{path}: its tensors are too large for their {stored:,} bytes; check what made it")
 
 
@@ -313,6 +318,8 @@ def _lengths(path: Path, prefix: bytes, n_bytes: int) -> list[tuple[int, int]]:
     if n_bytes != expected:
         what = "is truncated" if n_bytes < expected else "has bytes after its end"
         raise ArtifactError(f"{path} {what}: {n_bytes:,} bytes instead of {expected:,}; copy it again from its source")
+    for name, (length, stored) in zip(SECTIONS, lengths, strict=False):
+        check_length(path, name, length, stored)
     return lengths
 
 
@@ -324,6 +331,8 @@ def _document(path: Path, data: bytes) -> tuple[dict[str, Any], Table]:
         raise ArtifactError(f"{path}: its document is not the JSON it should be ({error!r}); write it again") from None
     if not isinstance(header, dict):
         raise ArtifactError(f"{path}: its header is not a JSON object; write the artifact again")
+    if len(table) > MOST_TENSORS:
+        raise ArtifactError(f"{path} has {len(table):,} tensors, of at most {MOST_TENSORS:,}; check what made it")
     return header, table
 
 

@@ -10,10 +10,24 @@ import zstandard
 from hedgemix.data.memory import Memory, MemoryTextError, decompress
 
 LARGEST_SECTION = 2**30
+LARGEST = {"document": 2**20, "tokenizer": 2**22}
+"""Most bytes of the sections that are read as a whole before anything else is known."""
+FREE_BYTES, BYTES_A_BYTE = 2**20, 64
+"""Most bytes of another section: so many, and for each byte as stored. Weights never come near, and a file of a few
+bytes cannot ask for all memory."""
+LARGEST_DICTIONARY = 2**27
+"""Of LZMA; what `to_lzma` writes asks for half of it."""
 
 
 class ArtifactError(ValueError):
     """Tells that a file is no sound artifact, or that contents cannot become one; the message names it and the fix."""
+
+
+def check_length(path: Path, name: str, length: int, stored: int) -> None:
+    """Check what a section declares; raises ArtifactError where it is more than its bytes can be meant to hold."""
+    if max(length, stored) > min(LARGEST_SECTION, LARGEST.get(name, FREE_BYTES + BYTES_A_BYTE * stored)):
+        raise ArtifactError(f"{path} declares {length:,} bytes of {name} in {stored:,}: more than the format allows; "
+                            "it is damaged, copy it again")  # fmt: skip
 
 
 def to_lzma(data: bytes) -> bytes:
@@ -34,7 +48,7 @@ def to_zstd(data: bytes, level: int) -> bytes:
 
 def from_lzma(path: Path, data: bytes, length: int) -> bytes:
     """Give back what `to_lzma` had; raises ArtifactError unless it has `length` bytes."""
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=LARGEST_SECTION)
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=LARGEST_DICTIONARY)
     try:
         plain = decoder.decompress(data, max_length=length + 1)  # stops there, whatever the stream would go on to
     except lzma.LZMAError as error:

@@ -32,6 +32,7 @@ from hedgemix.audit.plan import FULL, Plan, told
 from hedgemix.audit.replay import Source
 from hedgemix.audit.sandbox import WorkError
 from hedgemix.audit.seconds import check_seconds
+from hedgemix.audit.text_bytes import check_bytes
 from hedgemix.config import RecipeError, config_hash, to_dict
 from hedgemix.evaluate.scoring_order import Piece, chunks
 from hedgemix.runtime.files import replacing, sha256_of, write_json
@@ -147,7 +148,9 @@ def run(
         ranks_agree(work)
         work.progress("reading the training text")
         work.find(timed(lambda: limits.check_limits(claim)))
-        work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work))))
+        charged_N = np.concatenate([[math.nan], *work.charges]) if work.replay else None
+        work.find(timed(lambda: limits.unseen(claim, plan.windows, drawn_seed(work), charged_N)))
+        work.find(timed(lambda: check_bytes(claim)))
         work.find(timed(lambda: claimed(work)))
         work.find(timed(lambda: check_seconds(claim)))
         work.progress("compressing and decompressing")

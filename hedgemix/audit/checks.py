@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hedgemix.audit import own_code
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.audit.sandbox import Confined
@@ -136,19 +137,21 @@ def self_contained(confined: Confined | None, error: str, allowed: int, seconds:
     """Check that the replay opened nothing else. confined: what the guards of its process saw; None when it failed with
     `error`."""
     refused = confined.refused if confined else [error]
-    kernel = confined.landlock if confined else 0
+    refused = refused + [f"unknown code: {file}" for file in own_code.unaccounted(confined.loaded if confined else ())]
+    by, weakness = (confined.guarded_by(), confined.weakness()) if confined else ("what refused it", "")
     statement = (
         f"The replay ran in a process that could open the artifact and the validation shards ({allowed} files) and "
         f"Python's own library only; {'nothing else was asked for' if not refused else 'it asked for more'}."
     )
-    by = f"the kernel (Landlock {kernel}) and an audit hook" if kernel else "an audit hook of Python alone"
     figures = {
         "files_allowed": allowed,
         "files_opened": sorted(set(confined.opened)) if confined else [],
         "refused": refused[:8],
         "guarded_by": by,
+        "left_open": weakness or "nothing known",
+        "files_of_code_loaded": len(confined.loaded) if confined else 0,
     }
-    headline = refused[0] if refused else f"nothing but {allowed} files, by {'kernel and hook' if kernel else 'hook'}"
+    headline = refused[0] if refused else f"nothing but {allowed} files, by {by}"
     return Finding("self-contained", not refused, headline, statement, figures, seconds)
 
 

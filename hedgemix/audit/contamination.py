@@ -1,4 +1,5 @@
-"""How much of the validation text occurs word for word in the training text: drawn windows of 64 tokens, by hash."""
+"""How much of the validation text occurs word for word in the training text, by hash: drawn windows of 64 tokens of
+every shard, and all windows of 16 tokens of every document of the text that is scored."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from hedgemix.data import overlap
 from hedgemix.data.shards import TokenStream
 
 WINDOW = 64
+SHORT_WINDOW = 16
+MOST_TOKENS = 1 << 22
+"""Of the text whose documents are looked at: its beginning, where there are more."""
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,17 @@ def occurring(windows: Windows, shards: Sequence[np.ndarray]) -> np.ndarray:
     hashes = overlap.window_hashes(windows.tokens.ravel(), starts, starts + WINDOW)
     drawn = overlap.Windows([hashes])
     return np.isin(hashes, drawn.hashes[overlap.seen_in_tokens(drawn, TokenStream(shards), WINDOW)])
+
+
+def by_document(tokens_N: np.ndarray, is_control_V: np.ndarray, train: TokenStream) -> tuple[np.ndarray, np.ndarray]:
+    """Find each token's document (N,), which a control token begins (as in `evaluate.breakdown`), and each document's
+    share of windows of 16 tokens that occur in the training text (D,), NaN where it is shorter."""
+    document_N = np.cumsum(is_control_V[tokens_N])
+    starts = np.arange(max(len(tokens_N) - SHORT_WINDOW + 1, 0))
+    starts = starts[document_N[starts] == document_N[starts + SHORT_WINDOW - 1]]
+    hashes = overlap.window_hashes(tokens_N.astype(np.uint16), starts, starts + SHORT_WINDOW)
+    drawn = overlap.Windows([hashes])
+    seen = overlap.seen_in_tokens(drawn, train, SHORT_WINDOW)[np.searchsorted(drawn.hashes, hashes)]
+    windows_D = np.bincount(document_N[starts], minlength=document_N[-1] + 1)
+    seen_D = np.bincount(document_N[starts], seen, minlength=document_N[-1] + 1)
+    return document_N, np.where(windows_D > 0, seen_D / np.maximum(windows_D, 1), np.nan)

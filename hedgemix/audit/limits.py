@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit import contamination
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
+from hedgemix.data import bpb, memory
 from hedgemix.data import dataset as datasets
-from hedgemix.data import memory, tokenizer
-from hedgemix.data.shards import map_shard
+from hedgemix.data.shards import TokenStream, map_shard
 from hedgemix.standalone import script
 
 KNOWN_SHARE = 0.5
@@ -50,16 +53,19 @@ def check_limits(claim: Claim) -> Finding:
     return Finding("limits", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
 
 
-def unseen(claim: Claim, windows: int, seed: int) -> Finding:
+def unseen(claim: Claim, windows: int, seed: int, charged_N: np.ndarray | None = None) -> Finding:
     """Check that the texts are those of the row, that no validation shard is among the training shards, and that drawn
-    windows of the validation text occur neither in the training text nor in the artifact's memory."""
+    windows of the validation text occur neither in the training text nor in the artifact's memory; tells the score of
+    the documents that have nothing in common with the training text beside that of all.
+
+    charged_N: what each position of the text's beginning was charged, in nats; NaN where nothing."""
     data = claim.dataset
     train, valid = [Path(shard) for shard in data.train_shards], [Path(shard) for shard in data.valid_shards]
     wrong = other_text(claim)
     wrong += [f"training shard {name} is validation shard {other}" for name, other in shared(train, valid)]
     drawn = contamination.draw([map_shard(path) for path in valid], windows, seed)
     found = artifact.read(claim.artifact)
-    memory_M = memory.tokens(tokenizer.load(found.tokenizer), found.memory)
+    memory_M = memory.tokens(load_tokenizer(found), found.memory)
     remembered = contamination.occurring(drawn, [memory_M])
     occurs = contamination.occurring(drawn, [map_shard(path) for path in train]) | remembered
     counts = [int((drawn.shard == number).sum()) for number in range(len(valid))]
@@ -75,7 +81,16 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
         f"word for word in the {data.train_tokens:,} training tokens (at most {largest:.1%} of a shard's)"
         + (f", {int(remembered.sum())} in the artifact's memory of {len(memory_M):,}." if len(memory_M) else ".")
     )
+    documents = by_document(claim, load_tokenizer(found), charged_N)
+    statement += (
+        f" {documents['documents_without']:,} of {documents['documents']:,} documents have no window of "
+        f"{contamination.SHORT_WINDOW} tokens in common with the training text, "
+        f"{documents['documents_mostly_known']:,} half of theirs or more."
+    )
+    if (without := documents["bpb_of_documents_without"]) is not None:
+        statement += f" Those without score {without:.4f} bits per byte, all {documents['bpb_of_all']:.4f}."
     figures = {
+        **documents,
         "train_shards": len(train),
         "valid_shards": len(valid),
         "windows": len(occurs),
@@ -86,8 +101,32 @@ def unseen(claim: Claim, windows: int, seed: int) -> Finding:
         "violation_from_share": KNOWN_SHARE,
         "violations": wrong[:8],
     }
-    headline = wrong[0] if wrong else f"{int(occurs.sum())} of {len(occurs)} windows occur in the training text"
+    known = f"{int(occurs.sum())} of {len(occurs)} windows known"
+    sound = f"{known}; {documents['documents_without']:,} of {documents['documents']:,} documents share nothing"
+    headline = wrong[0] if wrong else sound
     return Finding("unseen", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
+
+
+def by_document(claim: Claim, processor: SentencePieceProcessor, charged_N: np.ndarray | None) -> dict[str, Any]:
+    """Count the documents that the training text has nothing of, and half or more of; and score those without."""
+    stream, tables = datasets.valid_stream(claim.dataset), bpb.byte_tables(processor)
+    tokens_N = stream.read(0, min(len(stream), contamination.MOST_TOKENS))
+    train = TokenStream(claim.dataset.train_shards)
+    document_N, share_D = contamination.by_document(tokens_N, tables.is_control, train)
+    scores: dict[str, float | None] = {"bpb_of_documents_without": None, "bpb_of_all": None}
+    if charged_N is not None:
+        size = min(len(charged_N), len(tokens_N))
+        bytes_N = np.concatenate([[0], bpb.token_bytes(tables, tokens_N[: size - 1], tokens_N[1:size])])
+        nats_N = np.nan_to_num(charged_N[:size])
+        for name, here_N in zip(scores, ((share_D == 0)[document_N[:size]], np.ones(size, bool)), strict=True):
+            if n_bytes := int(bytes_N[here_N].sum()):
+                scores[name] = bpb.bits_per_byte(float(nats_N[here_N].sum()), n_bytes)
+    return {
+        "documents": int((~np.isnan(share_D)).sum()),
+        "documents_without": int((share_D == 0).sum()),
+        "documents_mostly_known": int((share_D >= KNOWN_SHARE).sum()),
+        **scores,
+    }
 
 
 def other_text(claim: Claim) -> list[str]:

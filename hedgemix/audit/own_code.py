@@ -1,20 +1,28 @@
 """What an audit was made with: digests of every installed package that takes part, for its report to name.
 
 Of hedgemix every source file is read. Of another package its version and the list that its installer left (RECORD, with
-a hash of each file as it was installed) are: a file that was changed after that is not noticed.
+a hash of each file as it was installed) are; what a process has really loaded is held against these lists by
+`unaccounted`.
 """
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
 import json
+import os
 import platform
+import sysconfig
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("constriction", "numpy", "pyarrow", "pyppmd", "rich", "sentencepiece", "torch", "tyro", "zstandard")
 """All that hedgemix imports in an audit beside Python's own."""
+LIBRARIES = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("LIBDIR") or "/lib"
+"""Folders of Python itself."""
 
 
 @cache
@@ -39,3 +47,39 @@ def installed(package: str) -> str:
         return "not installed"
     record = distribution.read_text("RECORD") or ""
     return f"{distribution.version} {hashlib.sha256(record.encode()).hexdigest()}"
+
+
+def unaccounted(files: Iterable[str]) -> list[str]:
+    """List the code files that nothing accounts for: that are no source of hedgemix, not of Python's own library or the
+    system's, and not as an installed package's RECORD says they were installed."""
+    own = str(Path(__file__).resolve().parent.parent) + os.sep
+    system = tuple(os.path.realpath(folder) + os.sep for folder in (*LIBRARIES, "/usr/lib", "/lib", "/lib64"))
+    found = []
+    for file in sorted(set(map(os.path.realpath, files))):
+        installed_there = {"site-packages", "dist-packages"} & set(Path(file).parts)
+        if file.startswith(own) or (file.startswith(system) and not installed_there):
+            continue
+        if not installed_there or recorded().get(file) != digest(file):
+            found.append(file)
+    return found
+
+
+def digest(file: str) -> str:
+    """Compute a file's SHA-256 as a RECORD writes it; empty for one that cannot be read."""
+    try:
+        content = Path(file).read_bytes()
+    except OSError:
+        return ""
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+
+
+@cache
+def recorded() -> dict[str, str]:
+    """Read the hash of every file that an installed package's RECORD names, by real path."""
+    hashes = {}
+    for distribution in metadata.distributions():
+        root = os.path.realpath(str(distribution.locate_file("")))
+        for name, value, *_ in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
+            if value.startswith("sha256="):
+                hashes[os.path.normpath(os.path.join(root, name))] = value.removeprefix("sha256=")
+    return hashes

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.config import EvaluateConfig, from_dict
 from hedgemix.data import tokenizer
 from hedgemix.data.shards import TokenStream
@@ -159,7 +160,7 @@ def testify(source: dict[str, Any], marks: list[int], log: Log) -> None:
     work = begin(read, tokens_N, witness)
     lines = play(work, log)
     found = artifact.read(read.artifact)
-    processor = tokenizer.load(found.tokenizer)
+    processor = load_tokenizer(found)
     text_bytes = len(tokenizer.decode(processor, tokens_N)) - len(tokenizer.decode(processor, tokens_N[:1]))
     replay = {
         "lines": [{name: line[name] for name in ("chunk", "tokens", "bytes", "bits")} for line in lines],

@@ -1,16 +1,19 @@
 """Work in a fresh process that can open only the files it is told of, and Python's own library code, read only.
 
-`run` starts Python without its environment variables and user folder (-I), and there two guards before anything else:
+`run` starts Python without its environment variables, user folder and site packages (-I -S), with an environment of a
+few named variables, and there puts guards up before anything else:
 
+- where Linux lets a user have them, namespaces, in which nothing else is there at all: see `namespaces`;
 - an audit hook refuses, and notes, every opening of another file, every write, every socket and every process, and a
   gate among the importers what makes artifacts (training, quantizing, preparing data). They see what goes through
   Python;
-- on Linux, Landlock makes the kernel refuse the same of files, for C code too, and all TCP: kernel 5.13, TCP 6.7.
+- on Linux, Landlock makes the kernel refuse the same of files, for C code too, all TCP, and signals and abstract
+  sockets to others: kernel 5.13, TCP 6.7, the last two 6.12.
 
-Limits. The guards keep out mistakes, not an attacker: C code may undo a hook, and without Landlock it opens what it
-likes. Folders of source code on the import path are read as a whole by the kernel's rule (the hook allows their code
-only), and names of files can be listed. It may write into one folder, its temporary one, empty at first and removed
-at the end (torch wants one when it is imported).
+Limits. C code may undo a hook, and without namespaces and Landlock it opens what it likes. Without namespaces folders
+of source code on the import path are read as a whole by the kernel's rule (the hook allows their code only), and names,
+sizes and attributes of files, and other processes, can be looked at: `weakness` says what is open. It may write into
+one folder, its temporary one, empty at first and removed at the end (torch wants one when it is imported).
 """
 
 from __future__ import annotations
@@ -33,16 +36,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAKERS = ("train", "quantize", "recipes", "data.corpus", "data.dataset", "data.dataloader", "data.fineweb")
+from hedgemix.audit import namespaces
+from hedgemix.runtime.switches import SWITCHES
+
+DATA_MAKERS = ("corpus", "dataset", "dataloader", "docstrings", "fineweb")
+MAKERS = ("train", "quantize", "recipes", *(f"data.{name}" for name in DATA_MAKERS))
 """What trains, quantizes and prepares text: a score needs none of it."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
-SYSTEM = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+KERNEL = ("/proc", "/sys", "/dev/null", "/dev/urandom")
+KEPT = (*SWITCHES, "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MKL_NUM_THREADS",
+        "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS")  # fmt: skip
+"""Variables that the process is given when they are set."""
 CODE = re.compile(r"\.(py|pyc|so)$|\.(egg|dist)-info/")
 """What is library code in a folder of the import path: modules, and the notes an installer left beside them."""
 START = (
     "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] = spec['path']; "
-    "from hedgemix.audit import sandbox; sandbox.serve(spec)"
+    "sys.prefix, sys.exec_prefix = spec['prefixes']; from hedgemix.audit import sandbox; sandbox.serve(spec)"
 )
 PROCESSES = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
 WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
@@ -50,12 +61,27 @@ WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir
 
 @dataclass
 class Confined:
-    """Tells what the guards did: the data files opened, what was refused, and Landlock's version (0: the kernel has
-    none)."""
+    """Tells what the guards did: the data files opened, what was refused, Landlock's version (0: the kernel has none),
+    and whether there were namespaces."""
 
     opened: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     landlock: int = 0
+    namespaces: bool = False
+    loaded: list[str] = field(default_factory=list)
+    """Files of code in memory when the work ended."""
+
+    def guarded_by(self) -> str:
+        """Name the guards that were in force."""
+        names = ["namespaces"] * self.namespaces + [f"Landlock {self.landlock}"] * (self.landlock > 0)
+        return ", ".join([*names, "an audit hook of Python"])
+
+    def weakness(self) -> str:
+        """Say what is open without those that were not; empty when nothing known is."""
+        if self.namespaces:
+            return ""
+        by_c = "" if self.landlock else "; C code could open any file"
+        return f"weaker, without namespaces: names and sizes of files and other processes could be looked at{by_c}"
 
 
 @dataclass(frozen=True)
@@ -101,17 +127,25 @@ def run(
     ends = (os.pipe(), os.pipe()) if talk else None  # what it says, what it hears
     given = [ends[0][1], ends[1][0]] if ends else []
     arguments = {**arguments, "pipe": given} if ends else arguments
-    spec = {"work": work, "arguments": arguments, "readable": files, "path": list(dict.fromkeys(path))}
+    spec = {
+        "work": work,
+        "arguments": arguments,
+        "readable": files,
+        "named": [os.path.abspath(file) for file in readable or ()],
+        "path": list(dict.fromkeys(path)),
+        "library": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}),
+        "prefixes": [sys.prefix, sys.exec_prefix],
+    }
     began, message, ended = time.monotonic(), "", None
     confined, start_seconds = Confined(), 0.0
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as scratch:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", START],
+            [sys.executable, "-I", "-S", "-B", "-c", START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd=scratch,
-            env={**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch},
+            env=environment(os.path.realpath(scratch)),
             pass_fds=given,
         )
         for end in given:
@@ -144,9 +178,18 @@ def run(
     return Outcome(ended["value"], confined, start_seconds)
 
 
+def environment(scratch: str) -> dict[str, str]:
+    """Make the process's environment: nothing but what is named here."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return {**kept, "LANG": "C.UTF-8", "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch}
+
+
 def serve(spec: dict[str, Any]) -> None:
     """Do the work, as the fresh process: one JSON line on standard output for the start, each record logged, and the
     end."""
+    inside = False
+    if spec["readable"] is not None:
+        inside = namespaces.enter(spec["library"], spec["path"], [*spec["named"], *spec["readable"]], os.getcwd())
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the work prints goes to the error text
 
@@ -154,7 +197,10 @@ def serve(spec: dict[str, Any]) -> None:
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
 
-    confined = Confined() if spec["readable"] is None else confine(spec["readable"], spec["path"], os.getcwd())
+    confined = Confined()
+    if spec["readable"] is not None:
+        confined = confine([*spec["readable"], *spec["named"]], spec["path"], spec["library"], os.getcwd())
+        confined.namespaces = inside
     try:
         module, _, name = spec["work"].partition(":")
         function = getattr(importlib.import_module(module), name)
@@ -163,13 +209,24 @@ def serve(spec: dict[str, Any]) -> None:
     except Exception as error:
         traceback.print_exc()
         end = {"error": f"{type(error).__name__}: {error}"}
+    if spec["readable"] is not None:
+        confined.loaded = loaded()
     tell({**end, "confined": vars(confined)})
 
 
-def confine(readable: Sequence[str], path: Sequence[str], scratch: str) -> Confined:
-    """Put both guards on this process, for good; `scratch` is the folder that it may write to."""
-    library = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}
-    roots = sorted({os.path.realpath(folder) for folder in library if os.path.exists(folder)})
+def loaded() -> list[str]:
+    """List the files of this process's modules, and of the shared libraries in its memory."""
+    files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+    with suppress(OSError):
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        files |= {name for line in maps if ".so" in (name := line[73:]) and name.startswith("/")}
+    return sorted(filter(os.path.isabs, files))  # torch.ops and its like name files that are none
+
+
+def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str], scratch: str) -> Confined:
+    """Put hook and Landlock on this process, for good; `library` are folders of code, `scratch` is the folder that it
+    may write to."""
+    roots = sorted({os.path.realpath(folder) for folder in (*library, *KERNEL) if os.path.exists(folder)})
     sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)})
     confined = Confined(landlock=landlock([*roots, *sources], readable, scratch))
 
@@ -223,7 +280,9 @@ def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
     if version < 1:
         return 0
     every, read, look, execute, write = 0x1FFF, 1 << 2, 1 << 3, 1 << 0, 1 << 1
-    rules = struct.pack("=QQ", every, 3) if version >= 4 else struct.pack("=Q", every)
+    every |= (version >= 3) << 14  # truncation
+    # Files, then TCP, then abstract sockets and signals, as far as this kernel's rules go.
+    rules = struct.pack("=QQQ", every, 3, 3)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     ruleset = libc.syscall(444, rules, len(rules), 0)
     grants = [(name, read | look | execute) for name in folders] + [(name, read) for name in files]
     # Devices, and not what other processes leave in shared memory.

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hedgemix.audit import sandbox
+from hedgemix.audit import own_code, sandbox
 from hedgemix.audit.findings import Finding
 from hedgemix.audit.replay import Source
 from hedgemix.config import EvaluateConfig
@@ -166,6 +166,7 @@ def check(
         wrong.append(f"{theirs:.6f} nats charged, the rows say {mine:.6f}")
     wrong += misspelled(charged_N, lines, name)
     wrong += [f"the predictor asked for more: {each}" for each in confined.refused]
+    wrong += [f"the predictor has unknown code: {file}" for file in own_code.unaccounted(confined.loaded)]
     total, proved, (between, count) = len(nats_N) - 1, len(asked), drawn
     leaks = {f"{share:.0%} of the text": missed(share, between, count) for share in LEAKS} if proved < total else {}
     worst = float(off_B.max(initial=0.0))
@@ -188,7 +189,8 @@ def check(
         "largest_sum_off_1": committed.largest_off,
         "rows_that_are_no_distribution": len(committed.unsound),
         "positions_charged_otherwise": len(beyond),
-        "guarded_by": f"Landlock {confined.landlock}" if confined.landlock else "an audit hook of Python alone",
+        "guarded_by": confined.guarded_by(),
+        "left_open": confined.weakness() or "nothing known",
         "violations": wrong[:8],
     }
     share = f"{proved:,} of {total:,}" if leaks else f"all {total:,}"

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from hedgemix.artifact.format import Artifact
-from hedgemix.artifact.load_model import load_model
+from hedgemix.artifact.load_model import load_model, load_tokenizer
 from hedgemix.codec.model_step import ModelStep
 from hedgemix.config import EvaluateConfig
-from hedgemix.data import bpb, memory, tokenizer
+from hedgemix.data import bpb, memory
 from hedgemix.evaluate import scoring_order
 from hedgemix.evaluate.evaluator import Evaluation
 from hedgemix.evaluate.ttt import Adapter
@@ -50,10 +50,11 @@ class Predictor:
         first_token: int,
         config: EvaluateConfig,
         after: Evaluation | None = None,
+        most_tokens: int = 0,
     ) -> None:
-        """after: the evaluation of the text's beginning, of whole pieces, to go on behind. Raises ArtifactError for an
-        artifact that holds no model, RecipeError for settings that do not fit it, ValueError for a token or a length
-        that cannot be."""
+        """after: the evaluation of the text's beginning, of whole pieces, to go on behind. most_tokens: that it will be
+        told, when these are fewer; memory is taken for them alone. Raises ArtifactError for an artifact that holds no
+        model, RecipeError for settings that do not fit it, ValueError for a token or a length that cannot be."""
         model = load_model(found)
         if n_tokens < 1 or not 0 <= first_token < model.vocab_size:
             raise ValueError(f"{n_tokens} tokens beginning with {first_token}: not a text of {model.vocab_size} tokens")
@@ -63,11 +64,12 @@ class Predictor:
         check_cache(config.cache)
         told_B = np.array([first_token]) if after is None else after.tokens_N.read(slice(None)).astype(np.int64)
         self.config, self.vocab_size, self.position = config, model.vocab_size, len(told_B)
-        processor = tokenizer.load(found.tokenizer)
+        processor = load_tokenizer(found)
         self.tables = bpb.byte_tables(processor)
-        self.tokens_N = torch.zeros(n_tokens, dtype=torch.int64)
+        self.most_tokens = most_tokens or n_tokens
+        self.tokens_N = torch.zeros(self.most_tokens, dtype=torch.int64)
         self.tokens_N[: len(told_B)] = torch.from_numpy(told_B)
-        self.weights_N = torch.ones(n_tokens)
+        self.weights_N = torch.ones(self.most_tokens)
         self._weigh(1, told_B)
         self.chunks = scoring_order.chunks(n_tokens, config.chunk_tokens)
         self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.trains_weights else None
@@ -125,7 +127,8 @@ class Predictor:
         for number, chunk in enumerate(self.chunks):
             if chunk.stop <= self.position:
                 continue
-            for piece in scoring_order.pieces(chunk, self.config):
+            told = scoring_order.Piece(chunk.start, min(chunk.stop, self.most_tokens))
+            for piece in scoring_order.pieces(told, self.config):
                 for begin, targets in scoring_order.contexts(piece, self.config):
                     if targets.stop > self.position:
                         yield begin, targets, piece

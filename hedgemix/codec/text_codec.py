@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import struct
 import time
@@ -41,21 +42,25 @@ import constriction
 import numpy as np
 import torch
 
-from hedgemix.artifact.format import Artifact
+from hedgemix.artifact.format import Artifact, ArtifactError
 from hedgemix.artifact.format import read as read_artifact
-from hedgemix.artifact.load_model import load_model
+from hedgemix.artifact.load_model import load_model, load_tokenizer
+from hedgemix.codec import bounds
 from hedgemix.codec.predictor import Predictor
-from hedgemix.config import EvaluateConfig, from_dict, to_dict
+from hedgemix.config import EvaluateConfig, RecipeError, from_dict, to_dict
 from hedgemix.data import tokenizer
 from hedgemix.runtime import source_bundle
 from hedgemix.runtime.files import Log, replacing, silent
+from hedgemix.runtime.switches import SWITCHES
 
 Categorical = constriction.stream.model.Categorical
 RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
 MAGIC = b"\x89HMC\r\n\x1a\n"
 VERSION = 1
 PREFIX = struct.Struct("<8sI32s32sQQQII")
-LARGEST_SETTINGS = 2**20
+LARGEST_SETTINGS = 2**16
+FAILURES = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
+"""What settings that cannot work, or rows that are none, raise somewhere in libraries."""
 LOG_EVERY_TOKENS = 256
 
 
@@ -100,6 +105,9 @@ def conditions(config: EvaluateConfig) -> dict[str, Any]:
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "environment": {name: os.environ[name] for name in SWITCHES if name in os.environ},
         "dtype": config.dtype,
     }
 
@@ -112,20 +120,22 @@ def compress_tokens(
     schedule_tokens: length of the whole text when these tokens are only its beginning. Raises RecipeError for settings
     that do not fit the artifact, ValueError for tokens that it does not know.
     """
-    processor = tokenizer.load(artifact.tokenizer)
+    processor = load_tokenizer(artifact)
     if not len(tokens_N) or tokens_N.min() < 0 or tokens_N.max() >= processor.vocab_size():
         raise ValueError(f"no tokens, or some outside 0..{processor.vocab_size() - 1}: not a text of this artifact")
     text = tokenizer.decode(processor, tokens_N.tolist())
     total, schedule = len(tokens_N), schedule_tokens or len(tokens_N)
     encoder, ideal_nats = RangeEncoder(), 0.0
+    bounds.check(config, load_model(artifact).context_tokens, schedule)
     with one_thread():
-        predictor = Predictor(artifact, schedule, int(tokens_N[0]), config)
+        predictor = Predictor(artifact, schedule, int(tokens_N[0]), config, most_tokens=total)
         for token in _progress(tokens_N[1:].tolist(), total - 1, log):
             row_V = predictor.predict()
             encoder.encode(token, Categorical(row_V, perfect=False))
             ideal_nats -= math.log(row_V[token])
             predictor.update(token)
     words = np.asarray(encoder.get_compressed(), "<u4").tobytes()
+    words += bytes(max(0, 4 * bounds.words_for(total) - len(words)))
     settings = {"conditions": conditions(config), "evaluate": to_dict(config)}
     packed = zlib.compress(json.dumps(settings, separators=(",", ":")).encode(), 9)
     digests = bytes.fromhex(artifact.sha256), hashlib.sha256(text).digest()
@@ -149,7 +159,12 @@ def decompress_tokens(artifact: Artifact, data: bytes, *, force: bool = False, l
             f"coded with the artifact of sha256 {artifact_sha256.hex()[:16]}, this one has {artifact.sha256[:16]}; "
             "give the artifact it was coded with"
         )
-    config = from_dict(EvaluateConfig, settings["evaluate"])
+    context_tokens = load_model(artifact).context_tokens
+    try:
+        config = from_dict(EvaluateConfig, settings["evaluate"])
+        bounds.check(config, context_tokens, schedule)
+    except RecipeError as error:
+        raise CodecError(f"its settings cannot be used ({error}); code the text again") from None
     here, there = conditions(config), settings["conditions"]
     differ = [f"{name} {there.get(name)} (here {here[name]})" for name in here if here[name] != there.get(name)]
     if differ and not force:
@@ -159,16 +174,26 @@ def decompress_tokens(artifact: Artifact, data: bytes, *, force: bool = False, l
     decoder = RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
     tokens_N = np.zeros(total, np.uint16)
     tokens_N[0] = first
+    spent_bits, most_bits = 0.0, 8 * len(words) + bounds.READ_AHEAD_BITS
     with one_thread():
-        predictor = Predictor(artifact, schedule, first, config)
+        try:
+            predictor = Predictor(artifact, schedule, first, config, most_tokens=total)
+        except ArtifactError:
+            raise
+        except FAILURES as error:
+            raise CodecError(f"its settings or its first token cannot be ({error}); code the text again") from None
         for at in _progress(range(1, total), total - 1, log):
             try:
-                token = int(decoder.decode(Categorical(predictor.predict(), perfect=False)))
-            except AssertionError:  # what constriction raises
+                row_V = predictor.predict()
+                token = int(decoder.decode(Categorical(row_V, perfect=False)))
+                predictor.update(token)
+            except FAILURES:
                 raise CodecError(_lost(differ)) from None
             tokens_N[at] = token
-            predictor.update(token)
-    text = tokenizer.decode(tokenizer.load(artifact.tokenizer), tokens_N.tolist())
+            spent_bits += bounds.least_bits(float(row_V[token]))
+            if not spent_bits <= most_bits:  # the words ended long ago
+                raise CodecError(_lost(differ))
+    text = tokenizer.decode(load_tokenizer(artifact), tokens_N.tolist())
     if len(text) != text_bytes or hashlib.sha256(text).digest() != text_sha256:
         raise CodecError(_lost(differ))
     return tokens_N
@@ -182,7 +207,7 @@ def compress(artifact_path: Path, text_path: Path, out: Path, config: EvaluateCo
         text = text_path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise CodecError(f"{text_path} is not UTF-8 at byte {error.start:,}; convert it (iconv) first") from None
-    tokens = np.array(tokenizer.encode_exact(tokenizer.load(artifact.tokenizer), text))
+    tokens = np.array(tokenizer.encode_exact(load_tokenizer(artifact), text))
     coded = compress_tokens(artifact, tokens, config or settings_for(artifact), log=log)
     with replacing(out) as file:
         file.write(coded.data)
@@ -196,7 +221,7 @@ def decompress(artifact_path: Path, coded_path: Path, out: Path, force: bool, lo
         tokens = decompress_tokens(artifact, coded_path.read_bytes(), force=force, log=log)
     except CodecError as error:
         raise CodecError(f"{coded_path}: {error}") from None
-    text = tokenizer.decode(tokenizer.load(artifact.tokenizer), tokens.tolist())
+    text = tokenizer.decode(load_tokenizer(artifact), tokens.tolist())
     with replacing(out) as file:
         file.write(text)
     return len(text)
@@ -233,11 +258,14 @@ def _parse(data: bytes) -> tuple[tuple[Any, ...], dict[str, Any], bytes]:
     try:
         unpacked = zlib.decompressobj().decompress(rest[:length], LARGEST_SETTINGS)
         settings = json.loads(unpacked)
-        sound = {"conditions", "evaluate"} <= set(settings) and 1 <= total <= schedule < 2**31 and first < 2**16
-    except (zlib.error, ValueError, TypeError) as error:
+        sound = all(isinstance(settings[name], dict) for name in ("conditions", "evaluate"))
+        sound = sound and 1 <= total <= schedule < 2**31 and first < 2**16
+    except (zlib.error, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CodecError(f"its settings cannot be read ({error}); code the text again") from None
     if not sound or len(rest) < length or (len(rest) - length) % 4:
         raise CodecError("its header contradicts itself; code the text again")
+    if (len(rest) - length) // 4 < bounds.words_for(total):
+        raise CodecError(f"it declares {total:,} tokens, more than its bytes can hold; code the text again")
     return prefix, settings, rest[length:]
 
 

@@ -7,20 +7,17 @@ goes by the text without case and white space, so that a document set otherwise 
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import io
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from hedgemix.config import DataConfig, RecipeError
+from hedgemix.data import docstrings
 
-SHORTEST_DOCSTRING = 200  # characters
 WHOLE_BYTES = 64 * 1024  # text files up to this size are one document
 PART_BYTES = 16 * 1024  # longer ones are split at the first blank line after this many bytes
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -37,8 +34,7 @@ def collect(config: DataConfig) -> list[str]:
     """
     limit = config.max_text_bytes
     if config.source == "docs":
-        docstrings = _sorted(_distinct(docs_documents(config.packages)))
-        documents = list(_up_to(docstrings, limit))
+        documents = list(_up_to(_sorted(_distinct(docstrings.of_packages(config.packages))), limit))
     elif config.source == "text":
         documents = _sorted(_up_to(_distinct(text_documents(config.paths, config.text_field)), limit))
     else:
@@ -90,16 +86,6 @@ def batches(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield batch
 
 
-def docs_documents(packages: Sequence[str]) -> Iterator[str]:
-    """Read the docstrings of at least 200 characters in the packages' sources, in path order; nothing is imported.
-
-    Raises RecipeError when a package is not installed or has no Python source.
-    """
-    for package in packages:
-        for path in _sources(package):
-            yield from _docstrings(path)
-
-
 def text_documents(paths: Sequence[str | Path], text_field: str = "text") -> Iterator[str]:
     """Read documents of files and folders (recursed, sorted): a text file, a line of .jsonl, a row of .parquet.
 
@@ -142,62 +128,6 @@ def _up_to(documents: Iterable[str], limit: int) -> Iterator[str]:
         if limit and total > limit:
             return
         yield document
-
-
-def _sources(package: str) -> list[Path]:
-    if "." in package:  # find_spec would import the parent
-        raise RecipeError(f"data.packages: {package!r} is inside a package; name {package.split('.')[0]!r} instead")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ValueError, ImportError):
-        spec = None
-    if spec is None:
-        raise RecipeError(f"data.packages: {package!r} is not installed; install it or leave it out")
-    if spec.submodule_search_locations is not None:
-        folders = map(Path, spec.submodule_search_locations)
-        sources = sorted(path for folder in folders for path in folder.rglob("*.py") if not _is_test(path, folder))
-    else:
-        sources = [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
-    if not sources:
-        raise RecipeError(f"data.packages: {package!r} has no Python source to read; leave it out")
-    return sources
-
-
-def _is_test(path: Path, root: Path) -> bool:
-    # A quarter of the source to parse, and next to no documentation.
-    return not {"test", "tests"}.isdisjoint(path.relative_to(root).parts[:-1])
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's sources
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):  # templates, other versions' syntax
-        return
-    for node in _statements(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)  # cleaned as inspect.cleandoc does
-            if text and len(text) >= SHORTEST_DOCSTRING and _encodable(text):
-                yield text
-
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    # ast.walk would also visit every expression, which takes longer than parsing.
-    yield node
-    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
-        children = getattr(node, block, ())
-        if isinstance(children, list):  # the body of a lambda or of a conditional expression is not one
-            for child in children:
-                yield from _statements(child)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, written as an escape
-        return False
-    return True
 
 
 def _kind(path: Path) -> str:
@@ -291,7 +221,7 @@ def _json_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator[
         document = values.get(text_field) if isinstance(values, dict) else None
         if not isinstance(document, str):
             raise RecipeError(f"data.paths: {path}:{number} has no text in {text_field!r}; set data.text_field")
-        if not _encodable(document):
+        if not docstrings.encodable(document):
             raise RecipeError(f"data.paths: {path}:{number} holds a lone surrogate, which is no text; drop the line")
         yield document
 

@@ -189,7 +189,6 @@ def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> 
     model = folder / "tokenizer.model"
     processor = tokenizer.train(train, config.vocab_size, model)
     log(f"tokenizer: {config.vocab_size} pieces trained")
-    digests = sorted(hashlib.sha256(text.encode()).digest() for text in documents)
     for old in chain(folder.glob("train_*.bin"), folder.glob("val_*.bin")):
         old.unlink()  # a longer data set may have been here
     paths = {
@@ -202,7 +201,7 @@ def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> 
         paths["train"],
         paths["val"],
         documents=len(train),
-        text_sha256=hashlib.sha256(b"".join(digests)).hexdigest(),
+        text_sha256=documents_sha256(documents),
         known=known | memory.write(train, config.memory_bytes, processor, folder, log),
         log=log,
     )
@@ -361,6 +360,12 @@ def _write_shards(folder: Path, name: str, batches: Iterable[np.ndarray]) -> lis
     if len(rest):
         write(rest)
     return paths
+
+
+def documents_sha256(documents: Iterable[str]) -> str:
+    """Hash documents, whatever their order: SHA-256 of the sorted SHA-256 of each, in hex."""
+    digests = sorted(hashlib.sha256(text.encode()).digest() for text in documents)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def edges_sha256(paths: Iterable[Path]) -> str:

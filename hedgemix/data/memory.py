@@ -21,7 +21,9 @@ from hedgemix.runtime.files import replacing
 
 FILE_NAME = "memory.ppmd"
 LARGEST_TEXT = 2**26
-"""Most bytes of text: a file cannot ask for more, whatever it goes on to."""
+FREE_TEXT, TEXT_A_BYTE, MOST_DOCUMENTS = 2**20, 64, 2**16
+"""Most bytes of text, of text by its compressed bytes, and most documents: a file cannot ask for more, whatever it goes
+on to. Real text compresses to a tenth at best."""
 SEPARATOR = b"\xff"
 MODEL = (16, 2**28, 0)
 """PPMd's order, bytes of its model (of which it touches about 40 a byte of text), and what it does when they are full:
@@ -56,10 +58,10 @@ def write(
     path.unlink(missing_ok=True)
     if not most_bytes:
         return {}
-    chosen = choose(documents, most_bytes)
-    if not chosen:
+    chosen, memory = choose(documents, most_bytes)
+    if memory is None:
         raise RecipeError(f"data.memory_bytes {most_bytes:,} holds not one training document; raise it, or give 0")
-    memory, n_tokens = compress(chosen), len(tokens(processor, chosen))
+    n_tokens = len(tokens(processor, chosen))
     with replacing(path) as file:
         file.write(memory.data)
     log(f"memory: {len(chosen):,} training documents, {n_tokens:,} tokens, in {len(memory.data):,} bytes")
@@ -73,21 +75,24 @@ def write(
     }
 
 
-def choose(documents: Iterable[str], most_bytes: int) -> list[str]:
-    """Choose the first documents that compress to at most `most_bytes` and have at most LARGEST_TEXT bytes."""
+def choose(documents: Iterable[str], most_bytes: int) -> tuple[list[str], Memory | None]:
+    """Choose the first documents that compress to at most `most_bytes` and have at most LARGEST_TEXT bytes; returns them
+    as they are and compressed, none and None where the first alone takes more."""
     encoder, chosen, text_bytes, found = _encoder(), list[str](), 0, 0
     for document in documents:
         part = document.encode() + SEPARATOR
         text_bytes += len(part)
         found += len(encoder.encode(part))
-        if found > most_bytes or text_bytes > LARGEST_TEXT:
+        if found > most_bytes or text_bytes > most_text(found) or len(chosen) == MOST_DOCUMENTS:
             break
         chosen.append(document)
     encoder.flush()
     # What the end of the stream takes on top is known only now, and is 8 bytes at most.
-    while chosen and len(compress(chosen).data) > most_bytes:
+    while chosen:
+        if len((memory := compress(chosen)).data) <= most_bytes:
+            return chosen, memory
         chosen.pop()
-    return chosen
+    return [], None
 
 
 def compress(documents: Sequence[str]) -> Memory:
@@ -98,15 +103,21 @@ def compress(documents: Sequence[str]) -> Memory:
     return Memory(len(text), data + encoder.flush())
 
 
+def most_text(compressed_bytes: int) -> int:
+    """Compute the most bytes of text that so many bytes may stand for."""
+    return min(LARGEST_TEXT, FREE_TEXT + TEXT_A_BYTE * compressed_bytes)
+
+
 def decompress(memory: Memory) -> list[str]:
     """Give the documents back; raises MemoryTextError unless the data is a whole stream of exactly `text_bytes`.
 
-    At most that many bytes are made and one more, and at most LARGEST_TEXT."""
-    if not 0 < memory.text_bytes <= LARGEST_TEXT or not memory.data:
-        raise MemoryTextError(f"it declares {memory.text_bytes:,} bytes of text, of at most {LARGEST_TEXT:,}")
+    At most that many bytes are made and one more, and at most `most_text`."""
+    most = most_text(len(memory.data))
+    if not 0 < memory.text_bytes <= most or not memory.data:
+        raise MemoryTextError(f"it declares {memory.text_bytes:,} bytes of text, of at most {most:,}")
     from pyppmd import Ppmd8Decoder  # what has no memory does without
 
-    decoder, most = Ppmd8Decoder(*MODEL), memory.text_bytes + 1
+    decoder, most = Ppmd8Decoder(*MODEL), memory.text_bytes + 1  # one more, to see whether it goes on
     try:
         text = decoder.decode(memory.data, most)  # stops there, whatever the stream would go on to
         whole = decoder.eof and not decoder.unused_data
@@ -118,6 +129,8 @@ def decompress(memory: Memory) -> list[str]:
         raise MemoryTextError(f"it cannot be decompressed ({error})") from None
     if len(text) != memory.text_bytes or not whole:
         raise MemoryTextError("it has not its declared length")
+    if text.count(SEPARATOR) >= MOST_DOCUMENTS:
+        raise MemoryTextError(f"it has more than {MOST_DOCUMENTS:,} documents")
     try:
         documents = [part.decode() for part in text.split(SEPARATOR)]
     except UnicodeDecodeError as error:

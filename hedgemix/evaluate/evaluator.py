@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
-from hedgemix.artifact.load_model import load_model
+from hedgemix.artifact.load_model import load_model, load_tokenizer
 from hedgemix.config import EvaluateConfig, RecipeError
-from hedgemix.data import bpb, memory, tokenizer
+from hedgemix.data import bpb, memory
 from hedgemix.data.device_text import Ones, Sizes, Text, same
 from hedgemix.data.shards import TokenStream
 from hedgemix.evaluate.breakdown import Tally
@@ -126,7 +126,7 @@ def evaluate_artifact(
     index = ngram_index.load(counts)
     if not same(index.tokens_N, stream):
         raise RecipeError(f"{counts} counts another text than the one to score; remove it and run again")
-    if not np.array_equal(index.memory_M, memory.tokens(tokenizer.load(found.tokenizer), found.memory)):
+    if not np.array_equal(index.memory_M, memory.tokens(load_tokenizer(found), found.memory)):
         raise RecipeError(f"{counts} counts another memory than the artifact's; remove it and run again")
     work = Evaluation.begin(found, stream, config, device, index=index, start=start)
     if state is not None:
@@ -216,7 +216,7 @@ class Evaluation:
         index: of the tokens behind the artifact's memory, made here when it is not given. Raises ArtifactError for an
         artifact whose parts do not fit together.
         """
-        model, processor = load_model(found).to(device), tokenizer.load(found.tokenizer)
+        model, processor = load_model(found).to(device), load_tokenizer(found)
         if index is None:
             mixer, before_M = config.mixer, memory.tokens(processor, found.memory)
             index = ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, memory_M=before_M)

@@ -4,8 +4,47 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+OLDEST = 80.0
+"""After how many memories nothing is left of a count: exp(-80) of it, next to the priors, is 0 in float32."""
+GROWTH = 40.0
+"""After how many memories a count's unit is the present again. Sooner than numbers leave float32's range, where a CPU
+would also take a hundred times as long for each."""
+
+
+class Fading:
+    """Holds counts that fade with every later token: by `exp(-tokens / memory)`. They stand still, and what is added
+    later weighs more."""
+
+    def __init__(self, vocab_size: int, memory_tokens: float, now: int) -> None:
+        self.grown_V, self.memory_tokens, self.base = np.zeros(vocab_size, np.float32), memory_tokens, now
+
+    def age(self, now: int) -> float:
+        """Tell how many memories ago the counts' unit was the present; now: tokens told."""
+        return (now - self.base) / self.memory_tokens
+
+    def add(self, token: int, now: int) -> None:
+        """Count a token."""
+        age = self.age(now)
+        if age > GROWTH:
+            self.grown_V *= np.float32(math.exp(-age)) if age < OLDEST else 0
+            self.grown_V[self.grown_V < math.exp(-GROWTH)] = 0
+            self.base, age = now, 0.0
+        self.grown_V[token] += math.exp(age)
+
+    def back_off(self, p_V: np.ndarray, prior: float, now: int) -> np.ndarray:
+        """Make the distribution (V,), float32, of the counts to which `prior` more are added as p_V says, in p_V."""
+        age = self.age(now)
+        if age > OLDEST:
+            return p_V
+        faded = math.exp(-age)
+        scale = 1 / (faded * float(self.grown_V.sum()) + prior)
+        p_V *= np.float32(prior * scale)
+        p_V += self.grown_V * np.float32(faded * scale)
+        return p_V
 
 
 class Recency:
@@ -18,37 +57,26 @@ class Recency:
     ) -> None:
         """Begin with no token told. memory_tokens: after how many a count has faded to 1/e; the others are weights of
         what is backed off to, in tokens."""
-        self.kept = math.exp(-1 / memory_tokens)
-        self.prior_tokens, self.prior_followers = prior_tokens, prior_followers
-        self.count_V, self.recent_V = torch.ones(vocab_size), torch.zeros(vocab_size)
-        self.followers: dict[int, tuple[int, Tensor]] = {}
-        """For each token, what followed it, (V,), as it was after so many tokens: it fades when it is looked at."""
+        self.memory_tokens, self.prior_tokens, self.prior_followers = memory_tokens, prior_tokens, prior_followers
+        self.count_V, self.recent = np.ones(vocab_size, np.float32), Fading(vocab_size, memory_tokens, 0)
+        self.followers: dict[int, Fading] = {}
         self.told, self.last = 0, -1
 
     def row(self) -> Tensor:
         """Make the row of the next token."""
-        p_V = backed_off(self.recent_V, self.count_V / self.count_V.sum(), self.prior_tokens)
+        p_V = self.count_V * np.float32(1 / (len(self.count_V) + self.told))
+        p_V = self.recent.back_off(p_V, self.prior_tokens, self.told)
         if self.last in self.followers:
-            p_V = backed_off(self._after(self.last), p_V, self.prior_followers)
-        return p_V
+            p_V = self.followers[self.last].back_off(p_V, self.prior_followers, self.told)
+        return torch.from_numpy(p_V)
 
     def update(self, token: int) -> None:
         """Count the token that occurred; every count fades."""
         self.told += 1
         self.count_V[token] += 1
-        self.recent_V *= self.kept
-        self.recent_V[token] += 1
+        self.recent.add(token, self.told)
         if self.last >= 0:
-            after_V = self._after(self.last) if self.last in self.followers else torch.zeros_like(self.recent_V)
-            after_V[token] += 1
-            self.followers[self.last] = self.told, after_V
+            if self.last not in self.followers:
+                self.followers[self.last] = Fading(len(self.count_V), self.memory_tokens, self.told)
+            self.followers[self.last].add(token, self.told)
         self.last = token
-
-    def _after(self, token: int) -> Tensor:
-        at, after_V = self.followers[token]
-        return after_V * self.kept ** (self.told - at)
-
-
-def backed_off(count_V: Tensor, p_V: Tensor, prior: float) -> Tensor:
-    """Make the distribution (V,), float32, of counts to which `prior` more are added as p_V says."""
-    return (count_V + prior * p_V) / (count_V.sum() + prior)

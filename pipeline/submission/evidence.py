@@ -29,7 +29,8 @@ from pipeline.steps.graph import RecordPlan, SeedSteps, plan_record
 from pipeline.steps.step import Step
 
 AUDITED = (
-    "order", "bits", "streamed", "self-contained", "world-size", "limits", "unseen", "claim", "seconds", "coded",
+    "order", "bits", "streamed", "self-contained", "world-size", "limits", "unseen", "bytes", "claim", "seconds",
+    "coded",
 )  # fmt: skip
 """The checks of `hedgemix audit`."""
 KEPT = (("quantize", stages.ARTIFACT), ("train", LOG), ("evaluate", TRACE))

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-MUTATIONS = int(os.environ.get("HEDGEMIX_MUTATIONS", "1500"))
+MUTATIONS = int(os.environ.get("HEDGEMIX_MUTATIONS", "800"))
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from hedgemix import cli
+from hedgemix.audit import sandbox
 from hedgemix.data import dataset as datasets
 from hedgemix.runtime.files import read_json
 from pipeline import record
@@ -69,8 +71,13 @@ def test_a_record_is_audited_and_its_table_says_so(
     )
     assert row.evaluate_path == audited.evaluate_path[1] and row.dataset_path == audited.dataset_path[1]
 
-    few = ["--claim", "published", "--first-tokens", "10", "--streamed-tokens", "100", "--coded-tokens", "100"]
-    code, output = run([str(out / "tiny.parquet"), *few], monkeypatch, capsys)
+    # About another number than the score: told beside it, whatever is found. Here no work begins.
+    def dies(*given: Any, **named: Any) -> sandbox.Outcome:
+        raise sandbox.WorkError("it broke")
+
+    monkeypatch.setattr(sandbox, "run", dies)
+    code, output = run([str(out / "tiny.parquet"), "--claim", "published"], monkeypatch, capsys)
     again = pd.read_parquet(out / "tiny.parquet").set_index("seed")
-    assert "seed 1: bpb_published" in output and again.audit_tokens[1] == 4000  # about another number than the score
+    assert code == 1 and "seed 1: bpb_published" in output and "it broke" in output
+    assert again.audit_tokens[1] == 4000 and again.audit_failed[1].tolist() == []
     assert (Path(audited.evaluate_path[1]) / "audit_published.json").exists()

@@ -13,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from pipeline.monitor import status
+from pipeline.storage.store import Storage
 from support import tiny_record
 
 
@@ -61,7 +63,7 @@ except Exception as error:
 
 @pytest.mark.slow
 def test_our_own_ray_listens_on_loopback_alone_and_refuses_strangers(text: Path, tmp_path: Path) -> None:
-    """While a record trains; SIGTERM then ends it like Ctrl-C."""
+    """While a record trains, which its status says; SIGTERM then ends it like Ctrl-C."""
     out, home = tmp_path / "runs", tmp_path / "home"
     home.mkdir()
     steps = ["--train.steps", "100000", "--seeds", "1", "--record", "tiny"]
@@ -79,6 +81,11 @@ def test_our_own_ray_listens_on_loopback_alone_and_refuses_strangers(text: Path,
         while not list(out.glob("_steps/train-*/log.jsonl")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
+        storage, folder = Storage("", out), out / "_records" / "tiny"
+        told = status.read(storage, folder / "steps.json")
+        assert told and status.driver(storage, folder / "record.lock") == "a driver is at work"
+        at_work = [state.step for _, state in status.states(storage, told, {}) if state.state == "at work"]
+        assert "train" in at_work
         pids = family(process.pid)
         found = listening(pids)
         names = {address: Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:2] for address, pid in found.items()}
@@ -87,13 +94,13 @@ def test_our_own_ray_listens_on_loopback_alone_and_refuses_strangers(text: Path,
         assert open_doors == ["ray::RayTrainWorker"]  # where the ranks meet: torch's store knows no address to bind to
         [gcs] = [a for a, command in names.items() if command[0].endswith("gcs_server")]
         address = f"127.0.0.1:{int(gcs.partition(':')[2], 16)}"
-        told = {}
+        answers = {}
         for mode in ("disabled", "token"):
             client = [sys.executable, "-c", STRANGER, address]
             own = {**environment, "RAY_AUTH_MODE": mode, "HOME": str(home)}
-            told[mode] = subprocess.run(client, env=own, capture_output=True, text=True, check=True).stdout
-        assert "Authenticat" in told["disabled"] or "UNAUTHENTICATED" in told["disabled"], told
-        assert told["token"] == "1\n"  # the same question, by one who can read the user's files
+            answers[mode] = subprocess.run(client, env=own, capture_output=True, text=True, check=True).stdout
+        assert "Authenticat" in answers["disabled"] or "UNAUTHENTICATED" in answers["disabled"], answers
+        assert answers["token"] == "1\n"  # the same question, by one who can read the user's files
         assert (home / ".ray" / "auth_token").exists()
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)

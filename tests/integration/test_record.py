@@ -20,6 +20,7 @@ from pipeline import record
 from pipeline.monitor import status
 from pipeline.storage.store import Storage
 from support import tensorboard_events, tiny_record
+from support.faulty_record import begun, the_step
 
 pytestmark = pytest.mark.slow
 
@@ -118,38 +119,40 @@ def stands(storage: Storage) -> tuple[list[status.State], str]:
 def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
     undisturbed: tuple[Path, int, str], ray_session: None, text: Path, tmp_path: Path
 ) -> None:
-    options = tiny_record.arguments(text, tmp_path, "--seeds", "1", "--record", "tiny")
-    process = tiny_record.start(options, tmp_path)
+    """In the evaluation; training was done before, and is not done again."""
+    out = begun(undisturbed, tmp_path, "evaluate")
+    options = tiny_record.arguments(text, out, "--seeds", "1", "--record", "tiny")
+    process = tiny_record.start(options, out)
     deadline = time.monotonic() + 200
     at_work: set[str] = set()
-    storage = Storage("", tmp_path)
+    storage = Storage("", out)
     while "evaluate" not in at_work:
         assert process.poll() is None and time.monotonic() < deadline
         told, drivers = stands(storage)
         at_work |= {state.step for state in told if state.state == "at work"}
         time.sleep(0.05)
-    assert "train" in at_work and drivers == "a driver is at work"
+    assert "train" not in at_work and drivers == "a driver is at work"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     told, drivers = stands(storage)
     assert drivers == "no driver"
     assert [state.state for state in told if state.step in ("train", "evaluate")] == ["done", "at work"]
-    trained = next(tmp_path.glob("_steps/train-*/result.json"))
+    trained = the_step(out, "train") / "result.json"
     at = trained.stat().st_mtime_ns
-    assert not list(tmp_path.glob("_steps/evaluate-*/result.json"))
+    assert not (the_step(out, "evaluate") / "result.json").exists()
 
     code, output = tiny_record.run_here(options)
     assert code == 0, output
     assert trained.stat().st_mtime_ns == at
-    mine, theirs = row(tmp_path), row(undisturbed[0])
+    mine, theirs = row(out), row(undisturbed[0])
     assert {column: mine[column] for column in BITS} == {column: theirs[column] for column in BITS}
-    tracked = tmp_path / "_records" / "tiny" / "tensorboard" / "seed1"
+    tracked = out / "_records" / "tiny" / "tensorboard" / "seed1"
     told = tensorboard_events.scalars(tracked / "evaluate")
     assert len(list((tracked / "evaluate").iterdir())) <= 2 and all(map(tensorboard_events.rising, told.values()))
     assert told["evaluate/bpb_final"][-1] == (3999, pytest.approx(mine.bpb_final, rel=1e-6))
-    # What a killed driver had not passed on yet is lost to the charts: at most 2 s, which may be all of this training.
-    trained = [at for at, _ in tensorboard_events.scalars(tracked / "train").get("train/steps", [])]
-    assert trained == [2, 4, 6, 8, 10, 12][: len(trained)]
+    # What a driver that was not killed passed on of the training.
+    whole = undisturbed[0] / "_records" / "tiny" / "tensorboard" / "seed1" / "train"
+    assert [at for at, _ in tensorboard_events.scalars(whole)["train/steps"]] == [2, 4, 6, 8, 10, 12]
 
 
 def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(

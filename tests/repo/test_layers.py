@@ -59,6 +59,7 @@ MAKERS = {
     "hedgemix.data.corpus",
     "hedgemix.data.dataset",
     "hedgemix.data.dataloader",
+    "hedgemix.data.docstrings",
     "hedgemix.data.fineweb",
     "hedgemix.recipes",
 }

@@ -11,8 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from hedgemix.data import tokenizer
-from hedgemix.data.corpus import docs_documents
+from hedgemix.data import docstrings, tokenizer
 
 ODD = "\u2581\u2585\x00\t\n\r \ue000\ufeff\u200b\xa0\u2047e\u0301\u0130\U0001f600ab1.<s>"
 TEXTS = st.text(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=60)
@@ -21,7 +20,7 @@ TEXTS = st.text(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=60
 @cache
 def documents() -> tuple[str, ...]:
     """300 docstrings of numpy, about 300 KB."""
-    return tuple(dict.fromkeys(islice(docs_documents(["numpy"]), 300)))
+    return tuple(dict.fromkeys(islice(docstrings.of_packages(["numpy"]), 300)))
 
 
 @cache

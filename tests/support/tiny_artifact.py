@@ -75,9 +75,9 @@ class Case:
         return Evaluation.begin(artifact.read(self.artifact), tokens, config, CPU)
 
 
-def make(folder: Path, remembered: Sequence[str] = (), **made_of: Any) -> Case:
-    """A model with random weights, quantized and written, with a memory of some documents; about 1,200 tokens of four
-    other documents. made_of: what the header says besides."""
+def make(folder: Path, remembered: Sequence[str] = (), texts: int = 4, **made_of: Any) -> Case:
+    """A model with random weights, quantized and written, with a memory of some documents; `texts` other documents,
+    about 1,400 tokens of four and 950 of three. made_of: what the header says besides."""
     torch.manual_seed(0)
     model = Model(MODEL, processor().vocab_size(), CONTEXT)
     with torch.no_grad():
@@ -89,10 +89,10 @@ def make(folder: Path, remembered: Sequence[str] = (), **made_of: Any) -> Case:
     header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT, **made_of}
     packed = memory.compress(remembered) if remembered else None
     artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3, packed)
-    texts = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10:14]]
-    tokens = np.concatenate(tokenizer.encode_batch(processor(), texts))
+    read = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10 : 10 + texts]]
+    tokens = np.concatenate(tokenizer.encode_batch(processor(), read))
     mixer = CONFIG.mixer
     memory_M = memory.tokens(processor(), remembered)
     counts = folder / "counts"
     ngram_index.build(tokens, mixer.orders, model.vocab_size, mixer.match_lengths, counts, memory_M=memory_M)
-    return Case(folder, "".join(texts).encode(), tokens)
+    return Case(folder, "".join(read).encode(), tokens)

@@ -53,11 +53,9 @@ class Record:
         claim.write_columns(self.table, 7, values)
 
 
-def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = ()) -> Record:
-    train = TrainConfig(steps=4, batch_tokens=512)
-    recipe = Recipe("tiny", train=train, evaluate=config, limits=LimitsConfig(total_bytes=300_000))
-    steps = folder / "_steps"
-    case = tiny_artifact.make(steps / "quantize-0", remembered, recipe="tiny", seed=7)
+def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = (), texts: int = 4) -> Record:
+    train, steps = TrainConfig(steps=4, batch_tokens=512), folder / "_steps"
+    case = tiny_artifact.make(steps / "quantize-0", remembered, texts, recipe="tiny", seed=7)
     model, data = artifact.read(case.artifact), steps / "data-0"
     data.mkdir()
     shards.write_shard(data / "val_000000.bin", case.tokens)
@@ -66,7 +64,10 @@ def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str
         shards.write_shard(data / f"train_{number:06d}.bin", np.roll(other, number))
     (data / "tokenizer.model").write_bytes(model.tokenizer)
     vocab_size = model.header["vocab_size"]
-    made = datasets.prepare(DataConfig(source="shards", shards_dir=str(data), vocab_size=vocab_size), data, print)
+    source = DataConfig(source="shards", shards_dir=str(data), vocab_size=vocab_size)
+    limits = LimitsConfig(total_bytes=300_000)
+    recipe = Recipe("tiny", data=source, train=train, evaluate=config, limits=limits)
+    made = datasets.prepare(source, data, print)
     datasets.save(made, data)
     with cheats.eager():
         result = asdict(case.score(config, trace=steps / "evaluate-0" / "trace.jsonl"))

@@ -122,7 +122,7 @@ def sealed(sections: list[tuple[int, bytes]]) -> bytes:
 MEMORY = memory.compress(["A document \u00e9\n", "\x00", "the third"])
 BAD_MEMORIES = [
     (0, b"", "it declares 0 bytes"),
-    (2**26 + 1, MEMORY.data, "it declares 67,108,865 bytes"),
+    (2**20 + 64 * len(MEMORY.data), MEMORY.data, "it has not its declared length"),
     (MEMORY.text_bytes, b"", "it declares"),
     (MEMORY.text_bytes - 1, MEMORY.data, "it has not its declared length"),
     (MEMORY.text_bytes + 1, MEMORY.data, "it has not its declared length"),
@@ -264,6 +264,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         (packed(table(*[[2**15, 2**14]] * 3), **ONE), "too large"),
         (packed(table([2**15, 2**14]), **ONE), "too large"),
         (packed(table([2**30, 0]), **ONE), "too large"),
+        (packed(table(*[[0, 0]] * 5000), **ONE), "has 5,000 tensors"),
+        (packed({"header": {"x": "y" * 2**20}, "tensors": []}), "more than the format allows"),
+        (packed({"header": {}, "tensors": []}, codes=bytes(2**21)), "more than the format allows"),
+        (packed({"header": {}, "tensors": []}, memory=(2**26 + 1, MEMORY.data)), "67,108,865 bytes of memory in"),
         *(
             (packed({"header": {}, "tensors": []}, memory=(n, data)), f"bad: its memory is damaged: {message}")
             for n, data, message in BAD_MEMORIES

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hedgemix.audit import contamination
-from hedgemix.audit.contamination import WINDOW
+from hedgemix.audit.contamination import SHORT_WINDOW, WINDOW
 from hedgemix.data import overlap
+from hedgemix.data.shards import TokenStream
 
 
 def plain(windows: np.ndarray, shard: np.ndarray) -> list[bool]:
@@ -37,3 +38,20 @@ def test_windows_are_drawn_from_all_over_each_shard() -> None:
     assert mine[0, 0] < 100 and mine[-1, -1] > 4890
     assert set(drawn.tokens[drawn.shard == 2][:, 0]) == {6000, 6001} and not (drawn.shard == 1).any()
     assert len(contamination.occurring(contamination.draw([first[:5]], 9, 0), [first])) == 0
+
+
+def test_documents_have_their_own_share() -> None:
+    """Against a plain search; windows across two documents are none."""
+    generator = np.random.default_rng(0)
+    train = generator.integers(4, 300, 3000).astype(np.uint16)
+    new = generator.integers(300, 500, 400).astype(np.uint16)
+    parts = [train[50:90], new[:60], np.concatenate([train[200:240], new[60:100]]), new[100:105], train[700:720]]
+    tokens = np.concatenate([part for each in parts for part in (np.array([1], np.uint16), each)])
+    document, share = contamination.by_document(tokens, np.arange(500) == 1, TokenStream([train]))
+    assert np.bincount(document)[1:].tolist() == [len(part) + 1 for part in parts]
+    places = {train[at : at + SHORT_WINDOW].tobytes() for at in range(len(train))}
+    for number, part in enumerate(parts, start=1):
+        own = np.concatenate([[1], part]).astype(np.uint16)
+        found = [own[at : at + SHORT_WINDOW].tobytes() in places for at in range(len(own) - SHORT_WINDOW + 1)]
+        np.testing.assert_equal(share[number], np.mean(found) if found else np.nan)
+    assert share[1] > 0.9 and share[2] == 0 and 0.3 < share[3] < 0.5

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hedgemix.artifact import format as artifact
+from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit import limits
 from hedgemix.audit.claim import Claim
 from hedgemix.config import LimitsConfig
+from hedgemix.data import bpb, shards
 from hedgemix.data import dataset as datasets
-from hedgemix.data import shards
 from hedgemix.data.shards import map_shard
 from hedgemix.standalone import script
 from support.text_data import documents
@@ -76,6 +78,7 @@ def hidden(claim: Claim) -> None:
 def test_training_on_the_validation_text_is_caught(sound: Claim, spoil: Callable[[Claim], None], message: str) -> None:
     found = limits.unseen(sound, 200, 0)
     assert found.passed and found.figures["windows"] > 190 and found.figures["windows_in_training_text"] == 0
+    assert found.figures["documents"] == found.figures["documents_without"] > 0
     spoil(sound)
     digest = datasets.edges_sha256(Path(shard) for shard in sound.dataset.train_shards)
     spoiled = replace(
@@ -92,6 +95,28 @@ def test_a_little_in_common_is_told_and_passes(sound: Claim) -> None:
     row = {**sound.row, "train_sha256": digest}
     found = limits.unseen(replace(sound, row=row, dataset=replace(sound.dataset, train_sha256=digest)), 200, 0)
     assert found.passed and 0.1 < found.figures["largest_share_of_a_shard"] < 0.3
+    assert found.figures["documents_without"] < found.figures["documents"]
+
+
+def test_documents_without_anything_known_are_scored_beside_all(sound: Claim) -> None:
+    """The training text has the first documents; what they cost is not in the score of the others."""
+    tokens = np.array(map_shard(sound.dataset.valid_shards[0]))
+    bos = int(tokens[0])
+    tokens[701:] = np.random.default_rng(0).permutation(tokens[701:])
+    tokens[700] = bos
+    shards.write_shard(Path(sound.dataset.valid_shards[0]), tokens)
+    shards.write_shard(place(sound, 1), tokens[:700])
+    charged = np.where(np.arange(len(tokens)) < 700, 1.0, 3.0)
+    processor = load_tokenizer(artifact.read(sound.artifact))
+    found = limits.by_document(sound, processor, charged)
+    tables = bpb.byte_tables(processor)
+    begins = np.flatnonzero(tokens == bos)
+    assert found["documents"] == len(begins) and found["documents_without"] == (begins >= 700).sum() > 0
+    assert found["documents_mostly_known"] == (begins < 700).sum() > 0
+    n_bytes = bpb.count_bytes(tables, tokens[699:])
+    assert found["bpb_of_documents_without"] == bpb.bits_per_byte(3.0 * (len(tokens) - 700), n_bytes)
+    assert found["bpb_of_all"] < found["bpb_of_documents_without"]
+    assert limits.by_document(sound, processor, None)["bpb_of_all"] is None
 
 
 def test_validation_text_in_the_memory_is_caught(tmp_path: Path) -> None:

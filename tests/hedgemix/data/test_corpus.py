@@ -7,6 +7,7 @@ import inspect
 import json
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import corpus
+from hedgemix.data import corpus, docstrings
 
 LONG = "word " * 50
 SOURCE = f'''"""Module. {LONG}"""
@@ -72,11 +73,24 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_docstrings_are_those_of_a_plain_walk_without_importing(package: str) -> None:
-    found = list(corpus.docs_documents([package]))
+    found = list(docstrings.of_packages([package]))
     assert found[0].startswith("First in path order")
     expected = obvious_docstrings(SOURCE)
     assert len(expected) == 6
     assert set(found[1:]) == expected
+
+
+def test_several_processes_read_what_one_reads(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = list(docstrings.of_packages([package, "json", "email"]))
+    monkeypatch.setattr(docstrings, "FILES_A_PROCESS", 5)
+    monkeypatch.setattr(docstrings, "_cpus", lambda: 3)
+    with patch.object(docstrings, "of_file", side_effect=AssertionError("read here")):
+        assert list(docstrings.of_packages([package, "json", "email"])) == alone and len(alone) > 20
+        monkeypatch.setattr(docstrings, "START", "raise SystemExit(1)")
+        with pytest.raises(ChildProcessError, match="the process that reads .*__init__.py died"):
+            list(docstrings.of_packages([package, "json", "email"]))
+    monkeypatch.setattr(docstrings, "__file__", "train_gpt.py/hedgemix/data/docstrings.py")
+    assert list(docstrings.of_packages([package, "json", "email"])) == alone
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,7 @@ def test_docstrings_are_those_of_a_plain_walk_without_importing(package: str) ->
 )
 def test_packages_that_cannot_be_read(name: str, reason: str) -> None:
     with pytest.raises(RecipeError, match=f"data.packages.*{reason}"):
-        list(corpus.docs_documents([name]))
+        list(docstrings.of_packages([name]))
 
 
 def pack(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from hedgemix.config import MixerConfig
@@ -14,12 +15,14 @@ VOCAB = 40
 TEXT = (np.random.default_rng(0).zipf(1.4, 300) % (VOCAB // 2)).astype(np.uint16)
 
 
-def test_recency_is_its_definition() -> None:
-    expert = Recency(VOCAB, memory_tokens=7.0, prior_tokens=3.0, prior_followers=0.5)
-    for t, token in enumerate(TEXT[:80].tolist()):
+@pytest.mark.parametrize("memory", [7.0, 0.7])
+def test_recency_is_its_definition(memory: float) -> None:
+    """Also over more memories than counts are kept in one unit, or at all."""
+    expert = Recency(VOCAB, memory_tokens=memory, prior_tokens=3.0, prior_followers=0.5)
+    for t, token in enumerate(TEXT[:160].tolist()):
         count_V, recent_V, followers_V = np.ones(VOCAB), np.zeros(VOCAB), np.zeros(VOCAB)
         for at, told in enumerate(TEXT[:t].tolist()):
-            faded = np.exp((at + 1 - t) / 7)
+            faded = np.exp((at + 1 - t) / memory)
             count_V[told] += 1
             recent_V[told] += faded
             followers_V[told] += faded * (at > 0 and TEXT[at - 1] == TEXT[t - 1])

@@ -67,7 +67,7 @@ def test_mlflow_s_database_holds_one_run_a_seed(subject: TrackedRecord, monkeypa
     assert [(metric.step, metric.value) for metric in history] == values(9.0, 2, 4, 6) + values(1.0, 8, 10)
     assert runs["1"].data.metrics["row/bpb_final"] == 2.5 and runs["1"].data.metrics["row/artifact_bytes"] == 1000
     assert runs["2"].data.metrics["row/retries"] == 3
-    assert runs["1"].data.params == subject.settings() and subject.settings()["train.budget_seconds"] == "55"
+    assert runs["1"].data.params == subject.settings() and subject.settings()["train.budget_seconds"] == "61"
 
 
 def log_records(path: Path) -> Iterator[bytes]:
