@@ -49,7 +49,7 @@ def test_a_record_is_audited_and_its_table_says_so(
         "every check passed: seed 1; not taken for an audit, which looks at more (streamed_tokens 500 of 131,072"
     )
     checks = [line for line in lines if line.startswith("  ") and line.endswith(" s")]
-    assert len(checks) == 10 and all(len(line) <= 100 and "pass" in line for line in checks)
+    assert len(checks) == 11 and all(len(line) <= 100 and "pass" in line for line in checks)
     audited = pd.read_parquet(out / "tiny.parquet").set_index("seed")
     assert pd.isna(audited.audited[1]) and weaker == audited.audit_plan[1]
     assert audited.audit_tokens[1] == 4000 and pd.isna(audited.audit_plan[2])

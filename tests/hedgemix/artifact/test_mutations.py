@@ -17,7 +17,7 @@ from hedgemix.artifact.load_model import load_model, load_tokenizer
 from support import tiny_artifact
 from support.mutations import MOST_BYTES, MOST_SECONDS, lzma_of, mutate_artifact, sealed, take_apart, taken
 
-COUNT = int(os.environ.get("HEDGEMIX_MUTATIONS", 150))
+COUNT = int(os.environ.get("HEDGEMIX_MUTATIONS", 60))
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,8 @@ def parts_of(value: Any) -> Any:
         return [parts_of(each) for each in value]
     if isinstance(value, dict):
         return {str(key): parts_of(each) for key, each in value.items() if key not in ("index", "device", "_sizes")}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
     return value if isinstance(value, (Tensor, int, float)) else parts_of(vars(value))
 
 
