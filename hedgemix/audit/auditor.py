@@ -10,9 +10,11 @@ import base64
 import hashlib
 import math
 import platform
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,7 +143,7 @@ def run(
     work = start(claim, plan, on_finding, done_by)
     work.progress, plan = progress, work.plan
     coded_stop = min(work.source.tokens, plan.coded_tokens)
-    with ThreadPoolExecutor(1) as other:  # on a core of its own, since it takes as long as all the rest
+    with ThreadPoolExecutor(1) as other, quick_switches():  # on a core of its own: it takes longer than all the rest
         proof = other.submit(prove, work)
         repeat(work, coded_stop)
         work.progress("scoring with two ranks")
@@ -158,6 +160,17 @@ def run(
         work.find(proof.result()())
     write(work)
     return work.findings
+
+
+@contextmanager
+def quick_switches() -> Iterator[None]:
+    """Let threads take turns often: who hears rows and tells tokens waits for its turn at every one."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def repeat(work: Audit, coded_stop: int) -> None:

@@ -74,7 +74,7 @@ class Confined:
     def guarded_by(self) -> str:
         """Name the guards that were in force."""
         names = ["namespaces"] * self.namespaces + [f"Landlock {self.landlock}"] * (self.landlock > 0)
-        return ", ".join([*names, "an audit hook of Python"])
+        return ", ".join([*names, "an audit hook"])
 
     def weakness(self) -> str:
         """Say what is open without those that were not; empty when nothing known is."""

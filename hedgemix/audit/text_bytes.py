@@ -68,7 +68,8 @@ def check_bytes(claim: Claim) -> Finding:
         "raw_text": raw,
         "violations": wrong[:8],
     }
-    headline = wrong[0] if wrong else f"{alike:,} of {again:,} tokens encoded alike; raw text: {raw}"
+    sound = f"{alike:,} of {again:,} tokens encoded alike; raw text {raw.partition(',')[0]}"
+    headline = wrong[0] if wrong else sound
     return Finding("bytes", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
 
 
@@ -121,14 +122,14 @@ def raw_text(
 ) -> tuple[str, list[str]]:
     """Read the source again and hold its validation documents against the tokens: what can be said, what differs."""
     if config.source == "shards":
-        return "shards that others made, believed", []
+        return "not at hand (shards that others made), believed", []
     try:
         documents = corpus.collect(config)
         valid = corpus.split(documents, config.valid_fraction)[1]
     except RecipeError:
-        return "cannot be read here, believed", []
+        return "not readable here, believed", []
     if datasets.documents_sha256(documents) != text_sha256:
-        return "the sources here hold another one, believed", []
+        return "another one in the sources here, believed", []
     read, counted, tables = 0, 0, bpb.byte_tables(processor)
     for document in valid:
         own = np.array(tokenizer.encode(processor, document))[: len(stream) - read]
