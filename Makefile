@@ -33,21 +33,18 @@ BIN := .venv/bin
 record: .venv/installed
 	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
 
-# Three processes of tests side by side: one runs records, which wait now and then, and the others compute; what each
-# printed comes in turn. Tests marked `cluster` start a cluster of their own, which must not share a process with the
-# session's ray.init: they come first, in a process of their own. pytest's code 5, no test, is an error only if all say so.
+# Two processes of tests side by side, as records wait now and then: one computes; the other runs records, what it printed
+# follows. Tests marked `cluster` start a cluster of their own, which must not share a process with the session's ray.init:
+# they come first in the second, in a process of their own. pytest's code 5, no test, is an error only if all three say so.
 FAST := not cluster and not soak
-SCORING := tests/hedgemix/audit tests/hedgemix/codec tests/hedgemix/evaluate
 
 test: .venv/installed-dev
-	@log=$$(mktemp); scored=$$(mktemp); \
+	@log=$$(mktemp); \
 	worst() { for code; do case $$code in 0|5) ;; *) return $$code; esac; done; for code; do test $$code -eq 5 || return 0; done; return 5; }; \
 	( $(BIN)/pytest -m "cluster and not soak" tests/integration $(ARGS); one=$$?; \
 	$(BIN)/pytest -m "$(FAST)" tests/integration tests/pipeline $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
-	$(BIN)/pytest -m "$(FAST)" $(SCORING) $(ARGS) > $$scored 2>&1 & scoring=$$!; \
-	$(BIN)/pytest -m "$(FAST)" tests/hedgemix tests/benchmarks tests/repo $(SCORING:%=--ignore=%) $(ARGS); one=$$?; \
-	wait $$scoring; two=$$?; cat $$scored; wait $$records; three=$$?; cat $$log; rm -f $$log $$scored; \
-	worst $$one $$two $$three
+	$(BIN)/pytest -m "$(FAST)" tests/hedgemix tests/benchmarks tests/repo $(ARGS); one=$$?; \
+	wait $$records; two=$$?; cat $$log; rm -f $$log; worst $$one $$two
 
 # Functions whose tests start no Ray and no process; tests/repo/test_make_quick.py checks that these say so and are many.
 QUICK := tests/hedgemix/entropy tests/hedgemix/data tests/hedgemix/model tests/hedgemix/experts tests/hedgemix/mixers \
