@@ -132,7 +132,10 @@ def raw_text(
         return "another one in the sources here, believed", []
     read, counted, tables = 0, 0, bpb.byte_tables(processor)
     for document in valid:
-        own = np.array(tokenizer.encode(processor, document))[: len(stream) - read]
+        whole = np.array(tokenizer.encode(processor, document))
+        own = whole[: len(stream) - read]
+        if bpb.count_bytes(tables, whole) != len(document.encode()):  # a tokenizer may make the text longer first
+            return "differs", [f"the document at token {read:,} is counted as other bytes than the source has of it"]
         if not np.array_equal(own, stream.read(read, len(own)) if len(own) else own):
             return "differs", [f"the source's validation text is not what the tokens from {read:,} on say"]
         counted += bpb.count_bytes(tables, own) if len(own) > 1 else 0

@@ -112,5 +112,14 @@ def test_the_raw_text_is_read_again_where_it_is_there(tmp_path: Path) -> None:
     more = TokenStream([np.concatenate([tokens.read(0, len(tokens)), edited])])
     assert "the source has" in text_bytes.raw_text(config, sha256, processor(), more)[1][0]
     assert "another one in the sources" in text_bytes.raw_text(config, "0" * 64, processor(), tokens)[0]
+    longer = tmp_path / "longer.tsv"
+    longer.write_text("65\t41 41 41\n")  # every e becomes three letters, which no further pass changes
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "longer"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, normalization_rule_tsv=str(longer), remove_extra_whitespaces=False, minloglevel=3,
+    )  # fmt: skip
+    lengthening = tokenizer.load(tmp_path / "longer.model")
+    said, wrong = text_bytes.raw_text(config, sha256, lengthening, stream(lengthening, valid))
+    assert said == "differs" and "is counted as other bytes than the source has of it" in wrong[0]
     away = replace(config, paths=(str(tmp_path / "away"),))
     assert text_bytes.raw_text(away, sha256, processor(), tokens) == ("not readable here, believed", [])
