@@ -44,8 +44,7 @@ class DataConfig:
     valid_fraction: float = 0.02
     """docs, text: share of documents held out, chosen by the hash of their content."""
     memory_bytes: int = 0
-    """Most bytes of training text, compressed, that every artifact carries, so that its n-gram and match experts begin
-    as if they had read it (0: none)."""
+    """Most bytes of compressed training text in every artifact: n-grams and match begin as if they had read it."""
     overlap_words: int = 8
     """docs, text: leave out the paragraphs of training text that have this many words in a row in common with
     validation text, whatever their case and the space between them (0: leave out none)."""
@@ -151,8 +150,7 @@ class QuantizeConfig:
     """Set how trained weights become the artifact."""
 
     method: Literal["stepped", "reference"] = "stepped"
-    """stepped: steps by row and column from what weights matter, entropy coded. reference: the published export, for
-    comparison (fields marked so are its own)."""
+    """stepped: steps by row and column from what weights matter, entropy coded. reference: the published export."""
     loss_nats: float = 5e-4
     """stepped: loss a token that quantization is expected to add, unless bytes demand more."""
     target_bytes: int = 0
@@ -165,8 +163,7 @@ class QuantizeConfig:
     """Share of the Hessian's mean diagonal added to its diagonal."""
     block_columns: int = 128
     clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-    """reference: candidates for each row's clipping point; the one with the least rounding error is kept
-    (Hessian-weighted for matrices)."""
+    """reference: candidates for each row's clipping point; the one with the least (weighted) error is kept."""
     scale_floor: float = 0.0
     """reference: smallest step of a row (the published 1/15 caps the artifact's size at the cost of accuracy)."""
     prune_fraction: float = 0.0
@@ -215,16 +212,21 @@ class TTTConfig:
     """Train on what was scored, once it was."""
     kind: Literal["head", "weights"] = "head"
     """head: the output layer, token by token, as `head` says; its rows are mixed beside the frozen model's. weights:
-    all layers, after each chunk, as the fields below say; the rows of the trained model are mixed in place of the
-    frozen one's."""
+    all layers, after each chunk, as the fields below say; their rows are mixed in place of the frozen model's."""
     head: HeadConfig = field(default_factory=HeadConfig)
     rate: float = 2e-4
-    """AdamW rate (betas 0.9 and 0.999, no decay)."""
+    """Of AdamW (betas 0.9 and 0.999, no decay), or of normalised steps."""
     epochs: int = 1
     batch_sequences: int = 64
     """Sequences in one optimizer step over all ranks."""
     sequence_tokens: int = 2048
+    context_tokens: int = 0
+    """Tokens in front of each sequence that it sees and does not learn: for steps of fewer tokens than the context."""
     gradient_clip: float = 1.0
+    normalise: bool = False
+    """Plain steps on gradients divided by their root mean square so far, weight by weight, instead of AdamW's."""
+    decay: float = 0.0
+    """Share of the way back to the shipped weights after each step."""
     last_blocks: int = 0
     """Trained: all weights of this many last blocks, and the norms and scales of all (0: every weight)."""
     byte_weighted: bool = False
@@ -257,8 +259,7 @@ class MixerConfig:
     match_lengths: tuple[int, ...] = (6, 8, 12, 16, 24, 32)
     """The match expert follows the last occurrence of the last so many tokens, the longest first (none: no expert)."""
     experts: tuple[str, ...] = ()
-    """Further experts, after the match, by their names in hedgemix/experts/registry.py (recency); some tens of
-    microseconds a token each."""
+    """Further experts, after the match, by their names in hedgemix/experts/registry.py (recency)."""
     block_tokens: int = 128
     """Tokens scored between two moves of the linear and logistic weights."""
     hedge_share: float = 0.02
@@ -300,8 +301,7 @@ class EvaluateConfig:
     """Tokens scored before test-time training moves the weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     published_ranks: int = 1
-    """Ranks of the published rule, which moves weights of its own on each; bpb_published depends on their number (the
-    reference had 8), and no score does."""
+    """Ranks of the published rule (the reference had 8): bpb_published depends on their number, and no score does."""
     ttt: TTTConfig = field(default_factory=TTTConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     mixer: MixerConfig = field(default_factory=MixerConfig)

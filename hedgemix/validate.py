@@ -204,11 +204,16 @@ def check_ttt(config: TTTConfig, context_tokens: int) -> None:
     for field in ("epochs", "batch_sequences", "sequence_tokens"):
         require(getattr(config, field) >= 1, field, "at least 1")
     require(0 < config.rate < math.inf, "rate", "positive")
-    for field in ("gradient_clip", "last_blocks", "ramp", "ramp_fraction"):
+    for field in ("context_tokens", "gradient_clip", "last_blocks", "ramp", "ramp_fraction"):
         require(0 <= getattr(config, field) < math.inf, field, "finite and not negative")
-    require(0 <= config.polyak < 1, "polyak", "at least 0 and below 1")
+    for field in ("decay", "polyak"):
+        require(0 <= getattr(config, field) < 1, field, "at least 0 and below 1")
     rule = f"at most train.sequence_tokens, {context_tokens}"
     require(config.sequence_tokens <= context_tokens, "sequence_tokens", rule)
+    room = context_tokens - config.sequence_tokens
+    require(
+        config.context_tokens <= room, "context_tokens", f"at most {room}, train.sequence_tokens less sequence_tokens"
+    )
 
 
 def check_memory(recipe: Recipe) -> None:

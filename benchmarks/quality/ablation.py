@@ -5,9 +5,11 @@
 Every finished seed's artifact scores the text once, with the record's own settings; each variant of the mixture takes
 those same rows, so that lines are compared within a seed. Prints and writes a markdown table: means over seeds, the
 paired differences to the default with Student's interval, and how many seeds differ in the mean's direction. Below it
-stands how far the default is from what the record reports. Seconds are of CPU time, all threads together; on a GPU of
-the clock. Mixing seconds are a line's own, with the memory's counting and the cache and head that it mixes; a line that
-another one's run gives has none. Forward seconds have the training between passes.
+stands how far the default is from what the record reports. A seed whose text was scored as a whole, and to the
+record's own score, keeps what was found beside its evaluation: `hedgemix report` shows it. Seconds are of CPU time,
+all threads together; on a GPU of the clock. Mixing seconds are a line's own, with the memory's counting and the cache
+and head that it mixes; a line that another one's run gives has none. Forward seconds have the training between
+passes.
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ from hedgemix.experts.feature_experts import CACHE, HEAD, FeatureExperts
 from hedgemix.experts.ngram_index import NgramIndex
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers.batch_mixer import BatchMixer
+from hedgemix.runtime.files import write_json
+from hedgemix.runtime.layout import ABLATION
 from pipeline.analysis.significance import summary
 
 DEFAULT = "everything (the default)"
+SAME = 1e-6
+"""Bits per byte, sums in another order."""
 TOP_ORDERS = (2, 4, 6)
 """Highest orders to stop at."""
 NAMES = {CACHE: "neural cache", HEAD: "fast head"}
@@ -290,12 +296,21 @@ def measure(options: Options) -> Iterator[str]:
             raise RecipeError(f"seed {claim.seed}: the artifact's memory is not the data set's")
         found.append(Scorer(shipped, tokens, config, todo, indexes, device, len(stream)).score())
         print(f"seed {claim.seed}: {time.process_time():.0f} CPU s so far", file=sys.stderr, flush=True)
+        keep(claim, found[-1], len(tokens) == len(stream))
         seeds = ", ".join(str(done.seed) for done in todo_claims[: len(found)])
         heading = (
             f"{len(tokens) - 1:,} validation tokens ({dataset.valid_sha256[:12]}); recipe {recipe.recipe}, "
             f"{recipe.data.source}, memory of {len(memory_M):,} tokens, seeds {seeds}."
         )
         yield f"{heading}\n\n{markdown(found)}\n\n{check(todo_claims, found, len(tokens) == len(stream))}"
+
+
+def keep(claim: Claim, found: dict[str, Score], whole: bool) -> None:
+    """Write what was found beside the seed's evaluation, if it is about what the record reports."""
+    scores = {label: score.bpb for label, score in found.items()}
+    default = scores.pop(DEFAULT)
+    if whole and abs(default - claim.score) < SAME:
+        write_json(claim.evaluation / ABLATION, {"default": default, "variants": scores})
 
 
 def check(of: Sequence[Claim], found: Sequence[dict[str, Score]], whole: bool) -> str:

@@ -22,6 +22,8 @@ TRACE = "trace.jsonl"
 """Evaluation: one line a chunk."""
 AUDIT = "audit.json"
 """Beside an evaluation, once audited."""
+ABLATION = "ablation.json"
+"""Beside an evaluation, once its parts were left out one by one."""
 
 # In a record's folder.
 RECIPE = "recipe.json"

@@ -18,7 +18,7 @@ PAGE, TWIN, FIGURES = "report.html", "report.md", "figures"
 def compose(record: Record, against: float | None = None) -> Page:
     """Compose the report's page. against: a published score in bits per byte to test against, on the same text. What
     averages over seeds is left out where they must not be averaged."""
-    averages = [] if significance.mixed(record.done) else [sections.ladder(record)]
+    averages = [] if significance.mixed(record.done) else [sections.ladder(record), sections.parts(record)]
     along = [] if significance.mixed(record.done) else [sections.along_text(record), sections.gains_and_losses(record)]
     parts = [
         summary.seeds(record),

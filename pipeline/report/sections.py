@@ -22,7 +22,8 @@ from hedgemix.artifact.format import ArtifactError, Parts
 from hedgemix.audit.findings import number
 from hedgemix.data import tokenizer
 from hedgemix.evaluate.breakdown import DOCUMENTS, TOKENS
-from hedgemix.runtime.layout import AUDIT, LOG, RECIPE, TRACE
+from hedgemix.runtime.layout import ABLATION, AUDIT, LOG, RECIPE, TRACE
+from pipeline.analysis import significance
 from pipeline.analysis.records import Record
 from pipeline.report import figures
 from pipeline.report.page import Plot, Section, Table
@@ -74,6 +75,25 @@ def ladder(record: Record) -> Section:
     caption = "Bits per byte after each stage; a dot a seed, a bar at the mean."
     table = Table(["bits per byte", "mean", *(f"seed {row['seed']}" for row in record.done)], rows, (1,))
     return Section("What each stage is worth", [Plot("ladder", figures.ladder(found), caption), table])
+
+
+def parts(record: Record) -> Section:
+    """Show what each part of the mixture is worth, where it was measured: the score with it left out."""
+    title = "What each part is worth"
+    contents = [record.content(row, "evaluate_path", ABLATION) for row in record.done]
+    found = [json.loads(content) for content in contents if content]
+    if not found:
+        command = f"`python benchmarks/quality/ablation.py {record.table}`"
+        return Section(title, [f"Not measured. {command} scores the text with each part left out; then report again."])
+    rows = []
+    for label in found[0]["variants"]:
+        pairs = [(seed["variants"][label], seed["default"]) for seed in found if label in seed["variants"]]
+        told = significance.summary([score - default for score, default in pairs])
+        interval = f"{told.low:+.4f} to {told.high:+.4f}" if told.low == told.low else ""
+        rows.append([label, f"{np.mean([score for score, _ in pairs]):.4f}", f"{told.mean:+.4f}", interval])
+    said = f"Everything: {np.mean([seed['default'] for seed in found]):.4f} bits per byte, mean of {len(found)} seeds."
+    heads = ["variant", "bits per byte", "difference, by seed", "95 % interval"]
+    return Section(title, [said, Table(heads, rows, (2,))])
 
 
 def training(record: Record) -> Section:

@@ -19,6 +19,8 @@ from hedgemix.config import CacheConfig, EvaluateConfig, MixerConfig, RecipeErro
 from hedgemix.data import memory
 from hedgemix.evaluate.evaluator import EvaluateResult, Evaluation
 from hedgemix.experts import ngram_index
+from hedgemix.runtime.files import read_json
+from hedgemix.runtime.layout import ABLATION
 from support import tiny_artifact
 from support.text_data import documents, processor
 from support.tiny_artifact import ADAPTIVE, CPU, Case
@@ -131,11 +133,16 @@ def lines_of(found: list[dict[str, Score]]) -> list[str]:
     return ablation.markdown(found).splitlines()[2:]
 
 
-def record(case: Case, monkeypatch: pytest.MonkeyPatch, config: EvaluateConfig, score: float, memory_M: object) -> None:
+def record(
+    case: Case, monkeypatch: pytest.MonkeyPatch, config: EvaluateConfig, score: float, memory_M: object,
+    evaluation: Path = Path("nowhere"),
+) -> None:  # fmt: skip
     """Let the command find a record of one seed with this artifact and score."""
     recipe = SimpleNamespace(recipe="tiny", evaluate=config, data=SimpleNamespace(source="text"))
     dataset = SimpleNamespace(valid_sha256="0123456789abcdef", vocab_size=case.model().vocab_size)
-    claim = SimpleNamespace(seed=7, recipe=recipe, dataset=dataset, artifact=case.artifact, score=score)
+    claim = SimpleNamespace(
+        seed=7, recipe=recipe, dataset=dataset, artifact=case.artifact, score=score, evaluation=evaluation
+    )
     stream = tiny_artifact.TokenStream([case.tokens])
     monkeypatch.setattr(ablation, "claims", lambda table, seeds: [claim])
     monkeypatch.setattr(ablation.datasets, "valid_stream", lambda of: stream)
@@ -145,8 +152,8 @@ def record(case: Case, monkeypatch: pytest.MonkeyPatch, config: EvaluateConfig, 
 def test_the_command_compares_the_default_with_the_record(
     case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    remembered_M = memory.tokens(processor(), REMEMBERED)
-    record(case, monkeypatch, CONFIG, evaluated(case, CONFIG).bpb_final + 2e-3, remembered_M)
+    remembered_M, score = memory.tokens(processor(), REMEMBERED), evaluated(case, CONFIG).bpb_final
+    record(case, monkeypatch, CONFIG, score + 2e-3, remembered_M, tmp_path)
     ablation.main(Options(Path("any"), device="cpu", out=tmp_path / "out.md"))
     out = capsys.readouterr().out
     assert out == (tmp_path / "out.md").read_text()
@@ -154,6 +161,17 @@ def test_the_command_compares_the_default_with_the_record(
     ablation.main(Options(Path("any"), device="cpu", tokens=300))
     out = capsys.readouterr().out
     assert out.startswith("299 validation tokens") and "not compared" in out
+    assert not (tmp_path / ABLATION).exists(), "what is not the record's score is not kept beside it"
+
+
+def test_what_repeats_the_record_is_kept_for_its_report(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = {DEFAULT: Score(1.0, 2.0, 3.0), "without it": Score(1.25, 2.0, 1.5)}
+    monkeypatch.setattr(ablation, "Scorer", lambda *given: SimpleNamespace(score=lambda: found))
+    record(case, monkeypatch, CONFIG, 1.0 + 1e-9, memory.tokens(processor(), REMEMBERED), tmp_path)
+    list(ablation.measure(Options(Path("any"), device="cpu")))
+    assert read_json(tmp_path / ABLATION) == {"default": 1.0, "variants": {"without it": 1.25}}
 
 
 def test_records_it_cannot_take_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

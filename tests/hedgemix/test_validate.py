@@ -134,6 +134,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (WEIGHTS | {"evaluate.ttt.ramp": INF}, f"evaluate.ttt.ramp is inf; {FINITE}"),
     (WEIGHTS | {"evaluate.ttt.ramp_fraction": NAN}, f"evaluate.ttt.ramp_fraction is nan; {FINITE}"),
     (WEIGHTS | {"evaluate.ttt.polyak": 1.0}, "evaluate.ttt.polyak is 1.0; it must be at least 0 and below 1"),
+    (WEIGHTS | {"evaluate.ttt.decay": 1.0}, "evaluate.ttt.decay is 1.0; it must be at least 0 and below 1"),
+    (WEIGHTS | {"evaluate.ttt.context_tokens": -1}, f"evaluate.ttt.context_tokens is -1; {FINITE}"),
+    (
+        WEIGHTS | {"evaluate.ttt.sequence_tokens": 64, "evaluate.ttt.context_tokens": 193},
+        "evaluate.ttt.context_tokens is 193; it must be at most 192, train.sequence_tokens less sequence_tokens",
+    ),
     (WEIGHTS | {"evaluate.ttt.polyak": -0.1}, "evaluate.ttt.polyak is -0.1; it must be at least 0 and below 1"),
     (
         WEIGHTS | {"evaluate.ttt.sequence_tokens": 257},

@@ -30,7 +30,8 @@ from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 from support import rank_processes, tiny_artifact
 from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG, Case
 
-NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
+NORMALISED = {"normalise": True, "decay": 0.05, "context_tokens": 8}
+NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0, **NORMALISED))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 SLIDING = replace(NO_TTT, order="sliding")
 FURTHER = replace(CONFIG, mixer=replace(CONFIG.mixer, experts=tuple(EXPERTS)))

@@ -95,13 +95,15 @@ def test_the_rate_falls_as_a_cosine_and_rises_by_the_ramp() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 80), st.integers(0, 20), st.integers(1, 40))
-def test_every_target_of_the_chunk_weighs_once(start: int, size: int, after: int, length: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 80), st.integers(0, 20), st.integers(1, 40), st.integers(0, 40))
+def test_every_target_of_the_chunk_weighs_once(start: int, size: int, after: int, length: int, context: int) -> None:
     chunk, n_tokens = Piece(start, start + size), start + size + after
     weights_N = torch.arange(1, n_tokens + 1).float()
-    inputs, targets, given_weights = ttt.sequences(torch.arange(n_tokens), weights_N, chunk, length)
-    assert inputs.shape == targets.shape == given_weights.shape == (-(-size // inputs.shape[1]), inputs.shape[1])
-    assert inputs.shape[1] == min(length, chunk.stop - 1)
+    inputs, targets, given_weights = ttt.sequences(torch.arange(n_tokens), weights_N, chunk, length, context)
+    fresh = min(length, chunk.stop - 1)
+    seen = min(context, min(start, chunk.stop - fresh) - 1)
+    assert inputs.shape == targets.shape == given_weights.shape == (-(-size // fresh), seen + fresh)
+    assert not given_weights[:, :seen].any()
     assert torch.equal(targets, inputs + 1) and inputs.min() >= 0 and targets.max() == chunk.stop - 1
     summed = torch.zeros(n_tokens).index_add(0, targets.flatten(), given_weights.flatten())
     expected = torch.zeros(n_tokens)
@@ -125,6 +127,37 @@ def test_a_step_is_a_plain_adamw_step_on_the_weighted_loss(model: Model, clip: f
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(mine.model.get_parameter(name), parameter, rtol=1e-6, atol=1e-5, msg=name)
         assert torch.equal(parameter, model.get_parameter(name)) == (name not in trained)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_normalised_steps_divide_by_the_root_mean_square_of_the_gradients_so_far(model: Model, decay: float) -> None:
+    mine, plain = adapter(model, normalise=True, decay=decay, gradient_clip=0.0), copy.deepcopy(model)
+    trained, seen = ttt.trained_parameters(plain, 1), list[dict[str, Tensor]]()
+    for start in (5, 60, 110):
+        inputs, targets, counts = ttt.sequences(tokens(), weights(), Piece(start, start + 40), 16)
+        mine.step(inputs, targets, counts)
+        plain.zero_grad()
+        losses = F.cross_entropy(plain.logits(plain.features(inputs)).mT, targets, reduction="none")
+        ((losses * counts).sum() / counts.sum()).backward()
+        seen.append({name: parameter.grad.clone() for name, parameter in trained.items()})
+        squares = {name: torch.stack([each[name] ** 2 for each in seen]).mean(0) for name in trained}
+        floor = 0.1 * torch.cat([square.flatten() for square in squares.values()]).mean().sqrt()
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter -= 2e-3 * seen[-1][name] / (squares[name].sqrt() + floor)
+                parameter -= decay * (parameter - model.get_parameter(name))
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(mine.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-5, msg=name)
+        assert torch.equal(parameter, model.get_parameter(name)) == (name not in trained)
+
+
+def test_weights_drawn_back_to_the_shipped_ones_stay_near_them(model: Model) -> None:
+    def distance(decay: float) -> float:
+        learner = adapter(model, decay=decay)
+        learner.learn(tokens(), weights(), Piece(1, 200))
+        return sum(float((p - model.get_parameter(n)).norm()) for n, p in learner.parameters.items())
+
+    assert 0 < distance(0.5) < 0.5 * distance(0.0)
 
 
 def test_learning_lowers_the_loss_and_moves_nothing_else(model: Model) -> None:

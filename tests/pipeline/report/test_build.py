@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pandas as pd
 import pytest
@@ -14,16 +17,16 @@ from hedgemix.config import RecipeError
 from pipeline import cli
 from pipeline.analysis import records, significance
 from pipeline.report import build as report
-from pipeline.report import figures, summary
+from pipeline.report import figures, sections, summary
 from pipeline.report.page import Page, Plot, Points, Section, Table, html, markdown
 from pipeline.submission import eligibility
 from pipeline.submission.eligibility import obstacles
 from support import table_rows
 
 SECTIONS = [
-    "Every seed", "Is it better, and how sure is that?", "What each stage is worth", "Can it be handed in?",
-    "Along the text", "Where the mixture and test-time training helped and hurt", "Training", "Where the bytes go",
-    "Where the time goes", "What the audit found", "To do it again",
+    "Every seed", "Is it better, and how sure is that?", "What each stage is worth", "What each part is worth",
+    "Can it be handed in?", "Along the text", "Where the mixture and test-time training helped and hurt", "Training",
+    "Where the bytes go", "Where the time goes", "What the audit found", "To do it again",
 ]  # fmt: skip
 PLOTS = [
     "ladder", "running", "weights-hedge", "weights-ensemble", "ranks", "documents", "training", "bytes", "time-train",
@@ -165,6 +168,21 @@ def test_what_stands_in_the_way_of_handing_in_is_told(
     told = obstacles(table_rows.change(runs, "sound", 2, **values))
     assert len(told) == 1 and expected in told[0]
     (runs / "sound.parquet").unlink()
+
+
+def test_parts_are_told_as_differences_by_seed_once_they_were_measured(runs: Path) -> None:
+    assert "Not measured. `python benchmarks/quality/ablation.py" in page_of(records.load(str(runs / "tiny.parquet")))
+    found = [
+        {"default": default, "variants": {"neural": default + 1, "without memory": 1.1 * default}}
+        for default in (1.0, 2.0)
+    ]
+    measured = SimpleNamespace(done=found, content=lambda row, *where: json.dumps(row).encode())
+    said, table = sections.parts(cast(records.Record, measured)).blocks
+    assert said == "Everything: 1.5000 bits per byte, mean of 2 seeds."
+    assert cast(Table, table).rows == [
+        ["neural", "2.5000", "+1.0000", "+1.0000 to +1.0000"],
+        ["without memory", "1.6500", "+0.1500", "-0.4853 to +0.7853"],
+    ]
 
 
 def test_a_record_without_its_files_still_has_a_report(runs: Path, tmp_path: Path) -> None:
