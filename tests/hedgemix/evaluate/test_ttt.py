@@ -155,7 +155,7 @@ def test_weights_drawn_back_to_the_shipped_ones_stay_near_them(model: Model) -> 
     def distance(decay: float) -> float:
         learner = adapter(model, decay=decay)
         learner.learn(tokens(), weights(), Piece(1, 200))
-        return sum(float((p - model.get_parameter(n)).norm()) for n, p in learner.parameters.items())
+        return sum(float((p.detach() - model.get_parameter(n).detach()).norm()) for n, p in learner.parameters.items())
 
     assert 0 < distance(0.5) < 0.5 * distance(0.0)
 
