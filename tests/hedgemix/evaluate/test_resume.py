@@ -28,8 +28,12 @@ from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers import published
 from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 from support import rank_processes, tiny_artifact
-from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG, Case
+from support.tiny_artifact import Case
 
+CONFIG, ADAPTIVE, CACHE_OVER_TRAINED = (
+    replace(config, chunk_tokens=200)
+    for config in (tiny_artifact.CONFIG, tiny_artifact.ADAPTIVE, tiny_artifact.CACHE_OVER_TRAINED)
+)
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 SLIDING = replace(NO_TTT, order="sliding")
@@ -61,7 +65,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return tiny_artifact.make(tmp_path_factory.mktemp("resume"))
+    return tiny_artifact.make(tmp_path_factory.mktemp("resume"), texts=3)
 
 
 class Killed(BaseException):
