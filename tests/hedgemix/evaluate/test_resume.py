@@ -30,10 +30,8 @@ from hedgemix.runtime.files import DamagedFileError, read_json, write_json
 from support import rank_processes, tiny_artifact
 from support.tiny_artifact import Case
 
-CONFIG, ADAPTIVE, CACHE_OVER_TRAINED = (
-    replace(config, chunk_tokens=200)
-    for config in (tiny_artifact.CONFIG, tiny_artifact.ADAPTIVE, tiny_artifact.CACHE_OVER_TRAINED)
-)
+THREE = tiny_artifact.CONFIG, tiny_artifact.ADAPTIVE, tiny_artifact.CACHE_OVER_TRAINED
+CONFIG, ADAPTIVE, CACHE_OVER_TRAINED = (replace(config, chunk_tokens=200) for config in THREE)
 NO_POLYAK = replace(CONFIG, ttt=replace(CONFIG.ttt, polyak=0.0, last_blocks=0))
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 SLIDING = replace(NO_TTT, order="sliding")
@@ -268,11 +266,8 @@ def test_seconds_count_over_starts_and_what_was_lost_stays_used(case: Case, tmp_
         path.unlink()
     seconds = Seconds(kill_after=-1)
     assert score(case, tmp_path, CONFIG, seconds.log, now=seconds).evaluate_seconds == 50
-    assert read_json(tmp_path / "clock.json") == noted | {
-        "starts": 3,
-        "discarded_seconds": 50.0,
-        "lost_seconds": 50.0,
-    }
+    noted |= {"starts": 3, "discarded_seconds": 50.0, "lost_seconds": 50.0}
+    assert read_json(tmp_path / "clock.json") == noted
 
 
 def test_a_restart_is_told_of_every_file_it_needs(case: Case, killed: Path, tmp_path: Path) -> None:
