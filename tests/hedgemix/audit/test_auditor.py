@@ -134,8 +134,6 @@ def test_experts_over_features_pass_every_check_and_a_cache_that_remembers_itsel
 ) -> None:
     made = make(tmp_path / "runs", config, texts=3)
     work = repeated(made)
-    if config is CACHE_OVER_TRAINED:  # two ranks of the other are compared where the evaluation is tested
-        auditor.ranks_agree(work)
     assert work.findings and failed(work.findings) == []
     assert set(feature_experts.names(config)) < set(work.replay["result"]["expert_names"])
     with cheats.remembers_itself():
