@@ -33,17 +33,18 @@ BIN := .venv/bin
 record: .venv/installed
 	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
 
-# Two processes of tests side by side, as records wait now and then: one computes; the other runs records, what it printed
-# follows. Tests marked `cluster` start a cluster of their own, which must not share a process with the session's ray.init:
-# they come first in the second, in a process of their own. pytest's code 5, no test, is an error only if all three say so.
+# Two processes of tests side by side, as records wait now and then: one computes; the other runs records, and what it
+# printed follows; the tests of benchmarks let both end together. Tests marked `cluster` start a cluster of their own, which
+# must not share a process with the session's ray.init: they come first in the second, in a process of their own that reads
+# only files with the mark. pytest's code 5, no test, is an error only if all three say so.
 FAST := not cluster and not soak
 
 test: .venv/installed-dev
 	@log=$$(mktemp); \
 	worst() { for code; do case $$code in 0|5) ;; *) return $$code; esac; done; for code; do test $$code -eq 5 || return 0; done; return 5; }; \
-	( $(BIN)/pytest -m "cluster and not soak" tests/integration $(ARGS); one=$$?; \
-	$(BIN)/pytest -m "$(FAST)" tests/integration tests/pipeline $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
-	$(BIN)/pytest -m "$(FAST)" tests/hedgemix tests/benchmarks tests/repo $(ARGS); one=$$?; \
+	( $(BIN)/pytest -m "cluster and not soak" $$(grep -l "mark\.cluster" tests/integration/*.py) $(ARGS); one=$$?; \
+	$(BIN)/pytest -m "$(FAST)" tests/integration tests/pipeline tests/benchmarks $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
+	$(BIN)/pytest -m "$(FAST)" tests/hedgemix tests/repo $(ARGS); one=$$?; \
 	wait $$records; two=$$?; cat $$log; rm -f $$log; worst $$one $$two
 
 # Functions whose tests start no Ray and no process; tests/repo/test_make_quick.py checks that these say so and are many.

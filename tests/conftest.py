@@ -47,9 +47,9 @@ def one_thread() -> None:
 def ray_session() -> Iterator[None]:
     """One small local Ray for all tests of a process, as the command starts its own; tests marked `cluster` must not
     meet it."""
-    from pipeline.execution.ray_session import ALONE, ray
+    from pipeline.execution.ray_session import ALONE, few_processes, ray
 
-    with patch.dict(os.environ, {**ALONE, "OMP_NUM_THREADS": "1"}):
+    with few_processes(), patch.dict(os.environ, {**ALONE, "OMP_NUM_THREADS": "1"}):
         ray.init(
             address="local",
             num_cpus=4,

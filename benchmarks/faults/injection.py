@@ -38,6 +38,8 @@ class Fault:
     """Kill every process of the session: a node of `cluster`, or the command with the Ray of its own."""
     during: str = ""
     """Only while this file is there."""
+    after: str = ""
+    """Whoever comes to the event waits there until this file is."""
     name: str = ""
 
 
@@ -48,9 +50,10 @@ def kill(
     rank: int | None = None,
     kill_rank: int | None = None,
     machine: bool = False,
+    after: str = "",
 ) -> Fault:
-    """SIGKILL just before the file is put in its place (or, `event`, opened)."""
-    return Fault(path, event, at, rank=rank, kill_rank=kill_rank, machine=machine)
+    """SIGKILL just before the file is put in its place (or, `event`, opened); with `after`, once that file is there."""
+    return Fault(path, event, at, rank=rank, kill_rank=kill_rank, machine=machine, after=after)
 
 
 def fail(path: str, error: str, at: int = 1, times: int = 1, event: str = "write", during: str = "") -> Fault:

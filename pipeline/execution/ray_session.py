@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloured in a job's log too
 
 import ray
+from ray._private.node import Node
 from rich.console import Console
 
 from pipeline.execution.resources import on_cluster
@@ -28,10 +29,35 @@ from pipeline.steps.graph import machine_to_itself
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""
 
-ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_worker_niceness": "0"}
+ALONE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    "RAY_worker_niceness": "0",
+}
 """For a Ray on this machine alone: nobody takes the machine away with a warning, so no process has to listen for one
-during training; and training, which runs in Ray's workers, gives way to other programs no more than it would outside
-(Ray starts workers with niceness 15)."""
+during training; Ray Train's controller blocks where Ray advises against it, of which it needs no warning; and training,
+which runs in Ray's workers, gives way to other programs no more than it would outside (Ray starts workers with niceness
+15)."""
+
+NEEDLESS = ("start_api_server", "start_log_monitor", "start_monitor")
+"""What starts a process beside a Ray that nobody asks there: the dashboard's server, which `ray.init` waits for though
+it shows no dashboard; who sends workers' output to a driver that wants none; the autoscaler of one machine."""
+
+
+@contextmanager
+def few_processes() -> Iterator[None]:
+    """Have a Ray that is started meanwhile do without NEEDLESS: three CPU seconds, of which the command waits for one.
+
+    It overrides what Ray keeps to itself: should a later Ray call these otherwise, its own processes start again.
+    """
+    kept = {name: getattr(Node, name) for name in NEEDLESS if hasattr(Node, name)}
+    for name in kept:
+        setattr(Node, name, lambda self, **options: None)
+    try:
+        yield
+    finally:
+        for name, start in kept.items():
+            setattr(Node, name, start)
 
 
 @contextmanager
@@ -47,7 +73,8 @@ def ray_started(console: Console) -> Iterator[None]:
             console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
             for name, value in ALONE.items():
                 os.environ.setdefault(name, value)
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            with few_processes():
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         # Ray's own handler would end this process without a word; `ray job stop` then waits three seconds.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

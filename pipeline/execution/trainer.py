@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 
 class ThisMachine(FixedScalingPolicy):
@@ -24,10 +27,26 @@ class ThisMachine(FixedScalingPolicy):
         """Ask for nothing."""
 
 
+class Workers(WorkerGroup):
+    """Starts workers with the environment that a Ray of our own gives every process, and nothing besides."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        return {}
+
+
+class TrainControllerHere(TrainController):
+    """Controls the training of a Ray of our own."""
+
+    worker_group_cls = Workers
+
+
 class Trainer(TorchTrainer):
     """Trains with a process for its controller, one for its barrier and one a worker, and no manager of Ray datasets:
     ours are files. On a machine of our own (`alone`) there is no cleaner either, which would ask the dashboard that is
-    not there for a lost controller once a second, and no coordinator of an autoscaler."""
+    not there for a lost controller once a second, and no coordinator of an autoscaler. On CPUs there, its processes
+    have no settings of their own, for which Ray would start each twice, but may be ones that wait. On a GPU they are
+    new: one that was used before would keep the choice of its first GPU."""
 
     def __init__(self, *arguments: Any, alone: bool, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -40,4 +59,8 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.alone:
             parts["scaling_policy"] = ThisMachine(self.scaling_config)
-        return super()._initialize_and_run_controller(**parts)
+        if not self.alone or self.scaling_config.use_gpu:
+            return super()._initialize_and_run_controller(**parts)
+        controller = ray.remote(num_cpus=0)(TrainControllerHere).remote(**parts)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())

@@ -34,7 +34,7 @@ NO_CACHE, NO_HEAD = CacheConfig(enabled=False), TTTConfig(enabled=False)
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     made = tiny_artifact.make(tmp_path_factory.mktemp("ablation"), REMEMBERED)
-    return replace(made, tokens=made.tokens[:480])
+    return replace(made, tokens=made.tokens[:400])
 
 
 def ablated(case: Case, config: EvaluateConfig) -> dict[str, Score]:

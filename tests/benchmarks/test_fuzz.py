@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-MUTATIONS = int(os.environ.get("HEDGEMIX_MUTATIONS", "800"))
+MUTATIONS = int(os.environ.get("HEDGEMIX_MUTATIONS", "300"))
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,8 @@ def test_a_record_is_audited_and_its_table_says_so(
 ) -> None:
     out = undisturbed[0]
     monkeypatch.setenv("COLUMNS", "100")
-    some = ["--streamed-tokens", "500", "--coded-tokens", "900"]
-    weaker = "streamed_tokens 500 of 131,072; coded_tokens 900 of 1,024"
+    some = ["--streamed-tokens", "500", "--coded-tokens", "300"]
+    weaker = "streamed_tokens 500 of 131,072; coded_tokens 300 of 1,024"
     code, output = run([str(out / "tiny.parquet"), *some], monkeypatch, capsys)
     assert code == 0, output
     lines = output.splitlines()

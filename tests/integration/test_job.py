@@ -27,16 +27,12 @@ from ray.job_submission import JobSubmissionClient
 from benchmarks.faults import injection
 from hedgemix.runtime import clock
 from pipeline.monitor import metrics
-from support import tiny_record
+from support import project_copy, tiny_record
 from support.s3_server import free_port
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 COLUMNS = ["bpb_full", "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "artifact_sha256", "artifact_bytes"]
-
-
-HOME = ("data/train.bin", "runs/tiny.parquet", ".venv/bin/python", ".ray-token/auth_token", "bench/numbers.json")
-"""What a package must not hold: large, or secret."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class Scrape(threading.Thread):
         self.records: set[str] = set()
 
     def run(self) -> None:
-        while not self.ended.wait(0.3):
+        while not self.ended.wait(1):
             with contextlib.suppress(OSError, ValueError):
                 for target in json.loads(self.file.read_text())[0]["targets"]:
                     self.take(urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode())
@@ -151,17 +147,7 @@ def processes(out: Path) -> list[int]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the project outside git, with what stays at home beside it."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    for name in ("hedgemix", "pipeline"):
-        shutil.copytree(tiny_record.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", ".gitignore"):
-        shutil.copy(tiny_record.ROOT / name, folder)
-    for name in HOME:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("stays at home")
-    return folder
+    return project_copy.make(tmp_path / "project")
 
 
 def test_a_job_s_table_log_package_and_exit_code(
@@ -211,7 +197,7 @@ def test_a_job_s_table_log_package_and_exit_code(
     [package] = head.packages(job)
     sent = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     assert {"pipeline/record.py", "hedgemix/train/trainer.py", "pyproject.toml"} <= sent
-    assert not [name for name in HOME if name in sent] and "stays at home" not in log
+    assert not [name for name in project_copy.HOME if name in sent] and "stays at home" not in log
 
     # Done seeds alone: the command finds nothing to do, and the job has succeeded.
     done = run(submit(head.address, project, *options[: options.index("--seeds") + 2], *options[-4:], **given))
@@ -226,31 +212,22 @@ def test_a_recipe_that_cannot_run_is_a_failed_job(head: Head, text: Path, tmp_pa
     assert last_job(head.address).driver_exit_code == 2
 
 
-COMPILED = """
---seeds 1 --record tiny --train.compile --train.steps 3 --model.layers 1 --model.bigram-buckets 0
---model.value-embedding-layers 0 --model.no-smear-gate --model.no-skips --model.no-xsa --model.no-input-mix
---model.no-residual-scale --data.max-valid-tokens 1100
-"""
-"""What the compiler's processes import is the same for a model of few parts, which they have less to do with."""
-DECOYS = ("statistics", "torch", "numpy")
-
-
 @pytest.fixture(scope="module")
 def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A cache that nobody has filled yet, for the compiled tests of this file."""
     return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("way", ["command", "job"])
 def test_a_compiled_record_meets_no_module_of_the_script_s_folder(
-    way: str, head: Head, text: Path, tmp_path: Path, project: Path, compiler_cache: dict[str, str]
+    way: str, request: pytest.FixtureRequest, text: Path, tmp_path: Path, project: Path, compiler_cache: dict[str, str]
 ) -> None:
-    """As recipes record and single_gpu train. Nothing beside the script comes before a library of its name."""
-    for name in DECOYS:
-        (project / "pipeline" / f"{name}.py").write_text("raise ImportError(__file__)\n")
-    options = tiny_record.arguments(text, tmp_path / "runs", *COMPILED.split())
+    """As recipes record and single_gpu train. Nothing beside the script comes before a library of its name: jobs of the
+    tests above meet none either, and the compiler does not in the test of open ports."""
+    options = tiny_record.arguments(text, tmp_path / "runs", *project_copy.COMPILED)
     if way == "job":
-        command = submit(head.address, project, *options, **compiler_cache)
+        command = submit(request.getfixturevalue("head").address, project, *options, **compiler_cache)
     else:
         command = [sys.executable, str(project / "pipeline" / "record.py"), "laptop", *options]
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""What our own Ray lets others of the network reach while a record trains (docs/security.md)."""
+"""What our own Ray lets others of the network reach while a record trains (docs/security.md); it trains compiled, as
+recipes record and single_gpu do."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 
 from pipeline.monitor import status
 from pipeline.storage.store import Storage
-from support import tiny_record
+from support import fault_costs, project_copy, tiny_record
 
 
 def family(pid: int) -> set[int]:
@@ -63,24 +64,29 @@ except Exception as error:
 
 @pytest.mark.slow
 def test_our_own_ray_listens_on_loopback_alone_and_refuses_strangers(text: Path, tmp_path: Path) -> None:
-    """While a record trains, which its status says; SIGTERM then ends it like Ctrl-C."""
-    out, home = tmp_path / "runs", tmp_path / "home"
+    """While a record trains, which its status says; SIGTERM then ends it like Ctrl-C. It trains compiled, which says
+    that no process of the compiler meets a module of the script's folder: nothing there comes before a library of its
+    name."""
+    out, home, project = tmp_path / "runs", tmp_path / "home", project_copy.make(tmp_path / "project")
     home.mkdir()
-    steps = ["--train.steps", "100000", "--seeds", "1", "--record", "tiny"]
+    steps = [*project_copy.COMPILED, "--train.steps", "100000"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}  # as a user has it
+    environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "new")}
     process = subprocess.Popen(
-        [*tiny_record.COMMAND, *tiny_record.arguments(text, out, *steps)],
+        [sys.executable, str(project / "pipeline" / "record.py"), "laptop", *tiny_record.arguments(text, out, *steps)],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(home)},
+        env={**environment, "HOME": str(home)},
     )
     try:
-        deadline = time.monotonic() + 200
-        while not list(out.glob("_steps/train-*/log.jsonl")):
+        deadline = time.monotonic() + 400
+        while not any(fault_costs.done(folder) >= 3 for folder in out.glob("_steps/train-*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
+        assert list((tmp_path / "new").rglob("*.so"))
         storage, folder = Storage("", out), out / "_records" / "tiny"
         told = status.read(storage, folder / "steps.json")
         assert told and status.driver(storage, folder / "record.lock") == "a driver is at work"

@@ -1,10 +1,7 @@
-"""The command end to end on real Ray processes: a record, what is not done twice, failures, kills, several workers."""
+"""The command end to end on real Ray processes: a record, what is not done twice, failures, several workers."""
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +14,7 @@ from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from hedgemix.standalone import script
 from pipeline import record
-from pipeline.monitor import status
-from pipeline.storage.store import Storage
-from support import tensorboard_events, tiny_record
-from support.faulty_record import begun, the_step
+from support import tiny_record
 
 pytestmark = pytest.mark.slow
 
@@ -106,53 +100,6 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     changed = pd.read_parquet(out / "other.parquet").iloc[0]
     assert pd.isna(changed.bpb_ttt) and changed.bpb_final == changed.bpb_mixed == changed.bpb_hedge
     assert changed.bpb_quantized == before.bpb_quantized
-
-
-def stands(storage: Storage) -> tuple[list[status.State], str]:
-    """The states of the steps, none before they are named, and whether a driver is at work."""
-    folder = storage.root / "_records" / "tiny"
-    told = status.read(storage, folder / "steps.json")
-    found = [state for _, state in status.states(storage, told, {})] if told else []
-    return found, status.driver(storage, folder / "record.lock")
-
-
-def test_killed_in_the_middle_the_same_command_finishes_with_the_same_numbers(
-    undisturbed: tuple[Path, int, str], ray_session: None, text: Path, tmp_path: Path
-) -> None:
-    """In the evaluation; training was done before, and is not done again."""
-    out = begun(undisturbed, tmp_path, "evaluate")
-    options = tiny_record.arguments(text, out, "--seeds", "1", "--record", "tiny")
-    process = tiny_record.start(options, out)
-    deadline = time.monotonic() + 200
-    at_work: set[str] = set()
-    storage = Storage("", out)
-    while "evaluate" not in at_work:
-        assert process.poll() is None and time.monotonic() < deadline
-        told, drivers = stands(storage)
-        at_work |= {state.step for state in told if state.state == "at work"}
-        time.sleep(0.05)
-    assert "train" not in at_work and drivers == "a driver is at work"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    told, drivers = stands(storage)
-    assert drivers == "no driver"
-    assert [state.state for state in told if state.step in ("train", "evaluate")] == ["done", "at work"]
-    trained = the_step(out, "train") / "result.json"
-    at = trained.stat().st_mtime_ns
-    assert not (the_step(out, "evaluate") / "result.json").exists()
-
-    code, output = tiny_record.run_here(options)
-    assert code == 0, output
-    assert trained.stat().st_mtime_ns == at
-    mine, theirs = row(out), row(undisturbed[0])
-    assert {column: mine[column] for column in BITS} == {column: theirs[column] for column in BITS}
-    tracked = out / "_records" / "tiny" / "tensorboard" / "seed1"
-    told = tensorboard_events.scalars(tracked / "evaluate")
-    assert len(list((tracked / "evaluate").iterdir())) <= 2 and all(map(tensorboard_events.rising, told.values()))
-    assert told["evaluate/bpb_final"][-1] == (3999, pytest.approx(mine.bpb_final, rel=1e-6))
-    # What a driver that was not killed passed on of the training.
-    whole = undisturbed[0] / "_records" / "tiny" / "tensorboard" / "seed1" / "train"
-    assert [at for at, _ in tensorboard_events.scalars(whole)["train/steps"]] == [2, 4, 6, 8, 10, 12]
 
 
 def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(

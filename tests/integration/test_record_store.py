@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Thread
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -29,6 +32,31 @@ OPTIONS = ["--compute.checkpoint-seconds", "0", "--seeds", "1", "--record", "tin
 def objects(server: StoreServer) -> dict[str, fs.FileInfo]:
     found = server.filesystem().get_file_info(fs.FileSelector(BUCKET, recursive=True))
     return {info.path: info for info in found if info.type == fs.FileType.File}
+
+
+def checkpoints(server: StoreServer) -> list[str]:
+    """Those of the evaluation."""
+    return [path for path in objects(server) if "/evaluate-" in path and "/checkpoint-" in path]
+
+
+@contextlib.contextmanager
+def told_when(true: Callable[[], bool], file: Path) -> Iterator[None]:
+    """Meanwhile, make the file once this is true."""
+    ended = Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            if true():
+                file.touch()
+                return
+
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def arguments(server: StoreServer, text: Path, *options: str) -> list[str]:
@@ -57,16 +85,21 @@ def test_killed_on_one_machine_a_record_ends_on_another(
 ) -> None:
     store_server.make()
     options = arguments(store_server, text, *OPTIONS)
-    # The second machine has nothing of the first but the text, whose time and place the data step reads.
-    plan = injection.Plan(tmp_path / "faults", injection.kill("*/trace.jsonl", at=3, event="write", machine=True))
+    # The second machine has nothing of the first but the text, whose time and place the data step reads. The first is
+    # lost once the store has a checkpoint: those are copied while the work goes on.
+    copied = tmp_path / "copied"
+    plan = injection.Plan(
+        tmp_path / "faults", injection.kill("*/trace.jsonl", 3, "write", machine=True, after=str(copied))
+    )
     watch = Watch(tmp_path, "evaluate", fault_costs.fired(plan))
     watch.start()
-    code, output = tiny_record.run(options, tmp_path, {**plan.environment(), "HEDGEMIX_SCRATCH": str(tmp_path)})
+    with told_when(lambda: plan.fired() > 0 and bool(checkpoints(store_server)), copied):
+        code, output = tiny_record.run(options, tmp_path, {**plan.environment(), "HEDGEMIX_SCRATCH": str(tmp_path)})
     assert code == -signal.SIGKILL, output
     plan.check()
     before = objects(store_server)
     [trained] = [path for path in before if "/train-" in path and path.endswith("/result.json")]
-    assert [path for path in before if "/evaluate-" in path and "/checkpoint-" in path]
+    assert checkpoints(store_server)
     [scratch] = tmp_path.glob("hedgemix-*")
     scratch.rename(tmp_path / "gone with the machine")
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from hedgemix.config import RecipeError
 from hedgemix.recipes import RECIPES
 from pipeline.execution import resources
+from pipeline.execution.ray_session import few_processes
 
 pytestmark = pytest.mark.cluster
 NODE = {"num_cpus": 160, "num_gpus": 8, "object_store_memory": 80 * 2**20}
@@ -23,9 +24,10 @@ NODE = {"num_cpus": 160, "num_gpus": 8, "object_store_memory": 80 * 2**20}
 def cluster() -> Iterator[Cluster]:
     """A head without GPUs and two nodes with eight each."""
     assert not ray.is_initialized(), "run cluster tests in a process of their own: pytest -m cluster"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
-    made.add_node(**NODE)
-    made.add_node(**NODE)
+    with few_processes():
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+        made.add_node(**NODE)
+        made.add_node(**NODE)
     made.wait_for_nodes()
     ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     try:

@@ -75,17 +75,22 @@ class Case:
         return Evaluation.begin(artifact.read(self.artifact), tokens, config, CPU)
 
 
-def make(folder: Path, remembered: Sequence[str] = (), texts: int = 4, **made_of: Any) -> Case:
-    """A model with random weights, quantized and written, with a memory of some documents; `texts` other documents,
-    about 1,400 tokens of four and 950 of three. made_of: what the header says besides."""
+def untrained() -> tuple[Model, Moments]:
+    """Random weights, and the moments of inputs that have nothing to do with each other."""
     torch.manual_seed(0)
     model = Model(MODEL, processor().vocab_size(), CONTEXT)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     columns = {name: torch.eye(each.shape[1]) for name, each in model.named_parameters() if each.dim() == 2}
-    rows = {name: torch.ones(len(model.get_parameter(name))) for name in columns}
-    tensors, _ = quantize_model(model, Moments(columns, rows), QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
+    return model, Moments(columns, {name: torch.ones(len(model.get_parameter(name))) for name in columns})
+
+
+def make(folder: Path, remembered: Sequence[str] = (), texts: int = 4, **made_of: Any) -> Case:
+    """A model with random weights, quantized and written, with a memory of some documents; `texts` other documents,
+    about 1,400 tokens of four and 950 of three. made_of: what the header says besides."""
+    model, moments = untrained()
+    tensors, _ = quantize_model(model, moments, QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
     header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT, **made_of}
     packed = memory.compress(remembered) if remembered else None
     artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3, packed)

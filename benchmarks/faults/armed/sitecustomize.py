@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -50,6 +51,8 @@ class Plan:
                 self.fire(fault, path)
 
     def fire(self, fault, path):
+        while not now(fault["after"]):
+            time.sleep(0.05)
         if fault["error"]:
             number = getattr(errno, fault["error"])
             raise OSError(number, os.strerror(number), path)
@@ -94,9 +97,9 @@ def kill_session():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def now(during):
-    """Whether the fault's time is now."""
-    return not during or os.path.exists(during)
+def now(file):
+    """Whether the file that a fault waits for is there, if it waits for one."""
+    return not file or os.path.exists(file)
 
 
 def target(path):

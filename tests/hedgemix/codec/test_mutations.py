@@ -25,7 +25,7 @@ from support.mutations import MOST_BYTES, MOST_SECONDS, mutate_coded, sealed, ta
 from support.text_data import processor
 from support.tiny_artifact import CONFIG
 
-COUNT = int(os.environ.get("HEDGEMIX_MUTATIONS", 100))
+COUNT = int(os.environ.get("HEDGEMIX_MUTATIONS", 60))
 
 
 @pytest.fixture(scope="module")

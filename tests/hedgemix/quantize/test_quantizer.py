@@ -21,6 +21,7 @@ from hedgemix.quantize import bit_allocation, quantizer
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.fit_to_size import CLOSE_ENOUGH, MOST_TRIES, fit_to_size
 from hedgemix.quantize.quantizer import quantize_model
+from support import tiny_artifact
 from support.tiny_model import LENGTH, VOCAB, Trained, make, restored
 
 UNBOUND = 10**9
@@ -110,9 +111,11 @@ def test_better_than_the_reference_in_bytes_and_in_loss(trained: Trained) -> Non
     assert export(trained, loss_nats=0.9 * loss)[2] < 0.7 * size  # measured: 0.61
 
 
-def test_what_is_impossible_names_the_fields(trained: Trained) -> None:
+def test_what_is_impossible_names_the_fields() -> None:
+    model, moments = tiny_artifact.untrained()
+    pack = partial(artifact.pack, {"model": asdict(model.config)}, b"tokenizer", zstd_level=1)
     with pytest.raises(RecipeError, match=r"quantize\.target_bytes or limits\.total_bytes"):
-        export(trained, 1000)
+        quantize_model(model, moments, QuantizeConfig(), 1000, lambda tensors: len(pack(tensors=tensors)))
 
 
 def test_equal_inputs_share_a_factor(trained: Trained) -> None:

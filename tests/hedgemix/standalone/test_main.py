@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from hedgemix import stages
 from hedgemix.config import Recipe, from_dict, to_dict
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime.files import load_tensors, read_json, sha256_of
@@ -59,7 +60,9 @@ def test_a_memory_takes_its_bytes_from_the_weights_and_pays(recipe: Recipe, ran:
     assert found["theta"] > first["theta"] and found["bpb_final"] < first["bpb_final"]
 
 
-def test_a_replay_repeats_what_the_clock_decided(recipe: Recipe, ran: Path, tmp_path: Path) -> None:
+def test_a_replay_repeats_what_the_clock_decided(
+    recipe: Recipe, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = ran / "train" / "log.jsonl"
     assert start(recipe, "--replay", str(log), "--seed", "3", "--out", str(tmp_path / "again")) == 0
     first, again = scores(ran), scores(tmp_path / "again")
@@ -71,8 +74,13 @@ def test_a_replay_repeats_what_the_clock_decided(recipe: Recipe, ran: Path, tmp_
     # Another course of the same clock is another training: the replay is what makes them equal.
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join(log.read_text().splitlines(keepends=True)[:9]))
-    assert start(recipe, "--replay", str(shorter), "--seed", "3", "--out", str(tmp_path / "other")) == 0
-    assert scores(tmp_path / "other")["steps"] == 9
+
+    def trained_is_enough(**given: Any) -> None:
+        raise OSError("it ends here")
+
+    monkeypatch.setattr(stages, "score_stage", trained_is_enough)
+    assert start(recipe, "--replay", str(shorter), "--seed", "3", "--out", str(tmp_path / "other")) == 2
+    assert scores(tmp_path / "other" / "train")["steps"] == 9
     weights = [load_tensors(folder / "train" / "weights.pt") for folder in (ran, tmp_path / "other")]
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import ray
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, scaling_policy
 
+from pipeline.execution import trainer
 from pipeline.execution.trainer import Trainer
 
 
@@ -24,13 +28,19 @@ def callbacks(trainer: TorchTrainer) -> set[str]:
     ("alone", "needless"),
     [(True, {"DatasetsCallback", "PlacementGroupCleanerCallback"}), (False, {"DatasetsCallback"})],
 )
+@pytest.mark.parametrize("use_gpu", [False, True])
 def test_no_process_is_started_that_nobody_asks(
-    monkeypatch: pytest.MonkeyPatch, alone: bool, needless: set[str]
+    monkeypatch: pytest.MonkeyPatch, alone: bool, needless: set[str], use_gpu: bool
 ) -> None:
     """Each of these is an actor; a coordinator of an autoscaler is started by who asks it first."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **parts: given.update(parts))
-    scaling = ScalingConfig(num_workers=2)
+    controller = Mock(**{"remote.side_effect": lambda **parts: given.update(parts) or Mock()})
+    monkeypatch.setattr(
+        ray, "remote", lambda **options: lambda cls: given.update(cls=cls, options=options) or controller
+    )
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    scaling = ScalingConfig(num_workers=2, use_gpu=use_gpu)
     plain, ours = TorchTrainer(work, scaling_config=scaling), Trainer(work, scaling_config=scaling, alone=alone)
     assert callbacks(plain) - callbacks(ours) == needless and callbacks(ours) < callbacks(plain)
 
@@ -43,5 +53,18 @@ def test_no_process_is_started_that_nobody_asks(
     assert given["failure_policy"] == "theirs" and (given["scaling_policy"] is policy) == (not alone)
     given["scaling_policy"].after_controller_start(plain.train_run_context)
     decision = given["scaling_policy"].make_decision_for_non_running_worker_group()
-    assert decision.num_workers == 2 and decision.resources_per_worker == {"CPU": 1}
+    assert decision.num_workers == 2 and decision.resources_per_worker == {"GPU" if use_gpu else "CPU": 1}
     assert bool(asked) == (not alone)
+
+    # Processes without settings of their own, which may be ones that wait, are for CPUs on a machine of our own.
+    waiting = alone and not use_gpu
+    assert given.get("cls") is (trainer.TrainControllerHere if waiting else None)
+    assert given.get("options") == ({"num_cpus": 0} if waiting else None)
+
+
+def test_a_worker_on_a_machine_of_our_own_has_no_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives them to it that it has in its environment already."""
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    group, theirs = trainer.TrainControllerHere.worker_group_cls, TrainController.worker_group_cls
+    assert theirs._get_worker_runtime_env({})["env_vars"]["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
+    assert group._get_worker_runtime_env({}) == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,23 +27,7 @@ from support.s3_server import BUCKET, StoreServer, store_process, store_server
 __all__ = ["store_process", "store_server"]
 
 ABOUT = About("A. Author", "author", "Mixed", "Two sentences. About it.", "non-record", "2026-11-23")
-CLOCKED = ["--train.steps", "0", "--train.budget-seconds", "1", "--train.reserve-seconds", "0.4"]
 FILES = ["README.md", "requirements.txt", "submission.json", "train_gpt.py", "train_seed1.log", "train_seed2.log"]
-
-
-@pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table of two seeds ended by the clock, as if their audits had passed."""
-    recipe = tiny_seed.recipe(text, tmp_path_factory.mktemp("shards"), *CLOCKED)
-    table = tiny_seed.make_record(recipe, tmp_path_factory.mktemp("runs"), (1, 2))
-    tiny_seed.passed(table)
-    return table
-
-
-@pytest.fixture
-def table(finished: Path, tmp_path: Path) -> Path:
-    """A copy whose rows name the folder it was copied from."""
-    return shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
 
 
 @pytest.fixture(scope="module")
