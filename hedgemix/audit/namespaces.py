@@ -4,9 +4,8 @@
 a root that is an empty memory file system with these in it, read only:
 
 - folders of library code, mounted where they were;
-- of folders of source code, the packages and modules only;
-- the files that may be read: copied while they are small, so that nothing comes with them but their bytes and name,
-  mounted where not;
+- of folders of source code, the code of packages and modules, and the files that may be read: copied while they are
+  small, so that nothing comes with them but their bytes and name, mounted where not;
 - /proc, of its own processes; of /dev null, zero and urandom; /sys/devices/system, by which libraries know processors.
 
 Where there are NVIDIA devices they are there too, and all of /sys. One folder can be written to, its temporary one, in
@@ -31,6 +30,7 @@ LARGEST_COPY = 2**26
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 INSTALLED = ("site-packages", "dist-packages")
+CODE, NOTES = (".py", ".so"), (".egg-info", ".dist-info")
 
 
 def enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str], scratch: str) -> bool:
@@ -72,7 +72,7 @@ def _enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str],
         root.bind(folder)
     for folder in sources:
         for name in code(folder):
-            root.bind(name)
+            root.bind(name) if os.path.isdir(name) else root.give(name)
     for file in files:
         root.give(file)
     root.enter(scratch)
@@ -82,17 +82,25 @@ def _enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str],
 
 
 def code(folder: str) -> list[str]:
-    """List what a folder of the import path has that is code: all of it where packages are installed; else packages,
-    modules and installers' notes."""
+    """List what a folder of the import path has that is code: all of it, as one, where packages are installed; else the
+    files of packages, modules and installers' notes. Bytecode is left out: Python takes it for its source's unread."""
     if os.path.basename(folder) in INSTALLED or not os.path.isdir(folder):
         return [folder] if os.path.isdir(folder) else []
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            package = entry.is_dir() and os.path.isfile(os.path.join(entry.path, "__init__.py"))
-            if package or entry.name.endswith((".py", ".so", ".egg-info", ".dist-info")):
+            if entry.is_dir() and entry.name.endswith(NOTES):
+                found += files(entry.path, "")
+            elif entry.is_dir() and os.path.isfile(os.path.join(entry.path, "__init__.py")):
+                found += files(entry.path)
+            elif entry.name.endswith(CODE):
                 found.append(entry.path)
     return sorted(found)
+
+
+def files(folder: str, ending: str | tuple[str, ...] = CODE) -> list[str]:
+    """List the files in a folder and those below whose names end so."""
+    return [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(ending)]
 
 
 class Root:
