@@ -166,9 +166,9 @@ def walk(given: Given, tokens_N: np.ndarray, last: int, asked: Collection[int]) 
             raise Refused(error.refused[0]) from error
         if str(error).startswith("RecipeError: "):
             raise RecipeError(str(error).removeprefix("RecipeError: ")) from None
-        raise RecipeError(f"the scorer raised {error} at position {len(out.rows)}") from error
+        raise RecipeError(f"the scorer raised {error} after row {len(out.rows) - 1:,}") from error
     if len(out.rows) <= last:
-        raise RecipeError(f"the scorer ended at position {len(out.rows)}")
+        raise RecipeError(f"the scorer ended after row {len(out.rows) - 1:,}")
     out.confined = outcome.confined
     return out
 
@@ -316,7 +316,11 @@ def streamed(base: Walk) -> Finding:
     )
     if not closed:
         statement = "Not proved: no guard of the kernel keeps this process from opening the text's file."
-    figures = {"positions": rows, "guarded_by": confined.guarded_by(), "left_open": confined.weakness() or "nothing known"}
+    figures = {
+        "positions": rows,
+        "guarded_by": confined.guarded_by(),
+        "left_open": confined.weakness() or "nothing known",
+    }
     headline = f"all {rows:,} rows before their tokens" if closed else "no guard of the kernel is in force"
     return Finding("streamed", closed, headline, statement, figures)
 

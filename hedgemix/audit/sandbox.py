@@ -125,9 +125,9 @@ def run(
     """Call `function(**arguments, log=log)` of work = "module:function" in a fresh process; JSON both ways.
 
     readable: the files it may open; None: an ordinary process, without guards. log receives the records that the work
-    logs, as they come. folders: of code, looked for there before the import path. talk: holds a conversation with the work over two pipes, whose other ends it is given as
-    `pipe=[number to write to, number to read from]`; what it logs meanwhile waits. Raises WorkError when the work
-    fails.
+    logs, as they come. folders: of code, looked for there before the import path. talk: holds a conversation with the
+    work over two pipes, whose other ends it is given as `pipe=[number to write to, number to read from]`; what it logs
+    meanwhile waits. Raises WorkError when the work fails.
     """
     package = str(Path(__file__).resolve().parent.parent.parent)
     path = [package, *(os.path.abspath(entry) for entry in sys.path)]
@@ -288,7 +288,8 @@ def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str]
 def landlock(code: Sequence[str], files: Sequence[str], listed: Sequence[str], scratch: str) -> int:
     """Make the kernel refuse this thread, and those it starts, all files but these, writes but to scratch, and TCP.
 
-    code: files and folders; listed: folders whose names may be read. Returns Landlock's version, 0 where there is none. System calls 444 to 446 have these numbers on every machine.
+    code: files and folders; listed: folders whose names may be read. Returns Landlock's version, 0 where there is none.
+    System calls 444 to 446 have these numbers on every machine.
     """
     if not sys.platform.startswith("linux"):
         return 0

@@ -1,8 +1,8 @@
 """Anybody's scorer at work in a process of its own: it says rows and hears tokens over two pipes.
 
-It hears words (uint32, little-endian): how many tokens it is given at its beginning, these tokens, and then commands and
-tokens as they come. PREDICT is answered by the size of the row and the row (uint32, float64), TOTAL by its own total,
-NaN where it has none; END ends it, and any other word is a token to learn.
+It hears words (uint32, little-endian): how many tokens it is given at its beginning, these tokens, and then commands
+and tokens as they come. PREDICT is answered by the size of the row and the row (uint32, float64), TOTAL by its own
+total, NaN where it has none; END ends it, and any other word is a token to learn.
 """
 
 from __future__ import annotations
