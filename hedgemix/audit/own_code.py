@@ -27,6 +27,11 @@ PACKAGES = ("constriction", "numpy", "pyarrow", "pyppmd", "rich", "sentencepiece
 LIBRARIES = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("LIBDIR") or "/lib"
 """Folders of Python itself."""
 NO_HASH = "-"
+"""Of a file that a RECORD names without one."""
+REMEDY = (
+    "that does not say that they cheat; packages have to be installed by pip or another installer that leaves a "
+    "RECORD, and not changed since, for anybody to know what they are"
+)
 
 
 @cache
