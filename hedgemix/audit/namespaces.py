@@ -41,18 +41,17 @@ def enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str], 
     """
     if not sys.platform.startswith("linux") or os.uname().machine not in PIVOT_ROOT:
         return False
-    given = folders, sources, files, scratch
     trial = os.fork()
     if not trial:  # a process that gets stuck half-way has no way back
         status = 1
         try:
-            _enter(*given)
+            _enter(folders, (), files, scratch)  # source code is copied, which is the same everywhere
             status = 0
         finally:
             os._exit(status)
     if os.waitpid(trial, 0)[1]:
         return False
-    _enter(*given)
+    _enter(folders, sources, files, scratch)
     return True
 
 
@@ -71,7 +70,7 @@ def _enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str],
     for folder in folders:
         root.bind(folder)
     for folder in sources:
-        for name in code(folder):
+        for name in () if root.has(folder) else code(folder):
             root.bind(name) if os.path.isdir(name) else root.give(name)
     for file in files:
         root.give(file)
@@ -118,10 +117,14 @@ class Root:
         status = self.libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3])
         _check(status, f"mount {target}")
 
+    def has(self, name: str) -> bool:
+        """Say whether a file or folder is mounted, or in one that is."""
+        return any(name == each or name.startswith(each + "/") for each in self.bound)
+
     def bind(self, name: str, flags: int = READ_ONLY | NO_SUID | NO_DEVICES) -> None:
         """Mount a file or folder where it was, read only; one that is not there is left out."""
         name = os.path.abspath(name)
-        if not os.path.exists(name) or any(name == each or name.startswith(each + "/") for each in self.bound):
+        if not os.path.exists(name) or self.has(name):
             return
         self.bound.add(name)
         target = self.make(name, os.path.isdir(name))

@@ -211,8 +211,7 @@ def serve(spec: dict[str, Any]) -> None:
 
     confined = Confined()
     if spec["readable"] is not None:
-        confined = confine([*spec["readable"], *spec["named"]], sources, spec["library"], os.getcwd())
-        confined.namespaces = inside
+        confined = confine([*spec["readable"], *spec["named"]], sources, spec["library"], os.getcwd(), inside)
     sys.path[:0] = spec["folders"]  # not before the guards are up: a module there may have the name of Python's own
     tell({"guards": {name: getattr(confined, name) for name in ("namespaces", "landlock", "filtered")}})
     try:
@@ -237,13 +236,16 @@ def loaded() -> list[str]:
     return sorted(filter(os.path.isabs, files))  # torch.ops and its like name files that are none
 
 
-def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str], scratch: str) -> Confined:
-    """Put hook and Landlock on this process, for good; `library` are folders of code, `scratch` is the folder that it
-    may write to."""
+def confine(
+    readable: Sequence[str], path: Sequence[str], library: Sequence[str], scratch: str, inside: bool
+) -> Confined:
+    """Put hook, Landlock and filter on this process, for good; `library` are folders of code, `scratch` is the folder
+    that it may write to, `inside` says whether it is in namespaces, in which folders of sources have nothing else."""
     roots = sorted({os.path.realpath(folder) for folder in (*library, *KERNEL) if os.path.exists(folder)})
-    sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)})
-    code = [name for folder in sources for name in namespaces.code(folder)]
-    confined = Confined(landlock=landlock([*roots, *code], readable, sources, scratch), filtered=system_calls.install())
+    sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)} - {*roots})
+    code = sources if inside else [name for folder in sources for name in namespaces.code(folder)]
+    closed = landlock([*roots, *code], readable, sources, scratch)
+    confined = Confined(landlock=closed, namespaces=inside, filtered=system_calls.install())
 
     def refuse(what: str) -> None:
         confined.refused.append(what)
