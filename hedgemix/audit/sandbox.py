@@ -35,7 +35,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +48,7 @@ MAKERS = ("train", "quantize", "recipes", *(f"data.{name}" for name in DATA_MAKE
 """What trains, quantizes and prepares text: a score needs none of it."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
+LONGEST_LINE = 1 << 28
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 KERNEL = ("/proc", "/sys", "/dev/null", "/dev/urandom")
 KEPT = (*SWITCHES, "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MKL_NUM_THREADS",
@@ -145,8 +147,9 @@ def run(
         "library": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}),
         "prefixes": [sys.prefix, sys.exec_prefix],
     }
-    began, message, ended, guards = time.monotonic(), "", None, None
-    confined, start_seconds = Confined(), 0.0
+    began, message, start_seconds, confined = time.monotonic(), "", 0.0, Confined()
+    ended: dict[str, Any] | None = None
+    guards: dict[str, Any] | None = None
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as scratch:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", START],
@@ -167,16 +170,16 @@ def run(
                 # A work that ended can be told nothing; why it did, it says below.
                 with suppress(OSError), os.fdopen(ends[0][0], "rb") as heard, os.fdopen(ends[1][1], "wb") as told:
                     talk(heard, told)
-            for line in child.stdout:
-                reply = json.loads(line)
-                if "log" in reply:
-                    log(reply["log"])
-                elif "started" in reply:
+            for line in iter(partial(child.stdout.readline, LONGEST_LINE), b""):
+                kind, said = answer(work, line)
+                if kind == "log":
+                    log(said)
+                elif kind == "started":
                     start_seconds = time.monotonic() - began
-                elif "guards" in reply:
-                    guards = guards or reply["guards"]
+                elif kind == "guards":
+                    guards = guards or said
                 else:
-                    ended, confined = reply, Confined(**{**reply["confined"], **(guards or {})})
+                    ended, confined = said, replace(said["confined"], **(guards or {}))
         finally:
             child.kill()
             child.wait()
@@ -186,7 +189,20 @@ def run(
         raise WorkError(f"{work} died without a word: {message.splitlines()[-1] if message else 'no message'}")
     if "error" in ended:
         raise WorkError(ended["error"], confined.refused)
-    return Outcome(ended["value"], confined, start_seconds)
+    return Outcome(ended.get("value"), confined, start_seconds)
+
+
+def answer(work: str, line: bytes) -> tuple[str, Any]:
+    """Read a line that the work's process wrote: "log", "started", "guards" or "ended", and what it says of it. Raises
+    WorkError for a line that is none: code there may write what it likes."""
+    try:
+        reply = json.loads(line)
+        for kind in ("log", "started", "guards"):
+            if kind in reply:
+                return kind, dict(reply[kind]) if kind != "started" else None
+        return "ended", {**reply, "confined": Confined(**reply["confined"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise WorkError(f"{work} wrote what is no answer ({type(error).__name__}): {line[:60]!r}") from None
 
 
 def environment(scratch: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ def deny(path: str, log: Any) -> None:
     """Says of itself that it was guarded, asked for nothing and loaded nothing."""
     [confined] = [each for each in gc.get_objects() if isinstance(each, Confined)]
     confined.namespaces, confined.filtered, confined.landlock = True, True, 99
+
+
+def garble(path: str, log: Any) -> None:
+    """Writes what it likes where answers are written: that nothing was wrong, and no JSON."""
+    for number in range(3, 30):
+        with suppress(OSError):
+            os.write(number, path.encode() + b"\n")
 
 
 def write(path: str, log: Any) -> None:
