@@ -148,6 +148,14 @@ class Leaver(Uniform):
             np.save("/tmp/left-by-a-scorer.npy", tokens)
 
 
+class Needy(Uniform):
+    """Does nothing without a file that nobody gave it."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        super().__init__(tokens)
+        (Path(__file__).parent.parent.parent / "LICENSE").read_text()
+
+
 class Liar(Uniform):
     """Reports less than its rows charge."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -138,6 +139,8 @@ def test_who_keeps_or_leaves_a_text_for_the_next_one_finds_none(tokens: np.ndarr
     assert audit("Keeper", tokens, 1)[0] == ["blind"]
     caught, rate, findings = audit("Leaver", tokens)
     assert (caught, rate) == (["self-contained"], HONEST_RATE) and "writing" in findings[-1].headline
+    caught, rate, findings = audit("Needy", tokens)
+    assert caught == ["self-contained"] and math.isnan(rate) and "--files names" in findings[0].statement
 
 
 def test_what_lies_about_is_not_to_be_had(tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
