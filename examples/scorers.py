@@ -41,7 +41,8 @@ class EntropyExpert(Bigram):
 
 
 class TwoPass(Bigram):
-    """Invalid: counts the whole text first, then scores it. Its rows are distributions that know the future."""
+    """Invalid where it is given the whole text (--whole-text): counts it first, then scores it. Its rows are
+    distributions that know the future."""
 
     def __init__(self, tokens: np.ndarray, vocab_size: int = 1024) -> None:
         super().__init__(tokens, vocab_size)

@@ -111,15 +111,20 @@ class Audit:
     """Of RUN: largest relative difference of bits from another machine's, or another number of ranks'."""
     draws: int = 64
     """With --scorer: positions at which predict() is asked twice."""
-    cuts: int = 2
-    """With --scorer: positions at which the text is changed, in each of the two checks that do so."""
+    cuts: int = 32
+    """With --whole-text: positions from which on a new process of the scorer is given other tokens."""
     windows: int = 1000
     """Of RUN: windows of each validation shard looked for in the training text."""
     draw_seed: int | None = None
     """Draw what an earlier audit drew, which printed its seed (default: from the system's randomness; only such an
     audit sets `audited`)."""
     scorer: str = ""
-    """module:object, a callable that makes a scorer (docs/audit.md), instead of RUN."""
+    """module:object, a callable that makes a scorer (docs/audit.md), instead of RUN. It is told each token once its row
+    is there."""
+    whole_text: bool = False
+    """With --scorer: give it the whole text at once. What is found then is weaker, and says so."""
+    files: tuple[Path, ...] = ()
+    """With --scorer: files that it may read beside code."""
     tokens: Path | None = None
     """With --scorer: the text, a shard (.bin) or a NumPy file of integers (.npy)."""
     report: Path | None = None
@@ -209,8 +214,11 @@ def _audit(command: Audit) -> None:
     if (command.run is None) == (not command.scorer):
         raise RecipeError("give the parquet file of a record, or --scorer and --tokens")
     if command.run is not None:
-        if command.tokens or command.report:
-            raise RecipeError("--tokens and --report go with --scorer; --first-tokens bounds the audit of a record")
+        if command.tokens or command.report or command.files or command.whole_text:
+            raise RecipeError(
+                "--tokens, --files, --whole-text and --report go with --scorer; --first-tokens bounds the audit of a "
+                "record"
+            )
         plan = auditor.Plan(
             first_tokens=command.first_tokens,
             streamed_tokens=command.streamed_tokens,
@@ -223,7 +231,8 @@ def _audit(command: Audit) -> None:
     if command.tokens is None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
     options = command.draws, command.cuts, command.draw_seed, command.report
-    sys.exit(external_scorer.report(command.scorer, command.tokens, *options, console))
+    given = external_scorer.Given(command.scorer, command.files, command.whole_text)
+    sys.exit(external_scorer.report(given, command.tokens, *options, console))
 
 
 COMMANDS: Commands = {

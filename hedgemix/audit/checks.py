@@ -137,12 +137,15 @@ def self_contained(confined: Confined | None, error: str, allowed: int, seconds:
     """Check that the replay opened nothing else. confined: what the guards of its process saw; None when it failed with
     `error`."""
     refused = confined.refused if confined else [error]
-    refused = refused + [f"unknown code: {file}" for file in own_code.unaccounted(confined.loaded if confined else ())]
+    unknown = own_code.unaccounted(confined.loaded if confined else ())
+    refused = refused + [f"unknown code: {file}" for file in unknown]
     by, weakness = (confined.guarded_by(), confined.weakness()) if confined else ("what refused it", "")
     statement = (
         f"The replay ran in a process that could open the artifact and the validation shards ({allowed} files) and "
         f"Python's own library only; {'nothing else was asked for' if not refused else 'it asked for more'}."
     )
+    if unknown:
+        statement += f" {len(unknown)} files are not as a package's RECORD says: {own_code.REMEDY}."
     figures = {
         "files_allowed": allowed,
         "files_opened": sorted(set(confined.opened)) if confined else [],

@@ -1,37 +1,41 @@
-"""The audit of anybody's scorer, which has the text: by what can be seen of it when the text is changed.
+"""The audit of anybody's scorer, from outside its process: it is told each token once its row is there, or, when it
+needs the whole text, decoys for what it must not know.
 
-A scorer is made by a callable, named `module:object`, that is given the text: integers (N,). Being given all of it, a
-batched evaluator can be wrapped; the audit changes the text it gives and watches whether what it must not reach moves.
-The first token is context; each later one is asked for, then told:
+A scorer is made by a callable, named `module:object`, that is given the tokens known at the beginning, int64: the first
+one, which is context. Each later one is asked for, then told:
 
     scorer = object(tokens)
-    for token in tokens[1:]:
+    for token in text[1:]:
         row = scorer.predict()      # probabilities of the next token, (V,); changes nothing
         scorer.update(token)        # and only now learns it
 
-`scorer.nats()` is optional: the total that it reports for what it was told so far.
+`scorer.nats()` is optional: the total that it reports for what it was told so far. It works in an isolated process (see
+`sandbox`) that can read code and the files it is given; see `scorer_process`. With `whole_text` it is given the text at
+once, as an evaluator in batches needs it: then new processes are given copies that are true before a drawn position and
+drawn tokens from there on, and up to that position their rows have to be those that the true text gave.
 """
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import math
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
 
-from hedgemix.audit.checks import Record, relative, wrong_or
+from hedgemix.audit import namespaces, own_code, sandbox
+from hedgemix.audit.checks import relative, wrong_or
 from hedgemix.audit.findings import Finding, failed, markdown, print_finding, timed
 from hedgemix.audit.plan import SEED_BITS
+from hedgemix.audit.scorer_process import END, PREDICT, TOTAL
+from hedgemix.audit.streamed import LEAKS
 from hedgemix.config import RecipeError
 from hedgemix.data.shards import map_shard
 from hedgemix.runtime.files import replacing
@@ -40,18 +44,28 @@ LOG_SUM = 1e-5
 """Largest |log of the sum| of a row: float32 rounding of 1,024 probabilities is some 1e-6."""
 NATS = 1e-6
 """Largest relative difference between a scorer's own total and that of its rows."""
+LARGEST_ROW = 1 << 20
+KNOWN_WINDOW, KNOWN_WINDOWS = 16, 64
+"""Tokens of a window of the text that is looked for in what the scorer can read, and how many are."""
 
 
-class Scorer(Protocol):
-    """Predicts each token of a text before it is told it: the interface of what is audited."""
+@dataclass(frozen=True)
+class Given:
+    """Says which scorer is audited, and how."""
 
-    def predict(self) -> np.ndarray:
-        """Give the probabilities (V,), floating point, of the next token; asked again, the same."""
-        ...
+    scorer: str
+    """module:object"""
+    files: tuple[Path, ...] = ()
+    """What it may read beside code."""
+    whole_text: bool = False
+    """Whether it is given the text at once."""
+    folder: Path = field(default_factory=Path.cwd)
+    """Where its module is looked for first, and its relative paths begin."""
 
-    def update(self, token: int) -> None:
-        """Learn the token that `predict` was about."""
-        ...
+    def code(self) -> list[Path]:
+        """List the files of code that the module's name begins with in the folder, be it a package's or not."""
+        top = str(self.folder / self.scorer.partition(":")[0].partition(".")[0])
+        return [Path(name) for name in sorted(namespaces.files(top)) + [f"{top}.py"] * os.path.isfile(f"{top}.py")]
 
 
 @dataclass
@@ -63,23 +77,100 @@ class Walk:
     """Sum of each row."""
     least_N: np.ndarray
     """Smallest entry of each row; NaN when there is one."""
-    rows: dict[int, np.ndarray] = field(default_factory=dict)
-    """The rows asked for."""
+    rows: list[bytes] = field(default_factory=lambda: [b""])
+    """A hash of each row."""
     unsteady: list[int] = field(default_factory=list)
     """Asked positions where a second predict() gave another row."""
     totals: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Its own total and that of its rows, after the asked positions and the last."""
+    size: int = 0
+    """V, of the last row."""
+    confined: sandbox.Confined = field(default_factory=sandbox.Confined)
+
+    def talk(self, tokens_N: np.ndarray, known: int, asked: Collection[int]) -> sandbox.Talk:
+        """Make the conversation in which the scorer is given the first `known` tokens, and each later one of this
+        walk's positions is told it when its row is there; asked: positions at which it is asked twice."""
+        last = len(self.nats_N) - 1
+
+        def converse(heard: BinaryIO, told: BinaryIO) -> None:
+            def tell(*words: int) -> None:
+                told.write(np.array(words, "<u4").tobytes())
+                told.flush()
+
+            told.write(np.concatenate([[known], tokens_N[:known]]).astype("<u4").tobytes())
+            tell(PREDICT)
+            for t in range(1, last + 1):
+                token = int(tokens_N[t])
+                row_V = self.hear_row(heard, t, token)
+                if t in asked:
+                    tell(PREDICT)
+                    if self.hear_row(heard, t, token).tobytes() != row_V.tobytes():
+                        self.unsteady.append(t)
+                self.judge(t, token, row_V)
+                if t in asked or t == last:
+                    tell(token, TOTAL)
+                    own = float(np.frombuffer(heard.read(8).ljust(8, b"\xff"), "<f8")[0])
+                    if not math.isnan(own):
+                        self.totals[t] = own, float(self.nats_N.sum())
+                    tell(PREDICT if t < last else END)
+                else:
+                    tell(token, PREDICT)
+
+        return converse
+
+    def hear_row(self, heard: BinaryIO, t: int, token: int) -> np.ndarray:
+        """Read a row, float64 (V,); raises EOFError where the scorer is gone, RecipeError where it is no row."""
+        self.size = int(np.frombuffer(heard.read(4).ljust(4, b"\0"), "<u4")[0])
+        if not self.size:
+            raise EOFError
+        if not token < self.size <= LARGEST_ROW:
+            raise RecipeError(f"predict() gave {self.size:,} probabilities at position {t:,}, before token {token}")
+        data = heard.read(8 * self.size)
+        if len(data) < 8 * self.size:
+            raise EOFError
+        return np.frombuffer(data, "<f8")
+
+    def judge(self, t: int, token: int, row_V: np.ndarray) -> None:
+        """Take what a row gives its token, and what it sums to."""
+        value = float(row_V[token])
+        self.nats_N[t] = -math.log(value) if 0 < value < math.inf else math.inf
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.sums_N[t], self.least_N[t] = row_V.sum(), row_V.min()
+        self.rows.append(hashlib.blake2b(row_V.tobytes(), digest_size=16).digest())
 
 
-def load(name: str) -> Callable[[np.ndarray], Scorer]:
-    """Load the callable of "module:object", looked for from the working folder too; raises RecipeError."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+class Refused(Exception):
+    """Tells what a scorer was refused that then failed."""
+
+
+def walk(given: Given, tokens_N: np.ndarray, last: int, asked: Collection[int]) -> Walk:
+    """Take a new scorer, in a new process, through the text up to position `last`; raises RecipeError when it fails on
+    its way, Refused when that was because it asked for more than it may read."""
+    out = Walk(np.zeros(last + 1), np.zeros(last + 1), np.zeros(last + 1))
+    talk = out.talk(tokens_N, len(tokens_N) if given.whole_text else 1, asked)
+
+    def converse(heard: BinaryIO, told: BinaryIO) -> None:
+        try:
+            talk(heard, told)
+        except EOFError:
+            return  # it is gone; why, its process says
+
+    arguments = {"name": given.scorer, "folder": str(given.folder)}
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(f"--scorer {name!r} cannot be loaded: {error}; name it as module:object") from None
+        outcome = sandbox.run(
+            "hedgemix.audit.scorer_process:serve", arguments, [*given.code(), *given.files], talk=converse,
+            folders=[given.folder],
+        )  # fmt: skip
+    except sandbox.WorkError as error:
+        if error.refused:
+            raise Refused(error.refused[0]) from error
+        if str(error).startswith("RecipeError: "):
+            raise RecipeError(str(error).removeprefix("RecipeError: ")) from None
+        raise RecipeError(f"the scorer raised {error} after row {len(out.rows) - 1:,}") from error
+    if len(out.rows) <= last:
+        raise RecipeError(f"the scorer ended after row {len(out.rows) - 1:,}")
+    out.confined = outcome.confined
+    return out
 
 
 def read_tokens(path: Path) -> np.ndarray:
@@ -98,25 +189,32 @@ def read_tokens(path: Path) -> np.ndarray:
         raise RecipeError(
             f"--tokens {path}: {tokens.dtype} of shape {tokens.shape}, needed is one row of 4 ids or more"
         )
+    if tokens.max() >= LARGEST_ROW:
+        raise RecipeError(f"--tokens {path}: id {tokens.max()} is not below {LARGEST_ROW:,}")
     return tokens.astype(np.int64)
 
 
-def report(name: str, path: Path, draws: int, cuts: int, seed: int | None, place: Path | None, console: Console) -> int:
-    """Audit the scorer `name` on the tokens of a file, a line a check; the report goes to `place`, or is printed.
+def report(
+    given: Given, path: Path, draws: int, cuts: int, seed: int | None, place: Path | None, console: Console
+) -> int:
+    """Audit a scorer on the tokens of a file, a line a check; the report goes to `place`, or is printed.
 
     seed: of all that is drawn; None: from the system's randomness. Returns 0 when every check passed, else 1. Raises
     RecipeError.
     """
     if draws < 1 or cuts < 1:
         raise RecipeError("--draws and --cuts must be positive")
-    make, tokens_N = load(name), read_tokens(path)
+    if missing := [file for file in given.files if not file.is_file()]:
+        raise RecipeError(f"--files {missing[0]} is no file")
+    tokens_N, name = read_tokens(path), given.scorer
     seed = secrets.randbits(SEED_BITS) if seed is None else seed
     console.print(f"{name} on {len(tokens_N) - 1:,} tokens of {path}", soft_wrap=True, highlight=False)
-    findings, rate = run(make, tokens_N, draws, cuts, seed, lambda finding: print_finding(finding, console))
+    findings, rate = run(given, tokens_N, draws, cuts, seed, lambda finding: print_finding(finding, console))
     facts = {
         "bits per token of its rows": rate,
         "tokens": len(tokens_N) - 1,
         "text": path.name,
+        "given": "the whole text, or decoys" if given.whole_text else "each token once its row was there",
         "drawn with seed": str(seed),
     }
     text = markdown(f"Audit of {name}: {rate:.4f} bits per token", facts, findings)
@@ -130,7 +228,7 @@ def report(name: str, path: Path, draws: int, cuts: int, seed: int | None, place
 
 
 def run(
-    make: Callable[[np.ndarray], Scorer],
+    given: Given,
     tokens_N: np.ndarray,
     draws: int,
     cuts: int,
@@ -140,51 +238,26 @@ def run(
     """Make the four findings, handed on one by one, and the bits a token of the scorer's rows."""
     generator, size = np.random.default_rng(seed), len(tokens_N)
     asked = {1, size - 1, *(int(t) for t in generator.integers(1, size, draws))}
-    edges = np.linspace(1, size - 1, cuts + 1).astype(int)
+    edges = np.linspace(1, size, cuts + 1).astype(int)
     places = [int(generator.integers(edges[i], max(edges[i + 1], edges[i] + 1))) for i in range(cuts)]
-    began = time.monotonic()
-    base = walk(make, tokens_N, size - 1, {*asked, *places})
-    findings = [normalised(base, time.monotonic() - began), order(base, asked)]
-    for finding in findings:
-        on_finding(finding)
-    for changed in ("target", "future"):
-        finding = timed(partial(changed_copies, make, tokens_N, changed, places, base, seed))
+    findings: list[Finding] = []
+
+    def find(finding: Finding) -> None:
         findings.append(finding)
         on_finding(finding)
-    return findings, float(base.nats_N[1:].sum()) / math.log(2) / (size - 1)
 
-
-def walk(make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, last: int, asked: Collection[int]) -> Walk:
-    """Take a new scorer through the text up to position `last`; raises RecipeError when it fails on its way."""
-    out = Walk(np.zeros(last + 1), np.zeros(last + 1), np.zeros(last + 1))
-    t = 0
+    began = time.monotonic()
     try:
-        scorer = make(tokens_N.copy())
-        own_total = getattr(scorer, "nats", None)
-        for t in range(1, last + 1):
-            step(scorer, out, t, int(tokens_N[t]), t in asked)
-            if own_total and (t in asked or t == last):
-                out.totals[t] = float(own_total()), float(out.nats_N.sum())
-    except RecipeError:
-        raise
-    except Exception as error:
-        raise RecipeError(f"the scorer raised {type(error).__name__} at position {t}: {error}") from error
-    return out
-
-
-def step(scorer: Scorer, out: Walk, t: int, token: int, asked: bool) -> None:
-    """Ask for one prediction, look at it, and tell the scorer the token."""
-    row_V = np.array(scorer.predict())
-    if row_V.ndim != 1 or row_V.dtype.kind != "f" or token >= len(row_V):
-        raise RecipeError(f"predict() gave {row_V.dtype} of shape {row_V.shape} before token {token}: not a row")
-    if asked:
-        out.rows[t] = row_V
-        if not np.array_equal(np.array(scorer.predict()), row_V, equal_nan=True):
-            out.unsteady.append(t)
-    value = float(row_V[token])
-    out.nats_N[t] = -math.log(value) if value > 0 else math.inf
-    out.sums_N[t], out.least_N[t] = row_V.sum(dtype=np.float64), row_V.min()
-    scorer.update(token)
+        base = walk(given, tokens_N, size - 1, asked)
+    except Refused as error:
+        find(Finding("self-contained", False, str(error), f"It asked for more than it may read: {error}; --files names "
+                     "what it needs.", seconds=time.monotonic() - began))  # fmt: skip
+        return findings, math.nan
+    find(normalised(base, time.monotonic() - began))
+    find(order(base, asked))
+    find(timed(lambda: decoys(given, tokens_N, places, base, seed)) if given.whole_text else streamed(base))
+    find(timed(lambda: self_contained(given, tokens_N, base.confined, generator)))
+    return findings, float(base.nats_N[1:].sum()) / math.log(2) / (size - 1)
 
 
 def normalised(base: Walk, seconds: float) -> Finding:
@@ -229,66 +302,98 @@ def order(base: Walk, asked: Collection[int]) -> Finding:
         "largest_relative_difference": max(off.values(), default=0.0),
     }
     headline = wrong[0] if wrong else f"predict() repeats; {len(base.totals)} totals compared"
-    return Finding("order", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
+    return Finding("order", not wrong, headline, wrong_or(wrong, statement), figures)
 
 
-def changed_copies(
-    make: Callable[[np.ndarray], Scorer], tokens_N: np.ndarray, changed: str, places: list[int], base: Walk, seed: int
-) -> Finding:
-    """Check that new scorers, on copies of the text changed at these places, say the same up to there."""
-    copies = []
+def streamed(base: Walk) -> Finding:
+    """Check that the rows were committed before their tokens were told by a process to which the kernel, not Python
+    alone, closed the rest."""
+    confined, rows = base.confined, len(base.rows) - 1
+    closed = confined.namespaces or confined.landlock > 0
+    statement = (
+        f"A process that had the first token committed its row at all {rows:,} positions, each before it was told the "
+        "token there; no row can rest on its token or on a later one."
+    )
+    if not closed:
+        statement = "Not proved: no guard of the kernel keeps this process from opening the text's file."
+    figures = {
+        "positions": rows,
+        "guarded_by": confined.guarded_by(),
+        "left_open": confined.weakness() or "nothing known",
+    }
+    headline = f"all {rows:,} rows before their tokens" if closed else "no guard of the kernel is in force"
+    return Finding("streamed", closed, headline, statement, figures)
+
+
+def decoys(given: Given, tokens_N: np.ndarray, places: Sequence[int], base: Walk, seed: int) -> Finding:
+    """Check that scorers in new processes say the same up to each of these positions, from which on their text is
+    drawn."""
+    wrong, compared = [], 0
     for cut in places:
-        row_V = base.rows[cut]
-        mine = walk(make, altered(tokens_N, changed, cut, len(row_V), seed), cut, {cut})
-        stop = cut + (changed == "future")
-        other = np.flatnonzero(mine.nats_N[1:stop] != base.nats_N[1:stop])
-        copies.append(
-            {
-                "position": cut,
-                "row_equal": np.array_equal(mine.rows[cut], row_V, equal_nan=True),
-                "row_difference": float(np.abs(mine.rows[cut] - row_V).max()),
-                "nats_compared": stop - 1,
-                "nats_different": len(other),
-                "first_different": int(other[0]) + 1 if len(other) else None,
-            }
-        )
-    return blind(changed, copies)
+        try:
+            mine = walk(given, altered(tokens_N, cut, base.size, seed), cut, ())
+        except (Refused, RecipeError) as error:
+            wrong.append(f"with other tokens from position {cut:,} on it failed: {error}")
+            continue
+        wrong += [f"with other tokens from position {cut:,} on it asked for {each}" for each in mine.confined.refused]
+        other = next((t for t in range(1, cut + 1) if mine.rows[t] != base.rows[t]), None)
+        compared += cut
+        if other is not None:
+            wrong.append(f"with other tokens from position {cut:,} on, its row at {other:,} is another")
+    missed = {f"{share:.0%} of the positions": (1 - share) ** len(places) for share in LEAKS}
+    told = ", ".join(f"{value:.2g} for {name}" for name, value in missed.items())
+    statement = (
+        f"With all tokens from one of {len(places)} drawn positions on replaced, the rows of new processes up to there "
+        f"({compared:,}) are the same to the bit. This is weaker than rows that are committed before their tokens are "
+        f"told: a leak of a row's own token at a share of the positions is missed with probability {told}."
+    )
+    figures = {
+        "positions": list(places),
+        "rows_compared": compared,
+        "missed_with_probability": missed,
+        "violations": wrong[:8],
+    }
+    sound = f"{len(places)} cuts, {compared:,} rows; a leak at 10% is missed with {missed['10% of the positions']:.1g}"
+    return Finding("blind", not wrong, wrong[0] if wrong else sound, wrong_or(wrong, statement), figures)
 
 
-def altered(tokens_N: np.ndarray, changed: str, cut: int, vocab_size: int, seed: int) -> np.ndarray:
-    """Copy the tokens with another one, drawn evenly with the audit's seed, in place of each of the changed part: the
-    token at `cut` (changed: "target"), or all after it."""
-    part = slice(cut, cut + 1) if changed == "target" else slice(cut + 1, None)
-    shift = np.random.default_rng([seed, cut]).integers(1, vocab_size, len(tokens_N[part]))
+def altered(tokens_N: np.ndarray, cut: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Copy the tokens with another one, drawn evenly with the audit's seed, in place of each from `cut` on."""
+    shift = np.random.default_rng([seed, cut]).integers(1, vocab_size, len(tokens_N) - cut)
     out = tokens_N.copy()
-    out[part] = (out[part] + shift) % vocab_size
+    out[cut:] = (out[cut:] + shift) % vocab_size
     return out
 
 
-def blind(what: str, copies: Sequence[Record]) -> Finding:
-    """Check that copies of the text charge the same up to where they differ. what: target or future, the part that was
-    changed in each."""
-    wrong = []
-    for copy in copies:
-        place = f"position {copy['position']:,}"
-        if not copy["row_equal"]:
-            wrong.append(f"{place}: its row moved by up to {copy['row_difference']:.2g}")
-        if copy["nats_different"]:
-            wrong.append(
-                f"{place}: {copy['nats_different']:,} charges up to it changed, from {copy['first_different']:,} on"
-            )
-    part = "only the token there" if what == "target" else "every token after it"
-    compared = sum(copy["nats_compared"] for copy in copies)
+def self_contained(
+    given: Given, tokens_N: np.ndarray, confined: sandbox.Confined, generator: np.random.Generator
+) -> Finding:
+    """Check that the scorer asked for nothing but code and what it was given, and that the text does not stand there
+    word for word; name what it could know from."""
+    unknown = [line.rpartition(" (")[0] for line in own_code.unaccounted(confined.loaded)]
+    own = sorted({*map(os.path.realpath, (*given.code(), *given.files)), *unknown})
+    starts = generator.integers(0, max(1, len(tokens_N) - KNOWN_WINDOW), KNOWN_WINDOWS)
+    drawn = [tokens_N[start : start + KNOWN_WINDOW] for start in starts]
+    told = [each for each in drawn if len(set(each.tolist())) >= KNOWN_WINDOW // 2]  # else it may stand anywhere
+    windows = [each.astype(kind).tobytes() for each in told for kind in ("<u2", "<u4", "<i8")]
+    wrong, sizes = [f"it asked for {each}" for each in confined.refused], {}
+    for name in filter(os.path.isfile, own):
+        content = Path(name).read_bytes()
+        sizes[f"{name} {hashlib.sha256(content).hexdigest()[:16]}"] = len(content)
+        if found := sum(window in content for window in windows):
+            wrong.append(f"{found} of {len(told)} windows of {KNOWN_WINDOW} tokens stand in {name}")
+    total = sum(sizes.values())
     statement = (
-        f"With {part} replaced, the row of a new scorer at each of {len(copies)} positions and all charges up to it "
-        f"({compared:,}) are the same to the bit."
+        f"It could read code and {len(given.files)} files; {total:,} bytes in {len(sizes)} files are its own or of no "
+        "package, and no drawn window of the text stands in them as it is. What these bytes say of the text in "
+        "another form is not known: count them."
     )
     figures = {
-        "positions": [copy["position"] for copy in copies],
-        "charges_compared": compared,
-        "charges_different": sum(copy["nats_different"] for copy in copies),
-        "largest_row_difference": max((copy["row_difference"] for copy in copies), default=math.nan),
+        "own_bytes": total,
+        "own_files": sizes,
+        "guarded_by": confined.guarded_by(),
+        "left_open": confined.weakness() or "nothing known",
         "violations": wrong[:8],
     }
-    headline = wrong[0] if wrong else f"{len(copies)} rows and {compared:,} charges bitwise the same"
-    return Finding(f"blind-to-{what}", bool(copies) and not wrong, headline, wrong_or(wrong, statement), figures)
+    sound = f"{total:,} bytes of its own in {len(sizes)} files"
+    return Finding("self-contained", not wrong, wrong[0] if wrong else sound, wrong_or(wrong, statement), figures)

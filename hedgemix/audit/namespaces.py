@@ -4,9 +4,8 @@
 a root that is an empty memory file system with these in it, read only:
 
 - folders of library code, mounted where they were;
-- of folders of source code, the packages and modules only;
-- the files that may be read: copied while they are small, so that nothing comes with them but their bytes and name,
-  mounted where not;
+- of folders of source code, the code of packages and modules, and the files that may be read: copied while they are
+  small, so that nothing comes with them but their bytes and name, mounted where not;
 - /proc, of its own processes; of /dev null, zero and urandom; /sys/devices/system, by which libraries know processors.
 
 Where there are NVIDIA devices they are there too, and all of /sys. One folder can be written to, its temporary one, in
@@ -31,6 +30,7 @@ LARGEST_COPY = 2**26
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 INSTALLED = ("site-packages", "dist-packages")
+CODE, NOTES = (".py", ".so"), (".egg-info", ".dist-info")
 
 
 def enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str], scratch: str) -> bool:
@@ -41,18 +41,17 @@ def enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str], 
     """
     if not sys.platform.startswith("linux") or os.uname().machine not in PIVOT_ROOT:
         return False
-    given = folders, sources, files, scratch
     trial = os.fork()
     if not trial:  # a process that gets stuck half-way has no way back
         status = 1
         try:
-            _enter(*given)
+            _enter(folders, (), files, scratch)  # source code is copied, which is the same everywhere
             status = 0
         finally:
             os._exit(status)
     if os.waitpid(trial, 0)[1]:
         return False
-    _enter(*given)
+    _enter(folders, sources, files, scratch)
     return True
 
 
@@ -71,8 +70,8 @@ def _enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str],
     for folder in folders:
         root.bind(folder)
     for folder in sources:
-        for name in code(folder):
-            root.bind(name)
+        for name in () if root.has(folder) else code(folder):
+            root.bind(name) if os.path.isdir(name) else root.give(name)
     for file in files:
         root.give(file)
     root.enter(scratch)
@@ -82,17 +81,25 @@ def _enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str],
 
 
 def code(folder: str) -> list[str]:
-    """List what a folder of the import path has that is code: all of it where packages are installed; else packages,
-    modules and installers' notes."""
+    """List what a folder of the import path has that is code: all of it, as one, where packages are installed; else the
+    files of packages, modules and installers' notes. Bytecode is left out: Python takes it for its source's unread."""
     if os.path.basename(folder) in INSTALLED or not os.path.isdir(folder):
         return [folder] if os.path.isdir(folder) else []
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            package = entry.is_dir() and os.path.isfile(os.path.join(entry.path, "__init__.py"))
-            if package or entry.name.endswith((".py", ".so", ".egg-info", ".dist-info")):
+            if entry.is_dir() and entry.name.endswith(NOTES):
+                found += files(entry.path, "")
+            elif entry.is_dir() and os.path.isfile(os.path.join(entry.path, "__init__.py")):
+                found += files(entry.path)
+            elif entry.name.endswith(CODE):
                 found.append(entry.path)
     return sorted(found)
+
+
+def files(folder: str, ending: str | tuple[str, ...] = CODE) -> list[str]:
+    """List the files in a folder and those below whose names end so."""
+    return [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(ending)]
 
 
 class Root:
@@ -110,10 +117,14 @@ class Root:
         status = self.libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3])
         _check(status, f"mount {target}")
 
+    def has(self, name: str) -> bool:
+        """Say whether a file or folder is mounted, or in one that is."""
+        return any(name == each or name.startswith(each + "/") for each in self.bound)
+
     def bind(self, name: str, flags: int = READ_ONLY | NO_SUID | NO_DEVICES) -> None:
         """Mount a file or folder where it was, read only; one that is not there is left out."""
         name = os.path.abspath(name)
-        if not os.path.exists(name) or any(name == each or name.startswith(each + "/") for each in self.bound):
+        if not os.path.exists(name) or self.has(name):
             return
         self.bound.add(name)
         target = self.make(name, os.path.isdir(name))

@@ -1,7 +1,7 @@
 """What an audit was made with: digests of every installed package that takes part, for its report to name.
 
 Of hedgemix every source file is read. Of another package its version and the list that its installer left (RECORD, with
-a hash of each file as it was installed) are; what a process has really loaded is held against these lists by
+a hash a hash of each file as it was installed) are; what a process has really loaded is held against these lists by
 `unaccounted`.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import importlib.util
 import json
+import marshal
 import os
 import platform
+import struct
 import sysconfig
 from collections.abc import Iterable
 from functools import cache
@@ -23,6 +26,12 @@ PACKAGES = ("constriction", "numpy", "pyarrow", "pyppmd", "rich", "sentencepiece
 """All that hedgemix imports in an audit beside Python's own."""
 LIBRARIES = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("LIBDIR") or "/lib"
 """Folders of Python itself."""
+NO_HASH = "-"
+"""Of a file that a RECORD names without one."""
+REMEDY = (
+    "that does not say that they cheat; packages have to be installed by pip or another installer that leaves a "
+    "RECORD, and not changed since, for anybody to know what they are"
+)
 
 
 @cache
@@ -50,18 +59,44 @@ def installed(package: str) -> str:
 
 
 def unaccounted(files: Iterable[str]) -> list[str]:
-    """List the code files that nothing accounts for: that are no source of hedgemix, not of Python's own library or the
-    system's, and not as an installed package's RECORD says they were installed."""
+    """List the files, of code or read beside it, that nothing accounts for: that are no source of hedgemix, not of
+    Python's own library or the system's, and not as an installed package's RECORD says they were installed; and the
+    bytecode beside a source that Python takes for it though it is another program's."""
     own = str(Path(__file__).resolve().parent.parent) + os.sep
     system = tuple(os.path.realpath(folder) + os.sep for folder in (*LIBRARIES, "/usr/lib", "/lib", "/lib64"))
     found = []
     for file in sorted(set(map(os.path.realpath, files))):
         installed_there = {"site-packages", "dist-packages"} & set(Path(file).parts)
-        if file.startswith(own) or (file.startswith(system) and not installed_there):
+        if file.startswith(system) and not installed_there:
             continue
-        if not installed_there or recorded().get(file) != digest(file):
-            found.append(file)
+        if not (file.startswith(own) and file.endswith(".py")):
+            if not installed_there or file not in recorded():
+                found.append(f"{file} (no RECORD names it)")
+            elif recorded()[file] not in (digest(file), NO_HASH):
+                found.append(f"{file} (its RECORD has another hash)")
+        if file.endswith(".py") and (bytecode := other_bytecode(file, digest(file))):
+            found.append(f"{bytecode} (not the bytecode of its source)")
     return found
+
+
+@cache
+def other_bytecode(source: str, content: str) -> str:
+    """Find the bytecode beside a source, whose digest is `content`, that Python would run in its place and that is not
+    what compiling it gives; empty where there is none."""
+    file = importlib.util.cache_from_source(source)
+    if not os.path.exists(file):
+        return ""
+    data, text = Path(file).read_bytes(), Path(source).read_bytes()
+    kind, *told = struct.unpack("<III", data[4:16].ljust(12, b"\0"))
+    now = os.stat(source)
+    stamp = [int(now.st_mtime) & 0xFFFFFFFF, now.st_size & 0xFFFFFFFF]
+    hashed = list(struct.unpack("<II", importlib.util.source_hash(text)))
+    if data[:4] != importlib.util.MAGIC_NUMBER or told != {0: stamp, 3: hashed}.get(kind, told):
+        return ""  # Python passes it over
+    try:
+        return "" if marshal.loads(data[16:]) == compile(text, source, "exec", dont_inherit=True) else file
+    except (EOFError, ValueError, TypeError, SyntaxError):
+        return file
 
 
 def digest(file: str) -> str:
@@ -75,11 +110,15 @@ def digest(file: str) -> str:
 
 @cache
 def recorded() -> dict[str, str]:
-    """Read the hash of every file that an installed package's RECORD names, by real path."""
+    """Read the hash of every file that an installed package's RECORD names, by real path; NO_HASH for those that an
+    installer writes itself, beside the package's own."""
     hashes = {}
     for distribution in metadata.distributions():
         root = os.path.realpath(str(distribution.locate_file("")))
         for name, value, *_ in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
+            file = os.path.normpath(os.path.join(root, name))
             if value.startswith("sha256="):
-                hashes[os.path.normpath(os.path.join(root, name))] = value.removeprefix("sha256=")
+                hashes[file] = value.removeprefix("sha256=")
+            elif Path(file).parent.suffix == ".dist-info":
+                hashes[file] = NO_HASH
     return hashes

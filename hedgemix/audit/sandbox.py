@@ -8,10 +8,13 @@ few named variables, and there puts guards up before anything else:
   gate among the importers what makes artifacts (training, quantizing, preparing data). They see what goes through
   Python;
 - on Linux, Landlock makes the kernel refuse the same of files, for C code too, all TCP, and signals and abstract
-  sockets to others: kernel 5.13, TCP 6.7, the last two 6.12.
+  sockets to others: kernel 5.13, TCP 6.7, the last two 6.12;
+- and a filter refuses the system calls by which a message could be had that lies in no file: see `system_calls`.
 
-Limits. C code may undo a hook, and without namespaces and Landlock it opens what it likes. Without namespaces folders
-of source code on the import path are read as a whole by the kernel's rule (the hook allows their code only), and names,
+Which of them are up the process says before it imports the work; what they refused, and what it loaded, it says
+itself, so that code that wants to can hide it.
+
+Limits. C code may undo a hook, and without namespaces and Landlock it opens what it likes. Without namespaces names,
 sizes and attributes of files, and other processes, can be looked at: `weakness` says what is open. It may write into
 one folder, its temporary one, empty at first and removed at the end (torch wants one when it is imported).
 """
@@ -32,11 +35,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hedgemix.audit import namespaces
+from hedgemix.audit import namespaces, system_calls
 from hedgemix.runtime.switches import SWITCHES
 
 DATA_MAKERS = ("corpus", "dataset", "dataloader", "docstrings", "fineweb")
@@ -44,6 +48,7 @@ MAKERS = ("train", "quantize", "recipes", *(f"data.{name}" for name in DATA_MAKE
 """What trains, quantizes and prepares text: a score needs none of it."""
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
+LONGEST_LINE = 1 << 28
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 KERNEL = ("/proc", "/sys", "/dev/null", "/dev/urandom")
 KEPT = (*SWITCHES, "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MKL_NUM_THREADS",
@@ -62,26 +67,30 @@ WRITES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir
 @dataclass
 class Confined:
     """Tells what the guards did: the data files opened, what was refused, Landlock's version (0: the kernel has none),
-    and whether there were namespaces."""
+    and whether there were namespaces and a filter of system calls."""
 
     opened: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     landlock: int = 0
     namespaces: bool = False
+    filtered: bool = False
     loaded: list[str] = field(default_factory=list)
-    """Files of code in memory when the work ended."""
+    """Files of code in memory when the work ended, and what else was opened beside packages' code."""
 
     def guarded_by(self) -> str:
         """Name the guards that were in force."""
         names = ["namespaces"] * self.namespaces + [f"Landlock {self.landlock}"] * (self.landlock > 0)
-        return ", ".join([*names, "an audit hook"])
+        return ", ".join([*names, *["a filter of system calls"] * self.filtered, "an audit hook"])
 
     def weakness(self) -> str:
         """Say what is open without those that were not; empty when nothing known is."""
-        if self.namespaces:
-            return ""
-        by_c = "" if self.landlock else "; C code could open any file"
-        return f"weaker, without namespaces: names and sizes of files and other processes could be looked at{by_c}"
+        open_now = []
+        if not self.namespaces:
+            by_c = "" if self.landlock else "; C code could open any file"
+            open_now.append(f"namespaces: names and sizes of files and other processes could be looked at{by_c}")
+        if not self.filtered:
+            open_now.append("a filter of system calls: keyrings and locks could be looked at")
+        return f"weaker, without {', and without '.join(open_now)}" if open_now else ""
 
 
 @dataclass(frozen=True)
@@ -113,13 +122,14 @@ def run(
     readable: Sequence[Path] | None,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
     talk: Talk | None = None,
+    folders: Sequence[Path] = (),
 ) -> Outcome:
     """Call `function(**arguments, log=log)` of work = "module:function" in a fresh process; JSON both ways.
 
     readable: the files it may open; None: an ordinary process, without guards. log receives the records that the work
-    logs, as they come. talk: holds a conversation with the work over two pipes, whose other ends it is given as
-    `pipe=[number to write to, number to read from]`; what it logs meanwhile waits. Raises WorkError when the work
-    fails.
+    logs, as they come. folders: of code, looked for there before the import path. talk: holds a conversation with the
+    work over two pipes, whose other ends it is given as `pipe=[number to write to, number to read from]`; what it logs
+    meanwhile waits. Raises WorkError when the work fails.
     """
     package = str(Path(__file__).resolve().parent.parent.parent)
     path = [package, *(os.path.abspath(entry) for entry in sys.path)]
@@ -133,11 +143,13 @@ def run(
         "readable": files,
         "named": [os.path.abspath(file) for file in readable or ()],
         "path": list(dict.fromkeys(path)),
+        "folders": [os.path.realpath(folder) for folder in folders],
         "library": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}),
         "prefixes": [sys.prefix, sys.exec_prefix],
     }
-    began, message, ended = time.monotonic(), "", None
-    confined, start_seconds = Confined(), 0.0
+    began, message, start_seconds, confined = time.monotonic(), "", 0.0, Confined()
+    ended: dict[str, Any] | None = None
+    guards: dict[str, Any] | None = None
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as scratch:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", START],
@@ -158,14 +170,16 @@ def run(
                 # A work that ended can be told nothing; why it did, it says below.
                 with suppress(OSError), os.fdopen(ends[0][0], "rb") as heard, os.fdopen(ends[1][1], "wb") as told:
                     talk(heard, told)
-            for line in child.stdout:
-                reply = json.loads(line)
-                if "log" in reply:
-                    log(reply["log"])
-                elif "started" in reply:
+            for line in iter(partial(child.stdout.readline, LONGEST_LINE), b""):
+                kind, said = answer(work, line)
+                if kind == "log":
+                    log(said)
+                elif kind == "started":
                     start_seconds = time.monotonic() - began
+                elif kind == "guards":
+                    guards = guards or said
                 else:
-                    ended, confined = reply, Confined(**reply["confined"])
+                    ended, confined = said, replace(said["confined"], **(guards or {}))
         finally:
             child.kill()
             child.wait()
@@ -175,7 +189,20 @@ def run(
         raise WorkError(f"{work} died without a word: {message.splitlines()[-1] if message else 'no message'}")
     if "error" in ended:
         raise WorkError(ended["error"], confined.refused)
-    return Outcome(ended["value"], confined, start_seconds)
+    return Outcome(ended.get("value"), confined, start_seconds)
+
+
+def answer(work: str, line: bytes) -> tuple[str, Any]:
+    """Read a line that the work's process wrote: "log", "started", "guards" or "ended", and what it says of it. Raises
+    WorkError for a line that is none: code there may write what it likes."""
+    try:
+        reply = json.loads(line)
+        for kind in ("log", "started", "guards"):
+            if kind in reply:
+                return kind, dict(reply[kind]) if kind != "started" else None
+        return "ended", {**reply, "confined": Confined(**reply["confined"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise WorkError(f"{work} wrote what is no answer ({type(error).__name__}): {line[:60]!r}") from None
 
 
 def environment(scratch: str) -> dict[str, str]:
@@ -188,8 +215,9 @@ def serve(spec: dict[str, Any]) -> None:
     """Do the work, as the fresh process: one JSON line on standard output for the start, each record logged, and the
     end."""
     inside = False
+    sources = [*spec["folders"], *spec["path"]]
     if spec["readable"] is not None:
-        inside = namespaces.enter(spec["library"], spec["path"], [*spec["named"], *spec["readable"]], os.getcwd())
+        inside = namespaces.enter(spec["library"], sources, [*spec["named"], *spec["readable"]], os.getcwd())
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the work prints goes to the error text
 
@@ -199,8 +227,9 @@ def serve(spec: dict[str, Any]) -> None:
 
     confined = Confined()
     if spec["readable"] is not None:
-        confined = confine([*spec["readable"], *spec["named"]], spec["path"], spec["library"], os.getcwd())
-        confined.namespaces = inside
+        confined = confine([*spec["readable"], *spec["named"]], sources, spec["library"], os.getcwd(), inside)
+    sys.path[:0] = spec["folders"]  # not before the guards are up: a module there may have the name of Python's own
+    tell({"guards": {name: getattr(confined, name) for name in ("namespaces", "landlock", "filtered")}})
     try:
         module, _, name = spec["work"].partition(":")
         function = getattr(importlib.import_module(module), name)
@@ -210,7 +239,7 @@ def serve(spec: dict[str, Any]) -> None:
         traceback.print_exc()
         end = {"error": f"{type(error).__name__}: {error}"}
     if spec["readable"] is not None:
-        confined.loaded = loaded()
+        confined.loaded = sorted({*confined.loaded, *loaded()})
     tell({**end, "confined": vars(confined)})
 
 
@@ -223,12 +252,16 @@ def loaded() -> list[str]:
     return sorted(filter(os.path.isabs, files))  # torch.ops and its like name files that are none
 
 
-def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str], scratch: str) -> Confined:
-    """Put hook and Landlock on this process, for good; `library` are folders of code, `scratch` is the folder that it
-    may write to."""
+def confine(
+    readable: Sequence[str], path: Sequence[str], library: Sequence[str], scratch: str, inside: bool
+) -> Confined:
+    """Put hook, Landlock and filter on this process, for good; `library` are folders of code, `scratch` is the folder
+    that it may write to, `inside` says whether it is in namespaces, in which folders of sources have nothing else."""
     roots = sorted({os.path.realpath(folder) for folder in (*library, *KERNEL) if os.path.exists(folder)})
-    sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)})
-    confined = Confined(landlock=landlock([*roots, *sources], readable, scratch))
+    sources = sorted({os.path.realpath(folder) for folder in path if os.path.isdir(folder)} - {*roots})
+    code = sources if inside else [name for folder in sources for name in namespaces.code(folder)]
+    closed = landlock([*roots, *code], readable, sources, scratch)
+    confined = Confined(landlock=closed, namespaces=inside, filtered=system_calls.install())
 
     def refuse(what: str) -> None:
         confined.refused.append(what)
@@ -249,6 +282,8 @@ def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str]
                 confined.opened.append(name)
             elif not under(name, roots) and not (CODE.search(name) and under(name, sources)):
                 refuse(f"opening {name}")
+            elif os.path.isfile(name) and not name.endswith(".pyc") and not under(name, KERNEL):
+                confined.loaded.append(name)
         elif event in WRITES:
             if isinstance(arguments[0], int) or not under(os.path.realpath(os.fsdecode(arguments[0])), [scratch]):
                 refuse(f"{event} {arguments[0]}")
@@ -268,10 +303,11 @@ def confine(readable: Sequence[str], path: Sequence[str], library: Sequence[str]
     return confined
 
 
-def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
+def landlock(code: Sequence[str], files: Sequence[str], listed: Sequence[str], scratch: str) -> int:
     """Make the kernel refuse this thread, and those it starts, all files but these, writes but to scratch, and TCP.
 
-    Returns Landlock's version, 0 where there is none. System calls 444 to 446 have these numbers on every machine.
+    code: files and folders; listed: folders whose names may be read. Returns Landlock's version, 0 where there is none.
+    System calls 444 to 446 have these numbers on every machine.
     """
     if not sys.platform.startswith("linux"):
         return 0
@@ -284,7 +320,8 @@ def landlock(folders: Sequence[str], files: Sequence[str], scratch: str) -> int:
     # Files, then TCP, then abstract sockets and signals, as far as this kernel's rules go.
     rules = struct.pack("=QQQ", every, 3, 3)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     ruleset = libc.syscall(444, rules, len(rules), 0)
-    grants = [(name, read | look | execute) for name in folders] + [(name, read) for name in files]
+    grants = [(name, read | look | execute) for name in code] + [(name, read) for name in files]
+    grants += [(name, look) for name in listed]
     # Devices, and not what other processes leave in shared memory.
     devices = [f"/dev/{name}" for name in os.listdir("/dev") if name not in ("shm", "mqueue")]
     grants += [(name, read | look | write) for name in devices]

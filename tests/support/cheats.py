@@ -7,7 +7,7 @@ import copy
 import hashlib
 import math
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,22 @@ def knows_one_in_33() -> Iterator[None]:
 @contextmanager
 def knows_the_last_chunk() -> Iterator[None]:
     with patch.object(evaluator, "chunk_rows", leaning(0, start=2 * 320)):
+        yield
+
+
+@contextmanager
+def honest_where(known: Sequence[Piece]) -> Iterator[None]:
+    """Who knows beforehand what will be looked at charges a tenth less everywhere else."""
+    score = BatchMixer.score
+
+    def changed(mixer: Any, log_rows: dict[str, Tensor], start: int, stop: int) -> Any:
+        scores = score(mixer, log_rows, start, stop)
+        seen_B = torch.tensor([any(each.start <= t < each.stop for each in known) for t in range(start, stop)])
+        for nll in scores.nll.values():
+            nll[mixer.kind] = torch.where(seen_B, nll[mixer.kind], 0.9 * nll[mixer.kind])
+        return scores
+
+    with patch.object(BatchMixer, "score", changed):
         yield
 
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import gc
 import importlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from hedgemix.audit.sandbox import Confined
+
+LOCKED = os.__file__
+"""A file of Python's own, which every process may read."""
+ADD_KEY, KEYCTL = {"x86_64": (248, 250), "aarch64": (217, 219)}.get(os.uname().machine, (-1, -1))
 
 
 def read(path: str, log: Any) -> str:
@@ -50,10 +60,26 @@ def look(path: str, socket_name: str, log: Any) -> dict[str, Any]:
         "root": [name for name in ("/root", "/home", "/var", "/run", "/boot", "/mnt") if os.path.exists(name)],
         "socket": libc.connect(end, address, len(address)) and ctypes.get_errno(),
         "queue": libc.msgget(4711, 0) and ctypes.get_errno(),
+        "keyring": keyring(libc),
+        "lock": attempt(lambda: locked(LOCKED)),
         "host": os.uname().nodename if os.path.exists("/etc/hostname") else None,
         "interfaces": sorted(os.listdir("/sys/class/net")) if os.path.exists("/sys/class/net") else [],
         "content": file.read_text(),
     }
+
+
+def keyring(libc: Any) -> str:
+    """What a parent process left in the keyring that its children share."""
+    search, read, session = 10, 11, -3
+    key, held = libc.syscall(KEYCTL, search, session, b"user", b"message", 0), ctypes.create_string_buffer(64)
+    return held.value.decode() if key > 0 and libc.syscall(KEYCTL, read, key, held, 64) > 0 else ""
+
+
+def locked(path: str) -> int:
+    """Where another process's lock on a file begins that both can open."""
+    with open(path, "rb") as file:
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
+        return int(struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[2])
 
 
 def attempt(question: Any) -> Any:
@@ -89,6 +115,19 @@ def read_anyway(path: str, log: Any) -> str:
         return "none"
 
 
+def deny(path: str, log: Any) -> None:
+    """Says of itself that it was guarded, asked for nothing and loaded nothing."""
+    [confined] = [each for each in gc.get_objects() if isinstance(each, Confined)]
+    confined.namespaces, confined.filtered, confined.landlock = True, True, 99
+
+
+def garble(path: str, log: Any) -> None:
+    """Writes what it likes where answers are written: that nothing was wrong, and no JSON."""
+    for number in range(3, 30):
+        with suppress(OSError):
+            os.write(number, path.encode() + b"\n")
+
+
 def write(path: str, log: Any) -> None:
     Path(path).write_text("written")
 
@@ -114,6 +153,12 @@ def keep(path: str, log: Any) -> str:
     file = Path(tempfile.mkdtemp()) / "note"
     file.write_text("kept")
     return file.read_text()
+
+
+def decode_from_the_text(log: Any, data_path: str, artifact_path: str, threads: int) -> dict[str, Any]:
+    """A decoder that reads nothing of what was coded, and has the text from where it was written down."""
+    place = Path(artifact_path).with_name("the-text")
+    return {"tokens": 0, "sha256": place.read_text()}
 
 
 def die(path: str, log: Any) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +39,10 @@ def run_here(
     function = getattr(importlib.import_module(module), name)
     if talk:
         (heard, rows), (tokens, told) = os.pipe(), os.pipe()
-        with ThreadPoolExecutor(1) as other, os.fdopen(heard, "rb") as said, os.fdopen(told, "wb") as hears:
+        with ThreadPoolExecutor(1) as other:
             done = other.submit(function, **arguments, pipe=[rows, tokens], log=log)
-            talk(said, hears)
+            with suppress(OSError), os.fdopen(heard, "rb") as said, os.fdopen(told, "wb") as hears:
+                talk(said, hears)
         return sandbox.Outcome(done.result(), sandbox.Confined(), 0.0)
     value = function(**json.loads(json.dumps(arguments)), log=lambda told: log(json.loads(json.dumps(told))))
     return sandbox.Outcome(value, sandbox.Confined(), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pytest
 from hedgemix.audit import auditor, claim, limits, own_code, sandbox, streamed
 from hedgemix.audit.auditor import Audit, Work
 from hedgemix.audit.findings import Finding, failed
-from hedgemix.audit.plan import Plan
+from hedgemix.audit.plan import Plan, weaker
 from hedgemix.audit.streamed import Committed
 from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.evaluate.scoring_order import Piece, chunks
@@ -27,7 +28,7 @@ from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import read_json, sha256_of, write_json
 from pipeline.submission.evidence import AUDITED
 from support import cheats
-from support.sound_audit import SHORT_TOKENS, WORK, Sound, run_here
+from support.sound_audit import ELSEWHERE, SHORT_TOKENS, WORK, Sound, run_here
 from support.text_data import documents
 from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG
 from support.tiny_run import Record, make
@@ -188,6 +189,37 @@ def test_a_fault_that_made_the_claim_too_is_caught_without_the_bits(record: Reco
     record.change(bpb_final=cheated["result"]["bpb_final"])
     with cheats.knows_one_in_33():
         assert failed(repeated(record).findings) == ["streamed"]
+
+
+@pytest.mark.usefixtures("here")
+def test_who_memorised_the_draws_of_a_seed_is_caught_by_another_and_passes_nothing_by_it(
+    record: Record, sound: Sound
+) -> None:
+    plan = replace(SHORT, streamed_tokens=200, unforeseen=False)
+    work = auditor.start(record.claim(), plan, lambda found: None, WORK)
+    known = streamed.draw(work.spans, work.claim.recipe.evaluate, 200, 5)[0]
+    with cheats.honest_where(known), patch.object(sandbox, "run", run_here):
+        seen = repeated(record, plan, rows=sound)
+        other = replace(seen, plan=replace(plan, seed=6), findings=[])
+        with patch.object(streamed, "commit", sound.commit):
+            other.find(auditor.prove(other)())
+    assert failed(seen.findings) == ["bits"] and "draws of a known seed, 5" in weaker(plan, SHORT_TOKENS)
+    assert failed(other.findings) == ["streamed"]
+    assert known != streamed.draw(work.spans, work.claim.recipe.evaluate, 200, 6)[0]
+
+
+def test_a_decoder_that_has_the_text_from_elsewhere_is_caught(record: Record, sound: Sound) -> None:
+    decoder = "support.sandbox_work:decode_from_the_text"
+
+    def run(work: str, *given: Any, **more: Any) -> sandbox.Outcome:
+        return (ELSEWHERE if work == decoder else sound.run)(work, *given, **more)
+
+    with patch.object(sandbox, "run", run):
+        work = repeated(record, done_by=replace(WORK, decoder=decoder), rows=sound)
+        sha256 = hashlib.sha256(work.source.read().astype("<u2").tobytes()).hexdigest()
+        work.claim.artifact.with_name("the-text").write_text(sha256)
+        found = auditor.really_coded(work, SHORT_TOKENS)
+    assert not found.passed and "isolated: opening" in found.headline
 
 
 @pytest.mark.usefixtures("here")

@@ -116,7 +116,8 @@ def test_what_cannot_be_audited_is_told_in_one_line_with_exit_code_2(
     [
         ([], "give the parquet file of a record, or --scorer and --tokens"),
         (["TABLE", "--scorer", "math:sqrt"], "give the parquet file of a record, or --scorer"),
-        (["TABLE", "--tokens", "x.npy"], "--tokens and --report go with --scorer"),
+        (["TABLE", "--tokens", "x.npy"], "--whole-text and --report go with --scorer"),
+        (["TABLE", "--whole-text"], "--whole-text and --report go with --scorer"),
         (["--scorer", "math:sqrt"], "--scorer needs --tokens"),
     ],
 )

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import marshal
+import os
+import py_compile
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -17,32 +23,79 @@ def test_what_a_process_loads_is_accounted_for_but_for_what_is_no_package(tmp_pa
     confined = sandbox.run("support.sandbox_work:load", arguments, [tmp_path / "given"]).confined
     assert {Path(name).name for name in confined.loaded} >= {"replay.py", "sandbox_work.py", "libtorch_cpu.so"}
     planted = [sandbox_work.__file__, str(Path(sandbox_work.__file__).with_name("__init__.py"))]
-    assert own_code.unaccounted(confined.loaded) == sorted(planted)
+    assert own_code.unaccounted(confined.loaded) == [f"{name} (no RECORD names it)" for name in sorted(planted)]
     found = checks.self_contained(confined, "", 1, 0.0)
     assert not found.passed and "unknown code" in found.headline
     confined.loaded = [name for name in confined.loaded if name not in planted]
     assert checks.self_contained(confined, "", 1, 0.0).passed
 
 
-def test_a_package_that_was_changed_after_it_was_installed_is_not_accounted_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a package, its RECORD, and a module of no package."""
     site = tmp_path / "site-packages"
     (site / "thing-1.0.dist-info").mkdir(parents=True)
     (site / "thing.py").write_text("value = 1")
+    (site / "table.txt").write_text("0 1 2")
     (site / "other.py").write_text("value = 1")
-    line = f"thing.py,sha256={own_code.digest(str(site / 'thing.py'))},9"
-    (site / "thing-1.0.dist-info" / "RECORD").write_text(line)
+    lines = [f"{name},sha256={own_code.digest(str(site / name))},9" for name in ("thing.py", "table.txt")]
+    (site / "thing-1.0.dist-info" / "RECORD").write_text("\n".join([*lines, "thing-1.0.dist-info/RECORD,,"]))
     (site / "thing-1.0.dist-info" / "METADATA").write_text("Name: thing\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(site)
     own_code.recorded.cache_clear()
-    try:
-        assert own_code.unaccounted([str(site / "thing.py"), numpy.__file__, own_code.__file__, json_file()]) == []
-        assert own_code.unaccounted([str(site / "other.py")]) == [str(site / "other.py")], "in no RECORD"
-        (site / "thing.py").write_text("value = 2")
-        assert own_code.unaccounted([str(site / "thing.py")]) == [str(site / "thing.py")]
-    finally:
-        own_code.recorded.cache_clear()
+    yield site
+    own_code.recorded.cache_clear()
+
+
+def test_a_package_as_it_was_installed_is_accounted_for(site: Path) -> None:
+    installed = [str(site / name) for name in ("thing.py", "table.txt", "thing-1.0.dist-info/RECORD")]
+    assert own_code.unaccounted([*installed, numpy.__file__, own_code.__file__, json_file()]) == []
+    unknown = str(site / "other.py")
+    assert own_code.unaccounted([unknown]) == [f"{unknown} (no RECORD names it)"]
+
+
+@pytest.mark.parametrize("name", ["thing.py", "table.txt"])
+def test_code_or_data_that_was_changed_after_it_was_installed_is_not(site: Path, name: str) -> None:
+    (site / name).write_text("value = 2")
+    assert own_code.unaccounted([str(site / name)]) == [f"{site / name} (its RECORD has another hash)"]
+
+
+def test_beside_hedgemix_s_sources_nothing_is_its_own() -> None:
+    """Its sources are what an audit names the hash of: neither a library nor bytecode without a source is one."""
+    package = Path(own_code.__file__).parent
+    for name in ("planted.so", "planted.pyc", "planted.txt"):
+        assert own_code.unaccounted([str(package / name)]) == [f"{package / name} (no RECORD names it)"]
+
+
+@pytest.mark.parametrize("mode", list(py_compile.PycInvalidationMode))
+def test_bytecode_that_is_another_program_s_is_not_accounted_for(
+    site: Path, mode: py_compile.PycInvalidationMode
+) -> None:
+    """Python runs it, and the source is as it was installed."""
+    source, before = site / "thing.py", (site / "thing.py").stat().st_mtime_ns
+    bytecode = Path(py_compile.compile(str(source), invalidation_mode=mode) or "")
+    own_code.other_bytecode.cache_clear()
+    assert own_code.unaccounted([str(source)]) == []
+    header, planted = bytecode.read_bytes()[:16], marshal.dumps(compile("value = 7", str(source), "exec"))
+    bytecode.write_bytes(header + planted)
+    own_code.other_bytecode.cache_clear()
+    assert own_code.unaccounted([str(source)]) == [f"{bytecode} (not the bytecode of its source)"]
+    ran = subprocess.run([sys.executable, "-c", "import thing; print(thing.value)"], cwd=site, capture_output=True)
+    assert ran.stdout == b"7\n"
+    if mode is py_compile.PycInvalidationMode.TIMESTAMP:
+        os.utime(source, ns=(before, before + 10**10))
+        own_code.other_bytecode.cache_clear()
+        assert own_code.unaccounted([str(source)]) == [], "stale: Python passes it over"
+    bytecode.write_bytes(header + b"no code")
+    os.utime(source, ns=(before, before))
+    own_code.other_bytecode.cache_clear()
+    assert own_code.unaccounted([str(source)]) != []
+
+
+def test_what_no_record_names_is_told_why(site: Path) -> None:
+    found = checks.self_contained(sandbox.Confined(loaded=[str(site / "other.py")]), "", 1, 0.0)
+    assert not found.passed and "other.py (no RECORD names it)" in found.headline
+    assert "have to be installed by pip" in found.statement
 
 
 def json_file() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +56,31 @@ def test_everything_else_is_refused(file: Path, how: str, refused: str) -> None:
 def test_a_refusal_that_the_work_hides_is_known(file: Path) -> None:
     outcome = run("read_anyway", file, [])
     assert outcome.value == "none" and outcome.confined.refused == [f"opening {file}"]
+
+
+def test_which_guards_are_up_is_told_before_the_work_can_lie_about_it(file: Path) -> None:
+    """Without any of it, in an ordinary process."""
+    confined = run("deny", file, []).confined
+    assert confined.landlock < 99 and confined.refused == []
+    assert confined.guarded_by() == run("read", file, [file]).confined.guarded_by()
+
+
+@pytest.mark.parametrize("line", ["no JSON", "7", "{}", '{"confined": {"other": 1}}', '{"log": 1}'])
+def test_what_is_no_answer_is_an_error(line: str) -> None:
+    with pytest.raises(WorkError, match="wrote what is no answer"):
+        sandbox.answer("some:work", line.encode())
+
+
+def test_work_that_writes_its_own_answers_is_an_error() -> None:
+    with pytest.raises(WorkError, match="support.sandbox_work:garble wrote what is no answer"):
+        run("garble", Path("no answer"), [])
+
+
+def test_what_is_read_beside_packages_code_is_told_with_it() -> None:
+    """Data of a package that is installed can be opened, and has to be accounted for as its code has."""
+    [notes] = [Path(str(each.locate())) for each in metadata.files("numpy") or () if each.name == "METADATA"]
+    confined = run("read", notes, []).confined
+    assert confined.refused == [] and os.path.realpath(notes) in confined.loaded
 
 
 def test_a_link_is_what_it_leads_to(file: Path) -> None:
