@@ -113,9 +113,8 @@ class Adapter:
             gradient = self.gradient.buffer
             self.squares.lerp_(gradient.square(), 1 / self.steps)
             gradient /= self.squares.sqrt() + NORMALISE_FLOOR * self.squares.mean().sqrt() + 1e-12
-            torch._foreach_add_(
-                self.trained, [weight.grad for weight in self.trained], alpha=-self.optimizer.param_groups[0]["lr"]
-            )
+            gradients = [weight.grad for weight in self.trained if weight.grad is not None]
+            torch._foreach_add_(self.trained, gradients, alpha=-self.optimizer.param_groups[0]["lr"])
         else:
             self.optimizer.step()
         if self.config.decay > 0:
