@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -11,10 +12,11 @@ import pytest
 from support.text_data import documents
 
 from hedgemix import cli
-from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import corpus, dataset, overlap, shards, tokenizer
+from hedgemix.config import DataConfig, RecipeError, to_dict
+from hedgemix.data import corpus, dataset, overlap, shards, text_set, tokenizer
 from hedgemix.data.dataset import train_stream as train_of
 from hedgemix.data.dataset import valid_stream as valid_of
+from hedgemix.runtime.files import write_json
 
 
 def silent(line: str) -> None:
@@ -41,7 +43,7 @@ def shards_config(made: dataset.Dataset, **changes: object) -> DataConfig:
 
 
 def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) -> None:
-    train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    train, valid = map(list, corpus.split(corpus.collect(config), config.valid_fraction))
     whole = sum(len(text.encode()) for text in train)
     train = list(overlap.without_repeats(train, overlap.of_documents(valid, 8), 8))
     assert made.train_bytes == sum(len(text.encode()) for text in train)
@@ -59,24 +61,91 @@ def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) ->
 
 
 def test_preparing_again_gives_the_same(config: DataConfig, made: dataset.Dataset, tmp_path: Path) -> None:
+    made_before = dataclasses.replace(made, train_shards=(*made.train_shards, "train_000007.bin"))
     (tmp_path / "train_000007.bin").write_bytes(b"left from another time")
+    write_json(tmp_path / "dataset.json", to_dict(made_before))
     again = dataset.prepare(config, tmp_path, silent)
     names = ("train_shards", "valid_shards", "tokenizer")
     for name, value in dataclasses.asdict(again).items():
         if name not in names:
             assert value == getattr(made, name), name
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "tokenizer.model",
-        "train_000000.bin",
-        "val_000000.bin",
-    ]
+    names = ["tokenizer.model", "train_000000.bin", "val_000000.bin"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["begun.json", *names]
+    dataset.save(again, tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["dataset.json", *names]
+
+
+OTHERS = ("train_000000.bin", "val_1.bin", "tokenizer.model", "memory.ppmd", "dataset.json", "begun.json")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_others_wrote_stay(config: DataConfig, tmp_path: Path, name: str) -> None:
+    """Refused before anything is read; also beside a data set of ours that does not name them."""
+    (tmp_path / name).write_bytes(b"of somebody")
+    unread = dataclasses.replace(config, paths=("/none",))
+    with pytest.raises(RecipeError, match=f"{tmp_path} holds {name}, which no dataset.json there names"):
+        dataset.prepare(unread, tmp_path, silent)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"of somebody")]
+
+
+def test_shards_that_are_read_where_the_data_set_lies_are_not_of_it(
+    config: DataConfig, made: dataset.Dataset, tmp_path: Path
+) -> None:
+    for path in Path(made.tokenizer).parent.glob("*.bin"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(made.tokenizer, tmp_path)
+    for _ in range(2):
+        dataset.save(dataset.prepare(shards_config(made, shards_dir=str(tmp_path)), tmp_path, silent), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RecipeError, match=r"holds tokenizer.model, train_000000.bin, val_000000.bin, which no"):
+        dataset.prepare(config, tmp_path, silent)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_making_that_was_stopped_is_made_anew(
+    config: DataConfig, made: dataset.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset.save(dataset.prepare(config, tmp_path, silent), tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_shard", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            dataset.prepare(config, tmp_path, silent)
+    with pytest.raises(RecipeError, match="dataset.json cannot be read"):
+        dataset.load(tmp_path)
+    dataset.save(dataset.prepare(config, tmp_path, silent), tmp_path)
+    assert dataset.load(tmp_path).train_sha256 == made.train_sha256
+
+
+def full_disk(*given: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_was_read_is_told(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    shutil.copy(config.paths[0], tmp_path / "text")
+    (tmp_path / "text" / ".hidden.txt").write_text("hidden")
+    (tmp_path / "text" / "image.png").write_text("image")
+    lines: list[str] = []
+    found = dataset.prepare(dataclasses.replace(config, paths=(str(tmp_path / "text"),)), tmp_path / "a", lines.append)
+    whole = found.train_bytes + found.train_bytes_removed + found.valid_bytes
+    n_documents = len(list(corpus.collect(config)))
+    assert lines[0] == (
+        f"read: 1 files, {n_documents} documents, {whole:,} bytes; passed over: 1 files of other kinds, 1 hidden files"
+    )
+
+
+def test_a_folder_that_cannot_be_one_is_refused_at_once(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    unread = dataclasses.replace(config, paths=("/none",))
+    with pytest.raises(RecipeError, match="file is not a folder"):
+        dataset.prepare(unread, tmp_path / "file", silent)
 
 
 def test_training_text_is_cut_into_shards(
     config: DataConfig, made: dataset.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10_000)
-    monkeypatch.setattr(dataset, "BATCH_CHARACTERS", 30_000)
+    monkeypatch.setattr(text_set, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(text_set, "BATCH_CHARACTERS", 30_000)
     cut = dataset.prepare(config, tmp_path, silent)
     sizes = [len(shards.map_shard(path)) for path in cut.train_shards]
     assert len(sizes) > 3 and set(sizes[:-1]) == {10_000} and sum(sizes) == made.train_tokens
@@ -116,7 +185,7 @@ def test_repeats_are_left_out_unless_the_field_is_0(
 ) -> None:
     lines: list[str] = []
     off = dataset.prepare(dataclasses.replace(config, overlap_words=0), tmp_path, lines.append)
-    train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    train, valid = map(list, corpus.split(corpus.collect(config), config.valid_fraction))
     share = overlap.share_in_documents(overlap.of_documents(valid, 8), train, 8)
     assert off.valid_overlap_share == share > 0.05 and off.overlap_window == "8 words"
     assert (off.train_documents, off.train_bytes_removed) == (len(train), 0)
@@ -188,7 +257,7 @@ def test_memory_is_the_beginning_of_the_training_text(
     assert changed - places == {name for name in dataclasses.asdict(made) if name.startswith("memory")}
     of_shards = dataset.prepare(shards_config(found, memory_bytes=4_000), tmp_path / "c", silent)
     assert of_shards.memory_sha256 == found.memory_sha256
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["memory.ppmd"]
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"memory.ppmd", "begun.json"}
 
 
 def test_a_memory_that_is_not_the_datasets_is_refused(config: DataConfig, tmp_path: Path) -> None:
@@ -262,7 +331,7 @@ def test_too_little_text_is_said_before_the_run(made: dataset.Dataset) -> None:
 
 def test_tokens_that_lose_text_are_a_bug(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenizer.encode_batch
-    monkeypatch.setattr(tokenizer, "encode_batch", lambda p, texts: [tokens[:-1] for tokens in whole(p, texts)])
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda *given: [tokens[:-1] for tokens in whole(*given)])
     with pytest.raises(RuntimeError, match="tokenizer bug"):
         dataset.prepare(config, tmp_path, silent)
 

@@ -1,0 +1,142 @@
+"""Docs and text made into a data set's files: what repeats validation text left out, a tokenizer trained, every document
+encoded. Documents stream from disk to disk, so that memory does not grow with the text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from hedgemix.config import DataConfig, RecipeError
+from hedgemix.data import bpb, corpus, memory, overlap, shards, tokenizer
+from hedgemix.data.own_files import OwnFiles
+from hedgemix.data.reading import Reading
+from hedgemix.data.spool import Spool
+
+SHARD_TOKENS = 100_000_000
+BATCH_CHARACTERS = 2_000_000
+MODEL = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Says what was made."""
+
+    model: Path
+    processor: SentencePieceProcessor
+    train: list[Path]
+    valid: list[Path]
+    documents: int
+    """Of the training text."""
+    text_sha256: str
+    known: dict[str, Any]
+    """Further fields of a `Dataset`."""
+
+
+def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> TextSet:
+    """Read the source and write tokenizer and shards into the folder, in place of an earlier data set's.
+
+    Raises RecipeError when the source cannot be used or the folder holds others' files by these names, OSError when it
+    cannot be written to or is full, RuntimeError should tokens and text disagree (a bug).
+    """
+    own = OwnFiles(folder)
+    reading = Reading()
+    everything, valid = corpus.split(corpus.collect(config, reading, folder), config.valid_fraction, folder)
+    log(str(reading))
+    documents, size = len(everything) + len(valid), (everything.n_bytes + valid.n_bytes) / 1e6
+    log(f"{config.source}: {documents:,} documents, {size:.1f} MB, {len(valid):,} of them for validation")
+    text_sha256 = documents_sha256(chain(everything.read(), valid.read()))
+    train, known = _held_out(config, everything, valid, folder, log)
+    own.begin()
+    model = own.path(MODEL)
+    processor = tokenizer.train(train, config.vocab_size, model)
+    log(f"tokenizer: {config.vocab_size} pieces trained")
+    train_paths, valid_paths = (
+        _write_shards(own, name, _encode(processor, side)) for name, side in (("train", train), ("val", valid))
+    )
+    if config.memory_bytes:
+        own.path(memory.FILE_NAME)
+    known |= memory.write(train, config.memory_bytes, processor, folder, log)
+    return TextSet(model, processor, train_paths, valid_paths, len(train), text_sha256, known)
+
+
+def documents_sha256(documents: Iterable[bytes]) -> str:
+    """Hash documents in UTF-8, whatever their order: SHA-256 of the sorted SHA-256 of each, in hex."""
+    digests = b"".join(hashlib.sha256(document).digest() for document in documents)
+    return hashlib.sha256(np.sort(np.frombuffer(digests, "S32")).tobytes()).hexdigest()
+
+
+def _held_out(
+    config: DataConfig, documents: Spool, valid: Spool, folder: Path, log: Callable[[str], None]
+) -> tuple[Spool, dict[str, Any]]:
+    """The training documents without what repeats validation text, and what the data set tells of it."""
+    words = config.overlap_words or overlap.WINDOW_WORDS
+    windows = overlap.of_documents(valid, words)
+    kept = documents
+    if config.overlap_words:
+        kept, seen = Spool(folder), np.zeros(len(windows.hashes), bool)
+        for document in overlap.without_repeats(documents, windows, words, seen):
+            kept.add(document.encode())
+        before = windows.share(seen)
+    share = overlap.share_in_documents(windows, kept, words)  # measured, though it has to be 0 where any are left out
+    if not len(kept):
+        raise RecipeError(
+            f"data.overlap_words {words}: every training document repeats validation text; read other text, or set it to 0"
+        )
+    size, removed = documents.n_bytes, documents.n_bytes - kept.n_bytes
+    log(
+        f"held out: {before:.2%} of the validation text's windows of {words} words were in the training text; paragraphs "
+        f"with them were {removed / size:.2%} of it, {removed:,} bytes, and are left out: {share:.2%} are in it now"
+        if config.overlap_words
+        else f"not held out: {share:.2%} of the validation text's windows of {words} words are in the training text, and "
+        "data.overlap_words is 0"
+    )
+    return kept, {
+        "valid_overlap_share": share,
+        "overlap_window": f"{words} words",
+        "train_bytes": size - removed,
+        "train_bytes_removed": removed,
+    }
+
+
+def _encode(processor: SentencePieceProcessor, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """Tokens of the documents, a batch of documents at a time, by all cores."""
+    tables = bpb.byte_tables(processor)
+    for batch in corpus.batches(documents, BATCH_CHARACTERS):
+        tokens = np.concatenate(tokenizer.encode_batch(processor, batch, cores()))
+        counted, expected = bpb.count_bytes(tables, tokens), sum(len(text.encode()) for text in batch)
+        if counted != expected:
+            raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
+        yield tokens
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_shards(own: OwnFiles, name: str, batches: Iterable[np.ndarray]) -> list[Path]:
+    paths: list[Path] = []
+
+    def write(tokens: np.ndarray) -> None:
+        paths.append(own.path(f"{name}_{len(paths):06d}.bin"))
+        shards.write_shard(paths[-1], tokens)
+
+    pending: list[np.ndarray] = []
+    for tokens in batches:
+        pending.append(tokens)
+        while sum(map(len, pending)) >= SHARD_TOKENS:
+            held = np.concatenate(pending)
+            write(held[:SHARD_TOKENS])
+            pending = [held[SHARD_TOKENS:]]
+    rest = np.concatenate(pending)
+    if len(rest):
+        write(rest)
+    return paths
