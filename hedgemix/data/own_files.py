@@ -21,14 +21,17 @@ class OwnFiles:
     """Knows the files that earlier makings left in a folder, and notes those of this one before they are written."""
 
     def __init__(self, folder: Path, patterns: Iterable[str] = PATTERNS) -> None:
-        """Raises RecipeError when the folder is none, or holds files by the names we use that are not ours; OSError
-        when nothing can be written there."""
+        """Raises RecipeError when the folder is none, cannot be written to, or holds files by the names we use that are
+        not ours."""
         self.folder = folder
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"{folder} is not a folder; name one, or a place where one can be made")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise RecipeError(f"{folder} cannot be written to ({error.strerror}); permit it, or name another") from None
         self.names = _named(folder)
         there = {path.name for pattern in (*patterns, BEGUN) for path in folder.glob(pattern)}
         if others := sorted(there - self.names):

@@ -16,7 +16,7 @@ class Spool:
     temporary one by default): it is gone with this object, however the process ends."""
 
     def __init__(self, folder: str | Path | None = None, held_bytes: int = HELD_BYTES) -> None:
-        self._file = SpooledTemporaryFile(held_bytes, dir=folder and str(folder))  # noqa: SIM115
+        self._file = SpooledTemporaryFile(held_bytes, dir=str(folder) if folder else None)  # noqa: SIM115
         self._end = self._count = 0
 
     def add(self, document: bytes) -> None:

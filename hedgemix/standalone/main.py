@@ -27,7 +27,7 @@ from hedgemix.config import ComputeConfig, Recipe, RecipeError, from_dict, to_di
 from hedgemix.data import dataset as datasets
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime import collectives
-from hedgemix.runtime.files import Log, read_json, silent, write_json
+from hedgemix.runtime.files import Log, read_json, silent, told, write_json
 from hedgemix.runtime.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
 from hedgemix.train.step_log import DivergedError
@@ -63,7 +63,7 @@ def main(values: dict[str, Any], sources: Mapping[str, str], code_bytes: int, ar
         recipe = placed(from_dict(Recipe, values), options)
         return run(recipe, options, code_bytes)
     except (RecipeError, DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
 
 

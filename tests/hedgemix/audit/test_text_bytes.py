@@ -15,7 +15,7 @@ from hedgemix.audit import text_bytes
 from hedgemix.config import DataConfig
 from hedgemix.data import bpb, corpus, text_set, tokenizer
 from hedgemix.data.shards import TokenStream
-from support.text_data import documents, processor
+from support.text_data import documents, processor, without_spaces
 from support.tiny_run import Record
 
 BYTE, NORMAL = 6, 1
@@ -61,17 +61,8 @@ def test_a_tokenizer_that_spells_its_pieces_longer_is_caught() -> None:
     assert text_bytes.encoded_alike(changed(spelled), tokens)[0] < 0.5 * again
 
 
-def test_a_space_of_three_bytes_is_caught(tmp_path: Path) -> None:
-    """A vocabulary in which no piece begins with U+2581."""
-    (tmp_path / "text.txt").write_text("abc abd abe abc\n" * 50)
-    SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "odd"), model_type="bpe", vocab_size=266,
-        byte_fallback=True, add_dummy_prefix=False, character_coverage=1.0, minloglevel=3, split_by_whitespace=True,
-    )  # fmt: skip
-    model = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "odd.model").read_bytes())
-    for piece in model.pieces:
-        piece.piece = piece.piece.replace("▁", "q")
-    wrong = bpb.miscounted(SentencePieceProcessor(model_proto=model.SerializeToString()))
+def test_a_space_of_three_bytes_is_caught() -> None:
+    wrong = bpb.miscounted(SentencePieceProcessor(model_proto=without_spaces()))
     assert "'Plain words, and a Name.' is counted as 32 bytes, and has 24" in wrong
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import text_data
 from support.text_data import documents
 
 from hedgemix import cli
@@ -314,6 +315,22 @@ def test_shards_that_cannot_be_used(
         changes = {**changes, "shards_dir": str(tmp_path)}
     with pytest.raises(RecipeError, match=reason):
         dataset.prepare(shards_config(made, **changes), tmp_path, silent)
+
+
+def test_what_a_tokenizer_gets_wrong_is_refused_or_told(made: dataset.Dataset, tmp_path: Path) -> None:
+    """Spaces of three bytes; unknown tokens, which count none; documents without BOS, whose first space would count."""
+    for name, tokens in (("train", np.arange(200)), ("val", np.array([5, 3, 6, 3, 7]))):
+        shards.write_shard(tmp_path / f"{name}_0.bin", tokens)
+    (tmp_path / "a.model").write_bytes(text_data.without_spaces())
+    config = DataConfig(source="shards", shards_dir=str(tmp_path), vocab_size=266)
+    with pytest.raises(RecipeError, match=r"a.model cannot be scored by the byte: .* counted as 32 bytes, and has 24"):
+        dataset.prepare(config, tmp_path, silent)
+    shutil.copy(made.tokenizer, tmp_path / "a.model")
+    lines: list[str] = []
+    dataset.prepare(dataclasses.replace(config, vocab_size=512), tmp_path, lines.append)
+    assert any(line.startswith("2 of the validation tokens are unknown") for line in lines)
+    assert any(line.startswith("no BOS is in the validation text") for line in lines)
+    assert not any("changes or loses" in line for line in lines)
 
 
 def test_the_only_tokenizer_beside_the_shards_is_theirs(made: dataset.Dataset, tmp_path: Path) -> None:
