@@ -231,7 +231,9 @@ def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -
             except RecipeError as error:
                 problems.add(error)
     problems.tell()
-    log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
+    others = len({*source.glob("*.bin")} - {*paths["train"], *paths["val"]})
+    passed = f"; {others} other .bin files there are passed over" if others else ""
+    log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound{passed}")
     share = overlap.share_in_tokens(
         shards.TokenStream(paths["val"], config.max_valid_tokens), shards.TokenStream(paths["train"])
     )

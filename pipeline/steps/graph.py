@@ -138,9 +138,7 @@ def data_step(storage: Storage, config: DataConfig) -> Step:
         source: list[Any] = [[name, installed_versions(found.get(name, []))] for name in config.packages]
     else:
         if config.source == "text":
-            problems = Problems()
-            files = text_files.find(config.paths, Reading(), problems)
-            problems.tell()
+            files = text_files.find(config.paths, Reading(), Problems()) if config.paths else []
         else:
             files = files_of(Path(config.shards_dir), (".bin", ".model")) if config.shards_dir else []
             files += [Path(config.tokenizer)] if config.tokenizer else []

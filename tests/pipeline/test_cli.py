@@ -1,8 +1,9 @@
-"""The `hedgemix` command's answers to a newcomer's mistakes: a line that names the thing and the fix, exit code 2, before
-any work, and nothing of theirs touched."""
+"""The `hedgemix` command's answers to a newcomer's mistakes: a line that names the thing and the fix, exit code 2,
+before any work, and nothing of theirs touched."""
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hedgemix.cli import check_arguments
 from pipeline import cli
 
 TEXT = "prepare --folder out --source text --paths"
@@ -31,7 +33,7 @@ MISTAKES = {
     f"{TEXT} mine.parquet": "mine.parquet has no column 'text', but mine, other; set data.text_field to one of them",
     f"{TEXT} a.jsonl --vocab-size 70000": "data.vocab_size is 70000; tokens have 16 bits",
     f"{TEXT} a.jsonl --valid-fraction 2": "data.valid_fraction is 2.0; it must be above 0 and below 1, such as 0.02",
-    "prepare --folder out --paths a.txt": "data.paths is given, and data.source docs does not read it; set data.source text",
+    "prepare --folder out --paths a.txt": "data.source docs does not read it; set data.source text, or leave",
     "prepare --folder out --packages none1 numpy none2": "data.packages: 'none1' is not installed; install it or leave",
     "download --folder out --variant 1024": "variant '1024' is unknown; use sp and the vocabulary size, as in sp1024",
     "audit mine.parquet --draw-seed -1": "--draw-seed is -1; it must not be negative",
@@ -44,7 +46,7 @@ MISTAKES = {
     # missing package
     "audit --scorer none:f --tokens a.txt": "No module named 'none'; name it as module:object",
     # theirs
-    "prepare --folder theirs --source text --paths a.txt": "theirs holds train_0.bin, which no dataset.json there names",
+    "prepare --folder theirs --source text --paths a.txt": "theirs holds train_0.bin, which no dataset.json there",
 }
 
 
@@ -105,13 +107,11 @@ def test_what_the_machine_refuses_is_one_line(
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {line}")
 
 
-def test_names_that_are_not_utf_8_are_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    odd = os.fsdecode(b"n\xfcr.txt")
-    monkeypatch.chdir(tmp_path)
-    Path(odd).write_text("text")
-    monkeypatch.setattr("sys.argv", ["hedgemix", "prepare", "--folder", "out", "--source", "text", "--paths", odd])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "leaves none for validation" in capfd.readouterr().err
+def test_names_that_are_not_utf_8_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd, shown = os.fsdecode(b"n\xfcr.txt"), io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, "utf-8"))
+    with pytest.raises(UnicodeEncodeError):
+        print(odd)
+    check_arguments([odd])
+    print(odd, flush=True)
+    assert shown.getvalue() == b"n\\udcfcr.txt\n"

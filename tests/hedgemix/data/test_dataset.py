@@ -326,8 +326,10 @@ def test_what_a_tokenizer_gets_wrong_is_refused_or_told(made: dataset.Dataset, t
     with pytest.raises(RecipeError, match=r"a.model cannot be scored by the byte: .* counted as 32 bytes, and has 24"):
         dataset.prepare(config, tmp_path, silent)
     shutil.copy(made.tokenizer, tmp_path / "a.model")
+    (tmp_path / "other.bin").write_text("other")
     lines: list[str] = []
     dataset.prepare(dataclasses.replace(config, vocab_size=512), tmp_path, lines.append)
+    assert lines[0] == "shards: 1 for training and 1 for validation are sound; 1 other .bin files there are passed over"
     assert any(line.startswith("2 of the validation tokens are unknown") for line in lines)
     assert any(line.startswith("no BOS is in the validation text") for line in lines)
     assert not any("changes or loses" in line for line in lines)
