@@ -33,6 +33,10 @@ class OwnFiles:
         except OSError as error:
             raise RecipeError(f"{folder} cannot be written to ({error.strerror}); permit it, or name another") from None
         self.names = _named(folder)
+        self.shards: dict[str, list[tuple[int, int]]] = {}
+        """Where each shard that is whole ends, by train and val: batch, and tokens of it."""
+        self._key = ""
+        self._resume()
         there = {path.name for pattern in (*patterns, BEGUN) for path in folder.glob(pattern)}
         if others := sorted(there - self.names):
             raise RecipeError(
@@ -40,9 +44,13 @@ class OwnFiles:
                 f"{DATASET} there names as made by hedgemix; name another folder, or move them away"
             )
 
-    def begin(self, names: Iterable[str] | None = None) -> None:
-        """Remove what an earlier making left (`names`: only these of it)."""
-        old = self.names - {BEGUN} if names is None else self.names & set(names)
+    def begin(self, names: Iterable[str] | None = None, key: str = "") -> None:
+        """Remove what an earlier making left (`names`: only these of it), but for the shards that one under the same
+        `key` finished before it was stopped."""
+        if not key or key != self._key:
+            self._key, self.shards = key, {}
+        kept = {shard_name(name, number) for name, ends in self.shards.items() for number in range(len(ends))}
+        old = (self.names if names is None else self.names & set(names)) - kept - {BEGUN}
         self._note({BEGUN})
         for name in sorted(old):
             (self.folder / name).unlink(missing_ok=True)
@@ -53,9 +61,27 @@ class OwnFiles:
         self._note({name})
         return self.folder / name
 
+    def shard_is_whole(self, name: str, batch: int, tokens: int) -> None:
+        """Note that the next shard of this name is written: up to so many tokens of the batch of this number."""
+        self.shards.setdefault(name, []).append((batch, tokens))
+        self._note(set())
+
     def _note(self, names: set[str]) -> None:
         self.names |= names
-        write_json(self.folder / BEGUN, {"files": sorted(self.names)})
+        write_json(self.folder / BEGUN, {"files": sorted(self.names), "key": self._key, "shards": self.shards})
+
+    def _resume(self) -> None:
+        try:
+            begun = read_json(self.folder / BEGUN)
+            found = {str(name): [(int(batch), int(at)) for batch, at in ends] for name, ends in begun["shards"].items()}
+            self._key, self.shards = str(begun["key"]), found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+
+
+def shard_name(name: str, number: int) -> str:
+    """Name the file of the shard of this number, of train or val."""
+    return f"{name}_{number:06d}.bin"
 
 
 def finish(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Docs and text made into a data set's files: what repeats validation text left out, a tokenizer trained, every document
-encoded. Documents stream from disk to disk, so that memory does not grow with the text."""
+encoded. Documents stream from disk to disk, so that memory grows with the validation text alone. A making that was stopped
+goes on behind its last whole shard."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 from sentencepiece import SentencePieceProcessor
 
-from hedgemix.config import DataConfig, RecipeError
+from hedgemix.config import DataConfig, RecipeError, config_hash
 from hedgemix.data import bpb, corpus, memory, overlap, shards, tokenizer
-from hedgemix.data.own_files import OwnFiles
+from hedgemix.data.own_files import OwnFiles, shard_name
 from hedgemix.data.reading import Reading
 from hedgemix.data.spool import Spool
 
@@ -54,12 +56,13 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> TextSe
     log(f"{config.source}: {documents:,} documents, {size:.1f} MB, {len(valid):,} of them for validation")
     text_sha256 = documents_sha256(chain(everything.read(), valid.read()))
     train, known = _held_out(config, everything, valid, folder, log)
-    own.begin()
+    sizes = BATCH_CHARACTERS, SHARD_TOKENS
+    own.begin(key=config_hash(config, text_sha256, train.n_bytes, sizes, sentencepiece.__version__))
     model = own.path(MODEL)
     processor = tokenizer.train(train, config.vocab_size, model)
     log(f"tokenizer: {config.vocab_size} pieces trained")
     train_paths, valid_paths = (
-        _write_shards(own, name, _encode(processor, side)) for name, side in (("train", train), ("val", valid))
+        _write_shards(own, name, processor, side, log) for name, side in (("train", train), ("val", valid))
     )
     if config.memory_bytes:
         own.path(memory.FILE_NAME)
@@ -106,15 +109,19 @@ def _held_out(
     }
 
 
-def _encode(processor: SentencePieceProcessor, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """Tokens of the documents, a batch of documents at a time, by all cores."""
+def _encode(
+    processor: SentencePieceProcessor, documents: Iterable[str], first: int = 0
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and tokens of each batch of documents from the `first` on, by all cores."""
     tables = bpb.byte_tables(processor)
-    for batch in corpus.batches(documents, BATCH_CHARACTERS):
+    for number, batch in enumerate(corpus.batches(documents, BATCH_CHARACTERS)):
+        if number < first:
+            continue
         tokens = np.concatenate(tokenizer.encode_batch(processor, batch, cores()))
         counted, expected = bpb.count_bytes(tables, tokens), sum(len(text.encode()) for text in batch)
         if counted != expected:
             raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
-        yield tokens
+        yield number, tokens
 
 
 def cores() -> int:
@@ -122,21 +129,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_shards(own: OwnFiles, name: str, batches: Iterable[np.ndarray]) -> list[Path]:
+def _write_shards(
+    own: OwnFiles, name: str, processor: SentencePieceProcessor, documents: Iterable[str], log: Callable[[str], None]
+) -> list[Path]:
+    """Encode the documents into shards, behind those that a making which was stopped left whole."""
+    whole = own.shards.get(name, [])
     paths: list[Path] = []
+    for number in range(len(whole)):
+        path = own.folder / shard_name(name, number)
+        try:
+            shards.map_shard(path)
+        except RecipeError:  # lost or cut since
+            del whole[number:]
+            break
+        paths.append(path)
+    if whole:
+        log(f"{name}: {len(whole)} shards are there from a making that was stopped")
+    first, begin = whole[-1] if whole else (0, 0)
 
     def write(tokens: np.ndarray) -> None:
-        paths.append(own.path(f"{name}_{len(paths):06d}.bin"))
+        paths.append(own.path(shard_name(name, len(paths))))
         shards.write_shard(paths[-1], tokens)
 
     pending: list[np.ndarray] = []
-    for tokens in batches:
-        pending.append(tokens)
+    for batch, tokens in _encode(processor, documents, first):
+        pending.append(tokens[begin:] if batch == first else tokens)
         while sum(map(len, pending)) >= SHARD_TOKENS:
             held = np.concatenate(pending)
             write(held[:SHARD_TOKENS])
             pending = [held[SHARD_TOKENS:]]
-    rest = np.concatenate(pending)
+            own.shard_is_whole(name, batch, len(tokens) - len(pending[0]))
+    rest = np.concatenate([np.zeros(0, np.uint16), *pending])
     if len(rest):
         write(rest)
     return paths

@@ -117,6 +117,39 @@ def test_a_making_that_was_stopped_is_made_anew(
     assert dataset.load(tmp_path).train_sha256 == made.train_sha256
 
 
+def test_a_making_that_was_stopped_goes_on_behind_its_last_whole_shard(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_set, "SHARD_TOKENS", 7_000)
+    monkeypatch.setattr(text_set, "BATCH_CHARACTERS", 25_000)
+    whole = dataset.prepare(config, tmp_path / "whole", silent)
+    write, written, room = shards.write_shard, list[Path](), 0
+
+    def stops(path: Path, tokens: np.ndarray) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            full_disk()
+        write(path, tokens)
+        written.append(path)
+
+    monkeypatch.setattr(shards, "write_shard", stops)
+    for shards_a_start in (2, 1, 3):
+        room = shards_a_start
+        with pytest.raises(OSError, match="No space left"):
+            dataset.prepare(config, tmp_path / "parts", silent)
+    written[2].write_bytes(b"cut since")
+    del written[2:]
+    room, lines = 1000, list[str]()
+    found = dataset.prepare(config, tmp_path / "parts", lines.append)
+    assert "train: 2 shards are there from a making that was stopped" in lines
+    assert (found.train_sha256, found.valid_sha256) == (whole.train_sha256, whole.valid_sha256)
+    assert len(written) == len(set(written)) == len(whole.train_shards) + len(whole.valid_shards) > 8
+    written.clear()
+    other = dataset.prepare(dataclasses.replace(config, valid_fraction=0.2), tmp_path / "parts", silent)
+    assert [str(path) for path in written] == [*other.train_shards, *other.valid_shards]  # of others nothing is taken
+
+
 def full_disk(*given: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
