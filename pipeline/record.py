@@ -62,7 +62,7 @@ from hedgemix.config import (
 )
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
-from hedgemix.data.docstrings import encodable
+from hedgemix.data.reading import encodable
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.files import FIXES, told

@@ -19,7 +19,7 @@ from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import bpb, corpus, text_set, tokenizer
+from hedgemix.data import bpb, corpus, probes, text_set, tokenizer
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 
@@ -39,7 +39,7 @@ def check_bytes(claim: Claim) -> Finding:
     again what they decode to, by the pieces in them, and by the raw text where it can be had."""
     found = artifact.read(claim.artifact)
     model, processor, stream = found.tokenizer, load_tokenizer(found), datasets.valid_stream(claim.dataset)
-    wrong = bpb.miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in user_defined(model)[:3]]
+    wrong = probes.miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in user_defined(model)[:3]]
     alike, again = encoded_alike(processor, stream)
     if alike < ENCODED_ALIKE * again:
         wrong.append(f"of {again:,} tokens in whole documents {alike:,} come back from encoding their text")
@@ -52,7 +52,7 @@ def check_bytes(claim: Claim) -> Finding:
     official = OFFICIAL.get(digest, "")
     statement = (
         f"The tokenizer ({f'the official {official}' if official else f'SHA-256 {digest[:16]}…, not an official one'}) "
-        f"counts {len(bpb.PROBES)} probes as long as they are and has no user-defined piece; of {again:,} tokens "
+        f"counts {len(probes.PROBES)} probes as long as they are and has no user-defined piece; of {again:,} tokens "
         f"in whole documents {alike:,} come back from encoding their text; {share:.3%} of the bytes are in pieces that "
         f"the training text has nowhere. The raw text: {raw}."
     )

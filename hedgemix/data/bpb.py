@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from hedgemix.data.tokenizer import SPACE, decode, encode
+from hedgemix.data.tokenizer import SPACE
 
 PIECE_TOKENS = 1 << 22  # tokens looked at in one go
-PROBES = (
-    "Plain words, and a Name.", "two  spaces,   three", "a line\nand another\n\n  indented", "tab\tand tab",
-    "0123456789", "naïve façade Ångström", "Привет, мир", "你好，世界", "नमस्ते दुनिया", "🙂 👩‍👩‍👧",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,34 +64,6 @@ def count_bytes(tables: ByteTables, tokens: np.ndarray) -> int:
         stop = min(start + PIECE_TOKENS, len(tokens))
         total += int(token_bytes(tables, tokens[start - 1 : stop - 1], tokens[start:stop]).sum(dtype=np.int64))
     return total
-
-
-def miscounted(processor: SentencePieceProcessor) -> list[str]:
-    """Find probes whose tokens are counted as more or fewer bytes than the text that SentencePiece makes of them before
-    it looks for pieces: every space is, as three for one, where no piece begins with U+2581."""
-    tables, wrong = byte_tables(processor), []
-    for text in PROBES:
-        counted = count_bytes(tables, np.array(encode(processor, text)))
-        normalised = processor.normalize(text).replace(SPACE, " ").removeprefix(" ")
-        if counted != len(normalised.encode()):
-            wrong.append(f"{text!r} is counted as {counted} bytes, and has {len(normalised.encode())}")
-    return wrong
-
-
-def changed_share(processor: SentencePieceProcessor) -> float:
-    """Measure the share of the probes' bytes that do not come back from encoding: 0 of a tokenizer that writes every
-    text."""
-    kept = total = 0
-    for text in (probe.encode() for probe in PROBES):
-        back = decode(processor, encode(processor, text.decode()))
-        kept += sum(block.size for block in SequenceMatcher(None, text, back, autojunk=False).get_matching_blocks())
-        total += len(text)
-    return 1 - kept / total
-
-
-def adds_prefix(processor: SentencePieceProcessor) -> bool:
-    """Tell whether the tokenizer puts a space before each text."""
-    return bool(processor.encode("a", out_type=str)[0].startswith(SPACE))
 
 
 def bits_per_byte(nll_nats_sum: float, n_bytes: int) -> float:

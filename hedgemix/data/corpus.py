@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import docstrings, text_files
 from hedgemix.data.reading import Reading
 from hedgemix.data.spool import Spool
 
@@ -33,8 +32,12 @@ def collect(config: DataConfig, reading: Reading | None = None, folder: str | Pa
     """
     limit, reading = config.max_text_bytes, reading or Reading()
     if config.source == "docs":
+        from hedgemix.data import docstrings  # a train_gpt.py has the reader of its own source alone
+
         documents = up_to(by_hash(docstrings.of_packages(config.packages, reading), reading, folder), limit, reading)
     elif config.source == "text":
+        from hedgemix.data import text_files
+
         found = text_files.documents(config.paths, config.text_field, reading)
         documents = by_hash(up_to(distinct(found, reading), limit, reading) if limit else found, reading, folder)
     else:

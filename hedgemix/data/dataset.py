@@ -96,7 +96,16 @@ def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print
     """
     folder = Path(folder)
     check_data(config)
-    return _from_shards(config, folder, log) if config.source == "shards" else _from_text(config, folder, log)
+    # A train_gpt.py has what makes its own source's alone.
+    if config.source == "shards":
+        from hedgemix.data import shard_set
+
+        made = shard_set.make(config, folder, log)
+    else:
+        from hedgemix.data import text_set
+
+        made = text_set.make(config, folder, log)
+    return _describe(config, made, log)
 
 
 def train_stream(dataset: Dataset) -> shards.TokenStream:
@@ -182,132 +191,35 @@ def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) 
         )
 
 
-def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
-    made = text_set.make(config, folder, log)
-    return _describe(
-        config,
-        made.processor,
-        made.model,
-        made.train,
-        made.valid,
-        documents=made.documents,
-        text_sha256=made.text_sha256,
-        known=made.known,
-        log=log,
-    )
-
-
-def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
-    source = Path(config.shards_dir)
-    own = own_files.OwnFiles(folder, (memory.FILE_NAME, FILE_NAME))
-    if not config.shards_dir or not source.is_dir():
-        raise RecipeError(
-            f"data.shards_dir: {config.shards_dir!r} is not a folder; name the folder of the shards, or run "
-            f"`hedgemix download --folder {source if config.shards_dir else 'data/fineweb'}` first"
-        )
-    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(source)
-    processor = tokenizer.load(model)
-    if processor.vocab_size() != config.vocab_size:
-        raise RecipeError(
-            f"data.vocab_size is {config.vocab_size}, but {model} has {processor.vocab_size()} pieces; "
-            "set both to what made the shards"
-        )
-    if wrong := bpb.miscounted(processor):
-        raise RecipeError(
-            f"data.tokenizer: {model} cannot be scored by the byte: {wrong[0]}; use shards of another tokenizer, one "
-            "with pieces that begin with a space"
-        )
-    if share := bpb.changed_share(processor):
-        log(f"tokenizer: it does not write every text as it is; of the bytes of probes it changes or loses {share:.1%}")
-    paths: dict[str, list[Path]] = {}
-    problems = Problems()
-    for name in ("train", "val"):
-        paths[name] = sorted(set(source.glob(f"*_{name}_*.bin")) | set(source.glob(f"{name}_*.bin")))
-        if not paths[name]:
-            raise RecipeError(f"data.shards_dir: {source} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
-        for path in paths[name]:
-            try:
-                shards.open_shard(path, config.vocab_size)
-            except RecipeError as error:
-                problems.add(error)
-    problems.tell()
-    others = len({*source.glob("*.bin")} - {*paths["train"], *paths["val"]})
-    passed = f"; {others} other .bin files there are passed over" if others else ""
-    log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound{passed}")
-    share = overlap.share_in_tokens(
-        shards.TokenStream(paths["val"], config.max_valid_tokens), shards.TokenStream(paths["train"])
-    )
-    window = f"{overlap.WINDOW_TOKENS} tokens"
-    log(f"{share:.2%} of the validation text's windows of {window} are in the training text; others' shards stay whole")
-    known = {"valid_overlap_share": share, "overlap_window": window, "train_bytes_removed": 0}
-    if config.memory_bytes or own.names:
-        own.begin((memory.FILE_NAME, FILE_NAME))
-    if config.memory_bytes:
-        own.path(memory.FILE_NAME)
-    documents = memory.shard_documents(processor, shards.TokenStream(paths["train"]))
-    known |= memory.write(documents, config.memory_bytes, processor, folder, log)
-    return _describe(
-        config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", known=known, log=log
-    )
-
-
-def _only_tokenizer(folder: Path) -> Path:
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        raise RecipeError(
-            f"data.shards_dir: {folder} has {len(models)} .model files; name the one the shards were made with in "
-            "data.tokenizer"
-        )
-    return models[0]
-
-
-def _describe(
-    config: DataConfig,
-    processor: SentencePieceProcessor,
-    model: Path,
-    train: Sequence[Path],
-    valid: Sequence[Path],
-    *,
-    documents: int,
-    text_sha256: str,
-    known: dict[str, Any],
-    log: Callable[[str], None],
-) -> Dataset:
-    stream = shards.TokenStream(valid, config.max_valid_tokens)
+def _describe(config: DataConfig, made: own_files.MadeFiles, log: Callable[[str], None]) -> Dataset:
+    processor = made.processor
+    stream = shards.TokenStream(made.valid, config.max_valid_tokens)
     tables = bpb.byte_tables(processor)
     digest = hashlib.sha256()
     valid_bytes, valid_documents, last = 0, int(stream.read(0, 1)[0] == processor.bos_id()), 0
-    unknown = 0
     while last + 1 < len(stream):
         tokens = stream.read(last, min(READ_TOKENS, len(stream) - last))
         digest.update(tokens[1:].astype(shards.TOKEN).tobytes())
         valid_bytes += bpb.count_bytes(tables, tokens)
         valid_documents += int((tokens[1:] == processor.bos_id()).sum())
-        unknown += int((tokens[1:] == processor.unk_id()).sum())
         last += len(tokens) - 1
     dataset = Dataset(
         source=config.source,
-        train_shards=tuple(str(path.resolve()) for path in train),
-        valid_shards=tuple(str(path.resolve()) for path in valid),
-        tokenizer=str(model.resolve()),
+        train_shards=tuple(str(path.resolve()) for path in made.train),
+        valid_shards=tuple(str(path.resolve()) for path in made.valid),
+        tokenizer=str(made.model.resolve()),
         vocab_size=config.vocab_size,
-        train_tokens=len(shards.TokenStream(train)),
+        train_tokens=len(shards.TokenStream(made.train)),
         valid_tokens=len(stream),
         max_valid_tokens=config.max_valid_tokens,
         valid_bytes=valid_bytes,
-        train_documents=documents,
         valid_documents=valid_documents,
-        tokenizer_sha256=hashlib.sha256(model.read_bytes()).hexdigest(),
+        tokenizer_sha256=hashlib.sha256(made.model.read_bytes()).hexdigest(),
         valid_sha256=digest.hexdigest(),
-        train_sha256=edges_sha256(train),
-        text_sha256=text_sha256,
-        **known,
+        train_sha256=edges_sha256(made.train),
+        **made.known,
     )
     log(f"tokens: {dataset.train_tokens:,} for training, {dataset.valid_tokens:,} for validation")
-    if unknown:
-        log(f"{unknown:,} of the validation tokens are unknown ones: the text they stand for is counted as 0 bytes")
-    if not valid_documents and bpb.adds_prefix(processor):
-        log("no BOS is in the validation text: the space that the tokenizer puts before each document is counted as text")
     return dataset
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from hedgemix.config import RecipeError
-from hedgemix.data.reading import Problems, Reading
+from hedgemix.data.reading import Problems, Reading, encodable
 
 SHORTEST_DOCSTRING = 200  # characters
 FILES_A_PROCESS = 200
@@ -139,12 +139,3 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(children, list):  # the body of a lambda or of a conditional expression is not one
             for child in children:
                 yield from _statements(child)
-
-
-def encodable(text: str) -> bool:
-    """Tell whether the text can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, written as an escape
-        return False
-    return True

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
 
 from hedgemix.config import RecipeError
 from hedgemix.data.reading import MOST_TOLD
@@ -15,6 +19,18 @@ BEGUN = "begun.json"
 """Names the files of a data set that is being made, before each is written: with dataset.json gone and this there, the
 making was stopped."""
 PATTERNS = ("train_*.bin", "val_*.bin", "tokenizer.model", "memory.ppmd", DATASET)
+
+
+@dataclass(frozen=True)
+class MadeFiles:
+    """Says which files a data set has."""
+
+    model: Path
+    processor: SentencePieceProcessor
+    train: list[Path]
+    valid: list[Path]
+    known: dict[str, Any]
+    """Fields of a `Dataset` that are known by now."""
 
 
 class OwnFiles:

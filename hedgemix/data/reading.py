@@ -48,3 +48,12 @@ class Problems:
         """Raise RecipeError with the problems, a line each, if there are any."""
         if self.found:
             raise ToldProblems("\n".join(self.found))
+
+
+def encodable(text: str) -> bool:
+    """Tell whether the text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, written as an escape
+        return False
+    return True

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from hedgemix.config import RecipeError
-from hedgemix.data import docstrings
 from hedgemix.data.archive import ZstdFile
-from hedgemix.data.reading import Problems, Reading
+from hedgemix.data.reading import Problems, Reading, encodable
 
 WHOLE_BYTES = 64 * 1024  # text files up to this size are one document
 PART_BYTES = 16 * 1024  # longer ones are split at the first blank line after this many bytes
@@ -238,7 +237,7 @@ def _json_lines(path: Path, text_field: str, reading: Reading, problems: Problem
                 reading.passed_over["rows whose text is null"] += 1
             elif not isinstance(document, str):
                 problems.add(f"data.paths: {path}:{number} has no text in {text_field!r}; set data.text_field")
-            elif not docstrings.encodable(document):
+            elif not encodable(document):
                 problems.add(f"data.paths: {path}:{number} holds a lone surrogate, which is no text; drop the line")
             else:
                 yield document

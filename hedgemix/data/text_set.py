@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 
 from hedgemix.config import DataConfig, RecipeError, config_hash
 from hedgemix.data import bpb, corpus, memory, overlap, shards, tokenizer
-from hedgemix.data.own_files import OwnFiles, shard_name
+from hedgemix.data.own_files import MadeFiles, OwnFiles, shard_name
 from hedgemix.data.reading import Reading
 from hedgemix.data.spool import Spool
 
@@ -27,22 +26,7 @@ BATCH_CHARACTERS = 2_000_000
 MODEL = "tokenizer.model"
 
 
-@dataclass(frozen=True)
-class TextSet:
-    """Says what was made."""
-
-    model: Path
-    processor: SentencePieceProcessor
-    train: list[Path]
-    valid: list[Path]
-    documents: int
-    """Of the training text."""
-    text_sha256: str
-    known: dict[str, Any]
-    """Further fields of a `Dataset`."""
-
-
-def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> TextSet:
+def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFiles:
     """Read the source and write tokenizer and shards into the folder, in place of an earlier data set's.
 
     Raises RecipeError when the source cannot be used or the folder holds others' files by these names, OSError when it
@@ -67,7 +51,8 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> TextSe
     if config.memory_bytes:
         own.path(memory.FILE_NAME)
     known |= memory.write(train, config.memory_bytes, processor, folder, log)
-    return TextSet(model, processor, train_paths, valid_paths, len(train), text_sha256, known)
+    known |= {"train_documents": len(train), "text_sha256": text_sha256}
+    return MadeFiles(model, processor, train_paths, valid_paths, known)
 
 
 def documents_sha256(documents: Iterable[bytes]) -> str:

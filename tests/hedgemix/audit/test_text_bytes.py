@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 
 from hedgemix.audit import text_bytes
 from hedgemix.config import DataConfig
-from hedgemix.data import bpb, corpus, text_set, tokenizer
+from hedgemix.data import corpus, probes, text_set, tokenizer
 from hedgemix.data.shards import TokenStream
 from support.text_data import documents, processor, without_spaces
 from support.tiny_run import Record
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_spells_its_pieces_longer_is_caught() -> None:
 
 
 def test_a_space_of_three_bytes_is_caught() -> None:
-    wrong = bpb.miscounted(SentencePieceProcessor(model_proto=without_spaces()))
+    wrong = probes.miscounted(SentencePieceProcessor(model_proto=without_spaces()))
     assert "'Plain words, and a Name.' is counted as 32 bytes, and has 24" in wrong
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from support.text_data import TEXTS, documents, processor
 
-from hedgemix.data import bpb, tokenizer
+from hedgemix.data import bpb, probes, tokenizer
 
 
 @settings(deadline=None, max_examples=200)
@@ -43,14 +43,14 @@ def trained(**changes: object) -> SentencePieceProcessor:
 
 
 def test_what_a_tokenizer_does_not_write_is_measured() -> None:
-    assert bpb.changed_share(processor()) == 0.0 and bpb.adds_prefix(processor())
+    assert probes.changed_share(processor()) == 0.0 and probes.adds_prefix(processor())
     exact = trained()
-    assert bpb.changed_share(exact) == 0.0 and bpb.miscounted(exact) == []
+    assert probes.changed_share(exact) == 0.0 and probes.miscounted(exact) == []
     squeezed = trained(remove_extra_whitespaces=True)
-    lost = sum(len(text) - len(re.sub(" +", " ", text)) for text in bpb.PROBES)
-    assert bpb.changed_share(squeezed) == pytest.approx(lost / sum(len(text.encode()) for text in bpb.PROBES))
+    lost = sum(len(text) - len(re.sub(" +", " ", text)) for text in probes.PROBES)
+    assert probes.changed_share(squeezed) == pytest.approx(lost / sum(len(text.encode()) for text in probes.PROBES))
     unknown = trained(byte_fallback=False, add_dummy_prefix=False)
-    assert bpb.changed_share(unknown) > 0.3 and not bpb.adds_prefix(unknown)
+    assert probes.changed_share(unknown) > 0.3 and not probes.adds_prefix(unknown)
 
 
 def test_counting_in_pieces_is_counting_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

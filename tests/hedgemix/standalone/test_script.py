@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -143,3 +145,14 @@ def test_it_names_the_packages_it_needs(recipe: Recipe) -> None:
     assert needs(source="shards", memory_bytes=1) == {*script.PACKAGES, "pyppmd"}
     assert needs(source="text") == {*script.PACKAGES, "pyarrow"}
     assert needs(source="docs", packages=("torch", "pandas")) == {*script.PACKAGES, "pandas"}
+
+
+@pytest.mark.parametrize("source", ["docs", "text", "shards"])
+def test_what_a_recipe_s_source_does_not_need_is_left_out_and_not_missed(source: str) -> None:
+    """Whatever stays imports none of it at its top; where a function does, that is for another source."""
+    everything, kept = source_bundle.sources(script.ENTRY), script._sources(source)
+    absent = {name.rpartition(".")[2] for name in everything.keys() - kept.keys()}
+    assert absent and {f"hedgemix.data.{name}" for name in script.READERS[source]} <= kept.keys()
+    for name, text in kept.items():
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not absent & {part for node in imports for part in re.findall(r"\w+", ast.unparse(node))}, name
