@@ -188,7 +188,7 @@ def _prepare(command: Prepare) -> None:
     if made.text_sha256:
         table.add_row("sha256 of text", made.text_sha256[:16], "")
     table.add_row("sha256 of tokenizer", made.tokenizer_sha256[:16], "")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _compress(command: Compress) -> None:
@@ -228,11 +228,11 @@ def _bar(name: str) -> Iterator[Log]:
 
 
 def _inspect(command: Inspect) -> None:
-    inspection.show(command.artifact, Console(highlight=False))
+    inspection.show(command.artifact, Console(highlight=False, markup=False))
 
 
 def _audit(command: Audit) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for name in (
         "first_tokens",
         "streamed_tokens",

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
@@ -114,7 +114,8 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    plain: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold [brackets]
+    console, errors = Console(**plain), Console(stderr=True, **plain)
     try:
         check_arguments(arguments)
         recipe, options = parse(arguments)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hedgemix.cli import check_arguments
+from hedgemix.data import dataset
 from pipeline import cli
 
 TEXT = "prepare --folder out --source text --paths"
@@ -115,3 +116,19 @@ def test_names_that_are_not_utf_8_are_printed(monkeypatch: pytest.MonkeyPatch) -
     check_arguments([odd])
     print(odd, flush=True)
     assert shown.getvalue() == b"n\\udcfcr.txt\n"
+
+
+def test_names_with_brackets_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sums = dict.fromkeys(("tokenizer_sha256", "valid_sha256", "train_sha256", "text_sha256"), "0" * 64)
+    counts = dict.fromkeys(("vocab_size", "train_tokens", "valid_tokens", "max_valid_tokens", "valid_bytes"), 5)
+    made = dataset.Dataset(
+        "docs", (), (), "", train_documents=1, valid_documents=1, valid_overlap_share=0.0, train_bytes=1,
+        train_bytes_removed=0, **counts, **sums,
+    )  # fmt: skip
+    monkeypatch.setattr(dataset, "prepare", lambda *given: made)
+    monkeypatch.setattr("sys.argv", ["hedgemix", "prepare", "--folder", str(tmp_path / "a[b]c[/b]")])
+    monkeypatch.setenv("COLUMNS", "300")
+    cli.main()
+    assert "a[b]c[/b]" in capsys.readouterr().out
