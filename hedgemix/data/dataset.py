@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
 from hedgemix.data import bpb
 from hedgemix.data import memory
-from hedgemix.data import overlap
 from hedgemix.data import own_files
 from hedgemix.data import shards
-from hedgemix.data import text_set
 from hedgemix.data import tokenizer
-from hedgemix.data.reading import Problems
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.validate import check_data

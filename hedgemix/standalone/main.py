@@ -56,10 +56,12 @@ def main(values: dict[str, Any], sources: Mapping[str, str], code_bytes: int, ar
     values: the recipe as JSON; sources: the library's, by module; code_bytes: what counts beside the artifact.
     """
     options = parse(arguments)
-    if options.unpack:
-        unpack(options.unpack, sources, values)
-        return 0
     try:
+        if options.unpack:
+            unpack(options.unpack, sources, values)
+            return 0
+        if not 0 <= (options.seed or 0) < 1 << 63:
+            raise RecipeError(f"--seed {options.seed}: give one from 0 to 2**63 - 1")
         recipe = placed(from_dict(Recipe, values), options)
         return run(recipe, options, code_bytes)
     except (RecipeError, DivergedError, OSError) as error:
@@ -81,7 +83,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> None:
-    """Write sources and recipe.json as files in the folder."""
+    """Write sources and recipe.json as files in the folder. Raises RecipeError when it holds any."""
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"--unpack {folder} is not empty; name a new folder")
     for name, source in sources.items():
         package = any(other.startswith(name + ".") for other in sources)
         path = folder.joinpath(*name.split("."))
