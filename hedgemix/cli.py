@@ -3,9 +3,10 @@ stderr and exit code 2."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ from hedgemix.codec import text_codec
 from hedgemix.codec.text_codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
 from hedgemix.data import dataset, fineweb
-from hedgemix.runtime.files import Log, read_json
+from hedgemix.runtime.files import Log, check_new, read_json, told
+from hedgemix.validate import check_read
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,34 @@ def main(commands: Commands | None = None) -> None:
     """Run the command line, of these commands or the library's own; exits with 2 after a user's mistake."""
     commands = commands or COMMANDS
     either: Any = Union[tuple(commands)]  # noqa: UP007
-    command = tyro.cli(either, prog="hedgemix", description=__doc__)
     try:
+        check_arguments(sys.argv[1:])
+        command = tyro.cli(either, prog="hedgemix", description=__doc__)
         commands[type(command)](command)
-    except (RecipeError, ArtifactError, CodecError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return
+    except (RecipeError, ArtifactError, CodecError) as mistake:
+        error = str(mistake)
+    except OSError as failure:
+        error = told(failure)
+    except ModuleNotFoundError as missing:
+        if not missing.name or missing.name.partition(".")[0] in ("hedgemix", "pipeline"):
+            raise
+        error = f"the package {missing.name} is not installed; install it (pip install {missing.name})"
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise RecipeError for an empty argument, which as a path would be the folder one is in. And let names that are
+    not UTF-8 be printed."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument or argument.endswith("="):
+            place = argument or (f"{before} ''" if before else "''")
+            raise RecipeError(
+                f"{place} is empty, as of a shell variable that is not set; give it a value or leave it out"
+            )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _download(command: Download) -> None:
@@ -154,6 +178,7 @@ def _download(command: Download) -> None:
 
 
 def _prepare(command: Prepare) -> None:
+    check_read(command.data, DataConfig())
     made = dataset.prepare(command.data, command.folder)
     dataset.save(made, command.folder)
     table = Table("", "training", "validation", title=f"{made.source} in {command.folder}", title_justify="left")
@@ -168,11 +193,12 @@ def _prepare(command: Prepare) -> None:
     if made.text_sha256:
         table.add_row("sha256 of text", made.text_sha256[:16], "")
     table.add_row("sha256 of tokenizer", made.tokenizer_sha256[:16], "")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _compress(command: Compress) -> None:
     config = None
+    check_new(command.out)
     if command.recipe is not None:
         try:
             config = from_dict(EvaluateConfig, read_json(command.recipe)["evaluate"])
@@ -191,6 +217,7 @@ def _compress(command: Compress) -> None:
 
 
 def _decompress(command: Decompress) -> None:
+    check_new(command.text)
     with _bar("decoding") as log:
         size = text_codec.decompress(command.artifact, command.coded, command.text, command.force, log)
     print(f"{size:,} bytes of text in {command.text}; the checksum is right")
@@ -206,11 +233,23 @@ def _bar(name: str) -> Iterator[Log]:
 
 
 def _inspect(command: Inspect) -> None:
-    inspection.show(command.artifact, Console(highlight=False))
+    inspection.show(command.artifact, Console(highlight=False, markup=False))
 
 
 def _audit(command: Audit) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
+    for name in (
+        "first_tokens",
+        "streamed_tokens",
+        "coded_tokens",
+        "windows",
+        "tolerance",
+        "draws",
+        "cuts",
+        "draw_seed",
+    ):
+        if not (getattr(command, name) or 0) >= 0:  # nor is NaN
+            raise RecipeError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must not be negative")
     if (command.run is None) == (not command.scorer):
         raise RecipeError("give the parquet file of a record, or --scorer and --tokens")
     if command.run is not None:
@@ -230,6 +269,8 @@ def _audit(command: Audit) -> None:
         sys.exit(auditor.record(command.run, command.seeds, command.claim, plan, console))
     if command.tokens is None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
+    if command.report is not None:
+        check_new(command.report)
     options = command.draws, command.cuts, command.draw_seed, command.report
     given = external_scorer.Given(command.scorer, command.files, command.whole_text)
     sys.exit(external_scorer.report(given, command.tokens, *options, console))

@@ -79,6 +79,12 @@ def check_data(config: DataConfig) -> None:
     """Check the numbers of a text's configuration; whether the text is there shows when it is made."""
     if config.vocab_size < 2:
         raise RecipeError("data.vocab_size must be at least 2")
+    if config.vocab_size > 65536:
+        raise RecipeError(f"data.vocab_size is {config.vocab_size}; tokens have 16 bits, so 65536 is the most")
+    if not 0 < config.valid_fraction < 1:
+        raise RecipeError(
+            f"data.valid_fraction is {config.valid_fraction}; it must be above 0 and below 1, such as 0.02"
+        )
     if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
         raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
     if config.memory_bytes < 0:
@@ -88,6 +94,20 @@ def check_data(config: DataConfig) -> None:
             f"data.overlap_words is {config.overlap_words}; it must be 0 (nothing is left out) or from 4 "
             "(fewer words in a row are common phrases) to 64"
         )
+
+
+READ_BY = {"packages": "docs", "paths": "text", "text_field": "text", "shards_dir": "shards", "tokenizer": "shards"}
+"""Fields of the data that one source reads."""
+
+
+def check_read(config: DataConfig, default: DataConfig) -> None:
+    """Check that what a person gave in place of the default is read at all."""
+    for field, source in READ_BY.items():
+        if config.source != source and getattr(config, field) != getattr(default, field):
+            raise RecipeError(
+                f"data.{field} is given, and data.source {config.source} does not read it; set data.source {source}, "
+                "or leave it out"
+            )
 
 
 def check_limits(config: LimitsConfig) -> None:

@@ -40,7 +40,7 @@ def _report(command: Report) -> None:
 
     record = records.load(command.run)
     path = report.write(record, command.against)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for line in summary.key_findings(record, command.against):
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)
     console.print(f"report: {record.storage.where(path)}", markup=False, soft_wrap=True)
@@ -49,7 +49,7 @@ def _report(command: Report) -> None:
 def _compare(command: Compare) -> None:
     from pipeline.analysis import comparison, records
 
-    comparison.show(records.load(command.run), records.load(command.other), Console(highlight=False))
+    comparison.show(records.load(command.run), records.load(command.other), Console(highlight=False, markup=False))
 
 
 @dataclass(frozen=True)

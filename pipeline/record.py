@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
@@ -46,6 +46,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from hedgemix import recipes, stages
+from hedgemix.cli import check_arguments
 from hedgemix.config import (
     ComputeConfig,
     DataConfig,
@@ -61,17 +62,19 @@ from hedgemix.config import (
 )
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
+from hedgemix.data.reading import encodable
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
+from hedgemix.runtime.files import FIXES, told
 from hedgemix.runtime.layout import LOCK, RECIPE
-from hedgemix.validate import check_recipe
+from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.execution.driver import drive
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
 from pipeline.results.schema import Row
-from pipeline.results.table import read_rows, table_path, write_rows
+from pipeline.results.table import check_ours, read_rows, renew, table_path, write_rows
 from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record
 from pipeline.steps.recovery import clocked, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, perform, save_outputs
@@ -111,8 +114,10 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    plain: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold [brackets]
+    console, errors = Console(**plain), Console(stderr=True, **plain)
     try:
+        check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
         if options.plan:
@@ -123,8 +128,10 @@ def main(arguments: list[str]) -> int:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
     except (OSError, RayError) as error:
-        errors.print(f"error: {type(error).__name__}: {error}", style="bold red", markup=False, soft_wrap=True)
-        return 1
+        place = isinstance(error, OSError) and error.errno in FIXES
+        line = told(error) if isinstance(error, OSError) and place else f"{type(error).__name__}: {error}"
+        errors.print(f"error: {line}", style="bold red", markup=False, soft_wrap=True)
+        return 2 if place else 1
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on from here")
         return 130
@@ -132,7 +139,8 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     """Parse the recipe named first (or the one for this machine), with every field overridable by an option. Raises
-    RecipeError for an unknown recipe, no seeds or one named twice, and a record's name that leads out of its folder."""
+    RecipeError for an unknown recipe, no seeds or one named twice, a record's name that leads out of its folder, and
+    places and fields that nothing can be done with."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else default_recipe()
     if name not in recipes.RECIPES:
@@ -148,6 +156,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     )
     if len(set(options.seeds)) != len(options.seeds) or not options.seeds:
         raise RecipeError(f"--seeds {options.seeds}: name at least one seed, and each once")
+    if wrong := [seed for seed in options.seeds if not 0 <= seed < 1 << 63]:
+        raise RecipeError(f"--seeds {wrong[0]}: a seed is a number from 0 to {(1 << 63) - 1}")
+    if not encodable(options.out):
+        raise RecipeError(f"--out {options.out!r} is not UTF-8, which the table could not name; choose another folder")
+    check_read(options.data, parts["data"])
     record = options.record
     if any(character in record for character in "/\\") or record.startswith((".", "_")) or not record.isprintable():
         raise RecipeError(f"--record {record!r} names a file; leave out slashes, controls and a leading . or _")
@@ -170,7 +183,12 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
     folder = storage.record_folder(record)
     waiting = "another driver holds this record; waiting to see whether it lives"
     with hold(storage, folder / LOCK, lambda: console.print(waiting)) as lost:
+        check_ours(storage, record)
         keep_recipe(storage, folder / RECIPE, recipe, record)
+        if renewed := renew(storage):
+            console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
+        if data_step(storage, recipe.data).record() is None:
+            check_gpus(recipe)
         dataset, data = prepare(recipe, storage, console)
         plan = plan_record(record, recipe, dataset, data, options.seeds)
         keep_steps(plan)
@@ -185,6 +203,17 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
         if options.report:
             write_report(storage, record, console)
     return 1 if any(row.status != "done" for row in rows) else 0
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """Raise RecipeError when the recipe asks for GPUs and this machine, alone, has none: before its text is made."""
+    import torch
+
+    if recipe.compute.gpus_per_worker and not os.environ.get("RAY_ADDRESS") and not torch.cuda.is_available():
+        raise RecipeError(
+            f"compute.gpus_per_worker is {recipe.compute.gpus_per_worker:g} and torch sees no GPU on this machine; set "
+            "it to 0, check the driver, or name a cluster in RAY_ADDRESS"
+        )
 
 
 def write_report(storage: Storage, record: str, console: Console) -> None:

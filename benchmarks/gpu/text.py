@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from hedgemix.config import DataConfig, RecipeError, config_hash
-from hedgemix.data import corpus, dataset, shards, tokenizer
+from hedgemix.data import corpus, dataset, shards, text_files, text_set, tokenizer
 from hedgemix.data.dataset import Dataset
 
 BATCH_CHARACTERS = 1_000_000
@@ -105,13 +105,13 @@ def processes() -> int:
 def main(folder: Path, model: Path, given: Path, valid_fraction: float, count: int, files: Sequence[Path]) -> None:
     """Write the shards of both sides, then dataset.json."""
     began = time.monotonic()
-    sides = corpus.split(corpus.text_documents(files), valid_fraction)
+    sides = corpus.split(corpus.distinct(text_files.documents(files)), valid_fraction)
     print(f"{time.monotonic() - began:.1f} s: {len(sides[0]):,} documents, {len(sides[1]):,} held out", flush=True)
     with multiprocessing.Pool(count, load, [model]) as pool:
         for name, documents in zip(("train", "val"), sides, strict=True):
             tokens = np.concatenate(pool.map(encode, batches(documents), chunksize=1))
-            for number, start in enumerate(range(0, len(tokens), dataset.SHARD_TOKENS)):
-                part = tokens[start : start + dataset.SHARD_TOKENS]
+            for number, start in enumerate(range(0, len(tokens), text_set.SHARD_TOKENS)):
+                part = tokens[start : start + text_set.SHARD_TOKENS]
                 shards.write_shard(folder / f"text_{name}_{number:06d}.bin", part)
     for path in given.glob("*_train_*.bin"):
         shutil.copyfile(path, folder / f"given_{path.name}")

@@ -102,7 +102,7 @@ def read_rows(table: Path) -> list[dict[str, Any]]:
     try:
         content = pq.read_table(table) if table.is_file() else None
     except (OSError, pa.ArrowInvalid) as error:
-        raise RecipeError(f"{table} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+        raise RecipeError(f"{table} is no parquet file ({str(error).splitlines()[0]}); give a record's") from None
     if content is None:
         raise RecipeError(f"{table} is no file; give the parquet file that the record prints as its table")
     there = {*content.column_names, *ADDED}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,12 @@ from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import bpb, corpus, tokenizer
+from hedgemix.data import bpb, corpus, probes, text_set, tokenizer
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 
 OFFICIAL = {"4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a": "fineweb_1024_bpe.model"}
 """SHA-256 of the challenge's tokenizers."""
-PROBES = (
-    "Plain words, and a Name.", "two  spaces,   three", "a line\nand another\n\n  indented", "tab\tand tab",
-    "0123456789", "naïve façade Ångström", "Привет, мир", "你好，世界", "नमस्ते दुनिया", "🙂 👩‍👩‍👧",
-)  # fmt: skip
 ENCODED_AGAIN = 1 << 20
 """Most tokens of the text that are decoded and encoded again."""
 ENCODED_ALIKE = 0.99
@@ -42,7 +39,7 @@ def check_bytes(claim: Claim) -> Finding:
     again what they decode to, by the pieces in them, and by the raw text where it can be had."""
     found = artifact.read(claim.artifact)
     model, processor, stream = found.tokenizer, load_tokenizer(found), datasets.valid_stream(claim.dataset)
-    wrong = miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in user_defined(model)[:3]]
+    wrong = probes.miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in user_defined(model)[:3]]
     alike, again = encoded_alike(processor, stream)
     if alike < ENCODED_ALIKE * again:
         wrong.append(f"of {again:,} tokens in whole documents {alike:,} come back from encoding their text")
@@ -55,7 +52,7 @@ def check_bytes(claim: Claim) -> Finding:
     official = OFFICIAL.get(digest, "")
     statement = (
         f"The tokenizer ({f'the official {official}' if official else f'SHA-256 {digest[:16]}…, not an official one'}) "
-        f"counts {len(PROBES)} probes as long as they are and has no user-defined piece; of {again:,} tokens "
+        f"counts {len(probes.PROBES)} probes as long as they are and has no user-defined piece; of {again:,} tokens "
         f"in whole documents {alike:,} come back from encoding their text; {share:.3%} of the bytes are in pieces that "
         f"the training text has nowhere. The raw text: {raw}."
     )
@@ -71,18 +68,6 @@ def check_bytes(claim: Claim) -> Finding:
     sound = f"{alike:,} of {again:,} tokens encoded alike; raw text {raw.partition(',')[0]}"
     headline = wrong[0] if wrong else sound
     return Finding("bytes", not wrong, headline, f"Violated: {wrong[0]}." if wrong else statement, figures)
-
-
-def miscounted(processor: SentencePieceProcessor) -> list[str]:
-    """Find probes whose tokens are counted as more or fewer bytes than the text that SentencePiece makes of them before
-    it looks for pieces: every space is, as three for one, where no piece begins with U+2581."""
-    tables, wrong = bpb.byte_tables(processor), []
-    for text in PROBES:
-        counted = bpb.count_bytes(tables, np.array(tokenizer.encode(processor, text)))
-        normalised = processor.normalize(text).replace(tokenizer.SPACE, " ").removeprefix(" ")
-        if counted != len(normalised.encode()):
-            wrong.append(f"{text!r} is counted as {counted} bytes, and has {len(normalised.encode())}")
-    return wrong
 
 
 def encoded_alike(processor: SentencePieceProcessor, stream: TokenStream) -> tuple[int, int]:
@@ -124,11 +109,10 @@ def raw_text(
     if config.source == "shards":
         return "not at hand (shards that others made), believed", []
     try:
-        documents = corpus.collect(config)
-        valid = corpus.split(documents, config.valid_fraction)[1]
+        train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
     except RecipeError:
         return "not readable here, believed", []
-    if datasets.documents_sha256(documents) != text_sha256:
+    if text_set.documents_sha256(chain(train.read(), valid.read())) != text_sha256:
         return "another one in the sources here, believed", []
     read, counted, tables = 0, 0, bpb.byte_tables(processor)
     for document in valid:

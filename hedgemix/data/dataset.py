@@ -9,30 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
 from hedgemix.data import bpb
-from hedgemix.data import corpus
 from hedgemix.data import memory
-from hedgemix.data import overlap
+from hedgemix.data import own_files
 from hedgemix.data import shards
 from hedgemix.data import tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.validate import check_data
 
-SHARD_TOKENS = 100_000_000
-BATCH_CHARACTERS = 2_000_000
 EDGE_BYTES = 1 << 20
 READ_TOKENS = 1 << 22
-FILE_NAME = "dataset.json"
+FILE_NAME = own_files.DATASET
 
 
 @dataclass(frozen=True)
@@ -89,13 +83,24 @@ class Dataset:
 
 
 def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print) -> Dataset:
-    """Make or check what a run reads. docs and text are tokenized into `folder`; shards stay where they are.
+    """Make or check what a run reads. docs and text are tokenized into `folder`; shards stay where they are. `save` ends
+    the making.
 
-    Raises RecipeError when the source cannot be used, RuntimeError should tokens and text disagree (a bug).
+    Raises RecipeError when the source cannot be used or the folder holds others' files by the names of ours, OSError
+    when it cannot be written to or is full, RuntimeError should tokens and text disagree (a bug).
     """
     folder = Path(folder)
     check_data(config)
-    return _from_shards(config, folder, log) if config.source == "shards" else _from_text(config, folder, log)
+    # A train_gpt.py has what makes its own source's alone.
+    if config.source == "shards":
+        from hedgemix.data import shard_set
+
+        made = shard_set.make(config, folder, log)
+    else:
+        from hedgemix.data import text_set
+
+        made = text_set.make(config, folder, log)
+    return _describe(config, made, log)
 
 
 def train_stream(dataset: Dataset) -> shards.TokenStream:
@@ -135,6 +140,7 @@ def save(dataset: Dataset, folder: str | Path) -> None:
 
     written = dataclasses.replace(_with_paths(dataset, place), folder="")
     write_json(root / FILE_NAME, to_dict(written))
+    own_files.finish(root)
 
 
 def load(folder: str | Path) -> Dataset:
@@ -180,126 +186,9 @@ def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) 
         )
 
 
-def _from_text(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
-    documents = corpus.collect(config)
-    everything, valid = corpus.split(documents, config.valid_fraction)
-    size = _n_bytes(documents) / 1e6
-    log(f"{config.source}: {len(documents):,} documents, {size:.1f} MB, {len(valid):,} of them for validation")
-    train, known = _held_out(config, everything, valid, log)
-    model = folder / "tokenizer.model"
-    processor = tokenizer.train(train, config.vocab_size, model)
-    log(f"tokenizer: {config.vocab_size} pieces trained")
-    for old in chain(folder.glob("train_*.bin"), folder.glob("val_*.bin")):
-        old.unlink()  # a longer data set may have been here
-    paths = {
-        name: _write_shards(folder, name, _encode(processor, side)) for name, side in (("train", train), ("val", valid))
-    }
-    return _describe(
-        config,
-        processor,
-        model,
-        paths["train"],
-        paths["val"],
-        documents=len(train),
-        text_sha256=documents_sha256(documents),
-        known=known | memory.write(train, config.memory_bytes, processor, folder, log),
-        log=log,
-    )
-
-
-def _held_out(
-    config: DataConfig, documents: list[str], valid: Sequence[str], log: Callable[[str], None]
-) -> tuple[list[str], dict[str, Any]]:
-    """The training documents without what repeats validation text, and what the data set tells of it."""
-    words = config.overlap_words or overlap.WINDOW_WORDS
-    windows = overlap.of_documents(valid, words)
-    before = share = overlap.share_in_documents(windows, documents, words)
-    kept, size = documents, _n_bytes(documents)
-    if config.overlap_words:
-        kept = list(overlap.without_repeats(documents, windows, words))
-        share = overlap.share_in_documents(windows, kept, words)  # measured, though it has to be 0
-    if not kept:
-        raise RecipeError(
-            f"data.overlap_words {words}: every training document repeats validation text; read other text, or set it to 0"
-        )
-    removed = size - _n_bytes(kept)
-    log(
-        f"held out: {before:.2%} of the validation text's windows of {words} words were in the training text; paragraphs "
-        f"with them were {removed / size:.2%} of it, {removed:,} bytes, and are left out: {share:.2%} are in it now"
-        if config.overlap_words
-        else f"not held out: {share:.2%} of the validation text's windows of {words} words are in the training text, and "
-        "data.overlap_words is 0"
-    )
-    return kept, {
-        "valid_overlap_share": share,
-        "overlap_window": f"{words} words",
-        "train_bytes": size - removed,
-        "train_bytes_removed": removed,
-    }
-
-
-def _n_bytes(documents: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in documents)
-
-
-def _from_shards(config: DataConfig, folder: Path, log: Callable[[str], None]) -> Dataset:
-    source = Path(config.shards_dir)
-    if not config.shards_dir or not source.is_dir():
-        raise RecipeError(
-            f"data.shards_dir: {config.shards_dir!r} is not a folder; name the folder of the shards, or run "
-            f"`hedgemix download --folder {source if config.shards_dir else 'data/fineweb'}` first"
-        )
-    model = Path(config.tokenizer) if config.tokenizer else _only_tokenizer(source)
-    processor = tokenizer.load(model)
-    if processor.vocab_size() != config.vocab_size:
-        raise RecipeError(
-            f"data.vocab_size is {config.vocab_size}, but {model} has {processor.vocab_size()} pieces; "
-            "set both to what made the shards"
-        )
-    paths: dict[str, list[Path]] = {}
-    for name in ("train", "val"):
-        paths[name] = sorted(set(source.glob(f"*_{name}_*.bin")) | set(source.glob(f"{name}_*.bin")))
-        if not paths[name]:
-            raise RecipeError(f"data.shards_dir: {source} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
-        for path in paths[name]:
-            shards.open_shard(path, config.vocab_size)
-    log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound")
-    share = overlap.share_in_tokens(
-        shards.TokenStream(paths["val"], config.max_valid_tokens), shards.TokenStream(paths["train"])
-    )
-    window = f"{overlap.WINDOW_TOKENS} tokens"
-    log(f"{share:.2%} of the validation text's windows of {window} are in the training text; others' shards stay whole")
-    known = {"valid_overlap_share": share, "overlap_window": window, "train_bytes_removed": 0}
-    documents = memory.shard_documents(processor, shards.TokenStream(paths["train"]))
-    known |= memory.write(documents, config.memory_bytes, processor, folder, log)
-    return _describe(
-        config, processor, model, paths["train"], paths["val"], documents=0, text_sha256="", known=known, log=log
-    )
-
-
-def _only_tokenizer(folder: Path) -> Path:
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        raise RecipeError(
-            f"data.shards_dir: {folder} has {len(models)} .model files; name the one the shards were made with in "
-            "data.tokenizer"
-        )
-    return models[0]
-
-
-def _describe(
-    config: DataConfig,
-    processor: SentencePieceProcessor,
-    model: Path,
-    train: Sequence[Path],
-    valid: Sequence[Path],
-    *,
-    documents: int,
-    text_sha256: str,
-    known: dict[str, Any],
-    log: Callable[[str], None],
-) -> Dataset:
-    stream = shards.TokenStream(valid, config.max_valid_tokens)
+def _describe(config: DataConfig, made: own_files.MadeFiles, log: Callable[[str], None]) -> Dataset:
+    processor = made.processor
+    stream = shards.TokenStream(made.valid, config.max_valid_tokens)
     tables = bpb.byte_tables(processor)
     digest = hashlib.sha256()
     valid_bytes, valid_documents, last = 0, int(stream.read(0, 1)[0] == processor.bos_id()), 0
@@ -311,61 +200,22 @@ def _describe(
         last += len(tokens) - 1
     dataset = Dataset(
         source=config.source,
-        train_shards=tuple(str(path.resolve()) for path in train),
-        valid_shards=tuple(str(path.resolve()) for path in valid),
-        tokenizer=str(model.resolve()),
+        train_shards=tuple(str(path.resolve()) for path in made.train),
+        valid_shards=tuple(str(path.resolve()) for path in made.valid),
+        tokenizer=str(made.model.resolve()),
         vocab_size=config.vocab_size,
-        train_tokens=len(shards.TokenStream(train)),
+        train_tokens=len(shards.TokenStream(made.train)),
         valid_tokens=len(stream),
         max_valid_tokens=config.max_valid_tokens,
         valid_bytes=valid_bytes,
-        train_documents=documents,
         valid_documents=valid_documents,
-        tokenizer_sha256=hashlib.sha256(model.read_bytes()).hexdigest(),
+        tokenizer_sha256=hashlib.sha256(made.model.read_bytes()).hexdigest(),
         valid_sha256=digest.hexdigest(),
-        train_sha256=edges_sha256(train),
-        text_sha256=text_sha256,
-        **known,
+        train_sha256=edges_sha256(made.train),
+        **made.known,
     )
     log(f"tokens: {dataset.train_tokens:,} for training, {dataset.valid_tokens:,} for validation")
     return dataset
-
-
-def _encode(processor: SentencePieceProcessor, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """Tokens of the documents, a batch of documents at a time."""
-    tables = bpb.byte_tables(processor)
-    for batch in corpus.batches(documents, BATCH_CHARACTERS):
-        tokens = np.concatenate(tokenizer.encode_batch(processor, batch))
-        counted, expected = bpb.count_bytes(tables, tokens), _n_bytes(batch)
-        if counted != expected:
-            raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
-        yield tokens
-
-
-def _write_shards(folder: Path, name: str, batches: Iterable[np.ndarray]) -> list[Path]:
-    paths: list[Path] = []
-
-    def write(tokens: np.ndarray) -> None:
-        paths.append(folder / f"{name}_{len(paths):06d}.bin")
-        shards.write_shard(paths[-1], tokens)
-
-    pending: list[np.ndarray] = []
-    for tokens in batches:
-        pending.append(tokens)
-        while sum(map(len, pending)) >= SHARD_TOKENS:
-            held = np.concatenate(pending)
-            write(held[:SHARD_TOKENS])
-            pending = [held[SHARD_TOKENS:]]
-    rest = np.concatenate(pending)
-    if len(rest):
-        write(rest)
-    return paths
-
-
-def documents_sha256(documents: Iterable[str]) -> str:
-    """Hash documents, whatever their order: SHA-256 of the sorted SHA-256 of each, in hex."""
-    digests = sorted(hashlib.sha256(text.encode()).digest() for text in documents)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def edges_sha256(paths: Iterable[Path]) -> str:

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from hedgemix.config import RecipeError
+from hedgemix.data.reading import Problems, Reading, encodable
 
 SHORTEST_DOCSTRING = 200  # characters
 FILES_A_PROCESS = 200
@@ -26,18 +27,31 @@ FILES_A_PROCESS = 200
 START = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from hedgemix.data import docstrings as d; d.serve()"
 
 
-def of_packages(packages: Sequence[str]) -> Iterator[str]:
+def of_packages(packages: Sequence[str], reading: Reading | None = None) -> Iterator[str]:
     """Read the docstrings of at least 200 characters in the packages' sources, in path order; nothing is imported.
 
-    Raises RecipeError when a package is not installed or has no Python source, ChildProcessError when a process that
-    reads its share dies.
+    `reading` counts. Raises RecipeError when packages are not installed or have no Python source, ChildProcessError when
+    a process that reads its share dies.
     """
-    paths = [path for package in packages for path in _sources(package)]
+    reading, problems, paths = reading or Reading(), Problems(), list[Path]()
+    for package in packages:
+        try:
+            paths += _sources(package)
+        except RecipeError as error:
+            problems.add(error)
+    problems.tell()
+    for found in _of_files(paths):
+        reading.files += 1
+        reading.passed_over["sources that do not parse"] += found is None
+        yield from found or ()
+
+
+def _of_files(paths: Sequence[Path]) -> Iterator[list[str] | None]:
     # Modules out of a train_gpt.py are no files, and no other process could import them.
     processes = min(_cpus(), len(paths) // FILES_A_PROCESS) if Path(__file__).is_file() else 1
     if processes < 2:
-        for path in paths:
-            yield from of_file(path)
+        yield from map(of_file, paths)
+        return
         return
     with ExitStack() as held:
         readers = [held.enter_context(_reader(paths[first::processes])) for first in range(processes)]
@@ -45,22 +59,24 @@ def of_packages(packages: Sequence[str]) -> Iterator[str]:
             line = readers[number % processes].readline()
             if not line:
                 raise ChildProcessError(f"the process that reads {path} died")
-            yield from json.loads(line)
+            yield json.loads(line)
 
 
-def of_file(path: Path) -> Iterator[str]:
-    """Read the docstrings of one source file: none where it cannot be parsed."""
+def of_file(path: Path) -> list[str] | None:
+    """Read the docstrings of one source file; None where it cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's sources
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):  # templates, other versions' syntax
-        return
+        return None
+    found = []
     for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)  # cleaned as inspect.cleandoc does
             if text and len(text) >= SHORTEST_DOCSTRING and encodable(text):
-                yield text
+                found.append(text)
+    return found
 
 
 def serve() -> None:
@@ -68,7 +84,7 @@ def serve() -> None:
     paths = json.loads(sys.stdin.readline())
     gc.disable()  # syntax trees have no cycles, and looking for some takes a quarter of the time
     for path in paths:
-        print(json.dumps([*of_file(Path(path))]))
+        print(json.dumps(of_file(Path(path))))
 
 
 @contextmanager
@@ -78,9 +94,10 @@ def _reader(paths: Sequence[Path]) -> Iterator[IO[str]]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as child:
         try:
             assert child.stdin and child.stdout
-            for told in (sys.path, [str(path) for path in paths]):
-                child.stdin.write(json.dumps(told) + "\n")
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it died, which shows where its answer is missed
+                for told in (sys.path, [str(path) for path in paths]):
+                    child.stdin.write(json.dumps(told) + "\n")
+                child.stdin.close()
             yield child.stdout
         finally:
             child.kill()
@@ -122,12 +139,3 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(children, list):  # the body of a lambda or of a conditional expression is not one
             for child in children:
                 yield from _statements(child)
-
-
-def encodable(text: str) -> bool:
-    """Tell whether the text can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, written as an escape
-        return False
-    return True

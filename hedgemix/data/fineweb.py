@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from hedgemix.data import tokenizer
 from hedgemix.config import RecipeError
 
 REPOSITORY = "willdepueoai/parameter-golf"
+STAGING = ".hedgemix-download"
 Result = TypeVar("Result")
 
 
@@ -32,7 +34,8 @@ def download(
     log: Callable[[str], None] = print,
 ) -> Path:
     """Fetch all validation shards, the first `train_shards` training shards (100 M tokens, 200 MB each) and the
-    tokenizer into `folder`, flat; returns the tokenizer's path. Whole files that are there already stay.
+    tokenizer into `folder`, flat; returns the tokenizer's path. Whole files that are there already stay, others by these
+    names are put aside.
 
     Use it with DataConfig(source="shards", shards_dir=folder, tokenizer=the returned path, vocab_size=1024).
     Raises RecipeError when the hub cannot be reached, lacks a file or sends a broken one.
@@ -60,7 +63,7 @@ def download(
         _fetch(repo, path, root, lambda file: shards.open_shard(file, vocab_size), log)
     model = f"datasets/tokenizers/fineweb_{vocab_size}_bpe.model"
     _fetch(repo, model, root, lambda file: _check_size(tokenizer.load(file).vocab_size(), vocab_size, model), log)
-    shutil.rmtree(root / ".download", ignore_errors=True)
+    shutil.rmtree(root / STAGING, ignore_errors=True)
     return root / Path(model).name
 
 
@@ -71,9 +74,11 @@ def _fetch(repo: str, name: str, root: Path, check: Callable[[Path], object], lo
             check(final)
             return
         except RecipeError as error:
-            log(f"fetching again: {error}")
+            aside = _free(final.with_name(f"{final.name}.aside"))
+            final.rename(aside)  # it may be somebody's
+            log(f"fetching again, what was there is now {aside.name}: {error}")
     log(f"fetching {final.name}")
-    staging = root / ".download"
+    staging = root / STAGING
     fetched = Path(_ask(repo, lambda: hf_hub_download(repo, name, repo_type="dataset", local_dir=staging)))
     try:
         check(fetched)
@@ -81,6 +86,12 @@ def _fetch(repo: str, name: str, root: Path, check: Callable[[Path], object], lo
         fetched.unlink()  # or the hub client would take it for whole the next time
         raise
     os.replace(fetched, final)
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number behind it the first that nothing has."""
+    others = (path.with_name(f"{path.name}{number}") for number in count(2))
+    return next(free for free in chain([path], others) if not free.exists())
 
 
 def _check_size(size: int, expected: int, name: str) -> None:

@@ -55,7 +55,6 @@ def write(
     """Write the first documents, as many as `most_bytes` hold, into memory.ppmd of the folder, and describe them in
     fields of `dataset.Dataset`; 0 bytes leave neither. Raises RecipeError when they hold not one document."""
     path = folder / FILE_NAME
-    path.unlink(missing_ok=True)
     if not most_bytes:
         return {}
     chosen, memory = choose(documents, most_bytes)

@@ -120,14 +120,19 @@ def share_in_documents(valid: Windows, documents: Iterable[str], words: int) -> 
     return valid.share(seen)
 
 
-def without_repeats(documents: Iterable[str], valid: Windows, words: int) -> Iterator[str]:
+def without_repeats(
+    documents: Iterable[str], valid: Windows, words: int, seen: np.ndarray | None = None
+) -> Iterator[str]:
     """Leave out each paragraph that has `words` words in a row in common with the validation text, and each document
-    of which nothing else is left. Paragraphs lie between blank lines; a document without any is taken line by line."""
+    of which nothing else is left. Paragraphs lie between blank lines; a document without any is taken line by line.
+    Sets in `seen` (bool, one a distinct window) which windows were there before."""
     for batch in batches(documents, BATCH_CHARACTERS):
-        looked_at = np.arange(len(batch))
+        looked_at, mark = np.arange(len(batch)), seen
         while len(looked_at):  # what is cut is looked at again: the words around a gap are now in a row
             windows = word_windows([batch[number] for number in looked_at], words)
-            found = valid.find(windows.hashes)[0]
+            found, which = valid.find(windows.hashes)
+            if mark is not None:
+                mark[which], mark = True, None
             document, word = looked_at[windows.document[found]], windows.word[found]
             looked_at = np.unique(document)
             for number in looked_at:

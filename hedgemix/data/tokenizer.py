@@ -22,6 +22,7 @@ from hedgemix.runtime.files import replacing
 
 SPACE = "\u2581"
 SAMPLE_BYTES = 10_000_000
+SMALLEST = 300  # pieces
 SENTENCE_CHARACTERS = 4096  # BPE training aborts the process on a word of more than 65,535 characters
 BYTES_AND_CONTROLS = 260
 COVERAGE = 0.999
@@ -35,40 +36,59 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> Senten
     the same file. Ids 0 to 3 are pad, bos, eos, unk; 256 byte tokens stand for the characters that get no piece. Raises
     RecipeError when the vocabulary is too small for that or too large for the text.
     """
-    if not 300 <= vocab_size <= 65536:
-        raise RecipeError(f"data.vocab_size is {vocab_size}; set it from 300 (256 are bytes) to 65536 (16-bit tokens)")
-    sentences = _only_common(list(_sample(documents)), (vocab_size - BYTES_AND_CONTROLS) // 2)
-    model = io.BytesIO()
+    if not SMALLEST <= vocab_size <= 65536:
+        raise RecipeError(f"data.vocab_size is {vocab_size}; set it from {SMALLEST} (256 are bytes) to 65536 (16-bit tokens)")
+    sample = list(_sample(documents))
     try:
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=True,
-            split_by_whitespace=True,
-            split_digits=True,
-            character_coverage=1.0,
-            max_sentence_length=1 << 30,
-            num_threads=1,
-            minloglevel=3,
-        )
+        model = _trained(sample, vocab_size)
     except RuntimeError as error:
-        size = sum(len(sentence.encode()) for sentence in sentences)
+        size, fitting = sum(len(text.encode()) for text in sample), _fitting(sample, error)
+        fix = f"lower data.vocab_size to {fitting} or read more text" if fitting else "read more text"
         raise RecipeError(
-            f"data.vocab_size {vocab_size} does not suit the {size:,} bytes of training text ({_reason(error)}); "
-            "lower data.vocab_size or read more text"
+            f"data.vocab_size {vocab_size} does not suit the {size:,} bytes of training text ({_reason(error)}); {fix}"
         ) from None
     with replacing(Path(path)) as file:
-        file.write(model.getvalue())
-    return load(model.getvalue())
+        file.write(model)
+    return load(model)
+
+
+def _trained(sample: Sequence[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(_only_common(sample, (vocab_size - BYTES_AND_CONTROLS) // 2)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        split_by_whitespace=True,
+        split_digits=True,
+        character_coverage=1.0,
+        max_sentence_length=1 << 30,
+        num_threads=1,
+        minloglevel=3,
+    )
+    return model.getvalue()
+
+
+def _fitting(sample: Sequence[str], error: RuntimeError) -> int:
+    """The largest vocabulary that the error names and that can be trained, 0 without one. A smaller one has fewer
+    characters, so that what is named for one size need not be there for it."""
+    last = 65537
+    while (named := re.search(r"<= (\d+)", str(error))) and SMALLEST <= int(named[1]) < last:
+        last = int(named[1])
+        try:
+            _trained(sample, last)
+            return last
+        except RuntimeError as again:
+            error = again
+    return 0
 
 
 def load(source: str | Path | bytes) -> SentencePieceProcessor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import torch
+
+FIXES = {
+    errno.ENOENT: "name one that is there",
+    errno.EACCES: "permit it, or name another place",
+    errno.EPERM: "permit it, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOSPC: "make room, and run the same command again",
+    errno.EDQUOT: "make room, and run the same command again",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a folder where one is needed",
+    errno.EEXIST: "name another place",
+    errno.ENAMETOOLONG: "shorten the name",
+}
+"""What to do about the errors that a person's choice of a place can have."""
 
 OnFileWritten = Callable[[Path], None]
 """Told of every file a restart needs, each time it is whole on disk; on any thread, in the order they are needed."""
@@ -34,9 +49,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno:  # a write's: which, nobody would know
+            error.filename = str(path)
         raise
+
+
+def told(error: OSError) -> str:
+    """Say what went wrong with which file, and what to do where that is known, in a line."""
+    if error.errno not in FIXES:
+        return str(error)
+    return f"{error.filename or 'a file'}: {error.strerror}; {FIXES[error.errno]}"
+
+
+def check_new(path: Path) -> None:
+    """Raise FileExistsError when a file to be made is there already, and OSError when it cannot be made: before the
+    work that it is to hold."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb"):
+        pass
+    path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,7 +94,10 @@ def save_tensors(path: Path, value: Any) -> None:
     import torch  # seconds, which files of other kinds do without
 
     with replacing(path) as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # of a write that failed torch only tells where it was
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 class DamagedFileError(ValueError):

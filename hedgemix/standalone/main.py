@@ -27,7 +27,7 @@ from hedgemix.config import ComputeConfig, Recipe, RecipeError, from_dict, to_di
 from hedgemix.data import dataset as datasets
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime import collectives
-from hedgemix.runtime.files import Log, read_json, silent, write_json
+from hedgemix.runtime.files import Log, read_json, silent, told, write_json
 from hedgemix.runtime.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
 from hedgemix.train.step_log import DivergedError
@@ -56,14 +56,16 @@ def main(values: dict[str, Any], sources: Mapping[str, str], code_bytes: int, ar
     values: the recipe as JSON; sources: the library's, by module; code_bytes: what counts beside the artifact.
     """
     options = parse(arguments)
-    if options.unpack:
-        unpack(options.unpack, sources, values)
-        return 0
     try:
+        if options.unpack:
+            unpack(options.unpack, sources, values)
+            return 0
+        if not 0 <= (options.seed or 0) < 1 << 63:
+            raise RecipeError(f"--seed {options.seed}: give one from 0 to 2**63 - 1")
         recipe = placed(from_dict(Recipe, values), options)
         return run(recipe, options, code_bytes)
     except (RecipeError, DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
 
 
@@ -81,7 +83,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def unpack(folder: Path, sources: Mapping[str, str], values: dict[str, Any]) -> None:
-    """Write sources and recipe.json as files in the folder."""
+    """Write sources and recipe.json as files in the folder. Raises RecipeError when it holds any."""
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"--unpack {folder} is not empty; name a new folder")
     for name, source in sources.items():
         package = any(other.startswith(name + ".") for other in sources)
         path = folder.joinpath(*name.split("."))

@@ -23,6 +23,12 @@ NAME = "train_gpt.py"
 ENTRY = "hedgemix.standalone.main"
 PACKAGES = ("numpy", "sentencepiece", "torch", "zstandard")
 """All that the sources import beside Python's own; pyarrow too, for text files, and pyppmd for a memory."""
+READERS = {
+    "docs": ("docstrings", "text_set"),
+    "text": ("text_files", "archive", "text_set"),
+    "shards": ("shard_set", "probes"),
+}
+"""Modules of hedgemix.data that only these sources need: a recipe's file has its own source's."""
 HEADER = '''"""One seed of recipe {name}: trained, quantized and scored by this file alone. Made by hedgemix {version}.
 
     torchrun --standalone --nproc_per_node={processes} {file} --seed 1337                     a run of its own
@@ -87,9 +93,15 @@ def distributions() -> Mapping[str, list[str]]:
 @cache
 def _build(recipe: str) -> bytes:
     values = json.loads(recipe)
-    held = json.dumps({"recipe": values, "sources": dict(source_bundle.sources(ENTRY))}, separators=(",", ":"))
+    held = json.dumps({"recipe": values, "sources": _sources(values["data"]["source"])}, separators=(",", ":"))
     data = base64.b85encode(lzma.compress(held.encode(), lzma.FORMAT_ALONE, filters=FILTERS)).decode()
     processes = max(values["compute"]["workers"], values["compute"]["evaluate_workers"])
     header = HEADER.format(name=values["recipe"], version=__version__, processes=processes, file=NAME)
     _, _, importer = Path(__file__).with_name("importer.py").read_text(encoding="utf-8").partition('"""\n')
     return f'{header}{importer}\n\nDATA = "{data}"{FOOTER}'.encode()
+
+
+def _sources(read: str) -> dict[str, str]:
+    needed = set(READERS[read])
+    others = {f"hedgemix.data.{name}" for names in READERS.values() for name in names if name not in needed}
+    return {name: text for name, text in source_bundle.sources(ENTRY).items() if name not in others}

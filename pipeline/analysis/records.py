@@ -123,7 +123,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
     try:
         found = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
-        raise RecipeError(f"{run} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+        raise RecipeError(f"{run} is no parquet file ({str(error).splitlines()[0]}); give a record's") from None
     lacking = [field.name for field in fields(schema.Row) if field.name not in found.column_names]
     always = [field.name for field in fields(schema.Row) if field.default is MISSING]
     if any(name in always for name in lacking):

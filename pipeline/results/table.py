@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hedgemix.config import RecipeError
 from hedgemix.runtime.files import replacing
-from pipeline.results.schema import Row, schema
+from hedgemix.runtime.layout import LOCK
+from pipeline.results.schema import SCHEMA_VERSION, Row, schema
+from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage
+
+SEED_STEPS = ("train", "score", "quantize", "evaluate")
 
 
 def table_path(storage: Storage, record: str) -> Path:
@@ -27,11 +33,53 @@ def write_rows(storage: Storage, rows: list[Row]) -> Path:
     path = table_path(storage, rows[0].record)
     mine = {row.seed for row in rows}
     kept = [old for old in read_rows(storage, path) if old["seed"] not in mine]
-    table = pa.Table.from_pylist(kept + [dataclasses.asdict(row) for row in rows], schema=schema())
-    with replacing(path) as file:
-        pq.write_table(table, file)
-    storage.push(path)
+    _write(storage, path, kept + [dataclasses.asdict(row) for row in rows])
     return path
+
+
+def _write(storage: Storage, path: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as file:
+        pq.write_table(pa.Table.from_pylist([_renewed(row) for row in rows], schema=schema()), file)
+    storage.push(path)
+
+
+def check_ours(storage: Storage, record: str) -> None:
+    """Raise RecipeError when a sound file lies where the record's table goes and is no table of a record."""
+    path = table_path(storage, record)
+    content = storage.read_bytes(path)
+    if content is not None and _version(content) == 0:
+        raise RecipeError(
+            f"{storage.where(path)} is no record's table; give this record another --record, or move that file away"
+        )
+
+
+def renew(storage: Storage) -> list[str]:
+    """Rewrite the tables of other records that an older version wrote, in the columns of this one, and return their
+    names: who reads a folder of tables as one takes the columns of the first. Those whose driver is at work are left to
+    it, and so are those of an object store."""
+    renewed = []
+    for path in [] if storage.remote else sorted(storage.root.glob("[!._]*.parquet")):
+        if 0 < _version(path.read_bytes()) < SCHEMA_VERSION:
+            with suppress(RecipeError), hold(storage, storage.record_folder(path.stem) / LOCK):
+                _write(storage, path, read_rows(storage, path))
+                renewed.append(path.stem)
+    return renewed
+
+
+def _version(content: bytes) -> int:
+    """The schema version of a table, 0 of another parquet file, -1 of what is none."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(content)).metadata or {}
+    except (OSError, pa.ArrowException):
+        return -1
+    return int(metadata.get(b"hedgemix_schema", 0))
+
+
+def _renewed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row in the columns of this version; before 7, `attempts` counted the first start of each step too."""
+    attempts = row.get("attempts")
+    counted = {"retries": attempts - len(SEED_STEPS)} if attempts is not None and row["status"] == "done" else {}
+    return counted | row | {"schema_version": SCHEMA_VERSION}
 
 
 def read_rows(storage: Storage, path: Path) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from typing import Any
 
 from hedgemix import stages
 from hedgemix.config import DataConfig, Recipe, config_hash, to_dict
-from hedgemix.data import corpus
+from hedgemix.data import text_files
 from hedgemix.data.dataset import Dataset
+from hedgemix.data.reading import Problems, Reading
 from hedgemix.evaluate import scoring_order
 from hedgemix.runtime.layout import STEP_NAMES
 from hedgemix.standalone import script
@@ -31,7 +32,7 @@ from pipeline.steps.step import Step
 from pipeline.storage.store import Storage
 
 # Raise a step's number when its code changes what it makes from the same inputs: old results are then not reused.
-VERSIONS = {"data": 2, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 7}
+VERSIONS = {"data": 3, "counts": 3, "train": 4, "score": 3, "quantize": 3, "evaluate": 7}
 
 
 def step(storage: Storage, kind: str, *reads: Any) -> Step:
@@ -137,9 +138,7 @@ def data_step(storage: Storage, config: DataConfig) -> Step:
         source: list[Any] = [[name, installed_versions(found.get(name, []))] for name in config.packages]
     else:
         if config.source == "text":
-            files = [
-                file for path in config.paths for file in files_of(Path(path), corpus.SUFFIXES, corpus.COMPRESSIONS)
-            ]
+            files = text_files.find(config.paths, Reading(), Problems()) if config.paths else []
         else:
             files = files_of(Path(config.shards_dir), (".bin", ".model")) if config.shards_dir else []
             files += [Path(config.tokenizer)] if config.tokenizer else []
@@ -149,10 +148,9 @@ def data_step(storage: Storage, config: DataConfig) -> Step:
     return step(storage, "data", config, source)
 
 
-def files_of(path: Path, suffixes: Iterable[str], compressions: Iterable[str] = ()) -> list[Path]:
-    """List the file itself, or the files of a folder whose names end in one of the suffixes, maybe compressed."""
-    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *compressions))
-    return sorted(file for file in path.rglob("*") if file.name.endswith(endings)) if path.is_dir() else [path]
+def files_of(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """List the files of a folder whose names end in one of the suffixes."""
+    return sorted(file for file in path.rglob("*") if file.name.endswith(suffixes))
 
 
 def installed_versions(distributions: Iterable[str]) -> list[str]:

@@ -262,9 +262,9 @@ def make_local_folder(out: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"--out {out} cannot be made: {error.strerror}") from None
+        raise RecipeError(f"--out {out} cannot be made: {error.strerror}; name another folder") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise RecipeError(f"--out {out} cannot be written to by this user")
+        raise RecipeError(f"--out {out} cannot be written to by this user; permit it, or name another folder")
     return folder.resolve()
 
 

@@ -169,6 +169,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         )
     ),
     ({"data.vocab_size": 1}, "data.vocab_size must be at least 2"),
+    ({"data.vocab_size": 65537}, "data.vocab_size is 65537; tokens have 16 bits, so 65536 is the most"),
+    *(
+        (
+            {"data.valid_fraction": fraction},
+            f"data.valid_fraction is {fraction}; it must be above 0 and below 1, such as 0.02",
+        )
+        for fraction in (0.0, 1.0, float("nan"))
+    ),
     ({"data.memory_bytes": -1}, "data.memory_bytes is -1; 0 means none"),
     (
         {"data.memory_bytes": 500, "quantize.target_bytes": 500},

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hedgemix.config import ModelConfig, from_dict, to_dict
@@ -72,7 +74,20 @@ def test_help_shows_fields_with_units_and_defaults(capsys: pytest.CaptureFixture
         (["laptop", "--limits.total-bytes", "0"], "limits.total_bytes"),
         (["laptop", "--data.source", "text", "--data.paths", "nowhere.txt"], "nowhere.txt"),
         (["laptop", "--data.packages", "no_such_package"], "data.packages"),
-        (["record"], "hedgemix download"),
+        (["record", "--compute.gpus-per-worker", "0"], "hedgemix download"),
+        (["laptop", "--compute.gpus-per-worker", "1"], "torch sees no GPU on this machine"),
+        (["laptop", "--seeds", "-1"], "--seeds -1: a seed is a number from 0"),
+        (["laptop", "--seeds", str(2**63)], "--seeds 9223372036854775808"),
+        (["laptop", "--out", ""], "--out '' is empty"),
+        (["laptop", "--out="], "--out= is empty"),
+        (["laptop", "--out", "file"], "--out file cannot be made"),
+        (["laptop", "--out", "\udcfc"], "is not UTF-8"),
+        (["laptop", "--record", "\udcfc"], "--record"),
+        (["laptop", "--record", "mine", "--out", "."], "mine.parquet is no record's table"),
+        (["laptop", "--data.paths", "file"], "data.paths is given, and data.source docs does not read it"),
+        (["laptop", "--data.shards-dir", "x"], "set data.source shards"),
+        (["laptop", "--data.source", "text", "--data.paths", ".", "none.txt"], "none.txt does not exist"),
+        (["laptop", "--data.memory-bytes", "2000000"], "data.memory_bytes 2,000,000 fills"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(
@@ -84,7 +99,11 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Path("file").write_text("of somebody")
+    pq.write_table(pa.table({"mine": [1]}), "mine.parquet")
     assert record.main(arguments) == 2
+    assert pq.read_table("mine.parquet").to_pydict() == {"mine": [1]}
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and expected in printed.replace("\n", " ") and "Traceback" not in printed
 

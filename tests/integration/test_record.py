@@ -115,7 +115,10 @@ def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(
         assert mine[column] == pytest.approx(theirs[column], rel=2e-3)  # rounding to 31 levels magnifies float noise
 
 
-def test_a_recipe_no_machine_can_hold_is_refused_at_once(ray_session: None, text: Path, tmp_path: Path) -> None:
+def test_a_recipe_no_machine_can_hold_is_refused_at_once(
+    ray_session: None, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # of a machine without any no text is made
     code, output = tiny_record.run_here(tiny_record.arguments(text, tmp_path, "--compute.gpus-per-worker", "4"))
     assert code == 2 and "compute.gpus_per_worker" in output and "4 GPU" in output
 

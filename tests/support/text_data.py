@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from functools import cache
 from itertools import islice
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 
 from hedgemix.data import docstrings, tokenizer
 
@@ -39,3 +40,17 @@ def repetitive_tokens() -> dict[str, np.ndarray]:
         "skewed": rng.zipf(1.3, 3000) % 50,
         "real": np.concatenate([real[:3000], real[500:1500], real[200:900]]),
     }
+
+
+@cache
+def without_spaces() -> bytes:
+    """A tokenizer's model of which no piece begins with U+2581, so that each space is spelled in three byte tokens."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc abd abe abc"] * 50), model_writer=model, model_type="bpe", vocab_size=266,
+        byte_fallback=True, add_dummy_prefix=False, character_coverage=1.0, minloglevel=3,
+    )  # fmt: skip
+    found = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    for piece in found.pieces:
+        piece.piece = piece.piece.replace(tokenizer.SPACE, "q")
+    return bytes(found.SerializeToString())

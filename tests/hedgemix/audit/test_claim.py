@@ -80,7 +80,7 @@ def no_score(record: Record) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damage_table, "cannot be read as parquet"),
+        (damage_table, "is no parquet file"),
         (lambda record: record.table.unlink(), "is no file"),
         (older_table, "no column evaluate_path.*run its record command again"),
         (unfinished, "no finished row"),

@@ -13,10 +13,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 
 from hedgemix.audit import text_bytes
 from hedgemix.config import DataConfig
-from hedgemix.data import corpus, tokenizer
-from hedgemix.data import dataset as datasets
+from hedgemix.data import corpus, probes, text_set, tokenizer
 from hedgemix.data.shards import TokenStream
-from support.text_data import documents, processor
+from support.text_data import documents, processor, without_spaces
 from support.tiny_run import Record
 
 BYTE, NORMAL = 6, 1
@@ -62,17 +61,8 @@ def test_a_tokenizer_that_spells_its_pieces_longer_is_caught() -> None:
     assert text_bytes.encoded_alike(changed(spelled), tokens)[0] < 0.5 * again
 
 
-def test_a_space_of_three_bytes_is_caught(tmp_path: Path) -> None:
-    """A vocabulary in which no piece begins with U+2581."""
-    (tmp_path / "text.txt").write_text("abc abd abe abc\n" * 50)
-    SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "odd"), model_type="bpe", vocab_size=266,
-        byte_fallback=True, add_dummy_prefix=False, character_coverage=1.0, minloglevel=3, split_by_whitespace=True,
-    )  # fmt: skip
-    model = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "odd.model").read_bytes())
-    for piece in model.pieces:
-        piece.piece = piece.piece.replace("▁", "q")
-    wrong = text_bytes.miscounted(SentencePieceProcessor(model_proto=model.SerializeToString()))
+def test_a_space_of_three_bytes_is_caught() -> None:
+    wrong = probes.miscounted(SentencePieceProcessor(model_proto=without_spaces()))
     assert "'Plain words, and a Name.' is counted as 32 bytes, and has 24" in wrong
 
 
@@ -97,8 +87,8 @@ def test_the_raw_text_is_read_again_where_it_is_there(tmp_path: Path) -> None:
     for number, text in enumerate(documents()[:60]):
         (tmp_path / "text" / f"{number}.txt").write_text(text)
     config = DataConfig(source="text", paths=(str(tmp_path / "text"),), valid_fraction=0.2)
-    texts = corpus.collect(config)
-    sha256, valid = datasets.documents_sha256(texts), corpus.split(texts, 0.2)[1]
+    texts = list(corpus.collect(config))
+    sha256, valid = text_set.documents_sha256(text.encode() for text in texts), list(corpus.split(texts, 0.2)[1])
     tokens, n_bytes = stream(processor(), valid), sum(len(text.encode()) for text in valid)
     said, wrong = text_bytes.raw_text(config, sha256, processor(), tokens)
     assert said == f"read again, its {n_bytes:,} bytes are those of the tokens" and not wrong

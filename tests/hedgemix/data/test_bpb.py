@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import io
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from support.text_data import TEXTS, documents, processor
 
-from hedgemix.data import bpb, tokenizer
+from hedgemix.data import bpb, probes, tokenizer
 
 
 @settings(deadline=None, max_examples=200)
@@ -28,6 +31,26 @@ def test_each_token_counts_what_decoding_it_adds() -> None:
     lengths = [len(tokenizer.decode(processor(), tokens[:stop])) for stop in range(1, len(tokens) + 1)]
     found = bpb.token_bytes(bpb.byte_tables(processor()), tokens[:-1], tokens[1:])
     assert found.tolist() == np.diff(lengths).tolist()
+
+
+def trained(**changes: object) -> SentencePieceProcessor:
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False} | changes  # fmt: skip
+    texts = (" ".join(text.split())[:2000] for text in documents()[:60])
+    SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, minloglevel=3, **settings)
+    return tokenizer.load(model.getvalue())
+
+
+def test_what_a_tokenizer_does_not_write_is_measured() -> None:
+    assert probes.changed_share(processor()) == 0.0 and probes.adds_prefix(processor())
+    exact = trained()
+    assert probes.changed_share(exact) == 0.0 and probes.miscounted(exact) == []
+    squeezed = trained(remove_extra_whitespaces=True)
+    lost = sum(len(text) - len(re.sub(" +", " ", text)) for text in probes.PROBES)
+    assert probes.changed_share(squeezed) == pytest.approx(lost / sum(len(text.encode()) for text in probes.PROBES))
+    unknown = trained(byte_fallback=False, add_dummy_prefix=False)
+    assert probes.changed_share(unknown) > 0.3 and not probes.adds_prefix(unknown)
 
 
 def test_counting_in_pieces_is_counting_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

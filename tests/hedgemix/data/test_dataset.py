@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import text_data
 from support.text_data import documents
 
 from hedgemix import cli
-from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import corpus, dataset, overlap, shards, tokenizer
+from hedgemix.config import DataConfig, RecipeError, to_dict
+from hedgemix.data import corpus, dataset, overlap, shards, text_set, tokenizer
 from hedgemix.data.dataset import train_stream as train_of
 from hedgemix.data.dataset import valid_stream as valid_of
+from hedgemix.runtime.files import write_json
 
 
 def silent(line: str) -> None:
@@ -41,7 +44,7 @@ def shards_config(made: dataset.Dataset, **changes: object) -> DataConfig:
 
 
 def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) -> None:
-    train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    train, valid = map(list, corpus.split(corpus.collect(config), config.valid_fraction))
     whole = sum(len(text.encode()) for text in train)
     train = list(overlap.without_repeats(train, overlap.of_documents(valid, 8), 8))
     assert made.train_bytes == sum(len(text.encode()) for text in train)
@@ -59,24 +62,25 @@ def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) ->
 
 
 def test_preparing_again_gives_the_same(config: DataConfig, made: dataset.Dataset, tmp_path: Path) -> None:
+    made_before = dataclasses.replace(made, train_shards=(*made.train_shards, "train_000007.bin"))
     (tmp_path / "train_000007.bin").write_bytes(b"left from another time")
+    write_json(tmp_path / "dataset.json", to_dict(made_before))
     again = dataset.prepare(config, tmp_path, silent)
     names = ("train_shards", "valid_shards", "tokenizer")
     for name, value in dataclasses.asdict(again).items():
         if name not in names:
             assert value == getattr(made, name), name
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "tokenizer.model",
-        "train_000000.bin",
-        "val_000000.bin",
-    ]
+    names = ["tokenizer.model", "train_000000.bin", "val_000000.bin"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["begun.json", *names]
+    dataset.save(again, tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["dataset.json", *names]
 
 
 def test_training_text_is_cut_into_shards(
     config: DataConfig, made: dataset.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "SHARD_TOKENS", 10_000)
-    monkeypatch.setattr(dataset, "BATCH_CHARACTERS", 30_000)
+    monkeypatch.setattr(text_set, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(text_set, "BATCH_CHARACTERS", 30_000)
     cut = dataset.prepare(config, tmp_path, silent)
     sizes = [len(shards.map_shard(path)) for path in cut.train_shards]
     assert len(sizes) > 3 and set(sizes[:-1]) == {10_000} and sum(sizes) == made.train_tokens
@@ -116,7 +120,7 @@ def test_repeats_are_left_out_unless_the_field_is_0(
 ) -> None:
     lines: list[str] = []
     off = dataset.prepare(dataclasses.replace(config, overlap_words=0), tmp_path, lines.append)
-    train, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    train, valid = map(list, corpus.split(corpus.collect(config), config.valid_fraction))
     share = overlap.share_in_documents(overlap.of_documents(valid, 8), train, 8)
     assert off.valid_overlap_share == share > 0.05 and off.overlap_window == "8 words"
     assert (off.train_documents, off.train_bytes_removed) == (len(train), 0)
@@ -188,7 +192,7 @@ def test_memory_is_the_beginning_of_the_training_text(
     assert changed - places == {name for name in dataclasses.asdict(made) if name.startswith("memory")}
     of_shards = dataset.prepare(shards_config(found, memory_bytes=4_000), tmp_path / "c", silent)
     assert of_shards.memory_sha256 == found.memory_sha256
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["memory.ppmd"]
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"memory.ppmd", "begun.json"}
 
 
 def test_a_memory_that_is_not_the_datasets_is_refused(config: DataConfig, tmp_path: Path) -> None:
@@ -247,6 +251,24 @@ def test_shards_that_cannot_be_used(
         dataset.prepare(shards_config(made, **changes), tmp_path, silent)
 
 
+def test_what_a_tokenizer_gets_wrong_is_refused_or_told(made: dataset.Dataset, tmp_path: Path) -> None:
+    """Spaces of three bytes; unknown tokens, which count none; documents without BOS, whose first space would count."""
+    for name, tokens in (("train", np.arange(200)), ("val", np.array([5, 3, 6, 3, 7]))):
+        shards.write_shard(tmp_path / f"{name}_0.bin", tokens)
+    (tmp_path / "a.model").write_bytes(text_data.without_spaces())
+    config = DataConfig(source="shards", shards_dir=str(tmp_path), vocab_size=266)
+    with pytest.raises(RecipeError, match=r"a.model cannot be scored by the byte: .* counted as 32 bytes, and has 24"):
+        dataset.prepare(config, tmp_path, silent)
+    shutil.copy(made.tokenizer, tmp_path / "a.model")
+    (tmp_path / "other.bin").write_text("other")
+    lines: list[str] = []
+    dataset.prepare(dataclasses.replace(config, vocab_size=512), tmp_path, lines.append)
+    assert lines[0] == "shards: 1 for training and 1 for validation are sound; 1 other .bin files there are passed over"
+    assert any(line.startswith("2 of the validation tokens are unknown") for line in lines)
+    assert any(line.startswith("no BOS is in the validation text") for line in lines)
+    assert not any("changes or loses" in line for line in lines)
+
+
 def test_the_only_tokenizer_beside_the_shards_is_theirs(made: dataset.Dataset, tmp_path: Path) -> None:
     found = dataset.prepare(shards_config(made, tokenizer=""), tmp_path, silent)
     assert found.tokenizer == made.tokenizer and found.valid_sha256 == made.valid_sha256
@@ -262,7 +284,7 @@ def test_too_little_text_is_said_before_the_run(made: dataset.Dataset) -> None:
 
 def test_tokens_that_lose_text_are_a_bug(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenizer.encode_batch
-    monkeypatch.setattr(tokenizer, "encode_batch", lambda p, texts: [tokens[:-1] for tokens in whole(p, texts)])
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda *given: [tokens[:-1] for tokens in whole(*given)])
     with pytest.raises(RuntimeError, match="tokenizer bug"):
         dataset.prepare(config, tmp_path, silent)
 

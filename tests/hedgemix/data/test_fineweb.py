@@ -89,6 +89,15 @@ def test_only_what_is_missing_or_broken_is_fetched_again(hub: Hub, tmp_path: Pat
     assert cut.read_bytes() == (hub.root / PREFIX / cut.name).read_bytes()
 
 
+def test_what_was_there_and_is_not_the_hub_s_is_kept_aside(hub: Hub, tmp_path: Path) -> None:
+    mine = tmp_path / "fineweb_512_bpe.model"
+    for content in (b"mine", b"mine too"):
+        mine.write_bytes(content)
+        fetch(tmp_path)
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("*.aside*")}
+    assert found == {f"{mine.name}.aside": b"mine", f"{mine.name}.aside2": b"mine too"}
+
+
 def test_a_broken_file_of_the_hub_never_gets_its_name(hub: Hub, tmp_path: Path) -> None:
     source = hub.root / PREFIX / "fineweb_train_000001.bin"
     source.write_bytes(source.read_bytes()[:-2])

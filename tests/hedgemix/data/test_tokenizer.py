@@ -104,6 +104,14 @@ def test_vocabularies_that_cannot_be(tmp_path: Path, texts: list[str], size: int
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("texts", [["text " * 20, *(f"word{n} and some" for n in range(30))], documents()[:1]])
+def test_the_size_that_is_named_works(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"lower data.vocab_size to \d+ or read more text") as refused:
+        tokenizer.train(texts, 4000, tmp_path / "model")
+    size = int(str(refused.value).partition("data.vocab_size to ")[2].split()[0])
+    assert tokenizer.train(texts, size, tmp_path / "model").vocab_size() == size
+
+
 def test_files_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty.model").write_bytes(b"")
     (tmp_path / "other.model").write_bytes(b"something else")

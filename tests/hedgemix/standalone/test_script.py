@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,13 +80,13 @@ def test_the_same_sources_and_recipe_give_the_same_bytes(recipe: Recipe) -> None
     assert made.decode().count("\n") < 100 and made.startswith(b'"""One seed of recipe laptop')
 
 
-def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path) -> None:
+def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / script.NAME
     file.write_bytes(script.build(recipe))
     _, _, data = file.read_text().partition('\nDATA = "')
     held = Bundle(str(file), data.partition('"')[0])
     try:
-        assert held.sources == source_bundle.sources(script.ENTRY) and Recipe is not None
+        assert held.sources == script._sources(recipe.data.source) and Recipe is not None
         package = held.find_spec("hedgemix")
         assert package is not None and package.submodule_search_locations == []
         assert held.find_spec("hedgemix.nowhere") is None and held.find_spec("json") is None
@@ -99,6 +101,11 @@ def test_it_shows_its_sources(recipe: Recipe, tmp_path: Path) -> None:
         "hedgemix.train.trainer"
     ]
     assert read_json(tmp_path / "out" / "recipe.json")["recipe"] == "laptop"
+    capsys.readouterr()
+    for wrong in (["--unpack", str(tmp_path)], ["--unpack", str(file)], ["--seed", "-1"], ["--seed", str(2**63)]):
+        assert standalone.main(held.recipe, held.sources, 1, wrong) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and wrong[1] in told and len(told.splitlines()) == 1
 
 
 def test_a_traceback_shows_the_line_and_a_spawned_process_has_the_modules(recipe: Recipe, tmp_path: Path) -> None:
@@ -143,3 +150,14 @@ def test_it_names_the_packages_it_needs(recipe: Recipe) -> None:
     assert needs(source="shards", memory_bytes=1) == {*script.PACKAGES, "pyppmd"}
     assert needs(source="text") == {*script.PACKAGES, "pyarrow"}
     assert needs(source="docs", packages=("torch", "pandas")) == {*script.PACKAGES, "pandas"}
+
+
+@pytest.mark.parametrize("source", ["docs", "text", "shards"])
+def test_what_a_recipe_s_source_does_not_need_is_left_out_and_not_missed(source: str) -> None:
+    """Whatever stays imports none of it at its top; where a function does, that is for another source."""
+    everything, kept = source_bundle.sources(script.ENTRY), script._sources(source)
+    absent = {name.rpartition(".")[2] for name in everything.keys() - kept.keys()}
+    assert absent and {f"hedgemix.data.{name}" for name in script.READERS[source]} <= kept.keys()
+    for name, text in kept.items():
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not absent & {part for node in imports for part in re.findall(r"\w+", ast.unparse(node))}, name

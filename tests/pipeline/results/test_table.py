@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import re
 import threading
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from hedgemix.config import RecipeError
 from hedgemix.recipes import RECIPES
+from hedgemix.runtime.layout import LOCK
 from pipeline.analysis.console import print_results
 from pipeline.plan import plan_lines
-from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown
-from pipeline.results.table import mean_and_deviation, write_rows
+from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown, schema
+from pipeline.results.table import check_ours, mean_and_deviation, renew, write_rows
+from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage
 
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 DONE = Row(
     record="one",
     recipe="laptop",
@@ -57,8 +64,7 @@ def test_every_column_is_typed_documented_and_versioned(tmp_path: Path) -> None:
 
 
 def test_the_document_of_the_table_is_the_schema() -> None:
-    document = Path(__file__).resolve().parent.parent.parent.parent / "docs" / "results.md"
-    assert document.read_text() == markdown()
+    assert (ROOT / "docs" / "results.md").read_text() == markdown()
 
 
 def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Path) -> None:
@@ -76,6 +82,68 @@ def test_the_runs_folder_reads_as_one_table_whatever_else_is_in_it(tmp_path: Pat
     write_rows(Storage("", tmp_path), [DONE])
     write_rows(Storage("", tmp_path), [dataclasses.replace(DONE, record="two", seed=seed) for seed in (1, 2)])
     assert sorted(pd.read_parquet(tmp_path).record) == ["one", "two", "two"]
+
+
+def write_old(folder: Path, record: str, version: int = 6) -> Path:
+    """A table as version 6 wrote it: attempts for retries, and no columns of the audit."""
+    row = dataclasses.asdict(dataclasses.replace(DONE, record=record)) | {"schema_version": version}
+    kept = {name: value for name, value in row.items() if not name.startswith("audit") and name != "retries"}
+    fields = [field for field in schema() if field.name in kept]
+    columns = pa.schema([*fields, pa.field("attempts", pa.int64())], {"hedgemix_schema": str(version)})
+    pq.write_table(pa.Table.from_pylist([kept | {"attempts": 6}], columns), folder / f"{record}.parquet")
+    return folder / f"{record}.parquet"
+
+
+def documented(library: str) -> str:
+    """What README.md or docs/table.md calls to read a runs folder with a library."""
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/table.md"))
+    calls = {
+        "pandas": r"pandas\.read_parquet\('runs'\)",
+        "polars": r"polars\.read_parquet\(.*?\)",
+        "duckdb": r"duckdb\.sql\(.*?\)\.df\(\)",
+    }
+    [call] = re.findall(calls[library], pages)
+    return str(call)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "duckdb"])
+def test_a_folder_of_tables_of_mixed_ages_reads_as_one(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    storage = Storage("", tmp_path / "runs")
+    write_rows(storage, [dataclasses.replace(DONE, record="new", audited=True)])
+    write_old(tmp_path / "runs", "a_first")
+    write_old(tmp_path / "runs", "z_last", 7)
+    assert renew(storage) == ["a_first", "z_last"] and renew(storage) == []
+    found = eval(documented(library), {library: importlib.import_module(library)})
+    table = found.to_dict(as_series=False) if library == "polars" else found.to_dict("list")
+    assert sorted(table["record"]) == ["a_first", "new", "z_last"] and set(table) == set(schema().names)
+    rows = {name: at for at, name in enumerate(table["record"])}
+    assert bool(table["audited"][rows["new"]]) and table["retries"][rows["a_first"]] == 2
+    assert set(table["schema_version"]) == {SCHEMA_VERSION} and set(table["bpb_final"]) == {1.5}
+
+
+def test_an_old_table_whose_driver_is_at_work_is_left_to_it(tmp_path: Path) -> None:
+    storage, path = Storage("", tmp_path), write_old(tmp_path, "busy")
+    before = path.read_bytes()
+    with hold(storage, storage.record_folder("busy") / LOCK):
+        assert renew(storage) == [] and path.read_bytes() == before
+    assert write_rows(storage, [dataclasses.replace(DONE, record="busy", seed=2)]) == path
+    assert sorted(pd.read_parquet(path).retries.fillna(-1)) == [-1, 2]
+
+
+def test_a_file_of_somebody_s_is_no_record_s_table(tmp_path: Path) -> None:
+    storage = Storage("", tmp_path)
+    check_ours(storage, "none")
+    check_ours(storage, write_rows(storage, [DONE]).stem)
+    pq.write_table(pa.table({"mine": [1]}), tmp_path / "mine.parquet")
+    with pytest.raises(RecipeError, match=r"mine.parquet is no record's table; give this record another --record"):
+        check_ours(storage, "mine")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    check_ours(storage, "damaged")  # put aside when rows are written
+    assert renew(storage) == []
 
 
 def test_two_records_may_write_at_once_and_a_rewrite_replaces_only_its_own(tmp_path: Path) -> None:
