@@ -42,7 +42,7 @@ class Text:
 
     def given(self) -> Dataset:
         """The folder of shards."""
-        return dataset.prepare(self.config(self.shards), self.folder, log=lambda line: None)
+        return dataset.prepare(self.config(self.shards), self.folder / "given", log=lambda line: None)
 
     def config(self, folder: Path) -> DataConfig:
         size = tokenizer.load(self.tokenizer).vocab_size()

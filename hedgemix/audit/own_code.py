@@ -69,7 +69,7 @@ def unaccounted(files: Iterable[str]) -> list[str]:
         installed_there = {"site-packages", "dist-packages"} & set(Path(file).parts)
         if file.startswith(system) and not installed_there:
             continue
-        if not (file.startswith(own) and file.endswith(".py")):
+        if not (file.startswith(own) and file.endswith(".py")) and not noted(file):
             if not installed_there or file not in recorded():
                 found.append(f"{file} (no RECORD names it)")
             elif recorded()[file] not in (digest(file), NO_HASH):
@@ -77,6 +77,12 @@ def unaccounted(files: Iterable[str]) -> list[str]:
         if file.endswith(".py") and (bytecode := other_bytecode(file, digest(file))):
             found.append(f"{bytecode} (not the bytecode of its source)")
     return found
+
+
+def noted(file: str) -> bool:
+    """Tell whether a file lies in the notes that building leaves beside sources, and is one that an installer noted
+    too: entry points, say, which torch reads of every package."""
+    return Path(file).parent.suffix == ".egg-info" and digest(file) in recorded().values()
 
 
 @cache

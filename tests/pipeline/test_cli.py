@@ -45,7 +45,7 @@ MISTAKES = {
     "audit --scorer json:dumps": "--scorer needs --tokens, the file of a text",
     "audit --scorer json:dumps --tokens mine.parquet --report a.txt": "a.txt: File exists; name another place",
     # missing package
-    "audit --scorer none:f --tokens a.txt": "No module named 'none'; name it as module:object",
+    "audit --scorer none:f --tokens a.txt": "--tokens a.txt: give a shard (.bin) or a NumPy file of integers (.npy)",
     # theirs
     "prepare --folder theirs --source text --paths a.txt": "theirs holds train_0.bin, which no dataset.json there",
 }

@@ -8,6 +8,7 @@ import py_compile
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy
@@ -65,6 +66,17 @@ def test_beside_hedgemix_s_sources_nothing_is_its_own() -> None:
     package = Path(own_code.__file__).parent
     for name in ("planted.so", "planted.pyc", "planted.txt"):
         assert own_code.unaccounted([str(package / name)]) == [f"{package / name} (no RECORD names it)"]
+
+
+def test_notes_beside_sources_are_those_that_an_installer_noted_too(tmp_path: Path) -> None:
+    distribution = metadata.distribution("hedgemix")
+    notes = tmp_path / "hedgemix.egg-info"
+    notes.mkdir()
+    (notes / "entry_points.txt").write_text(distribution.read_text("entry_points.txt") or "")
+    (notes / "top_level.txt").write_text("0.95 bits per byte\n")
+    altered = os.path.realpath(notes / "top_level.txt")
+    found = own_code.unaccounted(map(str, notes.iterdir()))
+    assert found == [f"{altered} (no RECORD names it)"]
 
 
 @pytest.mark.parametrize("mode", list(py_compile.PycInvalidationMode))

@@ -171,7 +171,7 @@ def test_what_stands_in_the_way_of_handing_in_is_told(
 
 
 def test_parts_are_told_as_differences_by_seed_once_they_were_measured(runs: Path) -> None:
-    assert "Not measured. `python benchmarks/quality/ablation.py" in page_of(records.load(str(runs / "tiny.parquet")))
+    assert "Not measured. python benchmarks/quality/ablation.py" in page_of(records.load(str(runs / "tiny.parquet")))
     found = [
         {"default": default, "variants": {"neural": default + 1, "without memory": 1.1 * default}}
         for default in (1.0, 2.0)
