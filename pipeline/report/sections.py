@@ -91,7 +91,8 @@ def parts(record: Record) -> Section:
         told = significance.summary([score - default for score, default in pairs])
         interval = f"{told.low:+.4f} to {told.high:+.4f}" if told.low == told.low else ""
         rows.append([label, f"{np.mean([score for score, _ in pairs]):.4f}", f"{told.mean:+.4f}", interval])
-    said = f"Everything: {np.mean([seed['default'] for seed in found]):.4f} bits per byte, mean of {len(found)} seed{'s' * (len(found) > 1)}."
+    everything = np.mean([seed["default"] for seed in found])
+    said = f"Everything: {everything:.4f} bits per byte, mean of {len(found)} seed{'s' * (len(found) > 1)}."
     heads = ["variant", "bits per byte", "difference, by seed", "95 % interval"]
     return Section(title, [said, Table(heads, rows, (2,))])
 
