@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import ray
@@ -18,8 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hedgemix.runtime.collectives import device_index
 from pipeline.execution.failures import RAY_RETRIES
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+from pipeline.execution.process_group import free_address, join
 
 
 class Rank:
@@ -27,23 +24,14 @@ class Rank:
 
     def address(self) -> str:
         """Find where rank 0 will listen: host:port, free now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        return free_address()
 
     def run(self, rank: int, gang: Gang, address: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Join the process group at `address`, do the work and return its value."""
         index = device_index(rank, gang.gpus, torch.cuda.device_count())
         if index is not None:
             torch.cuda.set_device(index)
-        dist.init_process_group(
-            gang.backend,
-            init_method=f"tcp://{address}",
-            rank=rank,
-            world_size=gang.ranks,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=None if index is None else torch.device("cuda", index),
-        )
+        join(address, gang.backend, rank, gang.ranks, index)
         value = work(*arguments)
         # Only after success: leaving the group would wait for ranks that wait for this one. The process ends anyway.
         dist.destroy_process_group()

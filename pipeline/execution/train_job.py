@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,19 @@ import torch
 from hedgemix import stages
 from hedgemix.config import config_hash
 from hedgemix.runtime import collectives
-from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
 from hedgemix.train.step_log import DivergedError
 from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
 from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
 from pipeline.execution.preemption import Notice
+from pipeline.execution.process_group import COLLECTIVE_TIMEOUT
 from pipeline.steps.recovery import forget
 from pipeline.steps.step import Made, Step, perform, save_outputs
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def train_worker(job: Job, step: Step, seed: int) -> dict[str, Any]:
     """Train as one Ray Train worker: a rank of the seed's training. A user's mistake is returned, not raised: Ray Train
     would take it for a lost worker and try again."""
-    job, seed, step = config["job"], config["seed"], config["step"]
     recipe = job.recipe
     if torch.cuda.is_available() and recipe.compute.gpus_per_worker > 0:
         from ray.train.torch import get_device
@@ -79,9 +79,8 @@ def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
     Raises RuntimeError with the mistake that a worker returned."""
     # Half a second to import, which the other tasks' processes do not have to spend.
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
-    from pipeline.execution.trainer import Trainer
+    from pipeline.execution.trainer import Gloo, Trainer
 
     compute = job.recipe.compute
 
@@ -89,12 +88,16 @@ def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
         per_worker = {"CPU": compute.cpus_per_worker}
         if compute.gpus_per_worker:
             per_worker["GPU"] = compute.gpus_per_worker
+            from ray.train.torch import TorchConfig
+
+            ranks = TorchConfig(backend="nccl", timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds()))
+        else:
+            ranks = Gloo()
         with scratch(step) as notes:
             trainer = Trainer(
-                train_worker,
+                partial(train_worker, job, step, seed),  # as a configuration the controller would read it, and import torch
                 alone=alone,
-                train_loop_config={"job": job, "seed": seed, "step": step},
-                torch_config=TorchConfig(backend=backend(compute.gpus_per_worker), timeout_s=600),
+                backend_config=ranks,
                 scaling_config=ScalingConfig(
                     num_workers=compute.workers,
                     use_gpu=bool(compute.gpus_per_worker),

@@ -1,6 +1,7 @@
 """Ray Train's trainer without the processes that nobody asks for: each takes seconds of a core to start, every seed.
 
-It overrides what Ray keeps to itself: should a later Ray call these otherwise, its own processes start again.
+It overrides what Ray keeps to itself: should a later Ray call these otherwise, its own processes start again. It does
+without TorchTrainer, which is this trainer with another default, because its import is torch's.
 """
 
 from __future__ import annotations
@@ -8,13 +9,38 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from pipeline.execution.process_group import free_address, join
+
+
+class GlooBackend(Backend):
+    """Joins Ray Train's workers over gloo. They leave the group as their processes end."""
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Have every worker join; one alone has nobody to join."""
+        if (ranks := len(worker_group)) > 1:
+            address = worker_group.execute_single(0, free_address)
+            joining = [
+                worker_group.execute_single_async(rank, join, address, "gloo", rank, ranks) for rank in range(ranks)
+            ]
+            ray.get(joining)
+
+
+class Gloo(BackendConfig):
+    """Configures a training on CPUs, as TorchConfig does one on GPUs."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """Return what joins the workers."""
+        return GlooBackend
 
 
 class ThisMachine(FixedScalingPolicy):
@@ -41,7 +67,7 @@ class TrainControllerHere(TrainController):
     worker_group_cls = Workers
 
 
-class Trainer(TorchTrainer):
+class Trainer(DataParallelTrainer):
     """Trains with a process for its controller, one for its barrier and one a worker, and no manager of Ray datasets:
     ours are files. On a machine of our own (`alone`) there is no cleaner either, which would ask the dashboard that is
     not there for a lost controller once a second, and no coordinator of an autoscaler. On CPUs there, its processes
