@@ -31,6 +31,8 @@ MOST_LANES = 1024
 SYMBOLS_A_LANE = 8192
 BLOCK = 1 << 20
 """Symbols whose table entries are held at once."""
+FEW_LANES = 16
+"""Up to so many lanes are decoded faster a symbol at a time than by numpy's calls, whose cost is their number's."""
 
 
 class CoderError(ValueError):
@@ -118,7 +120,8 @@ class Decoder:
         for first in range(0, len(contexts), block):
             part = contexts[first : first + block]
             rows = part * np.int64(alphabet)
-            self._pop(place.take(part), rows, slots, packed, symbols[first : first + block])
+            pop = self._pop_singly if self._lanes <= FEW_LANES else self._pop
+            pop(place.take(part), rows, slots, packed, symbols[first : first + block])
         return symbols
 
     def _pop(self, places: Ints, rows: Ints, slots: Ints, packed: Ints, symbols: Ints) -> None:
@@ -139,6 +142,28 @@ class Decoder:
                 raise CoderError("the coded data ends too early; it was cut or altered")
             state[empty] = (state[empty] << 16) | words[self._position : end]
             self._position = end
+
+    def _pop_singly(self, places: Ints, rows: Ints, slots: Ints, packed: Ints, symbols: Ints) -> None:
+        states, pieces, entries = self._states.tolist(), memoryview(slots), packed.tolist()
+        words = iter(self._words[self._position : self._position + len(symbols)].tolist())  # one a symbol at most
+        taken, lane = bytearray(), 0
+        try:
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                state = states[lane]
+                slot = state & (SLOTS - 1)
+                symbol = pieces[place + slot]
+                entry = entries[row + symbol]
+                state = (state >> BITS) * (entry & 0xFFFF) + slot - (entry >> 16)
+                if state < LOW:
+                    state = state << 16 | next(words)
+                    self._position += 1
+                states[lane] = state
+                lane = lane + 1 if lane + 1 < self._lanes else 0
+                taken.append(symbol)
+        except StopIteration:
+            raise CoderError("the coded data ends too early; it was cut or altered") from None
+        self._states[:] = states
+        symbols[:] = np.frombuffer(taken, np.uint8)
 
     def close(self) -> None:
         """Raise CoderError unless everything was taken and the states are what the encoder began with."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -47,6 +49,29 @@ def taken(data: bytes, lanes: int, runs: list[Run]) -> None:
 def test_runs_come_back(lengths: list[int], lanes: int, seed: int) -> None:
     runs = [random_run(n, seed + k) for k, n in enumerate(lengths)]
     taken(rans.encode(runs, lanes), lanes, runs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=3), st.integers(0, 1000), st.integers(0, 1 << 30))
+def test_few_lanes_and_many_are_decoded_alike(lengths: list[int], seed: int, flip: int) -> None:
+    """A symbol at a time, or one of every lane at once: sound and altered bytes."""
+    runs = [random_run(n, seed + k) for k, n in enumerate(lengths)]
+    altered = bytearray(rans.encode(runs, 8))
+    altered[flip // 8 % len(altered)] ^= flip % 2 << flip % 8
+
+    def decoded() -> list[list[int]] | str:
+        decoder = Decoder(bytes(altered), 8)
+        try:
+            found = [decoder.take(run.contexts, run.frequencies).tolist() for run in runs]
+            decoder.close()
+        except CoderError as error:
+            return str(error)
+        return found
+
+    assert rans.FEW_LANES >= 8
+    singly = decoded()
+    with patch.object(rans, "FEW_LANES", 0):
+        assert decoded() == singly
 
 
 def test_blocks_join(monkeypatch: pytest.MonkeyPatch) -> None:
