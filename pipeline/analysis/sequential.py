@@ -76,22 +76,13 @@ def by_verdict(differences: Sequence[float], look: int, looks: int, variants: in
     count, last = len(differences), look == looks
     if not any(differences):
         return Decision(True, f"undecided: {count} seeds scored as the base's to the last digit")
-    sample, p = significance.summary(differences), two_sided_p(differences)
+    sample, p = significance.summary(differences), significance.two_sided_p(differences)
     level = levels(count - look + 1, looks, ERROR_RATE / variants)[look - 1]
     told = f"p = {p:.2g} after {count} seeds"
     if p <= level:
         how = "better" if sample.mean < 0 else "worse"
         return Decision(True, f"decided: {abs(sample.mean):.4f} bits per byte {how}, {told}, at most {level:.2g}")
     return Decision(last, f"{'undecided: ' if last else ''}{told}, above {level:.2g}")
-
-
-def two_sided_p(differences: Sequence[float]) -> float:
-    """Compute the p of Student's two-sided test that the mean is 0; NaN without a spread, so below no level."""
-    sample = significance.summary(differences)
-    if not sample.deviation > 0:
-        return math.nan
-    t = sample.mean / (sample.deviation / math.sqrt(sample.count))
-    return float(2 * special.stdtr(sample.count - 1, -abs(t)))
 
 
 @cache
