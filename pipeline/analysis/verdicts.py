@@ -152,7 +152,8 @@ def format_p(p: float) -> str:
 
 def format_fields(fields: dict[str, Any]) -> str:
     """Write the fields that a variant changes, each with its value."""
-    return ", ".join(f"{name} {comparison.format_setting(value)}" for name, value in fields.items())
+    values = {name: str(value).lower() if isinstance(value, bool | None) else value for name, value in fields.items()}
+    return ", ".join(f"{name} {comparison.format_setting(value)}" for name, value in values.items())
 
 
 def gaps(study: Study) -> list[str]:
