@@ -30,7 +30,8 @@ GOOD = {"better": True, "worse": False}
 
 def compose(study: Study, found: Sequence[Finding]) -> Page:
     """Compose the page of a study with these findings."""
-    said = Points([verdicts.sentence(each) for each in found], [GOOD.get(each.word) for each in found])
+    good = [GOOD.get(each.word) for each in found]
+    said = Points([verdicts.sentence(each) for each in found], good if {True, False} & set(good) else ())
     parts = [
         Section("Every variant", [table(study, found), *explanations(found)]),
         Section("Better, worse, or not decided", [said] if found else ["The study has no variants."]),
@@ -127,7 +128,10 @@ def training(study: Study) -> list[Section]:
     lost = [each.name for each in (study.base, *apart) if each.name not in curves]
     blocks: list[Any] = []
     if curves:
-        caption = "Training loss by the clock, mean over seeds (each: mean of the last fiftieth of its steps)."
+        caption = (
+            "Training loss by the clock, mean over seeds (each: mean of the last fiftieth of its steps), and how far "
+            "each lies above the first; the axes leave out the first tenth."
+        )
         blocks.append(Plot("learning", study_figures.learning(curves), caption))
     if same := [f"`{each.name}`" for each in study.variants if each not in apart and each.record.done]:
         blocks.append(f"Trained as the base: {', '.join(same)}.")
