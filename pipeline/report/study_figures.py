@@ -28,7 +28,12 @@ def wrapped(name: str) -> str:
     lines = textwrap.wrap(name, NAME_WIDTH, break_on_hyphens=False)
     if len(lines) > NAME_LINES:
         lines = [*lines[: NAME_LINES - 1], lines[NAME_LINES - 1][: NAME_WIDTH - 1] + "…"]
-    return "\n".join(lines)
+    return "\n".join(map(literal, lines))
+
+
+def literal(name: str) -> str:
+    """Escape what matplotlib would set as mathematics, or take for a line without a name."""
+    return name.replace("$", r"\$").lstrip("_")
 
 
 @styled
@@ -81,7 +86,9 @@ def learning(curves: Mapping[str, Sequence[list[dict[str, Any]]]]) -> Figure:
     aparts = []
     for n, (colour, (name, (seconds, nats))) in enumerate(zip(colours(len(means)), means.items(), strict=True)):
         style = ("-", "--", ":", "-.")[n // len(SERIES) % 4]
-        loss.plot(seconds, nats, style, color=colour, label=name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
+        loss.plot(
+            seconds, nats, style, color=colour, label=literal(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
+        )
         both = seconds[seconds <= first_seconds[-1]]
         away = np.interp(both, seconds, nats) - np.interp(both, first_seconds, first_nats)
         away = smooth(away, max(1, len(away) // 20))  # else the batches' own noise hides it

@@ -31,10 +31,12 @@ GOOD = {"better": True, "worse": False}
 def compose(study: Study, found: Sequence[Finding]) -> Page:
     """Compose the page of a study with these findings."""
     good = [GOOD.get(each.word) for each in found]
-    said = Points([verdicts.sentence(each) for each in found], good if {True, False} & set(good) else ())
+    said: list[Any] = [Points([verdicts.sentence(each) for each in found], good if {True, False} & set(good) else ())]
+    if remarks := verdicts.remarks(study, found):
+        said += ["What else differs from the base:", Points(remarks)]
     parts = [
         Section("Every variant", [table(study, found), *explanations(found)]),
-        Section("Better, worse, or not decided", [said] if found else ["The study has no variants."]),
+        Section("Better, worse, or not decided", said if found else ["The study has no variants."]),
         *differences(study, found),
         costs(study, found),
         *training(study),
@@ -104,14 +106,21 @@ def differences(study: Study, found: Sequence[Finding]) -> list[Section]:
         "Difference to the base and its 95 % interval: green better, red worse, grey not decided. A ring is one pair, "
         f"an arrow an interval that goes on. Dashed: {RULES[0].margin_nats:g} nats a token, what a record asks for."
     )
-    return [Section("How far from the base", [Plot("differences", drawn, caption)])]
+    seeds = [row["seed"] for row in study.base.record.done]
+    rows = [
+        [each.variant.name, *(f"{each.differences[seed]:+.4f}" if seed in each.differences else "" for seed in seeds)]
+        for each in found
+        if each.differences
+    ]
+    by_seed = Table(["difference by seed", *map(str, seeds)], rows)
+    return [Section("How far from the base", [Plot("differences", drawn, caption), by_seed])]
 
 
 def costs(study: Study, found: Sequence[Finding]) -> Section:
     """Show what a seed takes in seconds and bytes, and whether every finished seed keeps the limits."""
     rows = []
     for each in (*found, Finding(study.base)):
-        within = [row["within_limits"] for row in each.variant.record.done]
+        within = [row["within_limits"] for row in each.variant.record.done if row["within_limits"] is not None]
         kept = "" if not within else "yes" if all(within) else "no"
         rows.append([each.variant.name, *(cell(each.mean(column), form) for column, form in COSTS.values()), kept])
     table = Table(["variant", *COSTS, "within limits"], rows, (), 1)

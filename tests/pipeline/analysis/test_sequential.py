@@ -123,3 +123,16 @@ def test_two_seeds_decide_nothing(rule: sequential.Until) -> None:
 def test_what_is_no_question_is_refused(differences: list[float], options: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         decide(differences, **{"look": 1, "looks": 3, "rule": 0.1, **options})
+
+
+def test_a_verdict_is_read_back_from_what_was_said() -> None:
+    better, worse = [-0.0020, -0.0021, -0.0019], [0.0020, 0.0021, 0.0019]
+    unclear, same, few = [-0.001, 0.002, -0.003], [0.0, 0.0, 0.0], [-0.5, -0.51]
+
+    def read(differences: list[float], rule: sequential.Until = "decided", look: int = 1) -> str | None:
+        return sequential.verdict(decide(differences, look=look, looks=8, rule=rule).why)
+
+    assert (read(better), read(worse)) == ("better", "worse")
+    assert {read(each, look=look) for each in (unclear, same, few) for look in (1, 8)} == {"not decided"}
+    assert {read(each, 0.001, look) for each in (better, unclear) for look in (1, 8)} == {None}
+    assert sequential.verdict("") is None
