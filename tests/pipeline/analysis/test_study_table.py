@@ -16,6 +16,7 @@ from pipeline.analysis.study import Study
 from pipeline.analysis.verdicts import Finding
 from support import table_rows
 
+ROOT = Path(__file__).resolve().parents[3]
 BASE = [1.2946, 1.2900, 1.2942]
 LONG = "orders-1-2-3-4_experts-recency_and-a-name-that-is-too-long-for-a-line"
 
@@ -70,3 +71,8 @@ def test_the_terminal_shows_it_in_eighty_columns(read: tuple[Study, list[Finding
     for each in read[1]:
         assert verdicts.sentence(each).replace("`", "") in told
     assert told.endswith("none: no table yet\n")
+
+
+def test_every_column_is_documented_in_the_words_of_the_file() -> None:
+    page = (ROOT / "docs" / "reports.md").read_text()
+    assert all(f"| `{name}` | {doc} |\n" in page for name, (_, doc) in study_table.COLUMNS.items())
