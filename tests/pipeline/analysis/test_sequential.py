@@ -24,7 +24,7 @@ def found_at(effect: float, first: int, looks: int, error_rate: float = 0.05) ->
     return np.where(holds.any(1), holds.argmax(1), looks)
 
 
-@pytest.mark.parametrize(("first", "looks", "variants"), [(3, 8, 1), (3, 8, 7), (5, 6, 1), (2, 4, 1)])
+@pytest.mark.parametrize(("first", "looks", "variants"), [(3, 8, 1), (3, 8, 7), (2, 4, 1)])
 def test_looking_at_every_seed_errs_no_more_often_than_stated(first: int, looks: int, variants: int) -> None:
     rate = 0.05 / variants
     wrong = (found_at(0.0, first, looks, rate) < looks).mean()
