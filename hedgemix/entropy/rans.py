@@ -144,7 +144,7 @@ class Decoder:
             self._position = end
 
     def _pop_singly(self, places: Ints, rows: Ints, slots: Ints, packed: Ints, symbols: Ints) -> None:
-        states, pieces, entries = self._states.tolist(), memoryview(slots), packed.tolist()
+        states, pieces, entries = self._states.tolist(), slots.data, packed.tolist()
         words = iter(self._words[self._position : self._position + len(symbols)].tolist())  # one a symbol at most
         taken, lane = bytearray(), 0
         try:

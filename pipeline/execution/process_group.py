@@ -1,5 +1,7 @@
-"""How ranks of one node join in a torch.distributed process group: the gang of an evaluation, and Ray Train's workers on
-CPUs. Torch is imported as a rank joins: Ray Train's controller, which names these functions, has no need of it."""
+"""Joins the ranks of one node in a torch.distributed process group: an evaluation's gang, Ray Train's workers on CPUs.
+
+Torch is imported as a rank joins: Ray Train's controller, which names these functions, has no need of it.
+"""
 
 from __future__ import annotations
 

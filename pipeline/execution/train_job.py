@@ -95,7 +95,9 @@ def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
             ranks = Gloo()
         with scratch(step) as notes:
             trainer = Trainer(
-                partial(train_worker, job, step, seed),  # as a configuration the controller would read it, and import torch
+                partial(
+                    train_worker, job, step, seed
+                ),  # as a configuration the controller would read it, and import torch
                 alone=alone,
                 backend_config=ranks,
                 scaling_config=ScalingConfig(

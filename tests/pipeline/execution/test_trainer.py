@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import ray
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, scaling_policy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from pipeline.execution import trainer
+from pipeline.execution import process_group, trainer
 from pipeline.execution.trainer import Trainer
+from support import tiny_record
 
 
 def work() -> None:
     """Never called here."""
 
 
-def callbacks(trainer: TorchTrainer) -> set[str]:
+def callbacks(trainer: DataParallelTrainer) -> set[str]:
     return {type(callback).__name__ for callback in trainer._create_default_callbacks()}
 
 
@@ -34,14 +37,16 @@ def test_no_process_is_started_that_nobody_asks(
 ) -> None:
     """Each of these is an actor; a coordinator of an autoscaler is started by who asks it first."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **parts: given.update(parts))
+    monkeypatch.setattr(
+        DataParallelTrainer, "_initialize_and_run_controller", lambda self, **parts: given.update(parts)
+    )
     controller = Mock(**{"remote.side_effect": lambda **parts: given.update(parts) or Mock()})
     monkeypatch.setattr(
         ray, "remote", lambda **options: lambda cls: given.update(cls=cls, options=options) or controller
     )
     monkeypatch.setattr(ray, "get", lambda reference: reference)
     scaling = ScalingConfig(num_workers=2, use_gpu=use_gpu)
-    plain, ours = TorchTrainer(work, scaling_config=scaling), Trainer(work, scaling_config=scaling, alone=alone)
+    plain, ours = DataParallelTrainer(work, scaling_config=scaling), Trainer(work, scaling_config=scaling, alone=alone)
     assert callbacks(plain) - callbacks(ours) == needless and callbacks(ours) < callbacks(plain)
 
     asked: list[str] = []
@@ -68,3 +73,21 @@ def test_a_worker_on_a_machine_of_our_own_has_no_settings_of_its_own(monkeypatch
     group, theirs = trainer.TrainControllerHere.worker_group_cls, TrainController.worker_group_cls
     assert theirs._get_worker_runtime_env({})["env_vars"]["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
     assert group._get_worker_runtime_env({}) == {}
+
+
+def test_the_controller_of_a_training_on_cpus_has_no_need_of_torch() -> None:
+    """It costs two seconds of a core, every seed."""
+    asked = "import sys; from pipeline.execution.trainer import Gloo; Gloo(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", asked], check=True, cwd=tiny_record.ROOT)
+
+
+def test_workers_join_over_gloo_and_one_alone_has_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    group = MagicMock(**{"execute_single.return_value": "10.0.0.1:29500", "__len__.return_value": 2})
+    trainer.GlooBackend().on_start(group, trainer.Gloo())
+    assert [call.args for call in group.execute_single_async.call_args_list] == [
+        (rank, process_group.join, "10.0.0.1:29500", "gloo", rank, 2) for rank in range(2)
+    ]
+    alone = MagicMock(**{"__len__.return_value": 1})
+    trainer.GlooBackend().on_start(alone, trainer.Gloo())
+    assert not alone.execute_single.called and not alone.execute_single_async.called
