@@ -97,7 +97,7 @@ def test_our_own_ray_listens_on_loopback_alone_and_refuses_strangers(text: Path,
         names = {address: Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:2] for address, pid in found.items()}
         assert len(found) > 5
         open_doors = [names[address][0] for address in found if not address.startswith(LOOPBACK)]
-        assert open_doors == ["ray::RayTrainWorker"]  # where the ranks meet: torch's store knows no address to bind to
+        assert open_doors == []  # two workers would meet at one: torch's store knows no address to bind to
         [gcs] = [a for a, command in names.items() if command[0].endswith("gcs_server")]
         address = f"127.0.0.1:{int(gcs.partition(':')[2], 16)}"
         answers = {}
