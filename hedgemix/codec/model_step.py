@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hedgemix.model.attention import Cache
-from hedgemix.model.transformer import HASH_CURRENT, HASH_PREVIOUS, Block, Model
+from hedgemix.model.transformer import HASH_CURRENT, HASH_PREVIOUS, BigramEmbedding, Block, Model, ValueEmbedding
 
 EPSILON = np.finfo(np.float32).eps
 ONE = np.float32(1)
@@ -31,6 +31,7 @@ class ModelStep:
     def __init__(self, model: Model) -> None:
         self.model, config = model, model.config
         width, kv_width = config.width, config.width // config.heads * config.kv_heads
+        self.cap = np.float32(config.logit_cap)
         self.cache: Cache | None = None
         self.layers: list[Layer] = []
         # Memory for the vectors that matrices are multiplied with, and for what comes out.
@@ -48,20 +49,15 @@ class ModelStep:
         the next token, and the features (D,) that they come from."""
         if cache is not self.cache:
             self.begin(cache)
-        model, at = self.model, cache.length
-        x_D = array(model.embedding.weight)[token]
-        if model.bigram is not None:
-            row = (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % (model.bigram.buckets - 1)
-            more_D = product(model.bigram.project.weight, array(model.bigram.table.weight)[row])
-            x_D = x_D + more_D * array(model.bigram.scale)
+        at = cache.length
+        x_D = self.embedding_VD[token]
+        if self.bigram is not None:
+            row = (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % (len(self.bigram.table_VD) - 1)
+            x_D = x_D + self.bigram(row)
         x_D = unsmeared_D = normalised(x_D)
         if self.smear_D is not None:
             x_D = x_D + (self.before_D - x_D) / self.smear_D
-        value_K = None
-        if model.value_embedding is not None:
-            value_K = product(
-                model.value_embedding.project.weight, array(model.value_embedding.table.weight)[token]
-            ) * array(model.value_embedding.scale)
+        value_K = None if self.value is None else self.value(token)
         turn = self.cos_TR[at], self.sin_TR[at]
         start = 0 if band is None else max(0, at + 1 - band)
         x0_D, pushed = x_D, list[np.ndarray]()
@@ -71,7 +67,8 @@ class ModelStep:
             if layer.mix_2D is not None:
                 x_D = layer.mix_2D[0] * x_D + layer.mix_2D[1] * x0_D
             normalised(x_D, layer.scale, self.x_D)
-            y_D = self.attend(layer, None if layer.value_scale is None else value_K * layer.value_scale, turn, start, at)
+            added_K = None if value_K is None or layer.value_scale is None else value_K * layer.value_scale
+            y_D = self.attend(layer, added_K, turn, start, at)
             x_D = x_D + (y_D if layer.attention_scale_D is None else layer.attention_scale_D * y_D)
             normalised(x_D, layer.scale, self.x_D)
             torch.mv(layer.up, self.x, out=self.up)
@@ -80,23 +77,28 @@ class ModelStep:
             x_D = x_D + (self.y_D if layer.mlp_scale_D is None else layer.mlp_scale_D * self.y_D)
             if layer.pushes:
                 pushed.append(x_D)
-        cache.tokens_B1, cache.x_B1D = torch.tensor([[token]]), torch.from_numpy(unsmeared_D)[None, None]
+        self.token[0], self.before_D[:] = token, unsmeared_D
         cache.length += 1
-        self.before_D = unsmeared_D
-        feature_D, cap = normalised(x_D), np.float32(model.config.logit_cap)
+        feature_D = normalised(x_D)
         feature = torch.from_numpy(feature_D)
-        logits = torch.mv(model.embedding.weight.detach(), feature)
+        logits = torch.mv(self.embedding, feature)
         logits_V = logits.numpy()
-        logits_V /= cap
+        logits_V /= self.cap
         np.tanh(logits_V, out=logits_V)
-        logits_V *= cap
+        logits_V *= self.cap
         return logits.log_softmax(0), feature
 
     def begin(self, cache: Cache) -> None:
         """Take up the weights as they are now, and a cache that holds tokens."""
         model, self.cache = self.model, cache
         self.layers = [Layer.of(model, cache, number) for number in range(len(model.blocks))]
-        self.before_D = cache.x_B1D.numpy()[0, 0]
+        self.embedding = model.embedding.weight.detach()
+        self.embedding_VD = self.embedding.numpy()
+        self.bigram, self.value = Embedded.of(model.bigram), Embedded.of(model.value_embedding)
+        # What the cache remembers of the last token lies in one memory from here on.
+        self.before_D = cache.x_B1D[0, 0].numpy().copy()
+        self.token = cache.tokens_B1[0].numpy().copy()
+        cache.x_B1D, cache.tokens_B1 = torch.from_numpy(self.before_D)[None, None], torch.from_numpy(self.token)[None]
         self.smear_D = None if model.smear is None else 1 + np.exp(-array(model.smear))
         angle_TR = np.arange(cache.keys[0].shape[2], dtype=np.float32)[:, None] * model.frequencies.numpy()
         self.cos_TR, self.sin_TR = np.cos(angle_TR), np.sin(angle_TR)
@@ -131,6 +133,26 @@ class ModelStep:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """Holds the parts of an embedding that goes through a projection, in their own memory."""
+
+    project: Tensor
+    table_VD: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, part: BigramEmbedding | ValueEmbedding | None) -> Embedded | None:
+        """Look at a model's part, where it has it."""
+        if part is None:
+            return None
+        return cls(part.project.weight.detach(), array(part.table.weight), array(part.scale))
+
+    def __call__(self, row: int) -> np.ndarray:
+        """Embed what the row of the table stands for."""
+        return torch.mv(self.project, torch.from_numpy(self.table_VD[row])).numpy() * self.scale
+
+
+@dataclass(frozen=True)
 class Layer:
     """Holds a layer's weights, in their own memory, what is computed of them alone, and its keys and values."""
 
@@ -162,21 +184,30 @@ class Layer:
         """Look at layer `number` of a model."""
         block, valued = model.blocks[number], number - (len(model.blocks) - model.config.value_embedding_layers)
         assert isinstance(block, Block)
-        part = block.attention
-        matrices = (part.q, part.k, part.v, part.out, block.mlp.up, block.mlp.down)
+        part, mlp, popped = block.attention, block.mlp, number - model.pushes
         skips, values = model.skip_weights, model.value_embedding
         return cls(
-            part.heads, part.kv_heads, part.xsa, *(matrix.weight.detach() for matrix in matrices),
-            np.float32(block.depth_scale), np.float32(block.mlp.slope),
-            array(part.q_gain)[:, None] * np.float32(1 / math.sqrt(part.head_width)),
-            skips is not None and number < model.pushes,
-            array(skips)[number - model.pushes] if skips is not None and 0 <= number - model.pushes < len(skips) else None,
-            None if block.input_mix is None else array(block.input_mix),
-            array(values.layer_scales)[valued] if values is not None and valued >= 0 else None,
-            None if block.attention_scale is None else array(block.attention_scale),
-            None if block.mlp_scale is None else array(block.mlp_scale),
-            cache.keys[number][0].numpy(), cache.values[number][0].numpy(),
-        )  # fmt: skip
+            heads=part.heads,
+            kv_heads=part.kv_heads,
+            xsa=part.xsa,
+            q=part.q.weight.detach(),
+            k=part.k.weight.detach(),
+            v=part.v.weight.detach(),
+            out=part.out.weight.detach(),
+            up=mlp.up.weight.detach(),
+            down=mlp.down.weight.detach(),
+            scale=np.float32(block.depth_scale),
+            slope=np.float32(mlp.slope),
+            gain_H1=array(part.q_gain)[:, None] * np.float32(1 / math.sqrt(part.head_width)),
+            pushes=skips is not None and number < model.pushes,
+            skip_D=array(skips)[popped] if skips is not None and 0 <= popped < len(skips) else None,
+            mix_2D=None if block.input_mix is None else array(block.input_mix),
+            value_scale=array(values.layer_scales)[valued] if values is not None and valued >= 0 else None,
+            attention_scale_D=None if block.attention_scale is None else array(block.attention_scale),
+            mlp_scale_D=None if block.mlp_scale is None else array(block.mlp_scale),
+            keys_HTE=cache.keys[number][0].numpy(),
+            values_HTE=cache.values[number][0].numpy(),
+        )
 
 
 def paired(size: int) -> tuple[np.ndarray, Tensor]:
@@ -188,11 +219,6 @@ def paired(size: int) -> tuple[np.ndarray, Tensor]:
 def array(weight: Tensor) -> np.ndarray:
     """Show a weight as an array, in its own memory."""
     return weight.detach().numpy()
-
-
-def product(weight: Tensor, x: np.ndarray) -> np.ndarray:
-    """Multiply a matrix (outputs, inputs) and a vector."""
-    return torch.mv(weight.detach(), torch.from_numpy(x)).numpy()
 
 
 def normalised(x_D: np.ndarray, scale: np.float32 = ONE, out_D: np.ndarray | None = None) -> np.ndarray:
