@@ -1,5 +1,7 @@
 """Counts that grow a token at a time against the index of the whole text."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from hedgemix.config import RecipeError
 from hedgemix.data import tokenizer
-from hedgemix.experts import ngram_index
+from hedgemix.experts import ngram_index, ngram_online
 from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.experts.ngram import NgramRows
 from hedgemix.experts.ngram_online import OnlineNgram
@@ -44,8 +46,16 @@ def test_rows_are_those_of_the_index_bitwise(source: str, orders: tuple[int, ...
 
 
 @settings(max_examples=40, deadline=None)
-@given(memories, streams, st.sampled_from([(1,), (1, 2, 3, 4), (2, 6)]))
-def test_behind_a_memory_too(memory: list[int], tokens: list[int], orders: tuple[int, ...]) -> None:
+@given(memories, streams, st.sampled_from([(1,), (1, 2, 3, 4), (2, 6)]), st.sampled_from([(6, 32), (0, 0), (0, 9)]))
+def test_behind_a_memory_too(
+    memory: list[int], tokens: list[int], orders: tuple[int, ...], sizes: tuple[int, int]
+) -> None:
+    """Also where what a context adds to a row is kept as arrays, and made anew once it changed."""
+    with patch.multiple(ngram_online, FEW_TOKENS=sizes[0], MANY_TOKENS=sizes[1]):
+        compare_behind(memory, tokens, orders)
+
+
+def compare_behind(memory: list[int], tokens: list[int], orders: tuple[int, ...]) -> None:
     before_M, text = np.array(memory, np.uint16), np.array(tokens)
     index = ngram_index.build(text, orders, 4, memory_M=before_M)
     batch, online = NgramRows(index, 0.6), OnlineNgram(orders, 4, 0.6, MemoryLookup(before_M, 4, orders[-1] - 1))
