@@ -49,6 +49,9 @@ MAKERS = ("train", "quantize", "recipes", *(f"data.{name}" for name in DATA_MAKE
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 LONGEST_LINE = 1 << 28
+GIVE_WAY = 5
+"""Added to the niceness of work that nobody talks with. A conversation waits at every word for both of its sides to get
+a core, and an audit is as long as the one that it holds."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 KERNEL = ("/proc", "/sys", "/dev/null", "/dev/urandom")
 KEPT = (*SWITCHES, "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MKL_NUM_THREADS",
@@ -146,6 +149,7 @@ def run(
         "folders": [os.path.realpath(folder) for folder in folders],
         "library": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}),
         "prefixes": [sys.prefix, sys.exec_prefix],
+        "nice": 0 if talk else GIVE_WAY,
     }
     began, message, start_seconds, confined = time.monotonic(), "", 0.0, Confined()
     ended: dict[str, Any] | None = None
@@ -214,6 +218,7 @@ def environment(scratch: str) -> dict[str, str]:
 def serve(spec: dict[str, Any]) -> None:
     """Do the work, as the fresh process: one JSON line on standard output for the start, each record logged, and the
     end."""
+    os.nice(spec["nice"])
     inside = False
     sources = [*spec["folders"], *spec["path"]]
     if spec["readable"] is not None:
