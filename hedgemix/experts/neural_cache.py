@@ -54,6 +54,8 @@ class NeuralCache:
         self.fade_KB = torch.exp(-age_KB / decay_tokens - theta) * ((age_KB > 0) & (age_KB <= memory_tokens))
         """What a weight is multiplied by, for the positions of a block and of `memory_tokens` before it: 0 from the
         position itself on. With exp(-theta) no sum of weights leaves the range of float32."""
+        self.fade_K = self.fade_KB[:memory_tokens, 0].clone()
+        """The same for one position, side by side."""
 
     def refresh(self, whitener_DD: Tensor) -> None:
         """Compare by this whitener from here on."""
@@ -89,7 +91,7 @@ class NeuralCache:
         # The position itself, which gets no weight, is among the rows: as many as in `_rows` are rounded alike.
         cosines = torch.mv(self.keys_KD[oldest : here + 1], torch.from_numpy(key_D * np.float32(self.theta)))
         weights_K = cosines.exp_().numpy()[:-1]
-        weights_K *= self.fade_KB.numpy()[self.memory - (here - oldest) : self.memory, 0]
+        weights_K *= self.fade_K.numpy()[self.memory - (here - oldest) :]
         sums_V = np.zeros(self.vocab_size, np.float32)
         np.add.at(sums_V, tokens_K[oldest:here], weights_K)
         sums_V *= np.float32(1 - self.floor) * (1 / torch.from_numpy(sums_V).sum().numpy())
