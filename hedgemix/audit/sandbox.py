@@ -55,7 +55,7 @@ a core, and an audit is as long as the one that it holds."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 KERNEL = ("/proc", "/sys", "/dev/null", "/dev/urandom")
 KEPT = (*SWITCHES, "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MKL_NUM_THREADS",
-        "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS")  # fmt: skip
+        "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # fmt: skip
 """Variables that the process is given when they are set."""
 CODE = re.compile(r"\.(py|pyc|so)$|\.(egg|dist)-info/")
 """What is library code in a folder of the import path: modules, and the notes an installer left beside them."""
@@ -212,6 +212,8 @@ def answer(work: str, line: bytes) -> tuple[str, Any]:
 def environment(scratch: str) -> dict[str, str]:
     """Make the process's environment: nothing but what is named here."""
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    # Threads of a product that wait for one without a core sleep, and do not take the core that it needs.
+    kept = {"OMP_WAIT_POLICY": "PASSIVE", **kept}
     return {**kept, "LANG": "C.UTF-8", "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch}
 
 
