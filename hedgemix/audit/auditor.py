@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 
 from hedgemix import __version__
-from hedgemix.artifact import format as artifact
 from hedgemix.audit import checks, limits, own_code, sandbox, streamed
 from hedgemix.audit.agreement import check_agreement
 from hedgemix.audit.claim import Claim, claims, columns, write_columns
@@ -224,7 +223,7 @@ def prove(work: Audit) -> Callable[[], Finding]:
     are there."""
     claim, source, settings = work.claim, work.source, work.claim.recipe.evaluate
     stretches, *drawn = streamed.draw(work.spans, settings, work.plan.streamed_tokens, drawn_seed(work))
-    vocab_size = artifact.read(claim.artifact).header["vocab_size"]
+    vocab_size = claim.header["vocab_size"]
 
     def told(fraction: float) -> None:
         work.progress(f"rows before their tokens: {fraction:.0%}")

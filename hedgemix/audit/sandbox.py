@@ -49,10 +49,13 @@ MAKERS = ("train", "quantize", "recipes", *(f"data.{name}" for name in DATA_MAKE
 FORBIDDEN = (*(f"hedgemix.{name}" for name in MAKERS), "pipeline", "ray")
 """Modules whose import is refused."""
 LONGEST_LINE = 1 << 28
+GIVE_WAY = 5
+"""Added to the niceness of work that nobody talks with. A conversation waits at every word for both of its sides to get
+a core, and an audit is as long as the one that it holds."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 KERNEL = ("/proc", "/sys", "/dev/null", "/dev/urandom")
 KEPT = (*SWITCHES, "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MKL_NUM_THREADS",
-        "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS")  # fmt: skip
+        "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # fmt: skip
 """Variables that the process is given when they are set."""
 CODE = re.compile(r"\.(py|pyc|so)$|\.(egg|dist)-info/")
 """What is library code in a folder of the import path: modules, and the notes an installer left beside them."""
@@ -146,6 +149,7 @@ def run(
         "folders": [os.path.realpath(folder) for folder in folders],
         "library": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *SYSTEM}),
         "prefixes": [sys.prefix, sys.exec_prefix],
+        "nice": 0 if talk else GIVE_WAY,
     }
     began, message, start_seconds, confined = time.monotonic(), "", 0.0, Confined()
     ended: dict[str, Any] | None = None
@@ -208,12 +212,15 @@ def answer(work: str, line: bytes) -> tuple[str, Any]:
 def environment(scratch: str) -> dict[str, str]:
     """Make the process's environment: nothing but what is named here."""
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    # Threads of a product that wait for one without a core sleep, and do not take the core that it needs.
+    kept = {"OMP_WAIT_POLICY": "PASSIVE", **kept}
     return {**kept, "LANG": "C.UTF-8", "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch}
 
 
 def serve(spec: dict[str, Any]) -> None:
     """Do the work, as the fresh process: one JSON line on standard output for the start, each record logged, and the
     end."""
+    os.nice(spec["nice"])
     inside = False
     sources = [*spec["folders"], *spec["path"]]
     if spec["readable"] is not None:

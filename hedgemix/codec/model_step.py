@@ -1,115 +1,219 @@
-"""The model for one token more, behind a cache: what `Model.features` and `logits` compute, in a fifth of the time.
+"""The model for one token more, behind a cache: what `Model.features` and `logits` compute, in a fraction of the time.
 
 One position is some hundred operations on a few hundred numbers each, and PyTorch takes longer to begin one than to do
-it. Here NumPy does what goes number by number, in the memory of the model's own weights, and PyTorch the products, on
-its one thread. For float32 on a CPU; rounding aside the rows are the model's.
+it. Here NumPy does what goes number by number, and PyTorch the products, on its one thread; both in the memory of the
+model's own weights, and in memory of their own that is used again. For float32 on a CPU; rounding aside the rows are
+the model's.
 
-Shapes: D width, H heads, K key/value heads, E head width, R pairs of rotated dimensions, T positions kept, V
-vocabulary.
+Shapes: D width, H heads, G key/value heads, K their width, E head width, R pairs of rotated dimensions, T positions
+kept, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hedgemix.model.attention import Cache
-from hedgemix.model.transformer import HASH_CURRENT, HASH_PREVIOUS, Attention, Block, Model
+from hedgemix.model.transformer import HASH_CURRENT, HASH_PREVIOUS, BigramEmbedding, Block, Model, ValueEmbedding
 
 EPSILON = np.finfo(np.float32).eps
+ONE = np.float32(1)
 
 
 class ModelStep:
-    """Runs a model whose weights may move, in the memory that they are in."""
+    """Runs a model whose weights may move, but not while a cache is at work, whose keys would be of other weights."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
-        """Each layer's keys and values in the cache at work, (H, T, E)."""
+        self.model, config = model, model.config
+        width, kv_width = config.width, config.width // config.heads * config.kv_heads
+        self.cap = np.float32(config.logit_cap)
         self.cache: Cache | None = None
+        self.layers: list[Layer] = []
+        # Memory for the vectors that matrices are multiplied with, and for what comes out.
+        self.x_D, self.x = paired(width)
+        self.y_D, self.y = paired(width)
+        self.up_U, self.up = paired(config.mlp_hidden)
+        self.qk, self.qk_out = paired(width + kv_width)
+        self.v_K, self.v = paired(kv_width)
+        self.qk_NE = self.qk.reshape(config.heads + config.kv_heads, -1)
+        """The heads' queries, then the keys."""
+        self.queries, self.keys = self.qk_out[:width], self.qk_out[width:]
 
-    @torch.inference_mode()
     def __call__(self, cache: Cache, previous: int, token: int, band: int | None) -> tuple[Tensor, Tensor]:
         """Run a token behind `previous` and all before it, which the cache holds: log probabilities (V,), float32, of
         the next token, and the features (D,) that they come from."""
         if cache is not self.cache:
-            self.cache = cache
-            self.kept = [(k[0].numpy(), v[0].numpy()) for k, v in zip(cache.keys, cache.values, strict=True)]
-        model, at = self.model, cache.length
-        x_D = array(model.embedding.weight)[token]
-        if model.bigram is not None:
-            row = (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % (model.bigram.buckets - 1)
-            more_D = product(model.bigram.project.weight, array(model.bigram.table.weight)[row])
-            x_D = x_D + more_D * array(model.bigram.scale)
+            self.begin(cache)
+        at = cache.length
+        x_D = self.embedding_VD[token]
+        if self.bigram is not None:
+            row = (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % (len(self.bigram.table_VD) - 1)
+            x_D = x_D + self.bigram(row)
         x_D = unsmeared_D = normalised(x_D)
-        if model.smear is not None:
-            x_D = x_D + (cache.x_B1D.numpy()[0, 0] - x_D) / (1 + np.exp(-array(model.smear)))
-        value_K = None
-        if model.value_embedding is not None:
-            value_K = product(
-                model.value_embedding.project.weight, array(model.value_embedding.table.weight)[token]
-            ) * array(model.value_embedding.scale)
-        angle_R = np.float32(at) * model.frequencies.numpy()
-        turn = np.cos(angle_R), np.sin(angle_R)
+        if self.smear_D is not None:
+            x_D = x_D + (self.before_D - x_D) / self.smear_D
+        value_K = None if self.value is None else self.value(token)
+        turn = self.cos_TR[at], self.sin_TR[at]
+        start = 0 if band is None else max(0, at + 1 - band)
         x0_D, pushed = x_D, list[np.ndarray]()
-        first_valued = len(model.blocks) - model.config.value_embedding_layers
-        for layer, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
-            skipped = model.skip_weights is not None and layer >= model.pushes and pushed
-            if model.skip_weights is not None and skipped:
-                x_D = x_D + array(model.skip_weights)[layer - model.pushes] * pushed.pop()
-            added_K = None
-            if value_K is not None and model.value_embedding is not None and layer >= first_valued:
-                added_K = value_K * array(model.value_embedding.layer_scales)[layer - first_valued]
-            if block.input_mix is not None:
-                mix = array(block.input_mix)
-                x_D = mix[0] * x_D + mix[1] * x0_D
-            start = 0 if band is None else max(0, at + 1 - band)
-            y_D = self.attend(block.attention, normalised(x_D, block.depth_scale), added_K, turn, start, at)
-            x_D = x_D + (y_D if block.attention_scale is None else array(block.attention_scale) * y_D)
-            up = product(block.mlp.up.weight, normalised(x_D, block.depth_scale))
-            up = np.square(np.where(up > 0, up, np.float32(block.mlp.slope) * up))
-            y_D = product(block.mlp.down.weight, up)
-            x_D = x_D + (y_D if block.mlp_scale is None else array(block.mlp_scale) * y_D)
-            if model.skip_weights is not None and layer < model.pushes:
+        for layer in self.layers:
+            if layer.skip_D is not None:
+                x_D = x_D + layer.skip_D * pushed.pop()
+            if layer.mix_2D is not None:
+                x_D = layer.mix_2D[0] * x_D + layer.mix_2D[1] * x0_D
+            normalised(x_D, layer.scale, self.x_D)
+            added_K = None if value_K is None or layer.value_scale is None else value_K * layer.value_scale
+            y_D = self.attend(layer, added_K, turn, start, at)
+            x_D = x_D + (y_D if layer.attention_scale_D is None else layer.attention_scale_D * y_D)
+            normalised(x_D, layer.scale, self.x_D)
+            torch.mv(layer.up, self.x, out=self.up)
+            np.square(np.where(self.up_U > 0, self.up_U, layer.slope * self.up_U), out=self.up_U)
+            torch.mv(layer.down, self.up, out=self.y)
+            x_D = x_D + (self.y_D if layer.mlp_scale_D is None else layer.mlp_scale_D * self.y_D)
+            if layer.pushes:
                 pushed.append(x_D)
-        cache.tokens_B1, cache.x_B1D = torch.tensor([[token]]), torch.from_numpy(unsmeared_D)[None, None]
+        self.token[0], self.before_D[:] = token, unsmeared_D
         cache.length += 1
-        feature_D, cap = normalised(x_D), np.float32(model.config.logit_cap)
-        logits_V = torch.from_numpy(cap * np.tanh(product(model.embedding.weight, feature_D) / cap))
-        return logits_V.log_softmax(0), torch.from_numpy(feature_D)
+        feature_D = normalised(x_D)
+        feature = torch.from_numpy(feature_D)
+        logits = torch.mv(self.embedding, feature)
+        logits_V = logits.numpy()
+        logits_V /= self.cap
+        np.tanh(logits_V, out=logits_V)
+        logits_V *= self.cap
+        return logits.log_softmax(0), feature
+
+    def begin(self, cache: Cache) -> None:
+        """Take up the weights as they are now, and a cache that holds tokens."""
+        model, self.cache = self.model, cache
+        self.layers = [Layer.of(model, cache, number) for number in range(len(model.blocks))]
+        self.embedding = model.embedding.weight.detach()
+        self.embedding_VD = self.embedding.numpy()
+        self.bigram, self.value = Embedded.of(model.bigram), Embedded.of(model.value_embedding)
+        # What the cache remembers of the last token lies in one memory from here on.
+        self.before_D = cache.x_B1D[0, 0].numpy().copy()
+        self.token = cache.tokens_B1[0].numpy().copy()
+        cache.x_B1D, cache.tokens_B1 = torch.from_numpy(self.before_D)[None, None], torch.from_numpy(self.token)[None]
+        self.smear_D = None if model.smear is None else 1 + np.exp(-array(model.smear))
+        angle_TR = np.arange(cache.keys[0].shape[2], dtype=np.float32)[:, None] * model.frequencies.numpy()
+        self.cos_TR, self.sin_TR = np.cos(angle_TR), np.sin(angle_TR)
 
     def attend(
-        self,
-        part: Attention,
-        x_D: np.ndarray,
-        added_K: np.ndarray | None,
-        turn: tuple[np.ndarray, np.ndarray],
-        start: int,
-        at: int,
+        self, layer: Layer, added_K: np.ndarray | None, turn: tuple[np.ndarray, np.ndarray], start: int, at: int
     ) -> np.ndarray:
-        """Attend from position `at` to those from `start` on; see `Attention.forward`."""
-        v_KE = product(part.v.weight, x_D)
-        v_KE = (v_KE if added_K is None else v_KE + added_K).reshape(part.kv_heads, part.head_width)
-        q_HE = rotated(normalised(product(part.q.weight, x_D).reshape(part.heads, -1)), *turn)
-        k_KE = rotated(normalised(product(part.k.weight, x_D).reshape(part.kv_heads, -1)), *turn)
-        q_HE *= array(part.q_gain)[:, None] * np.float32(1 / math.sqrt(part.head_width))
-        if part.kv_heads != part.heads:
-            k_KE, v_KE = (np.repeat(each, part.heads // part.kv_heads, axis=0) for each in (k_KE, v_KE))
-        keys_HTE, values_HTE = self.kept[part.layer]
-        keys_HTE[:, at], values_HTE[:, at] = k_KE, v_KE
+        """Attend from position `at` to those from `start` on, for what is in `x_D`; see `Attention.forward`."""
+        torch.mv(layer.q, self.x, out=self.queries)
+        torch.mv(layer.k, self.x, out=self.keys)
+        torch.mv(layer.v, self.x, out=self.v)
+        qk_NE, v_GE = self.qk_NE, self.v_K.reshape(layer.kv_heads, -1)
+        if added_K is not None:
+            self.v_K += added_K
+        normalise_rows(qk_NE)
+        rotate(qk_NE, *turn)
+        q_HE, k_HE, v_HE = qk_NE[: layer.heads], qk_NE[layer.heads :], v_GE
+        q_HE *= layer.gain_H1
+        if layer.kv_heads != layer.heads:
+            k_HE, v_HE = (np.repeat(each, layer.heads // layer.kv_heads, axis=0) for each in (k_HE, v_HE))
+        layer.keys_HTE[:, at], layer.values_HTE[:, at] = k_HE, v_HE
         here = slice(start, at + 1)
-        scores_HT1 = torch.bmm(torch.from_numpy(keys_HTE[:, here]), torch.from_numpy(q_HE)[:, :, None])
+        scores_HT1 = torch.bmm(torch.from_numpy(layer.keys_HTE[:, here]), torch.from_numpy(q_HE)[:, :, None])
         weights_H1T = scores_HT1.softmax(1).transpose(1, 2)
-        y_HE = torch.bmm(weights_H1T, torch.from_numpy(values_HTE[:, here]))[:, 0].numpy()
-        if part.xsa:
-            length_H1 = np.maximum(np.sqrt(np.square(v_KE).sum(1, keepdims=True)), np.float32(1e-12))
-            toward_HE = v_KE / length_H1
+        y_HE = torch.bmm(weights_H1T, torch.from_numpy(layer.values_HTE[:, here]))[:, 0].numpy()
+        if layer.xsa:
+            length_H1 = np.maximum(np.sqrt(np.square(v_HE).sum(1, keepdims=True)), np.float32(1e-12))
+            toward_HE = v_HE / length_H1
             y_HE = y_HE - (y_HE * toward_HE).sum(1, keepdims=True) * toward_HE
-        return product(part.out.weight, y_HE.reshape(-1))
+        torch.mv(layer.out, torch.from_numpy(y_HE.reshape(-1)), out=self.y)
+        return self.y_D
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Holds the parts of an embedding that goes through a projection, in their own memory."""
+
+    project: Tensor
+    table_VD: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, part: BigramEmbedding | ValueEmbedding | None) -> Embedded | None:
+        """Look at a model's part, where it has it."""
+        if part is None:
+            return None
+        return cls(part.project.weight.detach(), array(part.table.weight), array(part.scale))
+
+    def __call__(self, row: int) -> np.ndarray:
+        """Embed what the row of the table stands for."""
+        return torch.mv(self.project, torch.from_numpy(self.table_VD[row])).numpy() * self.scale
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Holds a layer's weights, in their own memory, what is computed of them alone, and its keys and values."""
+
+    heads: int
+    kv_heads: int
+    xsa: bool
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+    scale: np.float32
+    slope: np.float32
+    gain_H1: np.ndarray
+    """What queries are multiplied by: the heads' gains, and 1 / sqrt(E)."""
+    pushes: bool
+    """Whether a later layer adds what comes out."""
+    skip_D: np.ndarray | None
+    mix_2D: np.ndarray | None
+    value_scale: np.float32 | None
+    attention_scale_D: np.ndarray | None
+    mlp_scale_D: np.ndarray | None
+    keys_HTE: np.ndarray
+    values_HTE: np.ndarray
+
+    @classmethod
+    def of(cls, model: Model, cache: Cache, number: int) -> Layer:
+        """Look at layer `number` of a model."""
+        block, valued = model.blocks[number], number - (len(model.blocks) - model.config.value_embedding_layers)
+        assert isinstance(block, Block)
+        part, mlp, popped = block.attention, block.mlp, number - model.pushes
+        skips, values = model.skip_weights, model.value_embedding
+        return cls(
+            heads=part.heads,
+            kv_heads=part.kv_heads,
+            xsa=part.xsa,
+            q=part.q.weight.detach(),
+            k=part.k.weight.detach(),
+            v=part.v.weight.detach(),
+            out=part.out.weight.detach(),
+            up=mlp.up.weight.detach(),
+            down=mlp.down.weight.detach(),
+            scale=np.float32(block.depth_scale),
+            slope=np.float32(mlp.slope),
+            gain_H1=array(part.q_gain)[:, None] * np.float32(1 / math.sqrt(part.head_width)),
+            pushes=skips is not None and number < model.pushes,
+            skip_D=array(skips)[popped] if skips is not None and 0 <= popped < len(skips) else None,
+            mix_2D=None if block.input_mix is None else array(block.input_mix),
+            value_scale=array(values.layer_scales)[valued] if values is not None and valued >= 0 else None,
+            attention_scale_D=None if block.attention_scale is None else array(block.attention_scale),
+            mlp_scale_D=None if block.mlp_scale is None else array(block.mlp_scale),
+            keys_HTE=cache.keys[number][0].numpy(),
+            values_HTE=cache.values[number][0].numpy(),
+        )
+
+
+def paired(size: int) -> tuple[np.ndarray, Tensor]:
+    """Make a float32 vector that NumPy and PyTorch share."""
+    vector = np.empty(size, np.float32)
+    return vector, torch.from_numpy(vector)
 
 
 def array(weight: Tensor) -> np.ndarray:
@@ -117,21 +221,23 @@ def array(weight: Tensor) -> np.ndarray:
     return weight.detach().numpy()
 
 
-def product(weight: Tensor, x: np.ndarray) -> np.ndarray:
-    """Multiply a matrix (outputs, inputs) and a vector."""
-    return torch.mv(weight, torch.from_numpy(x)).numpy()
+def normalised(x_D: np.ndarray, scale: np.float32 = ONE, out_D: np.ndarray | None = None) -> np.ndarray:
+    """Give x (D,) a mean square of scale^2, in memory of its own or of `out_D`."""
+    mean = np.add.reduce(np.square(x_D)) * np.float32(1 / len(x_D))
+    return np.multiply(x_D, scale / np.sqrt(mean + EPSILON), out=out_D)
 
 
-def normalised(x: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Give x (..., D) a mean square of scale^2 over its last dimension."""
-    mean = np.square(x).sum(-1, keepdims=True) * np.float32(1 / x.shape[-1])
-    return x * (np.float32(scale) / np.sqrt(mean + EPSILON))
+def normalise_rows(x_NE: np.ndarray) -> None:
+    """Give each row a mean square of 1, in its own memory."""
+    mean_N1 = np.add.reduce(np.square(x_NE), -1, keepdims=True) * np.float32(1 / x_NE.shape[1])
+    x_NE *= ONE / np.sqrt(mean_N1 + EPSILON)
 
 
-def rotated(x_HE: np.ndarray, cos_R: np.ndarray, sin_R: np.ndarray) -> np.ndarray:
-    """Turn the first 2R of each head's dimensions."""
-    half, out_HE = len(cos_R), x_HE.copy()
-    first, second = x_HE[:, :half], x_HE[:, half : 2 * half]
-    out_HE[:, :half] = first * cos_R - second * sin_R
-    out_HE[:, half : 2 * half] = first * sin_R + second * cos_R
-    return out_HE
+def rotate(x_NE: np.ndarray, cos_R: np.ndarray, sin_R: np.ndarray) -> None:
+    """Turn the first 2R dimensions of each row, in its own memory."""
+    half = len(cos_R)
+    first, second = x_NE[:, :half], x_NE[:, half : 2 * half]
+    turned = first * cos_R - second * sin_R
+    second *= cos_R
+    second += first * sin_R
+    first[:] = turned

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,16 +80,39 @@ class FastHead:
         return torch.cat(parts)
 
     def predict(self, log_row_V: Tensor, feature_D: Tensor) -> Tensor:
-        """Give the probabilities (V,), float32, of the next position's token."""
-        self.asked = self._base(log_row_V[None].float(), feature_D[None].float(), self.position % self.block)
-        base_BV, attention_BK = self.asked
+        """Give the probabilities (V,), float32, of the next position's token, on a CPU: the row that `rows` makes for a
+        single position, to the bit. NumPy does what PyTorch takes longer to begin than to do."""
+        place = self.position % self.block
+        white = feature_D[None] @ self.whitener_DD
+        length = np.float32(max(float(torch.linalg.vector_norm(white, dim=1)), 1e-12))
+        self.keys_KD.numpy()[place] = feature_D.numpy() / length
+        white_D = white[0].numpy()
+        white_D /= length
+        query = white @ self.whitener_DD
+        attention = query @ self.keys_KD[: place + 1].T
+        attention.numpy()[0] *= self.attention_KK.numpy()[place, : place + 1]
+        query.numpy()[0] *= self.fade_K1.numpy()[place]
+        base = torch.addmm(log_row_V[None], query, self.steps_DV)
         # The position's own error, which is not known yet, has no weight.
-        errors_KV = self.errors_PKV[PASSES - 1, : attention_BK.shape[1]]
-        return _probabilities(torch.addmm(base_BV, attention_BK, errors_KV))[0]
+        row = torch.addmm(base, attention, self.errors_PKV[PASSES - 1, : place + 1]).softmax(1)
+        self.asked = base, attention, row
+        return row[0].clamp_min(FLOOR)
 
     def update(self, token: int) -> None:
         """Learn the token that `predict` was about."""
-        self._learn(*self.asked, torch.tensor([token], device=self.steps_DV.device))
+        base, attention, row = self.asked
+        stop = attention.shape[1]
+        errors_PKV = self.errors_PKV.numpy()
+        predicted = base.softmax(1)
+        for number in range(PASSES + 1):
+            error_V = errors_PKV[number, stop - 1]
+            np.negative(predicted[0].numpy(), out=error_V)
+            error_V[token] += 1
+            if number < PASSES - 1:
+                predicted = torch.addmm(base, attention, self.errors_PKV[number, :stop]).softmax(1)
+            else:
+                predicted = row  # of all passes but the last: the position's own error is in neither
+        self._end_block(stop)
         self.position += 1
 
     def _replayed(self, given: list[Tensor]) -> Tensor:
@@ -136,10 +160,14 @@ class FastHead:
             errors_KV[place:stop] = _errors(logits_BV, tokens_B)
             logits_BV = torch.addmm(base_BV, attention_BK, errors_KV[:stop])
         self.errors_PKV[PASSES, place:stop] = _errors(logits_BV, tokens_B)
+        self._end_block(stop)
+        return _probabilities(logits_BV)
+
+    def _end_block(self, stop: int) -> None:
+        """Add the block's steps to the others, where it is whole."""
         if stop == self.block:
             steps_KD = self.keys_KD * self.step_K1
             self.steps_DV.mul_(self.faded).addmm_(steps_KD.T, self.errors_PKV[PASSES])
-        return _probabilities(logits_BV)
 
     def state_dict(self) -> dict[str, Any]:
         """Copy what was learned."""

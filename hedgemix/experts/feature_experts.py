@@ -64,7 +64,7 @@ class FeatureExperts:
 
     def predict(self, log_row_V: Tensor, feature_D: Tensor) -> dict[str, Tensor]:
         """Give each expert's probabilities (V,) of the next position's token."""
-        self.asked_D = feature_D
+        self.asked_D = feature_D = feature_D.float()
         said = {}
         if self.cache:
             said[CACHE] = self.cache.predict(feature_D)

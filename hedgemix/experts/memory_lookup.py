@@ -17,6 +17,9 @@ import numpy as np
 
 from hedgemix.config import RecipeError
 
+FEW_PLACES = 48
+"""Up to here a range is looked at place by place: NumPy takes longer to begin than that."""
+
 
 class MemoryLookup:
     """Finds contexts of at most `depth` tokens in a memory, integers (M,)."""
@@ -53,14 +56,22 @@ class MemoryLookup:
             return []
         places, padded, found = self._places, self._tokens, []
         left, right = self._first_V[context[-1]], self._first_V[context[-1] + 1]
-        for back in range(1, len(context) + 1):
+        if left < right:
+            found.append((left, right))
+        for back in range(2, len(context) + 1 if found else 0):
             offset, token = self.depth - back, context[-back]
 
             def before(at: int, offset: int = offset) -> int:
                 return padded[places[at] + offset]
 
-            if back > 1:
+            # Most ranges are whole, or of one place, long before the context ends: both ends are looked at first.
+            first = before(left)
+            last = first if right - left == 1 else before(right - 1)
+            if not first <= token <= last:
+                break
+            if first != token:
                 left = bisect_left(range(right), token, left, right, key=before)
+            if last != token:
                 right = bisect_right(range(right), token, left, right, key=before)
             if left == right:
                 break
@@ -71,7 +82,10 @@ class MemoryLookup:
         """Count the tokens that stand at the places of a range: each once for every different content of the places so
         many tokens back, or each time where `backs` is empty. The range must be of a context one token shorter than the
         first of `backs`."""
-        places = self._places_M[slice(*found)]
+        left, right = found
+        if right - left <= FEW_PLACES:
+            return self._few_followers(left, right, backs)
+        places = self._places_M[left:right]
         follower = self.tokens_M[places].astype(np.int64)
         if len(backs):
             # What is equal so far back lies side by side.
@@ -80,9 +94,34 @@ class MemoryLookup:
                 token = self._padded[places + (self.depth - back)]
                 opens[1:] |= token[1:] != token[:-1]
             kinds = int(follower.max()) + 1
-            follower = np.unique(np.cumsum(opens) * kinds + follower) % kinds
-        tokens, counts = np.unique(follower, return_counts=True)
-        return dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+            pair = np.cumsum(opens) * kinds + follower
+            pair.sort()
+            first = np.ones(len(pair), bool)
+            np.not_equal(pair[1:], pair[:-1], out=first[1:])
+            follower = pair[first] % kinds
+        count_V = np.bincount(follower)
+        tokens = np.flatnonzero(count_V)
+        return dict(zip(tokens.tolist(), count_V[tokens].tolist(), strict=True))
+
+    def _few_followers(self, left: int, right: int, backs: range) -> dict[int, int]:
+        places, padded, depth = self._places, self._tokens, self.depth
+        counts: dict[int, int] = {}
+        if not len(backs):
+            for at in range(left, right):
+                token = padded[places[at] + depth]
+                counts[token] = counts.get(token, 0) + 1
+            return counts
+        content: list[int] = []
+        for at in range(left, right):
+            stop = places[at] + depth
+            here = padded[stop - backs[-1] : stop - backs[0] + 1].tolist()
+            if here != content:
+                content, counted = here, set[int]()
+            token = padded[stop]
+            if token not in counted:
+                counted.add(token)
+                counts[token] = counts.get(token, 0) + 1
+        return counts
 
     def latest(self, found: tuple[int, int]) -> int:
         """Find the last of the places of a range."""

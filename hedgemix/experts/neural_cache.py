@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,8 @@ class NeuralCache:
         self.fade_KB = torch.exp(-age_KB / decay_tokens - theta) * ((age_KB > 0) & (age_KB <= memory_tokens))
         """What a weight is multiplied by, for the positions of a block and of `memory_tokens` before it: 0 from the
         position itself on. With exp(-theta) no sum of weights leaves the range of float32."""
+        self.fade_K = self.fade_KB[:memory_tokens, 0].clone()
+        """The same for one position, side by side."""
 
     def refresh(self, whitener_DD: Tensor) -> None:
         """Compare by this whitener from here on."""
@@ -74,13 +77,30 @@ class NeuralCache:
         return torch.cat(parts)
 
     def predict(self, feature_D: Tensor) -> Tensor:
-        """Give the probabilities (V,), float32, of the next position's token."""
-        self._place(feature_D[None])
-        return self._rows(1)[0]
+        """Give the probabilities (V,), float32, of the next position's token, on a CPU: the row that `rows` makes for a
+        single position, to the bit. NumPy does what PyTorch takes longer to begin than to do."""
+        features_KD, keys_KD, tokens_K = (each.numpy() for each in (self.features_KD, self.keys_KD, self.tokens_K))
+        here = self.position - self.first
+        key = feature_D[None] @ self.whitener_DD
+        key_D = key[0].numpy()
+        key_D /= max(float(torch.linalg.vector_norm(key, dim=1)), 1e-12)
+        features_KD[here], keys_KD[here] = feature_D.numpy(), key_D
+        if self.position == 1:
+            return torch.full((self.vocab_size,), 1 / self.vocab_size)  # nothing to look back on
+        oldest = max(self.position - self.memory, 1) - self.first
+        # The position itself, which gets no weight, is among the rows: as many as in `_rows` are rounded alike.
+        cosines = torch.mv(self.keys_KD[oldest : here + 1], torch.from_numpy(key_D * np.float32(self.theta)))
+        weights_K = cosines.exp_().numpy()[:-1]
+        weights_K *= self.fade_K.numpy()[self.memory - (here - oldest) :]
+        sums_V = np.zeros(self.vocab_size, np.float32)
+        np.add.at(sums_V, tokens_K[oldest:here], weights_K)
+        sums_V *= np.float32(1 - self.floor) * (1 / torch.from_numpy(sums_V).sum().numpy())
+        sums_V += np.float32(self.floor / self.vocab_size)
+        return torch.from_numpy(sums_V)
 
     def update(self, token: int) -> None:
         """Learn the token that `predict` was about."""
-        self.tokens_K[self.position - self.first] = token
+        self.tokens_K.numpy()[self.position - self.first] = token
         self._advance(1)
 
     def _keys(self, features_BD: Tensor) -> Tensor:

@@ -8,11 +8,15 @@ when the text first comes to that context.
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.validate import check_orders
+
+FEW_TOKENS, MANY_TOKENS = 6, 32
+"""Up to so few tokens are added to a row one by one, which is sooner done than an array of them is made; an array of
+so many is kept."""
+Gains = tuple[np.float32, np.ndarray, np.ndarray]
+"""What a context leaves of the row below, the tokens that followed it, and what is added to each."""
 
 
 class OnlineNgram:
@@ -34,23 +38,42 @@ class OnlineNgram:
         self.followers: dict[int, dict[tuple[int, ...], dict[int, int]]] = {n: {} for n in orders if n > 1}
         """For each order and context that the text came to, how often each token followed it, counted as
         `ngram_index.counted` says."""
+        self.gains: dict[int, Gains] = {}
+        """Of contexts that many tokens followed, by `id` of what is in `followers`, until it changes."""
         self.now: dict[int, dict[int, int]] | None = None
 
-    def predict(self) -> list[Tensor]:
-        """Make probability rows (V,), float32, of the next token, one for each of `orders`; see `NgramRows.rows`."""
-        one, discount = np.float32(1), np.float32(self.discount)
+    def predict(self, out_KV: np.ndarray) -> None:
+        """Make probability rows, float32, of the next token, one for each of `orders`, in memory (orders, V); see
+        `NgramRows.rows`."""
+        discount = np.float32(self.discount)
         distinct = np.float32(self.distinct if self.total else 1)
-        p_V = (self.count_V.astype(np.float32) + distinct / np.float32(self.vocab_size)) / (self.total + distinct)
-        out = [p_V] if self.orders[0] == 1 else []
-        for seen in self._seen().values():
-            if seen:
-                token_F = np.fromiter(seen, np.int64, len(seen))
-                count_F = np.fromiter(seen.values(), np.float32, len(seen))
-                scale = one / np.float32(sum(seen.values()))
-                p_V = p_V * (discount * np.float32(len(seen)) * scale)
-                p_V[token_F] += (count_F - discount) * scale
-            out.append(p_V)
-        return [torch.from_numpy(row_V) for row_V in out]
+        row_V = out_KV[0]
+        np.copyto(row_V, self.count_V, casting="same_kind")
+        row_V += distinct / np.float32(self.vocab_size)
+        row_V /= self.total + distinct
+        orders = out_KV[self.orders[0] == 1 :]
+        for order_V, seen in zip(orders, self._seen().values(), strict=True):
+            if not seen:
+                np.copyto(order_V, row_V)
+            elif len(seen) <= FEW_TOKENS:
+                scale = np.float32(1) / np.float32(sum(seen.values()))
+                np.multiply(row_V, discount * np.float32(len(seen)) * scale, out=order_V)
+                for token, count in seen.items():
+                    order_V[token] += (np.float32(count) - discount) * scale
+            else:
+                share, token_F, gain_F = self.gains.get(id(seen)) or self._gains(seen, discount)
+                np.multiply(row_V, share, out=order_V)
+                order_V[token_F] += gain_F
+            row_V = order_V
+
+    def _gains(self, seen: dict[int, int], discount: np.float32) -> Gains:
+        token_F = np.fromiter(seen, np.int64, len(seen))
+        count_F = np.fromiter(seen.values(), np.float32, len(seen))
+        scale = np.float32(1) / np.float32(sum(seen.values()))
+        gains = discount * np.float32(len(seen)) * scale, token_F, (count_F - discount) * scale
+        if len(seen) >= MANY_TOKENS:
+            self.gains[id(seen)] = gains
+        return gains
 
     def longest_class(self) -> int:
         """Find 1 + the place, among the orders above 1, of the longest whose context was seen; 0 when none was."""
@@ -61,6 +84,7 @@ class OnlineNgram:
         for n, seen in reversed(self._seen().items()):
             if len(self.tokens) >= n - 1:
                 seen[token] = seen.get(token, 0) + 1
+                self.gains.pop(id(seen), None)
                 if seen[token] > 1:
                     break  # a pair that is not new counts in no lower order
         self.distinct += int(self.count_V[token] == 0)

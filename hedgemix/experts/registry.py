@@ -53,9 +53,12 @@ def tell(experts: dict[str, Expert], tokens: Sequence[int]) -> None:
             expert.update(token)
 
 
-def row(name: str, expert: Expert) -> Tensor:
-    """Copy the expert's next row (V,), float32; raises ValueError as `rows` does."""
-    return _distribution(name, expert.row().clone())
+def fill(name: str, expert: Expert, out_V: np.ndarray) -> None:
+    """Copy the expert's next row to memory (V,), float32; raises ValueError as `rows` does."""
+    np.copyto(out_V, expert.row().numpy())
+    off = abs(float(out_V.sum()) - 1)
+    if not (out_V.min() > 0 and off <= SUM_TOLERANCE):
+        raise _no_distribution(name, float(out_V.min()), off)
 
 
 def rows(experts: dict[str, Expert], tokens_B: np.ndarray, vocab_size: int) -> list[Tensor]:
@@ -75,7 +78,10 @@ def rows(experts: dict[str, Expert], tokens_B: np.ndarray, vocab_size: int) -> l
 def _distribution(name: str, rows_V: Tensor) -> Tensor:
     off = (rows_V.sum(-1) - 1).abs().max()
     if not (rows_V.min() > 0 and off <= SUM_TOLERANCE):
-        raise ValueError(
-            f"expert {name!r} gave a row that is no distribution: smallest {rows_V.min():.3g}, sum off by {off:.3g}"
-        )
+        raise _no_distribution(name, float(rows_V.min()), float(off))
     return rows_V
+
+
+def _no_distribution(name: str, smallest: float, off: float) -> ValueError:
+    told = f"smallest {smallest:.3g}, sum off by {off:.3g}"
+    return ValueError(f"expert {name!r} gave a row that is no distribution: {told}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,14 +58,24 @@ def gate_sets(config: MixerConfig, gates: Sequence[str], neural_log_rows: Tensor
     occurred before (`ngram_index.longest_class`, int64, broadcast to the rows' shape without V): the class, the neural
     entropy's bucket, both or neither."""
     bucket = entropy_buckets(config, neural_log_rows).long().clamp(0, config.entropy_sets - 1)
-    longest = longest_class.expand_as(bucket)
-    sets = {
-        "none": torch.zeros_like(bucket),
+    sets = _sets(config, bucket, longest_class.expand_as(bucket))
+    return torch.stack([sets[gate] for gate in gates], -1)
+
+
+def gate_numbers(config: MixerConfig, gates: Sequence[str], neural_log_row: Tensor, longest_class: int) -> list[int]:
+    """Find what `gate_sets` finds, for one log row (V,)."""
+    bucket = int(entropy_buckets(config, neural_log_row).long())
+    sets = _sets(config, min(max(bucket, 0), config.entropy_sets - 1), longest_class)
+    return [sets[gate] for gate in gates]
+
+
+def _sets(config: MixerConfig, bucket: Any, longest: Any) -> dict[str, Any]:
+    return {
+        "none": 0 * bucket,
         "order": longest,
         "entropy": bucket,
         "both": longest * config.entropy_sets + bucket,
     }
-    return torch.stack([sets[gate] for gate in gates], -1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hedgemix.experts.match_online import OnlineMatch
 from hedgemix.experts.memory_lookup import MemoryLookup
 from hedgemix.experts.ngram_online import OnlineNgram
 from hedgemix.mixers import hedge, logistic
-from hedgemix.mixers.network import Blend, Mixed, gate_sets
+from hedgemix.mixers.network import Blend, Mixed, gate_numbers
 from hedgemix.mixers.row_sets import RowSets
 
 NOTHING = np.zeros(0, np.uint16)
@@ -52,10 +52,16 @@ class OnlineMixer:
         self.match.update(int(told_B[-1]))
         registry.tell(self.further, told_B.tolist())
         self.blend = Blend(self.config, 1, vocab_size, "cpu", given)
+        # What it learns stays in the memory that it is in.
+        learned = self.blend.linear.weights, self.blend.logistic.weights, self.blend.logistic.bias_RMV
+        self.linear_LSK, self.logistic_MSJ, self.bias_MV = (each[0].numpy() for each in learned)
         size = {"hedge": len(self.blend.names), "ensemble": 1 + len(self.config.gates)}
         over = size.get(self.config.kind, 1)
         self.log_weights_RK = torch.full((1, over), -math.log(over), dtype=torch.float64)
         self.block = Block.allocate(self.blend, self.config.block_tokens, vocab_size)
+        self.places = self.block.places()
+        self.shared = np.array(self.blend.experts[1:]) - 1
+        """Which of the probability rows logistic mixers see."""
         self.tokens: list[int] = []
         """Those of the block at work, which the network has not learned yet."""
 
@@ -69,10 +75,11 @@ class OnlineMixer:
     def predict(self, neural_V: Tensor, given: Mapping[str, Tensor] | None = None) -> np.ndarray:
         """Mix the neural log row (V,), float32, of the next token with the other experts': the mixture's log row (V,),
         float32. Moves nothing. given: the probabilities (V,), float32, of the experts from elsewhere."""
-        p_KV = self.block.p_BKV.numpy()[len(self.tokens)]
-        longest = self._fill(p_KV, given or {})
-        self._mix(neural_V.log_softmax(-1).clamp_min(logistic.LOG_FLOOR).numpy(), p_KV, longest)
-        self.team_KV = self._team(len(self.tokens))
+        place = self.places[len(self.tokens)]
+        longest = self._fill(place.p_KV, given or {})
+        np.maximum(neural_V.log_softmax(-1).numpy(), np.float32(logistic.LOG_FLOOR), out=place.neural_V)
+        self._mix(place, longest)
+        self.team_KV = self._team(place)
         log_weights_K1 = self.log_weights_RK[0].numpy().astype(np.float32)[:, None]
         return log_sum_exp(self.team_KV + log_weights_K1)
 
@@ -92,48 +99,64 @@ class OnlineMixer:
     def _fill(self, p_KV: np.ndarray, given: Mapping[str, Tensor]) -> int:
         """Put in the rows of all experts but the neural one; returns what of the context occurred before, as
         `ngram_index.longest_class` says."""
-        rows, longest = [row.numpy() for row in self.ngram.predict()], self.ngram.longest_class()
+        orders = len(self.config.orders)
+        self.ngram.predict(p_KV[:orders])
+        longest, k = self.ngram.longest_class(), orders
         if self.config.match_lengths:
             predicted, matched, confidence = self.match.predict()
-            row_V = rows[-1] * np.float32(1 - np.float32(confidence))  # see `match.lean`
-            row_V[max(predicted, 0)] += np.float32(confidence)
-            rows.append(row_V)
-            longest = len(self.ngram.followers) + matched if matched else longest
-        rows += [registry.row(name, expert).numpy() for name, expert in self.further.items()]
-        rows += [given[name].numpy() for name in self.given]
-        np.stack(rows, out=p_KV)
+            np.multiply(p_KV[k - 1], np.float32(1 - np.float32(confidence)), out=p_KV[k])  # see `match.lean`
+            p_KV[k, max(predicted, 0)] += np.float32(confidence)
+            longest, k = len(self.ngram.followers) + matched if matched else longest, k + 1
+        for name, expert in self.further.items():
+            registry.fill(name, expert, p_KV[k])
+            k += 1
+        for name in self.given:
+            np.copyto(p_KV[k], given[name].numpy())
+            k += 1
         return longest
 
-    def _mix(self, neural_V: np.ndarray, p_KV: np.ndarray, longest: int) -> None:
+    def _mix(self, place: Place, longest: int) -> None:
         """Do for the next position of the block what `Blend.positions` and `Blend.mix` do for many."""
-        blend, block, at, linears = self.blend, self.block, len(self.tokens), self.blend.linears
-        log_JV, gate_G = block.log_BRJV.numpy()[at, 0], block.gate_BRG[at, 0]
-        log_JV[linears] = neural_V
-        np.log(p_KV[[k - 1 for k in blend.experts[1:]]], out=log_JV[linears + 1 :])
-        np.maximum(log_JV[linears + 1 :], np.float32(logistic.LOG_FLOOR), out=log_JV[linears + 1 :])
-        gate_G.copy_(gate_sets(blend.config, blend.gates, torch.from_numpy(neural_V), torch.tensor(longest)))
-        gates = gate_G.tolist()
-        weights_LK = block.weights_BRLK.numpy()[at, 0]
-        for number, gate in enumerate(gates[:linears]):
-            weights_LK[number] = blend.linear.weights.numpy()[0, number, gate]
-        mixed_LV = product(weights_LK[:, 1:], p_KV)
-        mixed_LV += weights_LK[:, :1].astype(np.float32) * np.exp(neural_V)
-        np.log(mixed_LV, out=log_JV[:linears])
-        weights = blend.logistic.weights.numpy()[0]
-        mixed_MV = product(np.stack([weights[number, gate] for number, gate in enumerate(gates[linears:])]), log_JV)
-        mixed_MV += blend.logistic.bias_RMV.numpy()[0]
-        np.subtract(mixed_MV, log_sum_exp(mixed_MV.T)[:, None], out=block.log_BRMV.numpy()[at, 0])
+        blend, log_JV, linears = self.blend, place.log_JV, self.blend.linears
+        shared_JV = log_JV[linears + 1 :]
+        np.take(place.p_KV, self.shared, axis=0, out=shared_JV, mode="clip")  # "raise" would buffer
+        np.log(shared_JV, out=shared_JV)
+        np.maximum(shared_JV, np.float32(logistic.LOG_FLOOR), out=shared_JV)
+        gates = gate_numbers(blend.config, blend.gates, torch.from_numpy(place.neural_V), longest)
+        place.gate_G[:] = gates
+        if linears:
+            place.weights_LK[:] = self.linear_LSK[np.arange(linears), gates[:linears]]
+            weights_LK = place.weights_LK.astype(np.float32)
+            mixed_LV = product(weights_LK[:, 1:], place.p_KV)
+            mixed_LV += weights_LK[:, :1] * np.exp(place.neural_V)
+            np.log(mixed_LV, out=log_JV[:linears])
+        mixers = len(gates) - linears
+        weights_MJ = self.logistic_MSJ[np.arange(mixers), gates[linears:]]
+        mixed_MV = product(weights_MJ.astype(np.float32), log_JV)
+        mixed_MV += self.bias_MV
+        np.subtract(mixed_MV, log_sum_exp(mixed_MV.T)[:, None], out=place.log_MV)
 
-    def _team(self, at: int) -> np.ndarray:
+    def _team(self, place: Place) -> np.ndarray:
         """Choose the log rows (K, V) that the score's mixture is over: of experts, or of mixers."""
-        block, linears, kind = self.block, self.blend.linears, self.config.kind
-        log_JV, log_MV = block.log_BRJV.numpy()[at, 0], block.log_BRMV.numpy()[at, 0]
-        neural_1V = log_JV[linears : linears + 1]
+        linears, kind, neural_1V = self.blend.linears, self.config.kind, place.neural_V[None]
         if kind == "hedge":
-            return np.concatenate([neural_1V, np.log(block.p_BKV.numpy()[at])])
+            return np.concatenate([neural_1V, np.log(place.p_KV)])
         if kind == "ensemble":
-            return np.concatenate([neural_1V, log_MV])
-        return {"none": neural_1V, "linear": log_JV[: min(linears, 1)], "logistic": log_MV[:1]}[kind].copy()
+            return np.concatenate([neural_1V, place.log_MV])
+        return {"none": neural_1V, "linear": place.log_JV[: min(linears, 1)], "logistic": place.log_MV[:1]}[kind]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Shows the memory of one position of a block."""
+
+    p_KV: np.ndarray
+    log_JV: np.ndarray
+    neural_V: np.ndarray
+    """Of log_JV, the neural model's."""
+    gate_G: np.ndarray
+    weights_LK: np.ndarray
+    log_MV: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,21 @@ class Block:
             torch.empty(size, 1, mixers, vocab_size),
         )
 
+    def places(self) -> list[Place]:
+        """Show each position's memory."""
+        log_BJV, linears = self.log_BRJV.numpy()[:, 0], self.weights_BRLK.shape[2]
+        return [
+            Place(p_KV, log_JV, log_JV[linears], gate_RG[0], weights_RLK[0], log_RMV[0])
+            for p_KV, log_JV, gate_RG, weights_RLK, log_RMV in zip(
+                self.p_BKV.numpy(),
+                log_BJV,
+                self.gate_BRG.numpy(),
+                self.weights_BRLK.numpy(),
+                self.log_BRMV.numpy(),
+                strict=True,
+            )
+        ]
+
     def said(self, size: int) -> Mixed:
         """Give the first positions, as the network learns from them."""
         return Mixed(*(getattr(self, part.name)[:size] for part in fields(Mixed)))
@@ -171,4 +209,8 @@ def product(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def log_sum_exp(rows: np.ndarray) -> np.ndarray:
     """Sum exp(rows) over the first dimension, and take the logarithm."""
     top = rows.max(0)
-    return top + np.log(np.exp(rows - top).sum(0))
+    less = rows - top
+    total = np.exp(less, out=less).sum(0)
+    np.log(total, out=total)
+    total += top
+    return total

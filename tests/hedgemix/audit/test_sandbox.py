@@ -53,6 +53,12 @@ def test_everything_else_is_refused(file: Path, how: str, refused: str) -> None:
     assert caught.value.refused[0].startswith(refused) and file.read_text() == "what is in it"
 
 
+def test_work_gives_way_to_a_conversation(file: Path) -> None:
+    mine = os.nice(0)
+    assert run("niceness", file, [file]).value == min(mine + sandbox.GIVE_WAY, 19)
+    assert run("niceness", file, [file], talk=lambda heard, told: None).value == mine
+
+
 def test_a_refusal_that_the_work_hides_is_known(file: Path) -> None:
     outcome = run("read_anyway", file, [])
     assert outcome.value == "none" and outcome.confined.refused == [f"opening {file}"]

@@ -152,6 +152,18 @@ def test_one_token_at_a_time_gives_the_same_rows(text):
         experts.update(int(token))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_at_a_time_gives_the_bits_of_spans_of_one(text, dtype):
+    log_rows, features, tokens = text
+    spans, experts = FeatureExperts(CONFIG, VOCAB, WIDTH), FeatureExperts(CONFIG, VOCAB, WIDTH)
+    for i, token in enumerate(tokens.tolist()):
+        feature = features[i].to(dtype)
+        said = experts.predict(log_rows[i], feature)
+        experts.update(token)
+        for name, rows in spans.rows(log_rows[i : i + 1], feature[None], tokens[i : i + 1]).items():
+            assert torch.equal(said[name], rows[0])
+
+
 @pytest.mark.parametrize("stop", [0, 3, 15, 20, 63, 100])
 def test_what_was_saved_goes_on_to_the_same_bits(text, stop):
     """Also from a copy: what goes on later moves nothing that was saved."""

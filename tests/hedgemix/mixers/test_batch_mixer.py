@@ -16,7 +16,7 @@ from hedgemix.config import MixerConfig, RecipeError
 from hedgemix.experts import ngram_index
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.mixers.batch_mixer import BatchMixer
-from hedgemix.mixers.network import Blend, classes, expert_names, gate_sets, weight_sets
+from hedgemix.mixers.network import Blend, classes, expert_names, gate_numbers, gate_sets, weight_sets
 
 VOCAB = 40
 
@@ -208,6 +208,7 @@ def test_one_position_has_the_gates_of_its_batch(text: np.ndarray) -> None:
     for t in range(0, len(text), 50):
         alone = gate_sets(config, config.gates, rows[t : t + 1], torch.tensor([longest[t]]))
         assert torch.equal(alone, together[t])
+        assert gate_numbers(config, config.gates, rows[t], int(longest[t])) == together[t, 0].tolist()
 
 
 @pytest.mark.parametrize(
