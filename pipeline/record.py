@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
+        from hedgemix import options as command_line
         from pipeline.monitor import status_view
 
-        code = status_view.main(sys.argv[1:])
-        sys.stdout.flush()
+        code = command_line.run(lambda: status_view.main(sys.argv[1:]))
         # Once Arrow has read a table, a few interpreters in a hundred abort on their way out, with another exit code.
         os._exit(code)
     if not os.environ.get("RAY_ADDRESS"):
@@ -41,12 +41,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
 from pipeline.execution.ray_session import ray_started  # first: it sets what Ray reads when it is imported
 
 # isort: split
-import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
+from hedgemix import options as command_line
 from hedgemix import recipes, stages
-from hedgemix.cli import check_arguments
 from hedgemix.config import (
     ComputeConfig,
     DataConfig,
@@ -117,7 +116,7 @@ def main(arguments: list[str]) -> int:
     plain: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold [brackets]
     console, errors = Console(**plain), Console(stderr=True, **plain)
     try:
-        check_arguments(arguments)
+        command_line.check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
         if options.plan:
@@ -128,6 +127,8 @@ def main(arguments: list[str]) -> int:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
     except (OSError, RayError) as error:
+        if isinstance(error, BrokenPipeError) and command_line.output_is_unread():
+            return command_line.READER_GONE
         place = isinstance(error, OSError) and error.errno in FIXES
         line = told(error) if isinstance(error, OSError) and place else f"{type(error).__name__}: {error}"
         errors.print(f"error: {line}", style="bold red", markup=False, soft_wrap=True)
@@ -146,11 +147,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if name not in recipes.RECIPES:
         raise RecipeError(f"there is no recipe {name!r}; choose one of {', '.join(recipes.RECIPES)}")
     parts = {part: value for part, value in vars(recipes.RECIPES[name]()).items() if part != "recipe"}
-    options = tyro.cli(
+    options = command_line.parse(
         Options,
+        arguments[named:],
+        f"pipeline/record.py {name}",
         default=Options(**parts),
-        args=arguments[named:],
-        prog=f"pipeline/record.py {name}",
         description=f"{__doc__}\nRecipe {name}: {recipes.RECIPES[name].__doc__} Others: "
         + ", ".join(other for other in recipes.RECIPES if other != name),
     )
@@ -280,7 +281,6 @@ def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
+    code = command_line.run(lambda: main(sys.argv[1:]))
     sys.stderr.flush()
     os._exit(code)  # as for --status above; Ray is shut down by now
