@@ -20,9 +20,7 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
@@ -57,7 +55,6 @@ from hedgemix.config import (
     RecipeError,
     TrainConfig,
     config_hash,
-    to_dict,
 )
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
@@ -73,6 +70,7 @@ from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
 from pipeline.results.schema import Row
+from pipeline.results.settings import keep_recipe
 from pipeline.results.table import check_ours, read_rows, renew, table_path, write_rows
 from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record
 from pipeline.steps.recovery import clocked, set_aside
@@ -242,19 +240,6 @@ def finished(plan: RecordPlan) -> list[Row]:
         return []
     counted = plan.counts.record()
     return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
-
-
-def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
-    """Write the recipe where the record lies, or raise RecipeError when it was begun with another: one record is one
-    recipe, its table compares seeds, not settings."""
-    try:
-        begun = json.loads(storage.read_bytes(path) or b"")
-    except ValueError:  # new, or damaged: nothing else is lost with it
-        storage.write_bytes(path, (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
-        return
-    if begun != to_dict(recipe):
-        where = storage.where(path)
-        raise RecipeError(f"record {record} was begun with other settings ({where}); give this one another --record")
 
 
 def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
