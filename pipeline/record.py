@@ -20,7 +20,9 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
@@ -59,13 +61,16 @@ from hedgemix.config import (
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.reading import encodable
+from hedgemix.data.text_set import EncodeParts
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.files import FIXES, told
 from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
+from pipeline.execution import encode
 from pipeline.execution.driver import drive
+from pipeline.execution.resources import on_cluster
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
@@ -188,15 +193,18 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
         if data_step(storage, recipe.data).record() is None:
             check_gpus(recipe)
-        dataset, data = prepare(recipe, storage, console)
-        plan = plan_record(record, recipe, dataset, data, options.seeds)
-        keep_steps(plan)
-        rows = finished(plan)
-        if rows:
-            write_rows(storage, rows)
-            console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
-        else:
-            with ray_started(console):
+        with ExitStack() as until_driven:
+            start_ray = cache(lambda: until_driven.enter_context(ray_started(console)))
+            encode_parts = encode.once_started(start_ray) if on_cluster() else None
+            dataset, data = prepare(recipe, storage, console, encode_parts)
+            plan = plan_record(record, recipe, dataset, data, options.seeds)
+            keep_steps(plan)
+            rows = finished(plan)
+            if rows:
+                write_rows(storage, rows)
+                console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
+            else:
+                start_ray()
                 rows = drive(plan, console, profile=options.profile, lost_record=lost, track=options.track)
         print_results(rows, storage.where(table_path(storage, record)), console)
         if options.report:
@@ -242,14 +250,18 @@ def finished(plan: RecordPlan) -> list[Row]:
     return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
 
 
-def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
+def prepare(
+    recipe: Recipe, storage: Storage, console: Console, encode_parts: EncodeParts | None = None
+) -> tuple[Dataset, Step]:
     """Make the dataset the recipe names, once a runs folder, and check it against what one step and one window take.
-    Raises RecipeError."""
+    encode_parts: what encodes its text instead of this machine's cores. Raises RecipeError."""
     step = data_step(storage, recipe.data)
 
     def work() -> Made:
         with clocked(step):
-            dataset = datasets.prepare(recipe.data, step.folder, log=lambda line: console.print(f"data: {line}"))
+            dataset = datasets.prepare(
+                recipe.data, step.folder, lambda line: console.print(f"data: {line}"), encode_parts
+            )
             datasets.save(dataset, step.folder)
             return save_outputs(step, {"valid_tokens": dataset.valid_tokens})
 
