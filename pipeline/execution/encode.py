@@ -2,6 +2,8 @@
 
 A task is a pure function of its documents, so Ray does it again wherever it was lost, up to LOST_PARTS times. What it
 raises itself would be raised again, and ends the making.
+
+A process that encodes imports this module, one a CPU: none of it imports torch, which takes 1.8 CPU seconds and 180 MB.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from ray.exceptions import RayError
 from sentencepiece import SentencePieceProcessor
 
 from hedgemix.data import bpb, text_set, tokenizer
-from pipeline.execution.failures import LOST_PARTS, explain
 
 MOST_IN_FLIGHT = 64
 """Batches of two million characters, which lie in the object store of the driver's node with their tokens: 3.3 MB each
@@ -44,6 +45,8 @@ def encode(model: bytes, documents: list[str]) -> np.ndarray:
 def encode_by_tasks(model: bytes, batches: Iterator[list[str]]) -> Iterator[np.ndarray]:
     """Encode batches as a `text_set.EncodeParts`, by Ray tasks of one CPU each, spread over the nodes; no more are
     waited for at once than twice the cluster's CPUs. Raises EncodeError."""
+    from pipeline.execution.failures import LOST_PARTS  # the driver's alone: it imports torch
+
     task = ray.remote(num_cpus=1, max_retries=LOST_PARTS, scheduling_strategy="SPREAD")(encode)
     shared = ray.put(model)
     waiting: deque[ray.ObjectRef[np.ndarray]] = deque()
@@ -70,6 +73,8 @@ def finished(reference: ray.ObjectRef[np.ndarray]) -> np.ndarray:
     try:
         return ray.get(reference)
     except RayError as error:
+        from pipeline.execution.failures import explain
+
         raise EncodeError(f"a part of the text could not be encoded: {explain(error)}") from None
 
 

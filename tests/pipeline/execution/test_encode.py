@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +93,11 @@ def test_a_part_that_cannot_be_encoded_is_told_in_a_line(ray_session: None) -> N
         list(encode.encode_by_tasks(model, iter([["fine"], ["a lone \udc80"], ["fine"]])))
     told = str(failed.value)
     assert told.startswith("a part of the text could not be encoded: TypeError: List elements") and "\n" not in told
+
+
+def test_a_process_that_encodes_does_without_torch() -> None:
+    script = "import sys; from pipeline.execution import encode; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_ray_is_started_when_the_first_batch_comes() -> None:
