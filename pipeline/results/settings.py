@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hedgemix.config import Recipe, RecipeError, to_dict
+from hedgemix.runtime.layout import STEP_NAMES
 from hedgemix.standalone import script
 from pipeline.storage.store import Storage
 
@@ -18,16 +19,18 @@ depend on, and limits, which every row is held against."""
 
 
 def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
-    """Write the recipe where the record lies, also in place of one that differs in settings that move no number. Raises
-    RecipeError, with every difference, when the record was begun with another: its table compares seeds, not
-    settings."""
+    """Write the recipe where the record lies, also in place of one that differs in settings that move no number, or of
+    which no step was begun, as after a mistake in a path. Raises RecipeError, with every difference, when the record
+    was begun with another: its table compares seeds, not settings."""
     now = to_dict(recipe)
     try:
         begun = json.loads(storage.read_bytes(path) or b"")
     except ValueError:  # new, or damaged: nothing else is lost with it
         begun = None
     changed = {} if begun is None else differences(begun, now)
-    if refused := {name: values for name, values in changed.items() if name not in MOVE_NO_NUMBER}:
+    refused = {name: values for name, values in changed.items() if name not in MOVE_NO_NUMBER}
+    left = path.with_name(STEP_NAMES), storage.root / f"{record}.parquet"
+    if refused and any(storage.modified(each) is not None for each in left):
         told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in refused.items())
         raise RecipeError(
             f"record {record} was begun with other settings ({storage.where(path)}): {told}; give this one another "

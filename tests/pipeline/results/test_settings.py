@@ -27,8 +27,25 @@ def with_compute(**values: Any) -> Recipe:
     return replace(LAPTOP, compute=replace(LAPTOP.compute, **values))
 
 
-def test_a_record_keeps_to_the_recipe_it_was_begun_with(tmp_path: Path) -> None:
+def begun(folder: Path) -> tuple[Storage, Path]:
+    """The storage of a record of which steps were begun, and the place of its recipe."""
+    (folder / "steps.json").write_text("{}")
+    return Storage("", folder), folder / "recipe.json"
+
+
+@pytest.mark.parametrize("left", ["steps.json", "mine.parquet"])
+def test_a_record_of_which_no_step_was_begun_takes_any_settings(left: str, tmp_path: Path) -> None:
     storage, path = Storage("", tmp_path), tmp_path / "recipe.json"
+    for recipe in (LAPTOP, RECIPES["record"]()):
+        keep_recipe(storage, path, recipe, "mine")
+        assert json.loads(path.read_text()) == to_dict(recipe)
+    (tmp_path / left).write_text("")
+    with pytest.raises(RecipeError, match="record mine was begun with other settings"):
+        keep_recipe(storage, path, LAPTOP, "mine")
+
+
+def test_a_record_keeps_to_the_recipe_it_was_begun_with(tmp_path: Path) -> None:
+    storage, path = begun(tmp_path)
     keep_recipe(storage, path, LAPTOP, "mine")
     before = path.stat().st_mtime_ns
     keep_recipe(storage, path, LAPTOP, "mine")
@@ -41,7 +58,7 @@ def test_a_record_keeps_to_the_recipe_it_was_begun_with(tmp_path: Path) -> None:
 
 
 def test_a_refusal_names_every_setting_with_both_values(tmp_path: Path) -> None:
-    storage, path = Storage("", tmp_path), tmp_path / "recipe.json"
+    storage, path = begun(tmp_path)
     keep_recipe(storage, path, LAPTOP, "mine")
     mixer = replace(LAPTOP.evaluate.mixer, orders=(1, 2))
     other = replace(
@@ -54,9 +71,9 @@ def test_a_refusal_names_every_setting_with_both_values(tmp_path: Path) -> None:
     assert f"({path}): train.steps was 0 and is 30, evaluate.mixer.orders was " in str(refused.value)
     assert "] and is [1, 2], compute.workers was 2 and is 1; give this one another --record" in str(refused.value)
     assert "max_restarts" not in str(refused.value) and json.loads(path.read_text()) == to_dict(LAPTOP)
-    begun = to_dict(LAPTOP)  # of an older version, which lacked a field and had another
-    begun["train"]["gone"] = begun["train"].pop("steps")
-    path.write_text(json.dumps(begun))
+    older = to_dict(LAPTOP)  # of an older version, which lacked a field and had another
+    older["train"]["gone"] = older["train"].pop("steps")
+    path.write_text(json.dumps(older))
     with pytest.raises(RecipeError, match=r"train.gone was 0 and is not there, train.steps was not there and is 0;"):
         keep_recipe(storage, path, LAPTOP, "mine")
 
@@ -64,7 +81,7 @@ def test_a_refusal_names_every_setting_with_both_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OTHER)
 def test_what_moves_no_number_may_change_and_is_kept_as_it_is_now(name: str, tmp_path: Path) -> None:
     """No number: no step has another name, and train_gpt.py is the same file."""
-    storage, path, other = Storage("", tmp_path), tmp_path / "recipe.json", with_compute(**{name: OTHER[name]})
+    (storage, path), other = begun(tmp_path), with_compute(**{name: OTHER[name]})
     keep_recipe(storage, path, LAPTOP, "mine")
     if f"compute.{name}" in MOVE_NO_NUMBER:
         keep_recipe(storage, path, other, "mine")
