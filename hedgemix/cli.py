@@ -3,10 +3,9 @@ stderr and exit code 2."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from hedgemix import options
 from hedgemix.artifact import inspection
 from hedgemix.artifact.format import ArtifactError
 from hedgemix.audit import auditor, external_scorer
@@ -139,36 +139,41 @@ Commands = dict[type, Callable[[Any], None]]
 
 def main(commands: Commands | None = None) -> None:
     """Run the command line, of these commands or the library's own; exits with 2 after a user's mistake."""
-    commands = commands or COMMANDS
-    either: Any = Union[tuple(commands)]  # noqa: UP007
+    if code := options.run(lambda: _main(sys.argv[1:], commands or COMMANDS)):
+        sys.exit(code)
+
+
+def _main(arguments: list[str], commands: Commands) -> int:
     try:
-        check_arguments(sys.argv[1:])
-        command = tyro.cli(either, prog="hedgemix", description=__doc__)
+        options.check_arguments(arguments)
+        command = _parse(arguments, {kind.__name__.lower(): kind for kind in commands})
         commands[type(command)](command)
-        return
+        return 0
     except (RecipeError, ArtifactError, CodecError) as mistake:
         error = str(mistake)
     except OSError as failure:
+        if isinstance(failure, BrokenPipeError) and options.output_is_unread():
+            return options.READER_GONE
         error = told(failure)
     except ModuleNotFoundError as missing:
         if not missing.name or missing.name.partition(".")[0] in ("hedgemix", "pipeline"):
             raise
         error = f"the package {missing.name} is not installed; install it (pip install {missing.name})"
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise RecipeError for an empty argument, which as a path would be the folder one is in. And let names that are
-    not UTF-8 be printed."""
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if not argument or argument.endswith("="):
-            place = argument or (f"{before} ''" if before else "''")
-            raise RecipeError(
-                f"{place} is empty, as of a shell variable that is not set; give it a value or leave it out"
-            )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+def _parse(arguments: list[str], kinds: dict[str, type]) -> Any:
+    """The options of the command named first. Raises RecipeError."""
+    if arguments and arguments[0] in kinds:
+        return options.parse(kinds[arguments[0]], arguments[1:], f"hedgemix {arguments[0]}")
+    if arguments and not arguments[0].startswith("-"):
+        meant = options.nearest(arguments[0], list(kinds))
+        raise RecipeError(f"there is no command {arguments[0]}{meant or '; choose one of ' + ', '.join(kinds)}")
+    if not {"-h", "--help"} & set(arguments):
+        raise RecipeError(f"name a command first: {', '.join(kinds)}; hedgemix --help tells of each")
+    either: Any = Union[tuple(kinds.values())]  # noqa: UP007
+    return tyro.cli(either, args=arguments, prog="hedgemix", description=__doc__)
 
 
 def _download(command: Download) -> None:
@@ -271,9 +276,9 @@ def _audit(command: Audit) -> None:
         raise RecipeError("--scorer needs --tokens, the file of a text")
     if command.report is not None:
         check_new(command.report)
-    options = command.draws, command.cuts, command.draw_seed, command.report
+    draws = command.draws, command.cuts, command.draw_seed, command.report
     given = external_scorer.Given(command.scorer, command.files, command.whole_text)
-    sys.exit(external_scorer.report(given, command.tokens, *options, console))
+    sys.exit(external_scorer.report(given, command.tokens, *draws, console))
 
 
 COMMANDS: Commands = {

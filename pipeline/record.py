@@ -20,17 +20,17 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
 
-import json
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
+        from hedgemix import options as command_line
         from pipeline.monitor import status_view
 
-        code = status_view.main(sys.argv[1:])
-        sys.stdout.flush()
+        code = command_line.run(lambda: status_view.main(sys.argv[1:]))
         # Once Arrow has read a table, a few interpreters in a hundred abort on their way out, with another exit code.
         os._exit(code)
     if not os.environ.get("RAY_ADDRESS"):
@@ -41,12 +41,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
 from pipeline.execution.ray_session import ray_started  # first: it sets what Ray reads when it is imported
 
 # isort: split
-import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
+from hedgemix import options as command_line
 from hedgemix import recipes, stages
-from hedgemix.cli import check_arguments
 from hedgemix.config import (
     ComputeConfig,
     DataConfig,
@@ -58,22 +57,25 @@ from hedgemix.config import (
     RecipeError,
     TrainConfig,
     config_hash,
-    to_dict,
 )
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.reading import encodable
+from hedgemix.data.text_set import EncodeParts
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.files import FIXES, told
 from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
+from pipeline.execution import encode
 from pipeline.execution.driver import drive
+from pipeline.execution.resources import on_cluster
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.row import build_row
 from pipeline.results.schema import Row
+from pipeline.results.settings import keep_recipe
 from pipeline.results.table import check_ours, read_rows, renew, table_path, write_rows
 from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record
 from pipeline.steps.recovery import clocked, set_aside
@@ -117,7 +119,7 @@ def main(arguments: list[str]) -> int:
     plain: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold [brackets]
     console, errors = Console(**plain), Console(stderr=True, **plain)
     try:
-        check_arguments(arguments)
+        command_line.check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
         if options.plan:
@@ -128,6 +130,8 @@ def main(arguments: list[str]) -> int:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
     except (OSError, RayError) as error:
+        if isinstance(error, BrokenPipeError) and command_line.output_is_unread():
+            return command_line.READER_GONE
         place = isinstance(error, OSError) and error.errno in FIXES
         line = told(error) if isinstance(error, OSError) and place else f"{type(error).__name__}: {error}"
         errors.print(f"error: {line}", style="bold red", markup=False, soft_wrap=True)
@@ -146,11 +150,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if name not in recipes.RECIPES:
         raise RecipeError(f"there is no recipe {name!r}; choose one of {', '.join(recipes.RECIPES)}")
     parts = {part: value for part, value in vars(recipes.RECIPES[name]()).items() if part != "recipe"}
-    options = tyro.cli(
+    options = command_line.parse(
         Options,
+        arguments[named:],
+        f"pipeline/record.py {name}",
         default=Options(**parts),
-        args=arguments[named:],
-        prog=f"pipeline/record.py {name}",
         description=f"{__doc__}\nRecipe {name}: {recipes.RECIPES[name].__doc__} Others: "
         + ", ".join(other for other in recipes.RECIPES if other != name),
     )
@@ -189,15 +193,18 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
         if data_step(storage, recipe.data).record() is None:
             check_gpus(recipe)
-        dataset, data = prepare(recipe, storage, console)
-        plan = plan_record(record, recipe, dataset, data, options.seeds)
-        keep_steps(plan)
-        rows = finished(plan)
-        if rows:
-            write_rows(storage, rows)
-            console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
-        else:
-            with ray_started(console):
+        with ExitStack() as until_driven:
+            start_ray = cache(lambda: until_driven.enter_context(ray_started(console)))
+            encode_parts = encode.once_started(start_ray) if on_cluster() else None
+            dataset, data = prepare(recipe, storage, console, encode_parts)
+            plan = plan_record(record, recipe, dataset, data, options.seeds)
+            keep_steps(plan)
+            rows = finished(plan)
+            if rows:
+                write_rows(storage, rows)
+                console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
+            else:
+                start_ray()
                 rows = drive(plan, console, profile=options.profile, lost_record=lost, track=options.track)
         print_results(rows, storage.where(table_path(storage, record)), console)
         if options.report:
@@ -243,27 +250,18 @@ def finished(plan: RecordPlan) -> list[Row]:
     return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
 
 
-def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
-    """Write the recipe where the record lies, or raise RecipeError when it was begun with another: one record is one
-    recipe, its table compares seeds, not settings."""
-    try:
-        begun = json.loads(storage.read_bytes(path) or b"")
-    except ValueError:  # new, or damaged: nothing else is lost with it
-        storage.write_bytes(path, (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
-        return
-    if begun != to_dict(recipe):
-        where = storage.where(path)
-        raise RecipeError(f"record {record} was begun with other settings ({where}); give this one another --record")
-
-
-def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset, Step]:
+def prepare(
+    recipe: Recipe, storage: Storage, console: Console, encode_parts: EncodeParts | None = None
+) -> tuple[Dataset, Step]:
     """Make the dataset the recipe names, once a runs folder, and check it against what one step and one window take.
-    Raises RecipeError."""
+    encode_parts: what encodes its text instead of this machine's cores. Raises RecipeError."""
     step = data_step(storage, recipe.data)
 
     def work() -> Made:
         with clocked(step):
-            dataset = datasets.prepare(recipe.data, step.folder, log=lambda line: console.print(f"data: {line}"))
+            dataset = datasets.prepare(
+                recipe.data, step.folder, lambda line: console.print(f"data: {line}"), encode_parts
+            )
             datasets.save(dataset, step.folder)
             return save_outputs(step, {"valid_tokens": dataset.valid_tokens})
 
@@ -280,7 +278,6 @@ def prepare(recipe: Recipe, storage: Storage, console: Console) -> tuple[Dataset
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
+    code = command_line.run(lambda: main(sys.argv[1:]))
     sys.stderr.flush()
     os._exit(code)  # as for --status above; Ray is shut down by now

@@ -29,6 +29,8 @@ BITS = ("quantized", "mixed", "ttt", "final", "hedge", "logistic", "published")
 LOOSE = 1e-3
 """Of mixing weights, and of the published rule's mass: exponentials of sums of nats, whose rounding they multiply; no
 score is made of what result.json says of them."""
+NOT_REPLAYED = {"code_bytes", "evaluate_workers"}
+"""What the step adds to the evaluation's result: of the record, and of the machine."""
 LOOSE_NAMES = ("expert_weights", "ensemble_weights", "published_mass")
 OF_DATASET = (
     "memory_bytes", "memory_tokens", "valid_bytes", "valid_sha256", "valid_overlap_share", "train_bytes",
@@ -112,7 +114,7 @@ def sum_faults(trace: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) ->
 def result_faults(result: Mapping[str, Any], replayed: Mapping[str, Any], tolerance: float) -> Iterator[str]:
     """Yield which fields of an evaluation's result.json are not the replay's: numbers within the tolerance, all else
     equal. Seconds are no part of it."""
-    for name in sorted({*result, *replayed} - {"code_bytes"}):
+    for name in sorted({*result, *replayed} - NOT_REPLAYED):
         if name not in result or name not in replayed:
             yield f"{RESULT} has {name}, the replay not" if name in result else f"{RESULT} lacks {name}"
         elif not name.endswith("_seconds") and not same(name, result[name], replayed[name], tolerance):

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from hedgemix.data import tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.validate import check_data
+
+if TYPE_CHECKING:
+    from hedgemix.data import text_set
 
 EDGE_BYTES = 1 << 20
 READ_TOKENS = 1 << 22
@@ -82,9 +86,11 @@ class Dataset:
     """Where dataset.json was loaded from."""
 
 
-def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print) -> Dataset:
-    """Make or check what a run reads. docs and text are tokenized into `folder`; shards stay where they are. `save` ends
-    the making.
+def prepare(
+    config: DataConfig, folder: Path, log: Callable[[str], None] = print, encode_parts: text_set.EncodeParts | None = None
+) -> Dataset:
+    """Make or check what a run reads. docs and text are tokenized into `folder`, by `encode_parts` instead of this
+    machine's cores if given; shards stay where they are. `save` ends the making.
 
     Raises RecipeError when the source cannot be used or the folder holds others' files by the names of ours, OSError
     when it cannot be written to or is full, RuntimeError should tokens and text disagree (a bug).
@@ -99,7 +105,7 @@ def prepare(config: DataConfig, folder: Path, log: Callable[[str], None] = print
     else:
         from hedgemix.data import text_set
 
-        made = text_set.make(config, folder, log)
+        made = text_set.make(config, folder, log, encode_parts or text_set.encode_here)
     return _describe(config, made, log)
 
 

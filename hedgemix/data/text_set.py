@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,36 @@ from hedgemix.data.spool import Spool
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2_000_000
 MODEL = "tokenizer.model"
+EncodeParts = Callable[[bytes, Iterator[list[str]]], Iterator[np.ndarray]]
+"""Makes tokens of batches of documents, uint16 (n,) each, in their order: given a SentencePiece model, and what
+`encode_part` gives for each."""
 
 
-def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFiles:
-    """Read the source and write tokenizer and shards into the folder, in place of an earlier data set's.
+def encode_here(model: bytes, batches: Iterator[list[str]]) -> Iterator[np.ndarray]:
+    """Encode batches by all cores of this machine; raises as `encode_part` does."""
+    processor = tokenizer.load(model)
+    tables = bpb.byte_tables(processor)
+    for batch in batches:
+        yield encode_part(processor, tables, batch, cores())
+
+
+def encode_part(
+    processor: SentencePieceProcessor, tables: bpb.ByteTables, documents: list[str], threads: int = 1
+) -> np.ndarray:
+    """Encode documents into one row of tokens, uint16 (n,), the same for any number of threads. Raises RuntimeError
+    should the tokens stand for other bytes (a bug)."""
+    tokens = np.concatenate(tokenizer.encode_batch(processor, documents, threads))
+    counted, expected = bpb.count_bytes(tables, tokens), sum(len(text.encode()) for text in documents)
+    if counted != expected:
+        raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
+    return tokens
+
+
+def make(
+    config: DataConfig, folder: Path, log: Callable[[str], None], encode_parts: EncodeParts = encode_here
+) -> MadeFiles:
+    """Read the source and write tokenizer and shards into the folder, in place of an earlier data set's. encode_parts
+    is called once for each side.
 
     Raises RecipeError when the source cannot be used or the folder holds others' files by these names, OSError when it
     cannot be written to or is full, RuntimeError should tokens and text disagree (a bug).
@@ -46,7 +73,7 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFi
     processor = tokenizer.train(train, config.vocab_size, model)
     log(f"tokenizer: {config.vocab_size} pieces trained")
     train_paths, valid_paths = (
-        _write_shards(own, name, processor, side, log) for name, side in (("train", train), ("val", valid))
+        _write_shards(own, name, partial(encode_parts, model.read_bytes()), side, log) for name, side in (("train", train), ("val", valid))
     )
     if config.memory_bytes:
         own.path(memory.FILE_NAME)
@@ -94,28 +121,17 @@ def _held_out(
     }
 
 
-def _encode(
-    processor: SentencePieceProcessor, documents: Iterable[str], first: int = 0
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and tokens of each batch of documents from the `first` on, by all cores."""
-    tables = bpb.byte_tables(processor)
-    for number, batch in enumerate(corpus.batches(documents, BATCH_CHARACTERS)):
-        if number < first:
-            continue
-        tokens = np.concatenate(tokenizer.encode_batch(processor, batch, cores()))
-        counted, expected = bpb.count_bytes(tables, tokens), sum(len(text.encode()) for text in batch)
-        if counted != expected:
-            raise RuntimeError(f"the tokens stand for {counted} bytes and the text has {expected}: tokenizer bug")
-        yield number, tokens
-
-
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_shards(
-    own: OwnFiles, name: str, processor: SentencePieceProcessor, documents: Iterable[str], log: Callable[[str], None]
+    own: OwnFiles,
+    name: str,
+    encode: Callable[[Iterator[list[str]]], Iterator[np.ndarray]],
+    documents: Iterable[str],
+    log: Callable[[str], None],
 ) -> list[Path]:
     """Encode the documents into shards, behind those that a making which was stopped left whole."""
     whole = own.shards.get(name, [])
@@ -137,7 +153,8 @@ def _write_shards(
         shards.write_shard(paths[-1], tokens)
 
     pending: list[np.ndarray] = []
-    for batch, tokens in _encode(processor, documents, first):
+    batches = islice(corpus.batches(documents, BATCH_CHARACTERS), first, None)
+    for batch, tokens in enumerate(encode(batches), first):
         pending.append(tokens[begin:] if batch == first else tokens)
         while sum(map(len, pending)) >= SHARD_TOKENS:
             held = np.concatenate(pending)

@@ -29,6 +29,9 @@ READERS = {
     "shards": ("shard_set", "probes"),
 }
 """Modules of hedgemix.data that only these sources need: a recipe's file has its own source's."""
+NOT_NEEDED = ("max_restarts", "checkpoint_seconds")
+"""Of a recipe's compute: they move no number, so their defaults do in the file, which stays the same when a record is
+gone on with under others."""
 HEADER = '''"""One seed of recipe {name}: trained, quantized and scored by this file alone. Made by hedgemix {version}.
 
     torchrun --standalone --nproc_per_node={processes} {file} --seed 1337                     a run of its own
@@ -60,7 +63,9 @@ FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
 def build(recipe: Recipe) -> bytes:
     """Build the file of a recipe."""
-    return _build(json.dumps(to_dict(recipe), separators=(",", ":")))
+    values = to_dict(recipe)
+    values["compute"] = {name: value for name, value in values["compute"].items() if name not in NOT_NEEDED}
+    return _build(json.dumps(values, separators=(",", ":")))
 
 
 def n_bytes(recipe: Recipe) -> int:

@@ -10,8 +10,9 @@ from rich.console import Console
 from hedgemix.config import RecipeError
 from pipeline.analysis import significance
 from pipeline.analysis.console import COLUMNS, cell, seed_table
-from pipeline.analysis.records import Record, flatten
+from pipeline.analysis.records import Record
 from pipeline.analysis.significance import RULES, Test
+from pipeline.results.settings import flatten
 
 NOT_SETTINGS = ("recipe",)
 """Of a configuration: names that change nothing."""

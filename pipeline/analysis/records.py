@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from hedgemix.config import Recipe, RecipeError, from_dict
 from hedgemix.runtime.layout import STEPS
 from pipeline.results import schema
-from pipeline.results.table import table_path
+from pipeline.results.table import table_names, table_path
 from pipeline.storage.store import REMOTE_URI, Storage, as_recipe_error, storage_at
 
 
@@ -60,15 +59,6 @@ class Record:
     def lines(self, row: dict[str, Any], column: str, name: str) -> list[dict[str, Any]]:
         """Read a file of JSON lines; empty when it is not there. A line that was cut short is left out."""
         return list(parse_json_lines(self.content(row, column, name) or b""))
-
-
-def flatten(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field of a nested configuration with its dotted name."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
 
 
 def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
@@ -136,9 +126,7 @@ def rows(content: bytes, run: str) -> list[dict[str, Any]]:
 def load_all(storage: Storage) -> list[Record]:
     """Load every record of a runs folder, by name; tables that cannot be read left out."""
     found = []
-    for name in sorted(storage.names(storage.root)):
-        if "/" in name or not name.endswith(".parquet") or name.startswith((".", "_")):
-            continue
+    for name in table_names(storage):
         try:
             content = storage.read_bytes(storage.root / name)
             found.append(Record(Path(name).stem, storage, rows(content or b"", name)))

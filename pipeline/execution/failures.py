@@ -11,6 +11,8 @@ Within one command, with `compute.max_restarts` of the recipe:
 - A lost rank ends its gang, which raises ConnectionError: a `Retry` of the evaluation, from its last checkpoint.
 - Ray tries nothing of this again by itself (`RAY_RETRIES`), so that one place counts. Only the progress board comes
   back as often as it is lost: no work is lost with it. `max_calls` of GPU tasks is no retry: their processes end.
+- Before all that, where a cluster encodes text: a part that was lost with its process or machine is done again by Ray,
+  `LOST_PARTS` times each, since nothing is to be counted. One lost more often ends the command.
 - Below, object stores are asked again by their clients (object_store.py) and copies of checkpoints are made again
   (uploader.py); what storage raises in the end is an OSError, a `Retry`.
 
@@ -32,6 +34,8 @@ from pipeline.steps.step import DamagedStepError
 
 RAY_RETRIES = 0
 """Of tasks (max_retries) and of ranks (max_restarts)."""
+LOST_PARTS = 5
+"""Times Ray does a part of the text again (max_retries)."""
 FIRST_REST_SECONDS = 1.0
 """Before the first restart by the driver; doubled with each. Storage that fails now may not in a moment."""
 MISTAKES = (DivergedError, ValueError)

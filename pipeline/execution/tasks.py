@@ -90,7 +90,7 @@ def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
                 log=job.log(steps.seed, "evaluate"), profile=job.profile, on_file_written=kept, preempted=notice
             ),
         )
-        told = asdict(result) | {"code_bytes": job.plan.code_bytes}
+        told = asdict(result) | {"code_bytes": job.plan.code_bytes, "evaluate_workers": collectives.world_size()}
         return save_outputs(step, told, reads) if collectives.rank() == 0 else Made(told, {}, {})
 
 

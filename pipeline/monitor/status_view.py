@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import NoReturn
 
 from rich import box
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hedgemix.config import RecipeError
+from hedgemix.options import READER_GONE, output_is_unread
 from hedgemix.runtime.layout import LOCK, RECIPE, STEP_NAMES
 from pipeline.monitor import status
 from pipeline.monitor.status import DamagedError, State
@@ -19,14 +21,22 @@ from pipeline.storage.store import Storage, open_existing
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
 
 
+class Parser(argparse.ArgumentParser):
+    """Parses options as argparse does, and raises RecipeError, in one line, for what it cannot."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the options."""
+        raise RecipeError(f"{message}; {self.format_usage().strip()}")
+
+
 def main(arguments: list[str]) -> int:
     """Run `--status DIR [--record NAME]`; returns the exit code."""
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    parser = argparse.ArgumentParser(prog="pipeline/record.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="pipeline/record.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--status", required=True, metavar="DIR", help="the runs folder: what --out names")
     parser.add_argument("--record", metavar="NAME", help="only this record")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         storage = open_existing(options.status)
         for name in status.names(storage, options.record):
             show(storage, name, console)
@@ -34,6 +44,8 @@ def main(arguments: list[str]) -> int:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and output_is_unread():
+            return READER_GONE
         errors.print(f"error: {type(error).__name__}: {error}", style="bold red", markup=False, soft_wrap=True)
         return 1
     return 0

@@ -33,10 +33,12 @@ RESULT_COLUMNS = {
         "bpb_quantized", "bpb_mixed", "bpb_ttt", "bpb_final", "bpb_hedge", "bpb_logistic", "bpb_published",
         "published_mass", "nats_per_token", "evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds",
         "expert_names", "expert_weights", "ensemble_names", "ensemble_weights", "code_bytes",
+        "evaluate_workers",
     ),
 }  # fmt: skip
-"""Which column a field of a stage's result fills, by the kind of step; code_bytes is of the step alone. The result.json
-of an older hedgemix may lack a field: its column stays empty."""
+"""Which column a field of a stage's result fills, by the kind of step; code_bytes and evaluate_workers are of the step
+alone. The result.json of an older hedgemix may lack a field: its column stays empty, but for evaluate_workers, which is
+then the recipe's."""
 SECONDS_COLUMNS = {"score": "score_seconds", "quantize": "quantize_seconds"}
 """Which column the seconds of the whole step fill; training and evaluation have clocks of their own."""
 _filled = [column for fields in RESULT_COLUMNS.values() for column in fields.values()] + [*SECONDS_COLUMNS.values()]
@@ -88,7 +90,7 @@ def build_row(
         "evaluate_path": where(steps.evaluate.folder) if "evaluate" in standing else None,
         "dataset_path": where(Path(dataset.folder)) if dataset.folder else None,
         "workers": recipe.compute.workers,
-        "evaluate_workers": recipe.compute.evaluate_workers,
+        "evaluate_workers": values.get("evaluate_workers") or recipe.compute.evaluate_workers,
         "text_sha256": dataset.text_sha256,
         "train_set_tokens": dataset.train_tokens,
         **last.get("origin", {}),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ from hedgemix.config import RecipeError
 from hedgemix.runtime.files import replacing
 from hedgemix.runtime.layout import LOCK
 from pipeline.results.schema import SCHEMA_VERSION, Row, schema
+from pipeline.results.settings import MOVE_NO_NUMBER, differences
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage
 
+READERS = 8
+"""Tables read at once: a store takes a moment for each."""
 SEED_STEPS = ("train", "score", "quantize", "evaluate")
 
 
@@ -29,12 +35,23 @@ def table_path(storage: Storage, record: str) -> Path:
 def write_rows(storage: Storage, rows: list[Row]) -> Path:
     """Put these rows into their record's table, in place of its rows of the same seeds; whole or not at all. Records
     are files of their own, so two drivers can write at once. A table that storage damaged is put beside the record's
-    other files: its rows come back with the command of their seeds, which finds them done."""
+    other files: its rows come back with the command of their seeds, which finds them done. Rows of other seeds get the
+    configuration of these where it differs in what moves no number: a record has one."""
     path = table_path(storage, rows[0].record)
     mine = {row.seed for row in rows}
-    kept = [old for old in read_rows(storage, path) if old["seed"] not in mine]
+    kept = [renamed(old, rows[0]) for old in read_rows(storage, path) if old["seed"] not in mine]
     _write(storage, path, kept + [dataclasses.asdict(row) for row in rows])
     return path
+
+
+def renamed(old: dict[str, Any], row: Row) -> dict[str, Any]:
+    """Return the row of another seed under this one's configuration, if no number differs by it."""
+    if not row.config or not old["config"]:
+        return old
+    changed = differences(json.loads(old["config"]), json.loads(row.config))
+    if not changed or changed.keys() - MOVE_NO_NUMBER:
+        return old
+    return old | {"config": row.config, "config_hash": row.config_hash}
 
 
 def _write(storage: Storage, path: Path, rows: list[dict[str, Any]]) -> None:
@@ -56,14 +73,31 @@ def check_ours(storage: Storage, record: str) -> None:
 def renew(storage: Storage) -> list[str]:
     """Rewrite the tables of other records that an older version wrote, in the columns of this one, and return their
     names: who reads a folder of tables as one takes the columns of the first. Those whose driver is at work are left to
-    it, and so are those of an object store."""
+    it, and those that cannot be read or written now to the next command."""
+    paths = [storage.root / name for name in table_names(storage)]
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = pool.map(partial(_readable, storage), paths)
+        old = [path for path, content in zip(paths, contents, strict=True) if 0 < _version(content) < SCHEMA_VERSION]
     renewed = []
-    for path in [] if storage.remote else sorted(storage.root.glob("[!._]*.parquet")):
-        if 0 < _version(path.read_bytes()) < SCHEMA_VERSION:
-            with suppress(RecipeError), hold(storage, storage.record_folder(path.stem) / LOCK):
+    for path in old:
+        with suppress(RecipeError, OSError), hold(storage, storage.record_folder(path.stem) / LOCK):
+            if 0 < _version(_readable(storage, path)) < SCHEMA_VERSION:  # its driver may have ended meanwhile
                 _write(storage, path, read_rows(storage, path))
                 renewed.append(path.stem)
     return renewed
+
+
+def table_names(storage: Storage) -> list[str]:
+    """List the parquet files of a runs folder, sorted; some may be none of ours."""
+    names = storage.names(storage.root, recursive=False)
+    return sorted(name for name in names if name.endswith(".parquet") and not name.startswith((".", "_")))
+
+
+def _readable(storage: Storage, path: Path) -> bytes:
+    try:
+        return storage.read_bytes(path) or b""
+    except OSError:
+        return b""
 
 
 def _version(content: bytes) -> int:

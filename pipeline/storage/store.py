@@ -160,16 +160,15 @@ class Storage:
         status = self._stat(self.key(path))
         return None if status is None else status[1].timestamp()
 
-    def names(self, folder: Path) -> dict[str, int]:
-        """List the files anywhere under the folder: name relative to it -> bytes. Keys that are no safe relative path,
-        which others may have written, are left out."""
+    def names(self, folder: Path, recursive: bool = True) -> dict[str, int]:
+        """List the files anywhere under the folder, or directly in it: name relative to it -> bytes. Keys that are no
+        safe relative path, which others may have written, are left out."""
         if not self.remote:
             under = self.local_path(folder)
-            return {
-                file.relative_to(under).as_posix(): file.stat().st_size for file in under.rglob("*") if file.is_file()
-            }
+            found = under.rglob("*") if recursive else under.glob("*")
+            return {file.relative_to(under).as_posix(): file.stat().st_size for file in found if file.is_file()}
         base = self.key(folder)
-        objects = connect(self.uri).get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        objects = connect(self.uri).get_file_info(fs.FileSelector(base, recursive=recursive, allow_not_found=True))
         files = {info.path.removeprefix(base + "/"): info.size for info in objects if info.type == fs.FileType.File}
         return {name: size for name, size in files.items() if is_safe_relative_path(name)}
 
@@ -183,8 +182,8 @@ class Storage:
 
     def prune(self, folder: Path, pattern: str, keep: Collection[str]) -> None:
         """Remove the files directly in the folder whose names match and are not among `keep`."""
-        for name in self.names(folder):
-            if "/" not in name and fnmatchcase(name, pattern) and name not in keep:
+        for name in self.names(folder, recursive=False):
+            if fnmatchcase(name, pattern) and name not in keep:
                 self.remove(folder / name)
 
 

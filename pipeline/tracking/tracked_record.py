@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hedgemix.config import Recipe, to_dict
-from pipeline.analysis.records import flatten
+from pipeline.results.settings import flatten
 from pipeline.storage.store import Storage
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from hedgemix.data import shards
 from hedgemix.recipes import RECIPES
 from pipeline import record
 from pipeline.execution import ray_session
-from pipeline.storage.store import Storage
 from support import text_data, tiny_record
 
 
@@ -131,15 +129,3 @@ def test_official_shards_are_used_where_they_lie(
     assert record.main(["laptop", *options, "--data.vocab-size", "512"]) == 2
     printed = capsys.readouterr().err
     assert "a_val_000000.bin" in printed
-
-
-def test_a_record_keeps_to_the_recipe_it_was_begun_with(tmp_path: Path) -> None:
-    recipe = RECIPES["laptop"]()
-    storage, path = Storage("", tmp_path), tmp_path / "recipe.json"
-    record.keep_recipe(storage, path, recipe, "mine")
-    record.keep_recipe(storage, path, recipe, "mine")
-    with pytest.raises(ValueError, match="record mine was begun with other settings"):
-        record.keep_recipe(storage, path, RECIPES["record"](), "mine")
-    path.write_text("{")  # damaged: nothing else is lost with it
-    record.keep_recipe(storage, path, recipe, "mine")
-    assert json.loads(path.read_text())["recipe"] == "laptop"

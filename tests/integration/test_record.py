@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import ray
+from rich.console import Console
 
 from hedgemix.config import config_hash, to_dict
 from hedgemix.runtime.files import read_json
 from hedgemix.standalone import main as standalone
 from hedgemix.standalone import script
 from pipeline import record
+from pipeline.results.row import build_row
+from pipeline.steps import graph
+from pipeline.storage.store import Storage
 from support import tiny_record
 
 pytestmark = pytest.mark.slow
@@ -83,9 +88,16 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
         patched.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
         same = tiny_record.arguments(text, out, "--seeds", "1", "--record", "again")
         assert record.main(["laptop", *same]) == 0
-    assert "nothing to do" in capsys.readouterr().out
+        assert "nothing to do" in capsys.readouterr().out
+        assert record.main(["laptop", *same, "--compute.max-restarts", "7"]) == 0
+        others = ["--compute.evaluate-workers", "2", "--train.matrix-rate", "0.5"]
+        assert record.main(["laptop", *same, *others]) == 2
+        told = capsys.readouterr().err
+    assert "train.matrix_rate was " in told and "compute.evaluate_workers was 1 and is 2; give this one" in told
     assert {path: path.stat().st_mtime_ns for path in out.glob("_steps/*/result.json")} == steps
     again = pd.read_parquet(out / "again.parquet").iloc[0]
+    renewed = json.loads((out / "_records" / "again" / "recipe.json").read_text())
+    assert renewed == json.loads(again.config) and renewed["compute"]["max_restarts"] == 7
     assert all(again[column] == before[column] for column in BITS)
 
     other = ["--evaluate.mixer.kind", "hedge", "--evaluate.ttt.no-enabled", "--evaluate.cache.no-enabled"]
@@ -102,6 +114,18 @@ def test_the_same_command_does_no_work_twice_and_another_mixer_only_evaluates(
     assert changed.bpb_quantized == before.bpb_quantized
 
 
+def test_a_row_tells_the_ranks_of_the_evaluation_that_ran(undisturbed: tuple[Path, int, str], text: Path) -> None:
+    out = undisturbed[0]
+    arguments = tiny_record.arguments(text, out, "--compute.evaluate-workers", "2")
+    recipe, _ = record.parse(["laptop", *arguments])
+    storage = Storage("", out)
+    plan = graph.plan_record("x", recipe, *record.prepare(recipe, storage, Console(quiet=True)), (1,))
+    standing = plan.seeds[1].records()
+    assert build_row(plan, 1, standing, None, None).evaluate_workers == 1
+    del standing["evaluate"]["result"]["evaluate_workers"]  # as an older version left it
+    assert build_row(plan, 1, standing, None, None).evaluate_workers == 2
+
+
 def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(
     undisturbed: tuple[Path, int, str], ray_session: None, text: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +133,7 @@ def test_two_training_workers_and_two_evaluating_ranks_agree_with_one(
     code, output = tiny_record.run_here(tiny_record.arguments(text, tmp_path, *several))
     assert code == 0, output
     mine, theirs = row(tmp_path), row(undisturbed[0])
-    assert mine.workers == 2 and theirs.workers == 1
+    assert mine.workers == mine.evaluate_workers == 2 and theirs.workers == theirs.evaluate_workers == 1
     assert mine.train_loss_nats == pytest.approx(theirs.train_loss_nats, rel=1e-5)
     for column in ("bpb_full", "bpb_final"):
         assert mine[column] == pytest.approx(theirs[column], rel=2e-3)  # rounding to 31 levels magnifies float noise

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hedgemix.cli import check_arguments
 from hedgemix.data import dataset
+from hedgemix.options import check_arguments
 from pipeline import cli
 
 TEXT = "prepare --folder out --source text --paths"

@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = Storage("", real.folder)
     [done, failed] = [Row(**row) for row in read_rows(storage, real.table)]
     result = read_json(real.evaluation() / "result.json")["result"]
-    columns = {field.name for field in fields(Row)} & set(result)
+    columns = {field.name for field in fields(Row)} & set(result) - {"evaluate_workers"}
     seconds = {f"{phase}_seconds": 2.0 for phase in ("warmup", "train", "quantize", "score")}
     done = replace(
         done, **{name: result[name] for name in columns}, **seconds, lost_seconds=0.0, bpb_full=result["bpb_quantized"],

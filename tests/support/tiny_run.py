@@ -74,7 +74,7 @@ def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str
     code_bytes = script.n_bytes(recipe)
     quantized = {"artifact_bytes": model.n_bytes, "artifact_sha256": model.sha256}
     trained = training(steps / "train-0", train)
-    finish(steps / "evaluate-0", result | {"code_bytes": code_bytes}, result["evaluate_seconds"])
+    finish(steps / "evaluate-0", result | {"code_bytes": code_bytes, "evaluate_workers": 2}, result["evaluate_seconds"])
     finish(steps / "quantize-0", quantized, 1.0)
     known = {**asdict(made), **trained, **quantized, **result, "valid_tokens": made.valid_tokens - 1}
     row = Row(
@@ -86,6 +86,7 @@ def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str
         status="done",
         order=config.order,
         workers=recipe.compute.workers,
+        evaluate_workers=2,
         code_bytes=code_bytes,
         total_bytes=model.n_bytes + code_bytes,
         limit_bytes=recipe.limits.total_bytes,

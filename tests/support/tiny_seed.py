@@ -65,7 +65,7 @@ def make_record(recipe: Recipe, folder: Path, seeds: Sequence[int]) -> Path:
     made_by, counts = origin() | {"requirements": script.requirements(recipe)}, plan.counts
 
     def do(step: Step, work: Callable[..., Any], **arguments: Any) -> None:
-        more = {"code_bytes": plan.code_bytes} if step.kind == "evaluate" else {}
+        more = {"code_bytes": plan.code_bytes, "evaluate_workers": 1} if step.kind == "evaluate" else {}
 
         def made() -> Made:
             with nullcontext() if step.kind in ("train", "evaluate") else clocked(step):  # those have their own clock

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hedgemix.audit.agreement import check_agreement, unpinned
+from hedgemix.audit.agreement import NOT_REPLAYED, check_agreement, unpinned
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.audit.seconds import check_seconds
@@ -30,7 +30,7 @@ def honest(made: Record) -> Claim:
 
 def held(honest: Claim, claim: Claim, tokens: int | None = None) -> Finding:
     """The claim against what a replay of the honest one finds: to the bit what its evaluation found."""
-    found = {name: value for name, value in honest.result.items() if name != "code_bytes"}
+    found = {name: value for name, value in honest.result.items() if name not in NOT_REPLAYED}
     replay = {"result": found, "artifact_sha256": honest.row["artifact_sha256"]}
     return check_agreement(claim, replay, tokens or claim.dataset.valid_tokens, 1e-6)
 

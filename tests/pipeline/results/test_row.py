@@ -16,7 +16,7 @@ from pipeline.results.schema import Row
 KINDS = {"train": TrainStageResult, "score": ScoreResult, "quantize": QuantizeResult, "evaluate": EvaluateResult}
 NO_COLUMN = {"nats", "tries", "scored_tokens", "scored_bytes"}
 """Fields that the row tells otherwise, or not."""
-OF_THE_STEP = {"code_bytes"}
+OF_THE_STEP = {"code_bytes", "evaluate_workers"}
 """What a task adds to the stage's result."""
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 import re
 import threading
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pyarrow as pa
@@ -15,15 +18,19 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from hedgemix.config import RecipeError
+from hedgemix.config import Recipe, RecipeError, config_hash, to_dict
 from hedgemix.recipes import RECIPES
 from hedgemix.runtime.layout import LOCK
 from pipeline.analysis.console import print_results
 from pipeline.plan import plan_lines
+from pipeline.results import table as table_module
 from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown, schema
-from pipeline.results.table import check_ours, mean_and_deviation, renew, write_rows
+from pipeline.results.table import _version, check_ours, mean_and_deviation, read_rows, renew, write_rows
 from pipeline.storage.lock import hold
-from pipeline.storage.store import Storage
+from pipeline.storage.store import Storage, open_storage
+from support.s3_server import StoreServer, store_process, store_server
+
+__all__ = ["store_process", "store_server"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 DONE = Row(
@@ -180,6 +187,53 @@ def test_other_seeds_join_the_record_and_the_same_seed_is_replaced(tmp_path: Pat
     )
     table = pd.read_parquet(path).set_index("seed")
     assert sorted(table.index) == [1, 2, 3] and table.error[2] == "again" and table.bpb_final[1] == 1.5
+
+
+def test_a_record_s_other_seeds_get_its_settings_where_no_number_differs_by_them(tmp_path: Path) -> None:
+    recipe, storage = RECIPES["laptop"](), Storage("", tmp_path)
+    later = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, max_restarts=9))
+    other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=9))
+
+    def row(seed: int, recipe: Recipe) -> Row:
+        config = json.dumps(to_dict(recipe))
+        return dataclasses.replace(DONE, seed=seed, config_hash=config_hash(recipe), config=config)
+
+    write_rows(storage, [row(1, recipe), row(2, other), dataclasses.replace(DONE, seed=3)])
+    table = pd.read_parquet(write_rows(storage, [row(4, later)])).set_index("seed")
+    assert table.config[1] == table.config[4] and table.config_hash[1] == table.config_hash[4] == config_hash(later)
+    assert table.config_hash[2] == config_hash(other) and table.config_hash[3] == "h"  # not this record's, or unknown
+
+
+def test_old_tables_of_a_store_are_renewed_too(store_server: StoreServer, tmp_path: Path) -> None:
+    here = open_storage(store_server.uri("old"), tmp_path / "here")
+    write_rows(here, [dataclasses.replace(DONE, record="new")])
+    for name in ("a_first", "busy"):
+        here.write_bytes(here.root / f"{name}.parquet", write_old(tmp_path, name).read_bytes())
+    here.write_bytes(here.root / "mine.parquet", b"PAR1")
+    here.write_bytes(here.root / "_steps/train-1/old.parquet", write_old(tmp_path, "step").read_bytes())
+    there = open_storage(store_server.uri("old"), tmp_path / "there")
+    quick = partial(hold, renew_seconds=0.5, stale_seconds=4.0, settle_seconds=0.1)
+    with quick(here, here.record_folder("busy") / LOCK), patch.object(table_module, "hold", quick):
+        assert renew(there) == ["a_first"] and renew(there) == []
+    versions = {name: _version(here.read_bytes(here.root / f"{name}.parquet") or b"") for name in ("a_first", "busy")}
+    assert versions == {"a_first": SCHEMA_VERSION, "busy": 6} and _version(b"PAR1") == -1
+    [row] = read_rows(here, here.root / "a_first.parquet")
+    assert row["retries"] == 2 and row["bpb_final"] == 1.5 and row["schema_version"] == SCHEMA_VERSION
+
+
+def test_a_store_that_fails_leaves_old_tables_to_the_next_command(tmp_path: Path) -> None:
+    storage, path = Storage("", tmp_path), write_old(tmp_path, "one")
+    other = write_old(tmp_path, "two")
+    read = Storage.read_bytes
+
+    def failing(self: Storage, path: Path) -> bytes | None:
+        if path.name == "one.parquet":
+            raise OSError("of a store")
+        return read(self, path)
+
+    with patch.object(Storage, "read_bytes", failing):
+        assert renew(storage) == ["two"]
+    assert _version(other.read_bytes()) == SCHEMA_VERSION and _version(path.read_bytes()) == 6
 
 
 def test_mean_and_sample_deviation() -> None:
