@@ -198,7 +198,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
             console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
         else:
             with ray_started(console):
-                rows = drive(plan, console, profile=options.profile, lost_record=lost, track=options.track)
+                rows = drive([plan], console, profile=options.profile, lost_record=lost, track=options.track)[record]
         print_results(rows, storage.where(table_path(storage, record)), console)
         if options.report:
             write_report(storage, record, console)
