@@ -15,6 +15,8 @@ from pipeline.analysis.significance import RULES, Test
 
 NOT_SETTINGS = ("recipe",)
 """Of a configuration: names that change nothing."""
+FEWEST_PAIRS = 2
+"""Seeds that two records must share to be paired by them: one pair has no spread."""
 
 
 def scores(record: Record) -> list[float]:
@@ -50,9 +52,7 @@ def notes(candidate: Record, baseline: Record) -> list[str]:
             found.append(f"different {name}: {significance.brief(mine)} and {significance.brief(theirs)}")
     if gains := same_artifacts(candidate, baseline):
         told = ", ".join(f"{gain:+.4f}" for gain in gains)
-        found.append(
-            f"both scored the same artifacts, by seed {told} bits per byte: luck of the seeds is in p, not here"
-        )
+        found.append(f"both scored the same artifacts, by seed {told} bits per byte better")
     return found
 
 
@@ -84,12 +84,39 @@ def format_setting(value: Any) -> str:
 
 
 def test(candidate: Record, baseline: Record, margin_nats: float = 0.0) -> Test:
-    """Test whether `candidate` is better by more than the margin (Welch, one-sided), in bits per byte. Raises
-    RecipeError when they cannot be compared."""
+    """Test whether `candidate` is better by more than the margin, one-sided, in bits per byte: paired by seed where
+    both finished two seeds or more, on those; else Welch's test of all. Raises RecipeError when they cannot be
+    compared."""
     mine, theirs = scores(candidate), scores(baseline)
     if why := same_text(candidate, baseline):
         raise RecipeError(f"records {candidate.name} and {baseline.name} cannot be compared: {why}")
-    return significance.against_values(mine, theirs, margin_nats / significance.nats_per_bit(candidate.done[0]))
+    margin = margin_nats / significance.nats_per_bit(candidate.done[0])
+    pairs = paired_scores(candidate, baseline)
+    if len(pairs) < FEWEST_PAIRS:
+        return significance.against_values(mine, theirs, margin)
+    return significance.against_pairs(list(pairs.values()), margin)
+
+
+def paired_scores(candidate: Record, baseline: Record) -> dict[int, tuple[float, float]]:
+    """Collect bpb_final of both by the seeds that both finished."""
+    theirs = {row["seed"]: float(row["bpb_final"]) for row in baseline.done}
+    return {
+        row["seed"]: (float(row["bpb_final"]), theirs[row["seed"]]) for row in candidate.done if row["seed"] in theirs
+    }
+
+
+def chosen_test(candidate: Record, baseline: Record) -> str:
+    """Say which test `test` makes of the two, and why."""
+    shared, counts = len(paired_scores(candidate, baseline)), (len(candidate.done), len(baseline.done))
+    if shared < FEWEST_PAIRS:
+        return f"Welch's t-test of {counts[0]} and {counts[1]} seeds: they share {'one alone' if shared else 'none'}"
+    mine, theirs = (count - shared for count in counts)
+    if not mine + theirs:
+        return f"paired t-test of {shared} seeds: both ran them, so what is luck of a seed is in both"
+    return (
+        f"paired t-test of the {shared} seeds that both ran; left out for want of a pair: {mine} of {candidate.name}, "
+        f"{theirs} of {baseline.name}"
+    )
 
 
 HEADS = ("against", "better by, bits per byte", "better by, nats a token", "rule", "p", "holds")
@@ -141,8 +168,10 @@ def show(candidate: Record, baseline: Record, console: Console) -> None:
     better, by = tests[-1].difference > 0, abs(tests[-1].difference)
     how = f"{by:.4f} bits per byte ({by * scale:.4f} nats a token) {'better' if better else 'worse'}"
     line(f"{candidate.name} is {how} than {baseline.name}")
+    line(f"  {chosen_test(candidate, baseline)}")
     for rule, found_test in zip(RULES, tests, strict=True):
-        line(f"  {rule.text}: {yes_or_no(rule.holds(found_test))}, p = {format_p_value(found_test)} (Welch, one-sided)")
+        told = f"p = {format_p_value(found_test)} ({found_test.name}, one-sided)"
+        line(f"  {rule.text}: {yes_or_no(rule.holds(found_test))}, {told}")
     for note in notes(candidate, baseline):
         line(f"note: {note}")
     differing = settings(candidate, baseline)

@@ -1,14 +1,15 @@
 """How sure a record is: means with their spread, t-tests one-sided towards fewer bits, and how many seeds settle it.
 
-All numbers are lower-is-better scores, one a seed. A record's seeds are a small sample: the tests are Student's and
-Welch's (scipy.stats), which allow for that, and take seeds for independent and scores for roughly normal.
+All numbers are lower-is-better scores, one a seed. A record's seeds are a small sample: the tests are Student's, paired
+where two records ran the same seeds, and Welch's where not (scipy.stats). They allow for few values, and take seeds for
+independent and scores, or their differences, for roughly normal.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,8 @@ class Test:
     degrees: float
     p: float
     """Of a difference this large or larger if the true one were the margin. NaN without a spread."""
+    name: str = "one-sample t"
+    """Of the test, as a report calls it."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,32 @@ def against_values(values: Sequence[float], others: Sequence[float], margin: flo
     mine, theirs = summary(values), summary(others)
     difference = theirs.mean - mine.mean
     if math.isnan(mine.deviation) or math.isnan(theirs.deviation) or not mine.deviation + theirs.deviation > 0:
-        return Test(difference, margin, math.nan, math.nan, math.nan)
+        return Test(difference, margin, math.nan, math.nan, math.nan, "Welch")
     told = stats.ttest_ind(values, [value - margin for value in others], equal_var=False, alternative="less")
-    return Test(difference, margin, float(told.statistic), float(told.df), float(told.pvalue))
+    return Test(difference, margin, float(told.statistic), float(told.df), float(told.pvalue), "Welch")
+
+
+def against_pairs(pairs: Sequence[tuple[float, float]], margin: float = 0.0) -> Test:
+    """Test whether the first of each pair, of one seed, is below the second by more than `margin` in the mean
+    (Student's t of the differences; one-sided). Raises ValueError for no pairs."""
+    return replace(against_score([mine - theirs for mine, theirs in pairs], 0.0, margin), name="paired t")
+
+
+def two_sided_p(values: Sequence[float]) -> float:
+    """Compute the p of Student's two-sided test that the values' mean is 0. NaN without a spread. Raises ValueError for
+    no values."""
+    test = against_score(values, 0.0)
+    return 2 * float(stats.t.sf(abs(test.statistic), test.degrees))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Correct ps for being so many (Holm): however many tests have no effect, the chance that any of them comes out
+    below a level is at most that level. A NaN stays NaN, and counts: a test that is still to come."""
+    corrected, highest = [math.nan] * len(ps), 0.0
+    for rank, place in enumerate(sorted((n for n, p in enumerate(ps) if p == p), key=lambda n: ps[n])):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = highest
+    return corrected
 
 
 def seeds_needed(sample: Summary, bar: float, level: float, power: float = POWER) -> int | None:

@@ -72,7 +72,8 @@ def better(record: Record, against: float | None) -> str:
     how = "better" if test.difference > 0 else "worse"
     verdict = f"a new record by the field's rule ({rule.text})" if rule.holds(test) else f"no new record ({rule.text})"
     return (
-        f"{abs(test.difference):.4f} bits per byte {how} than {name}; p = {comparison.format_p_value(test)}: {verdict}."
+        f"{abs(test.difference):.4f} bits per byte {how} than {name}; p = {comparison.format_p_value(test)} "
+        f"({test.name}): {verdict}."
     )
 
 
@@ -130,12 +131,12 @@ def statistical_tests(record: Record, against: float | None) -> Section:
     needed: list[str] = []
     if against is not None:
         tests = [significance.against_score(scores, against, rule.margin_nats / scale) for rule in RULES]
-        rows += comparison.verdicts(f"published {against:g} (one-sample t)", tests, scale)
-        needed += more_seeds(found, against, scale)
+        rows += comparison.verdicts(f"published {against:g} ({tests[0].name})", tests, scale)
+        needed = more_seeds(found, against, scale)
     others = rivals(record)
     for other in others:
         tests = [comparison.test(record, other, rule.margin_nats) for rule in RULES]
-        rows += comparison.verdicts(f"{other.name} (Welch)", tests, scale)
+        rows += comparison.verdicts(f"{other.name} ({tests[0].name})", tests, scale)
     blocks: list[Any] = [comparison.format_summary(found, scale) + "."]
     if rows:
         blocks += [
@@ -147,26 +148,40 @@ def statistical_tests(record: Record, against: float | None) -> Section:
             "Nothing to test against: no other record of this folder scored the same text, and no `--against`."
         )
     if not needed and others:
-        needed = more_seeds(found, significance.summary(comparison.scores(others[0])).mean, scale)
-    notes = [f"{other.name}: {note}" for other in others for note in comparison.notes(record, other)]
+        needed = more_seeds_against(record, others[0], scale)
+    notes = [
+        f"{other.name}: {note}"
+        for other in others
+        for note in (comparison.chosen_test(record, other), *comparison.notes(record, other))
+    ]
     return Section(title, [*blocks, *([Points(needed)] if needed else []), *([Points(notes)] if notes else [])])
 
 
-def more_seeds(sample: significance.Summary, score: float, scale: float) -> list[str]:
-    """Say for each rule with how many seeds its one-sample test against this score would hold in four cases of five."""
+def more_seeds_against(record: Record, other: Record, scale: float) -> list[str]:
+    """Say with how many seeds the record would be better than the other: by their pairs, or by the other's mean."""
+    mine, theirs = comparison.scores(record), significance.summary(comparison.scores(other)).mean
+    pairs = comparison.paired_scores(record, other)
+    if len(pairs) < comparison.FEWEST_PAIRS:
+        return more_seeds(significance.summary(mine), theirs, scale)
+    differences = significance.summary([score - its for score, its in pairs.values()])
+    return more_seeds(differences, 0.0, scale, f"{other.name}, seed by seed,")
+
+
+def more_seeds(sample: significance.Summary, score: float, scale: float, against: str = "") -> list[str]:
+    """Say for each rule with how many seeds its one-sample test against this score, called `against`, would hold in
+    four cases of five."""
+    against = against or f"{score:.4f}"
     if not sample.deviation > 0:
-        return ["One seed tells no spread: how many more would settle it cannot be said."]
+        return ["No spread is known: how many more seeds would settle it cannot be said."]
     lines = []
     for rule in RULES:
         needed = significance.seeds_needed(sample, score - rule.margin_nats / scale, rule.level)
         if needed is None:
-            lines.append(
-                f"{rule.text}: no number of seeds would show it at this mean ({sample.mean:.4f} against {score:.4f})."
-            )
+            lines.append(f"{rule.text}: no number of seeds would show it against {against} at this mean.")
         else:
             more = max(0, needed - sample.count)
             lines.append(
-                f"{rule.text}: {needed} seeds in all, {more or 'no'} more, would show it against {score:.4f} in "
+                f"{rule.text}: {needed} seeds in all, {more or 'no'} more, would show it against {against} in "
                 f"{significance.POWER:.0%} of cases, if mean and spread are what they look like now."
             )
     return lines

@@ -10,13 +10,18 @@ from scipy import stats
 
 from hedgemix.config import RecipeError
 from pipeline import cli
-from pipeline.analysis import comparison, records
+from pipeline.analysis import comparison, records, significance
+from pipeline.results.schema import Row
+from pipeline.results.table import write_rows
+from pipeline.storage.store import Storage
 from support import table_rows
 
 
 @pytest.fixture(scope="module")
-def runs(undisturbed: tuple[Path, int, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return table_rows.folder(undisturbed[0], tmp_path_factory.mktemp("compare"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    table_rows.write(folder, "tiny", [2.6], table_rows.made_up())
+    return folder
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, runs: Path, one: str, other: str) -> None:
@@ -36,10 +41,11 @@ def test_two_records_are_compared(
     table_rows.write(runs, "ensemble", [2.41, 2.42, 2.45], torch_version="2.11.0")
     compare(monkeypatch, runs, "ensemble", "linear")
     told = capsys.readouterr().out
-    p = stats.ttest_ind([2.41, 2.42, 2.45], [2.50, 2.53, 2.52], equal_var=False, alternative="less").pvalue
+    p = stats.ttest_rel([2.41, 2.42, 2.45], [2.50, 2.53, 2.52], alternative="less").pvalue
     for expected in (
         "ensemble: 2.4267 bits per byte", "linear: 2.5167 bits per byte", "0.0900 bits per byte", "better than linear",
-        f"p = {p:.3f}", "0.005 nats", "evaluate.mixer.kind: ensemble | linear",
+        f"p = {p:.3f} (paired t, one-sided)", "paired t-test of 3 seeds: both ran them", "0.005 nats",
+        "evaluate.mixer.kind: ensemble | linear",
         "evaluate.mixer.orders: 1 2 3 4 5 6 7 8 | 1 2",
         "note: different versions of PyTorch: 2.11.0 and",
     ):  # fmt: skip
@@ -53,6 +59,43 @@ def test_two_records_are_compared(
     compare(monkeypatch, runs, "linear", "ensemble")
     told = capsys.readouterr().out
     assert "worse than ensemble" in told and "p < 0.25: no" in told
+
+
+def test_seeds_that_both_ran_are_paired_and_the_others_left_out(runs: Path) -> None:
+    """The seeds' luck is ten times what the settings bring: Welch's test sees nothing of it."""
+    one = table_rows.write(runs, "one", [2.40, 2.50, 2.60, 9.0])
+    other = table_rows.write(runs, "other", [2.41, 2.512, 2.611])
+    test = comparison.test(one, other, 0.001)
+    margin = 0.001 / significance.nats_per_bit(one.done[0])
+    told = stats.ttest_1samp([-0.01, -0.012, -0.011], -margin, alternative="less")
+    assert (test.name, test.degrees) == ("paired t", 2) and test.p == pytest.approx(told.pvalue) and test.p < 0.01
+    assert test.difference == pytest.approx(0.011)
+    assert comparison.paired_scores(one, other) == {1: (2.40, 2.41), 2: (2.50, 2.512), 3: (2.60, 2.611)}
+    assert comparison.chosen_test(one, other) == (
+        "paired t-test of the 3 seeds that both ran; left out for want of a pair: 1 of one, 0 of other"
+    )
+    assert comparison.test(other, one).difference == pytest.approx(-0.011)
+
+
+def test_seeds_that_failed_make_no_pair(runs: Path) -> None:
+    one, other = table_rows.write(runs, "all", [2.4, 2.5, 2.6]), table_rows.write(runs, "less", [2.5, 2.65, 2.7])
+    assert comparison.test(one, other).degrees == 2
+    other = table_rows.change(runs, "less", 2, status="failed", bpb_final=None)
+    assert comparison.test(one, other).degrees == 1 and "1 of all, 0 of less" in comparison.chosen_test(one, other)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(3, "they share none"), (2, "they share one alone")])
+def test_seeds_that_are_not_shared_are_tested_by_welch(runs: Path, shift: int, expected: str) -> None:
+    one, mine, theirs = table_rows.write(runs, "all", [2.4, 2.5, 2.6]), [2.4, 2.5, 2.6], [2.7, 2.65, 2.8]
+    row = records.load(str(runs / "tiny.parquet")).done[0] | {"record": f"shifted-{shift}"}
+    write_rows(
+        Storage("", runs), [Row(**row | {"seed": n + shift, "bpb_final": x}) for n, x in enumerate(theirs, start=1)]
+    )
+    other = records.load(str(runs / f"shifted-{shift}.parquet"))
+    test = comparison.test(one, other)
+    told = stats.ttest_ind(mine, theirs, equal_var=False, alternative="less")
+    assert (test.name, test.p, test.degrees) == ("Welch", pytest.approx(told.pvalue), pytest.approx(told.df))
+    assert comparison.chosen_test(one, other) == f"Welch's t-test of 3 and 3 seeds: {expected}"
 
 
 @pytest.mark.parametrize(

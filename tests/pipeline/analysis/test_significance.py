@@ -9,7 +9,17 @@ import pytest
 from scipy import stats
 
 from pipeline.analysis import significance
-from pipeline.analysis.significance import RULES, against_score, against_values, mixed, seeds_needed, summary
+from pipeline.analysis.significance import (
+    RULES,
+    against_pairs,
+    against_score,
+    against_values,
+    holm,
+    mixed,
+    seeds_needed,
+    summary,
+    two_sided_p,
+)
 
 PUBLISHED_BPB = [1.05604198, 1.09696945, 1.07038587]
 PUBLISHED_NATS = [1.78307674, 1.85218082, 1.80729571]
@@ -102,3 +112,40 @@ def test_rows_of_different_runs_are_not_averaged() -> None:
     [why] = mixed([row, row | {"seed": 2, "hardware": "8 x H100"}, row | {"seed": 3}])
     assert why == "different hardware (hardware: one: seed 1, 3; 8 x H100: seed 2)"
     assert len(mixed([row, {**row, "seed": 2, "config_hash": "a", "valid_sha256": "b"}])) == 2
+
+
+def test_pairs_against_scipy_and_written_out() -> None:
+    mine, theirs, margin = [1.45, 1.47, 1.46], [1.50, 1.56, 1.49], 0.005
+    test = against_pairs(list(zip(mine, theirs, strict=True)), margin)
+    told = stats.ttest_rel(mine, np.array(theirs) - margin, alternative="less")
+    assert (test.statistic, test.p, test.degrees) == pytest.approx((told.statistic, told.pvalue, 2))
+    differences = np.array(mine) - np.array(theirs)
+    assert test.statistic == pytest.approx((differences.mean() + margin) / (differences.std(ddof=1) / math.sqrt(3)))
+    assert test.difference == pytest.approx(0.17 / 3) and test.name == "paired t"
+    assert math.isnan(against_pairs([(1.4, 1.5)]).p)
+    with pytest.raises(ValueError, match="no seed"):
+        against_pairs([])
+
+
+def test_both_sides_are_looked_at() -> None:
+    values = [-0.2, -0.1, -0.4, 0.05]
+    for sign in (1, -1):
+        told = stats.ttest_1samp([sign * value for value in values], 0.0)
+        assert two_sided_p([sign * value for value in values]) == pytest.approx(told.pvalue)
+    assert math.isnan(two_sided_p([0.1, 0.1])) and math.isnan(two_sided_p([0.1]))
+
+
+def test_ps_are_corrected_for_being_many() -> None:
+    """Holm's own steps: the smallest times all, the next times all but one, never below the one before, at most 1."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.3, 0.9, 0.01, 0.02]) == pytest.approx([0.6, 0.9, 0.04, 0.06])
+    assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
+    corrected = holm([math.nan, 0.01, math.nan])
+    assert corrected[1] == 0.03 and math.isnan(corrected[0]) and math.isnan(corrected[2])
+
+
+def test_holm_errs_in_any_of_seven_no_more_often_than_one_test() -> None:
+    drawn = np.random.default_rng(0).normal(0.0, 1.0, (2_000, 7, 3))
+    ps = stats.ttest_1samp(drawn, 0.0, axis=2).pvalue
+    wrong = np.mean([min(holm(list(each))) < 0.05 for each in ps])
+    assert wrong <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2_000) < (ps < 0.05).any(1).mean()

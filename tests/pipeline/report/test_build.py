@@ -119,13 +119,13 @@ def test_several_seeds_have_a_spread_and_are_tested(runs: Path) -> None:
     table_rows.write(runs, "old", [1.51, 1.52, 1.50])
     new = table_rows.write(runs, "new", [1.41, 1.42, 1.43])
     lead = "\n".join(summary.key_findings(new, None))
-    p = significance.against_values(
-        [1.41, 1.42, 1.43], [1.51, 1.52, 1.50], 0.005 / significance.nats_per_bit(new.done[0])
-    ).p
+    pairs = [(1.41, 1.51), (1.42, 1.52), (1.43, 1.50)]
+    p = significance.against_pairs(pairs, 0.005 / significance.nats_per_bit(new.done[0])).p
     assert "1.4200 bits per byte" in lead and "std 0.0100" in lead
-    assert f"0.0900 bits per byte better than record `old`; p = {p:.2g}" in lead and "a new record" in lead
+    assert f"0.0900 bits per byte better than record `old`; p = {p:.3f} (paired t)" in lead and "a new record" in lead
     told = page_of(new)
-    assert "old (Welch)" in told and "seeds in all, no more" in told
+    assert "old (paired t)" in told and "old: paired t-test of 3 seeds" in told
+    assert "seeds in all, 1 more, would show it against old, seed by seed, in 80%" in told
     # Against a published score instead, that the record does not reach by the margin.
     told = page_of(new, 1.4215)
     assert "published 1.4215" in told and "no new record" in told and "no number of seeds would show it" in told
