@@ -3,6 +3,7 @@
     python pipeline/record.py                      the recipe for this machine: laptop, or single_gpu with a GPU
     python pipeline/record.py RECIPE --help        every field of a recipe, with its default
     python pipeline/record.py RECIPE --plan        what it would ask for and do, without doing it
+    python pipeline/record.py RECIPE --vary FIELD VALUE...   a record of each value of a field too: docs/studies.md
     python pipeline/record.py --status DIR         how far each record of a runs folder is, from any machine
 
 The same command again does only what is missing. Exit code: 0 every seed is done, 1 one is not, 2 something is wrong
@@ -21,9 +22,13 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
 
 import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
@@ -57,7 +62,6 @@ from hedgemix.config import (
     Recipe,
     RecipeError,
     TrainConfig,
-    config_hash,
     to_dict,
 )
 from hedgemix.data import dataset as datasets
@@ -80,7 +84,18 @@ from pipeline.steps.recovery import clocked, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, perform, save_outputs
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
+from pipeline.study.console import print_study
+from pipeline.study.seeds import Seeds
+from pipeline.study.study_plan import print_study_plan
+from pipeline.study.rounds import run_rounds
+from pipeline.study.study import Study, alone, default_name, hold_records, of_variants
+from pipeline.study.variants import Variant, read_variants
 from pipeline.tracking.follower import check_trackers
+
+
+LONGEST_STUDY = 80
+"""Characters of a study's name, which begins the names of its records."""
+FIELD_VALUES = tyro.conf.arg(metavar="FIELD VALUE...")
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,21 @@ class Options:
     track: tuple[Literal["tensorboard", "mlflow", "wandb", "none"], ...] = ("tensorboard",)
     """Where the numbers of a running record go, one or more; docs/watching.md."""
     plan: bool = False
-    """Print what the record would ask for, and stop."""
+    """Print what the record, or the study, would ask for, and stop."""
+    vary: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, FIELD_VALUES] = ()
+    """A field of the recipe and values that it takes one at a time, each in a record of its own, all of them a study
+    with the recipe as its base; once a field. Items of one value stand between commas."""
+    cross: bool = False
+    """Combine all values of all --vary instead."""
+    variants: str = ""
+    """A file of TOML with variants: [[variant]] tables of a name and fields."""
+    study: str = ""
+    """Name of the study, and of its base's record (default: as of a record)."""
+    until: float | Literal["decided"] | None = None
+    """Add seeds to the variants that need them, until the 95 % interval of the difference to the base, in bits per
+    byte, is this narrow to each side; or until it is decided whether it is better or worse."""
+    max_seeds: int = 10
+    """With --until: most seeds of a variant."""
 
 
 def main(arguments: list[str]) -> int:
@@ -120,10 +149,13 @@ def main(arguments: list[str]) -> int:
         check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
+        variants = variants_of(recipe, options)
         if options.plan:
             print_plan(recipe, options.seeds, console)
+            if variants:
+                print_study_plan(recipe, variants, options, console)
             return 0
-        return run(recipe, options, console)
+        return run(recipe, variants, options, console)
     except RecipeError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
@@ -161,9 +193,9 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if not encodable(options.out):
         raise RecipeError(f"--out {options.out!r} is not UTF-8, which the table could not name; choose another folder")
     check_read(options.data, parts["data"])
-    record = options.record
-    if any(character in record for character in "/\\") or record.startswith((".", "_")) or not record.isprintable():
-        raise RecipeError(f"--record {record!r} names a file; leave out slashes, controls and a leading . or _")
+    for option, named in (("--record", options.record), ("--study", options.study)):
+        if any(character in named for character in "/\\") or named.startswith((".", "_")) or not named.isprintable():
+            raise RecipeError(f"{option} {named!r} names a file; leave out slashes, controls and a leading . or _")
     return Recipe(recipe=name, **{part: getattr(options, part) for part in parts}), options
 
 
@@ -174,35 +206,80 @@ def default_recipe() -> str:
     return "single_gpu" if torch.cuda.is_available() else "laptop"
 
 
-def run(recipe: Recipe, options: Options, console: Console) -> int:
-    """Run the record from its lock to its report; returns the exit code: 0 when every seed is done, else 1. Raises
-    RecipeError, OSError and RayError."""
+def variants_of(recipe: Recipe, options: Options) -> list[Variant]:
+    """Read the variants that the options name, none without --vary and --variants. Raises RecipeError with all that is
+    wrong with them, and for options that only a study has."""
+    if not options.vary and not options.variants:
+        given = {"--cross": options.cross, "--study": options.study, "--until": options.until is not None}
+        if needless := [option for option, value in given.items() if value]:
+            raise RecipeError(f"{needless[0]} is of a study; name its variants with --vary or --variants")
+        return []
+    if options.record:
+        raise RecipeError("--record names one record, and a study has several; name it with --study")
+    if len(options.study) > LONGEST_STUDY:
+        raise RecipeError(f"--study has {len(options.study)} characters; take at most {LONGEST_STUDY}")
+    if isinstance(options.until, float) and not 0 < options.until < math.inf:
+        raise RecipeError(f"--until {options.until:g} is no width; give bits per byte above 0, or decided")
+    if options.until is not None and options.max_seeds < len(options.seeds):
+        raise RecipeError(f"--max-seeds {options.max_seeds} is less than the {len(options.seeds)} of --seeds")
+    default = recipes.RECIPES[recipe.recipe]().data
+
+    def check_variant(variant: Recipe) -> None:
+        check_recipe(variant, QAT_LEVELS, EXPERTS)
+        check_read(variant.data, default)
+
+    return read_variants(recipe, options.vary, options.cross, options.variants, check_variant)
+
+
+def run(recipe: Recipe, variants: list[Variant], options: Options, console: Console) -> int:
+    """Run a record, or a study of the recipe and its variants, from its locks to its report; returns the exit code: 0
+    when every seed is done, else 1. Raises RecipeError, OSError and RayError."""
     storage = open_storage(options.out)
     check_trackers(options.track, storage)
-    record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
-    folder = storage.record_folder(record)
-    waiting = "another driver holds this record; waiting to see whether it lives"
-    with hold(storage, folder / LOCK, lambda: console.print(waiting)) as lost:
-        check_ours(storage, record)
-        keep_recipe(storage, folder / RECIPE, recipe, record)
+    name = options.study or options.record or default_name(recipe)
+    study = of_variants(storage, name, recipe, variants) if variants else alone(recipe, name)
+    with ExitStack() as held:
+        lost = hold_records(held, storage, study, console)
+        for record in study.records:
+            check_ours(storage, record.name)
+            keep_recipe(storage, storage.record_folder(record.name) / RECIPE, record.recipe, record.name)
         if renewed := renew(storage):
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
-        if data_step(storage, recipe.data).record() is None:
-            check_gpus(recipe)
-        dataset, data = prepare(recipe, storage, console)
-        plan = plan_record(record, recipe, dataset, data, options.seeds)
-        keep_steps(plan)
-        rows = finished(plan)
-        if rows:
-            write_rows(storage, rows)
-            console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
+        texts = prepare_all(study, storage, console)
+        seeds = Seeds(study, options.seeds, options.until, options.max_seeds)
+        begin = cache(lambda: held.enter_context(ray_started(console)))
+
+        def run_missing(plans: Sequence[RecordPlan]) -> dict[str, list[Row]]:
+            begin()
+            return drive(plans, console, profile=options.profile, lost_record=lost, track=options.track)
+
+        rows = run_rounds(study, texts, seeds, run_missing, console)
+        if study.name:
+            print_study(storage, study, seeds.stopped, console)
         else:
-            with ray_started(console):
-                rows = drive([plan], console, profile=options.profile, lost_record=lost, track=options.track)[record]
-        print_results(rows, storage.where(table_path(storage, record)), console)
+            print_results(rows[name], storage.where(table_path(storage, name)), console)
         if options.report:
-            write_report(storage, record, console)
-    return 1 if any(row.status != "done" for row in rows) else 0
+            write_report(storage, study, console)
+    return 1 if any(row.status != "done" for each in rows.values() for row in each) else 0
+
+
+def prepare_all(study: Study, storage: Storage, console: Console) -> dict[str, tuple[Dataset, Step]]:
+    """Make the text of every record, by its name, each that differs once. Raises RecipeError, also when a variant asks
+    for more text than there is."""
+    made: dict[str, tuple[Dataset, Step]] = {}
+    texts = {}
+    for record in study.records:
+        recipe, step = record.recipe, data_step(storage, record.recipe.data)
+        if step.record() is None:
+            check_gpus(recipe)
+        try:
+            if step.name not in made:
+                made[step.name] = prepare(recipe, storage, console)
+            stages.check_data(recipe, made[step.name][0])
+        except RecipeError as error:
+            raise RecipeError(f"variant {record.variant!r}: {error}" if record.fields else str(error)) from None
+        texts[record.name] = made[step.name]
+    return texts
 
 
 def check_gpus(recipe: Recipe) -> None:
@@ -216,31 +293,20 @@ def check_gpus(recipe: Recipe) -> None:
         )
 
 
-def write_report(storage: Storage, record: str, console: Console) -> None:
+def write_report(storage: Storage, study: Study, console: Console) -> None:
     """Write the report for people; nothing that goes wrong here fails a record."""
     from pipeline.analysis.records import Record
     from pipeline.report import build as report  # matplotlib takes a second to import, which work should not wait for
 
+    if study.name:
+        return  # TODO
+    name = study.base.name
     try:
-        rows = read_rows(storage, table_path(storage, record))
-        path = report.write(Record(record, storage, rows))
+        rows = read_rows(storage, table_path(storage, name))
+        path = report.write(Record(name, storage, rows))
         console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
     except Exception as error:
         console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
-
-
-def finished(plan: RecordPlan) -> list[Row]:
-    """Build the rows of a record whose every seed is done and whose artifacts are what was written; else none."""
-    standing = {seed: steps.records() for seed, steps in plan.seeds.items()}
-    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in plan.seeds.items()):
-        return []
-    try:
-        for seed, steps in plan.seeds.items():
-            check(steps.quantize, stages.ARTIFACT, standing[seed]["quantize"]["files"].get(stages.ARTIFACT))
-    except DamagedStepError:
-        return []
-    counted = plan.counts.record()
-    return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
 
 
 def keep_recipe(storage: Storage, path: Path, recipe: Recipe, record: str) -> None:
