@@ -33,6 +33,15 @@ class Compare:
     """The parquet file of the one it is compared with."""
 
 
+@dataclass(frozen=True)
+class Study:
+    """Set the variants of a study beside their base: differences by seed with intervals, what is significant, what it
+    costs. Prints a table, and writes study.html, study.md and study.parquet beside the study's file."""
+
+    run: tyro.conf.Positional[str]
+    """The study.json (also s3:// or gs://), its folder, or a runs folder with one study."""
+
+
 def _report(command: Report) -> None:
     from pipeline.analysis import records  # seconds to import, and matplotlib
     from pipeline.report import build as report
@@ -50,6 +59,19 @@ def _compare(command: Compare) -> None:
     from pipeline.analysis import comparison, records
 
     comparison.show(records.load(command.run), records.load(command.other), Console(highlight=False, markup=False))
+
+
+def _study(command: Study) -> None:
+    from pipeline.analysis import study, study_table, verdicts
+    from pipeline.report import study_page
+
+    loaded = study.load(command.run)
+    found = verdicts.findings(loaded)
+    console = Console(highlight=False, markup=False)
+    study_table.show(loaded, found, console)
+    path = study_page.write(loaded, found)
+    for name, place in (("table", path.with_name(study_page.TABLE)), ("report", path)):
+        console.print(f"{name}: {loaded.storage.where(place)}", markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,7 @@ def _submit(command: Submit) -> None:
         print(f"not so: {', '.join(not_so)}")
 
 
-COMMANDS: cli.Commands = {**cli.COMMANDS, Report: _report, Compare: _compare, Submit: _submit}
+COMMANDS: cli.Commands = {**cli.COMMANDS, Report: _report, Compare: _compare, Study: _study, Submit: _submit}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ samples whose spread came out small. Simulated, 95 % intervals of such studies h
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -83,6 +84,13 @@ def by_verdict(differences: Sequence[float], look: int, looks: int, variants: in
         how = "better" if sample.mean < 0 else "worse"
         return Decision(True, f"decided: {abs(sample.mean):.4f} bits per byte {how}, {told}, at most {level:.2g}")
     return Decision(last, f"{'undecided: ' if last else ''}{told}, above {level:.2g}")
+
+
+def verdict(why: str) -> str | None:
+    """Read the verdict back from what `by_verdict` said: better, worse or not decided; None of anything else."""
+    if decided := re.match(r"decided: .* bits per byte (better|worse), ", why):
+        return decided[1]
+    return "not decided" if re.match(r"(undecided: )?(p = |\d+ seeds )", why) else None
 
 
 @cache

@@ -11,6 +11,7 @@ from pipeline.analysis import significance
 from pipeline.analysis.records import Record
 from pipeline.report import figures, page, sections, summary
 from pipeline.report.page import Page, Plot
+from pipeline.storage.store import Storage
 
 PAGE, TWIN, FIGURES = "report.html", "report.md", "figures"
 
@@ -38,17 +39,19 @@ def compose(record: Record, against: float | None = None) -> Page:
 def write(record: Record, against: float | None = None) -> Path:
     """Write report.html, report.md and its figures in the record's folder, on the store too; returns the page's
     path."""
-    composed = compose(record, against)
+    source = f"{record.name}.parquet and the files of its steps"
+    write_page(record.storage, record.folder, compose(record, against), source, PAGE, TWIN)
+    return record.folder / PAGE
+
+
+def write_page(storage: Storage, folder: Path, composed: Page, source: str, html: str, markdown: str) -> None:
+    """Write a page and its markdown twin under these names, and the twin's figures. source: what it was made from."""
     written = datetime.now(UTC).isoformat(timespec="seconds")
-    foot = f"Written {written} by hedgemix {__version__} from {record.name}.parquet and the files of its steps."
-    contents = {
-        PAGE: page.html(composed, foot),
-        TWIN: page.markdown(composed, foot, FIGURES),
-    }
+    foot = f"Written {written} by hedgemix {__version__} from {source}."
+    contents = {html: page.html(composed, foot), markdown: page.markdown(composed, foot, FIGURES)}
     for section in composed.sections:
         for block in section.blocks:
             if isinstance(block, Plot):
                 contents[f"{FIGURES}/{block.name}.svg"] = figures.standalone_svg(block.svg)
     for name, content in contents.items():
-        record.storage.write_bytes(record.folder / name, content.encode())
-    return record.folder / PAGE
+        storage.write_bytes(folder / name, content.encode())
