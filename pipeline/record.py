@@ -70,28 +70,24 @@ from hedgemix.data.reading import encodable
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.files import FIXES, told
-from hedgemix.runtime.layout import LOCK, RECIPE
+from hedgemix.runtime.layout import RECIPE
 from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.execution.driver import drive
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
-from pipeline.results.row import build_row
 from pipeline.results.schema import Row
-from pipeline.results.table import check_ours, read_rows, renew, table_path, write_rows
-from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record
+from pipeline.results.table import check_ours, read_rows, renew, table_path
+from pipeline.steps.graph import RecordPlan, data_step
 from pipeline.steps.recovery import clocked, set_aside
-from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, perform, save_outputs
-from pipeline.storage.lock import hold
+from pipeline.steps.step import DamagedStepError, Made, Step, fetch, perform, save_outputs
 from pipeline.storage.store import Storage, open_storage
-from pipeline.study.console import print_study
-from pipeline.study.seeds import Seeds
-from pipeline.study.study_plan import print_study_plan
+from pipeline.study.definition import Study, alone, default_name, hold_records, of_variants
 from pipeline.study.rounds import run_rounds
-from pipeline.study.study import Study, alone, default_name, hold_records, of_variants
+from pipeline.study.seeds import Seeds
+from pipeline.study.study_plan import print_study_plan, storage_of
 from pipeline.study.variants import Variant, read_variants
 from pipeline.tracking.follower import check_trackers
-
 
 LONGEST_STUDY = 80
 """Characters of a study's name, which begins the names of its records."""
@@ -153,7 +149,9 @@ def main(arguments: list[str]) -> int:
         if options.plan:
             print_plan(recipe, options.seeds, console)
             if variants:
-                print_study_plan(recipe, variants, options, console)
+                storage = storage_of(options.out)
+                study = name_records(storage, recipe, variants, options)
+                print_study_plan(study, storage, options.seeds, console)
             return 0
         return run(recipe, variants, options, console)
     except RecipeError as error:
@@ -193,9 +191,10 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if not encodable(options.out):
         raise RecipeError(f"--out {options.out!r} is not UTF-8, which the table could not name; choose another folder")
     check_read(options.data, parts["data"])
-    for option, named in (("--record", options.record), ("--study", options.study)):
-        if any(character in named for character in "/\\") or named.startswith((".", "_")) or not named.isprintable():
-            raise RecipeError(f"{option} {named!r} names a file; leave out slashes, controls and a leading . or _")
+    for option in ("record", "study"):
+        given: str = getattr(options, option)
+        if any(character in given for character in "/\\") or given.startswith((".", "_")) or not given.isprintable():
+            raise RecipeError(f"--{option} {given!r} names a file; leave out slashes, controls and a leading . or _")
     return Recipe(recipe=name, **{part: getattr(options, part) for part in parts}), options
 
 
@@ -236,8 +235,8 @@ def run(recipe: Recipe, variants: list[Variant], options: Options, console: Cons
     when every seed is done, else 1. Raises RecipeError, OSError and RayError."""
     storage = open_storage(options.out)
     check_trackers(options.track, storage)
-    name = options.study or options.record or default_name(recipe)
-    study = of_variants(storage, name, recipe, variants) if variants else alone(recipe, name)
+    study = name_records(storage, recipe, variants, options)
+    name = study.base.name
     with ExitStack() as held:
         lost = hold_records(held, storage, study, console)
         for record in study.records:
@@ -255,12 +254,44 @@ def run(recipe: Recipe, variants: list[Variant], options: Options, console: Cons
 
         rows = run_rounds(study, texts, seeds, run_missing, console)
         if study.name:
-            print_study(storage, study, seeds.stopped, console)
-        else:
-            print_results(rows[name], storage.where(table_path(storage, name)), console)
+            show_study(storage, study, options.report, console)
+            return exit_code(rows)
+        print_results(rows[name], storage.where(table_path(storage, name)), console)
         if options.report:
-            write_report(storage, study, console)
+            write_report(storage, name, console)
+    return exit_code(rows)
+
+
+def name_records(storage: Storage, recipe: Recipe, variants: list[Variant], options: Options) -> Study:
+    """Name the record of the recipe, and those of its variants. Raises RecipeError for a name that is taken."""
+    name = options.study or options.record or default_name(recipe)
+    return of_variants(storage, name, recipe, variants) if variants else alone(recipe, name)
+
+
+def exit_code(rows: dict[str, list[Row]]) -> int:
+    """Return 0 when every seed of these records is done, else 1."""
     return 1 if any(row.status != "done" for each in rows.values() for row in each) else 0
+
+
+def show_study(storage: Storage, study: Study, report: bool, console: Console) -> None:
+    """Print a line a variant, those of earlier starts too, and what was found; with `report` write it as a page. What
+    goes wrong with the page fails nothing."""
+    from pipeline.analysis import study_table, verdicts
+    from pipeline.analysis.study import STUDY, load_named
+
+    loaded = load_named(storage, study.name)
+    found = verdicts.findings(loaded)
+    study_table.show(loaded, found, console)
+    console.print(f"tables: {storage.where(storage.root / f'{study.name}*.parquet')}", markup=False, soft_wrap=True)
+    console.print(f"study:  {storage.where(loaded.folder / STUDY)}", markup=False, soft_wrap=True)
+    if report:
+        from pipeline.report import study_page
+
+        try:
+            path = study_page.write(loaded, found)
+            console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
+        except Exception as error:
+            console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
 
 
 def prepare_all(study: Study, storage: Storage, console: Console) -> dict[str, tuple[Dataset, Step]]:
@@ -293,17 +324,14 @@ def check_gpus(recipe: Recipe) -> None:
         )
 
 
-def write_report(storage: Storage, study: Study, console: Console) -> None:
+def write_report(storage: Storage, record: str, console: Console) -> None:
     """Write the report for people; nothing that goes wrong here fails a record."""
     from pipeline.analysis.records import Record
     from pipeline.report import build as report  # matplotlib takes a second to import, which work should not wait for
 
-    if study.name:
-        return  # TODO
-    name = study.base.name
     try:
-        rows = read_rows(storage, table_path(storage, name))
-        path = report.write(Record(name, storage, rows))
+        rows = read_rows(storage, table_path(storage, record))
+        path = report.write(Record(record, storage, rows))
         console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
     except Exception as error:
         console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)

@@ -21,11 +21,12 @@ from rich.console import Console
 
 from hedgemix.config import Recipe, RecipeError, config_hash
 from hedgemix.runtime.layout import LOCK
+from pipeline.analysis.study import STOPPED, STUDIES, STUDY
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage
 from pipeline.study.variants import BASE, Variant
 
-STUDIES, STUDY, STOPPED, STUDY_LOCK = "_studies", "study.json", "stopped.json", "study.lock"
+STUDY_LOCK = "study.lock"
 LONGEST_RECORD = 120
 """Characters of a record's name, which becomes a file's."""
 UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")

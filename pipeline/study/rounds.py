@@ -14,9 +14,9 @@ from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.steps.graph import RecordPlan, keep_steps, plan_record
 from pipeline.steps.step import DamagedStepError, Step, check
-from pipeline.study import study as studies
+from pipeline.study import definition
+from pipeline.study.definition import Study
 from pipeline.study.seeds import Seeds
-from pipeline.study.study import Study
 
 Texts = Mapping[str, tuple[Dataset, Step]]
 """The dataset of every record, and the step that made it, by the record's name."""
@@ -37,7 +37,7 @@ def run_rounds(
         plans = plan_all(study, texts, seeds.now())
         if study.name and not rows:
             check_differ(plans)
-            studies.write(storage, study, seeds.declared)
+            definition.write(storage, study, seeds.declared)
         for plan in plans:
             keep_steps(plan)
         done = {plan.name: finished(plan) for plan in plans}
@@ -52,15 +52,17 @@ def run_rounds(
         if not seeds.more(rows):
             break
     if seeds.stopped:
-        studies.write_stopped(storage, study.name, seeds.stopped)
+        definition.write_stopped(storage, study.name, seeds.stopped)
     return rows
 
 
 def told(study: Study, plans: Sequence[RecordPlan]) -> str:
     """Name all seeds of the record, or of the study's records."""
     count = len(plans[0].seeds)
-    return f"study {study.name}: all {count} seeds of {len(plans)} records" if study.name else (
-        f"record {plans[0].name}: all {count} seeds"
+    return (
+        f"study {study.name}: all {count} seeds of {len(plans)} records"
+        if study.name
+        else (f"record {plans[0].name}: all {count} seeds")
     )
 
 
@@ -78,7 +80,7 @@ def check_differ(plans: Sequence[RecordPlan]) -> None:
     seen: dict[str, str] = {}
     for plan in plans:
         [first, *_] = plan.seeds.values()
-        name = " ".join(step.name for step in (*first.all(), plan.data))
+        name = " ".join(step.name for step in first.all())
         if name in seen:
             raise RecipeError(
                 f"variant {plan.variant!r} runs the very steps of {seen[name]!r}: what it changes moves no number; "

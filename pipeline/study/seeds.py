@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.analysis.sequential import Decision, decide
 from pipeline.results.schema import Row
-from pipeline.study.study import Study
+from pipeline.study.definition import Study
+
+if TYPE_CHECKING:
+    from pipeline.analysis.sequential import Decision
 
 Until = float | Literal["decided"]
 
@@ -43,11 +45,11 @@ def differences(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
     ]
 
 
-def judge(
-    rows: Sequence[Row], base: Sequence[Row], until: Until, *, look: int, looks: int, variants: int
-) -> Decision:
+def judge(rows: Sequence[Row], base: Sequence[Row], until: Until, *, look: int, looks: int, variants: int) -> Decision:
     """Decide whether a variant with these rows needs another seed. Where a seed failed, its own or the base's, nothing
     is added: the same command tries the seed again."""
+    from pipeline.analysis.sequential import Decision, decide  # scipy takes a second to import, most records need none
+
     for who, some in (("", rows), ("the base's ", base)):
         if failed := next((row for row in some if row.status != "done"), None):
             return Decision(True, f"undecided: {who}seed {failed.seed} failed")
