@@ -19,7 +19,7 @@ from rich.text import Text
 
 PLAIN_SECONDS = 20.0
 ENDED = ("done", "failed")
-WIDEST_NAME = 30
+WIDEST_NAME = 26
 """Characters of a variant's name that a study's view shows, so that its line fits 80 columns."""
 
 
@@ -92,11 +92,12 @@ class StudyView(View):
     def table(self) -> Table:
         """Draw the view: a line a variant."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("variant", "seeds", "mean so far", "at work"):
+        for heading in ("variant", "seeds", "bits/byte", "at work"):
             table.add_column(heading, no_wrap=True)
         for name, state in self.states.items():
             shown = name if len(name) <= WIDEST_NAME else name[: WIDEST_NAME - 1] + "…"
-            cells = (shown, state["stage"], figures(state), state["at_work"])
+            mean = f"{state['bpb']:.4f}" if "bpb" in state else ""
+            cells = (shown, state["stage"], mean, state["at_work"])
             table.add_row(*(Text(cell) for cell in cells))
         return table
 

@@ -160,7 +160,7 @@ def _expected(hint: Any) -> str:
     none = f", nor {NONE}" if type(None) in _options(hint) else ""
     [plain] = options[:1]
     if typing.get_origin(plain) is Literal:
-        return f"none of {', '.join(typing.get_args(plain))}{none}"
+        return f"not one of {', '.join(typing.get_args(plain))}{none}"
     if typing.get_origin(plain) is tuple:
-        return f"no list of values of which each is valid ({_expected(typing.get_args(plain)[0])}){none}"
+        return f"no list, or one with an item that is {_expected(typing.get_args(plain)[0])}{none}"
     return names.get(plain, f"no {plain}") + none

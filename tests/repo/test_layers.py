@@ -38,6 +38,7 @@ LAYERS = {
         "record",
         "cli",
         "plan",
+        "study",
         "execution",
         "report",
         "tracking",
