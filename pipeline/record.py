@@ -219,6 +219,8 @@ def variants_of(recipe: Recipe, options: Options) -> list[Variant]:
         raise RecipeError(f"--study has {len(options.study)} characters; take at most {LONGEST_STUDY}")
     if isinstance(options.until, float) and not 0 < options.until < math.inf:
         raise RecipeError(f"--until {options.until:g} is no width; give bits per byte above 0, or decided")
+    if options.until is None and options.max_seeds != Options.max_seeds:
+        raise RecipeError("--max-seeds is read with --until alone; name a rule, or leave it out")
     if options.until is not None and options.max_seeds < len(options.seeds):
         raise RecipeError(f"--max-seeds {options.max_seeds} is less than the {len(options.seeds)} of --seeds")
     default = recipes.RECIPES[recipe.recipe]().data
@@ -241,7 +243,10 @@ def run(recipe: Recipe, variants: list[Variant], options: Options, console: Cons
         lost = hold_records(held, storage, study, console)
         for record in study.records:
             check_ours(storage, record.name)
-            keep_recipe(storage, storage.record_folder(record.name) / RECIPE, record.recipe, record.name)
+            try:
+                keep_recipe(storage, storage.record_folder(record.name) / RECIPE, record.recipe, record.name)
+            except RecipeError as error:
+                raise RecipeError(str(error).replace("--record", "--study") if study.name else str(error)) from None
         if renewed := renew(storage):
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
         texts = prepare_all(study, storage, console)
