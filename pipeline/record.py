@@ -82,8 +82,9 @@ from pipeline.steps.graph import RecordPlan, data_step
 from pipeline.steps.recovery import clocked, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, fetch, perform, save_outputs
 from pipeline.storage.store import Storage, open_storage
-from pipeline.study.definition import Study, alone, default_name, hold_records, of_variants
-from pipeline.study.rounds import run_rounds
+from pipeline.study.console import show_study
+from pipeline.study.definition import Study, StudyRecord, alone, default_name, hold_records, of_variants
+from pipeline.study.rounds import check_differ, plan_all, run_rounds
 from pipeline.study.seeds import Seeds
 from pipeline.study.study_plan import print_study_plan, storage_of
 from pipeline.study.variants import Variant, read_variants
@@ -243,13 +244,12 @@ def run(recipe: Recipe, variants: list[Variant], options: Options, console: Cons
         lost = hold_records(held, storage, study, console)
         for record in study.records:
             check_ours(storage, record.name)
-            try:
-                keep_recipe(storage, storage.record_folder(record.name) / RECIPE, record.recipe, record.name)
-            except RecipeError as error:
-                raise RecipeError(str(error).replace("--record", "--study") if study.name else str(error)) from None
+        keep_recipes(storage, study, study.records[:1])
         if renewed := renew(storage):
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
         texts = prepare_all(study, storage, console)
+        check_differ(plan_all(study, texts, {record.name: options.seeds for record in study.records}))
+        keep_recipes(storage, study, study.variants)
         seeds = Seeds(study, options.seeds, options.until, options.max_seeds)
         begin = cache(lambda: held.enter_context(ray_started(console)))
 
@@ -259,7 +259,7 @@ def run(recipe: Recipe, variants: list[Variant], options: Options, console: Cons
 
         rows = run_rounds(study, texts, seeds, run_missing, console)
         if study.name:
-            show_study(storage, study, options.report, console)
+            show_study(storage, name, options.report, console)
             return exit_code(rows)
         print_results(rows[name], storage.where(table_path(storage, name)), console)
         if options.report:
@@ -273,30 +273,18 @@ def name_records(storage: Storage, recipe: Recipe, variants: list[Variant], opti
     return of_variants(storage, name, recipe, variants) if variants else alone(recipe, name)
 
 
+def keep_recipes(storage: Storage, study: Study, records: Sequence[StudyRecord]) -> None:
+    """Keep the recipes of these records of the study, as `keep_recipe` does. Raises RecipeError."""
+    for record in records:
+        try:
+            keep_recipe(storage, storage.record_folder(record.name) / RECIPE, record.recipe, record.name)
+        except RecipeError as error:
+            raise RecipeError(str(error).replace("--record", "--study") if study.name else str(error)) from None
+
+
 def exit_code(rows: dict[str, list[Row]]) -> int:
     """Return 0 when every seed of these records is done, else 1."""
     return 1 if any(row.status != "done" for each in rows.values() for row in each) else 0
-
-
-def show_study(storage: Storage, study: Study, report: bool, console: Console) -> None:
-    """Print a line a variant, those of earlier starts too, and what was found; with `report` write it as a page. What
-    goes wrong with the page fails nothing."""
-    from pipeline.analysis import study_table, verdicts
-    from pipeline.analysis.study import STUDY, load_named
-
-    loaded = load_named(storage, study.name)
-    found = verdicts.findings(loaded)
-    study_table.show(loaded, found, console)
-    console.print(f"tables: {storage.where(storage.root / f'{study.name}*.parquet')}", markup=False, soft_wrap=True)
-    console.print(f"study:  {storage.where(loaded.folder / STUDY)}", markup=False, soft_wrap=True)
-    if report:
-        from pipeline.report import study_page
-
-        try:
-            path = study_page.write(loaded, found)
-            console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
-        except Exception as error:
-            console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
 
 
 def prepare_all(study: Study, storage: Storage, console: Console) -> dict[str, tuple[Dataset, Step]]:

@@ -30,13 +30,12 @@ def run_rounds(
     console: Console,
 ) -> dict[str, list[Row]]:
     """Run what is missing by `run_missing`, which is not called when nothing is; returns all rows by record. Of a
-    study, its file is written before work starts. Raises RecipeError for a variant that changes nothing."""
+    study, its file is written before work starts."""
     rows: dict[str, list[Row]] = {}
     storage = texts[study.base.name][1].storage
     while True:
         plans = plan_all(study, texts, seeds.now())
         if study.name and not rows:
-            check_differ(plans)
             definition.write(storage, study, seeds.declared)
         for plan in plans:
             keep_steps(plan)
@@ -59,11 +58,9 @@ def run_rounds(
 def told(study: Study, plans: Sequence[RecordPlan]) -> str:
     """Name all seeds of the record, or of the study's records."""
     count = len(plans[0].seeds)
-    return (
-        f"study {study.name}: all {count} seeds of {len(plans)} records"
-        if study.name
-        else (f"record {plans[0].name}: all {count} seeds")
-    )
+    if study.name:
+        return f"study {study.name}: all {count} seeds of {len(plans)} records"
+    return f"record {plans[0].name}: all {count} seeds"
 
 
 def plan_all(study: Study, texts: Texts, seeds: Mapping[str, Sequence[int]]) -> list[RecordPlan]:

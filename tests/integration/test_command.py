@@ -124,6 +124,16 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert printed.startswith("error: ") and expected in printed.replace("\n", " ") and "Traceback" not in printed
 
 
+def test_the_plan_of_a_study_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert record.main(["laptop", "--vary", "evaluate.ttt.head.rate", "0.3", "0.5", *VARY, "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters     402,533" in shown and ": 3 records of 3 seeds" in shown and "-xsa-false" in shown
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_text_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
