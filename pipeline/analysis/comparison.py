@@ -44,15 +44,22 @@ def same_text(candidate: Record, baseline: Record) -> str:
 
 
 def notes(candidate: Record, baseline: Record) -> list[str]:
-    """Tell what differs beside the settings and may explain a difference of scores, one sentence each."""
+    """Tell what differs beside the settings and may explain a difference of scores, and whether both scored the same
+    artifacts, one sentence each."""
+    found = conditions(candidate, baseline)
+    if gains := same_artifacts(candidate, baseline):
+        told = ", ".join(f"{gain:+.4f}" for gain in gains)
+        found.append(f"both scored the same artifacts, by seed {told} bits per byte better")
+    return found
+
+
+def conditions(candidate: Record, baseline: Record) -> list[str]:
+    """Tell what differs of the conditions under which the two ran, one sentence each."""
     found = []
     for column, name in significance.SAME.items():
         mine, theirs = candidate.done[0][column], baseline.done[0][column]
         if mine != theirs and column not in ("config_hash", "valid_sha256"):
             found.append(f"different {name}: {significance.brief(mine)} and {significance.brief(theirs)}")
-    if gains := same_artifacts(candidate, baseline):
-        told = ", ".join(f"{gain:+.4f}" for gain in gains)
-        found.append(f"both scored the same artifacts, by seed {told} bits per byte better")
     return found
 
 

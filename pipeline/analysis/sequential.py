@@ -87,10 +87,11 @@ def by_verdict(differences: Sequence[float], look: int, looks: int, variants: in
 
 
 def verdict(why: str) -> str | None:
-    """Read the verdict back from what `by_verdict` said: better, worse or not decided; None of anything else."""
+    """Read the verdict of a rule "decided" back from what it said: better, worse or not decided; None of what was said
+    of an interval's half-width, and of nothing."""
     if decided := re.match(r"decided: .* bits per byte (better|worse), ", why):
         return decided[1]
-    return "not decided" if re.match(r"(undecided: )?(p = |\d+ seeds )", why) else None
+    return "not decided" if re.match(r"p = |undecided: (?!half-width)", why) else None
 
 
 @cache

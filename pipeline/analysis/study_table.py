@@ -16,7 +16,7 @@ from rich.table import Table
 from pipeline.analysis.console import cell
 from pipeline.analysis.significance import RULES
 from pipeline.analysis.study import Study
-from pipeline.analysis.verdicts import Finding, format_p, gaps, sentence
+from pipeline.analysis.verdicts import Finding, format_p, gaps, remarks, sentence
 
 COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "study": (pa.string(), "Name of the study."),
@@ -102,5 +102,5 @@ def show(study: Study, found: Sequence[Finding], console: Console) -> None:
         table.add_row(each.variant.name, *told, *means)
     console.print(f"\nstudy {study.name}: bits per byte, change to the base by seed", markup=False, soft_wrap=True)
     console.print(table)
-    for line in [*map(sentence, found), *gaps(study)]:
+    for line in [*map(sentence, found), *remarks(study, found), *gaps(study)]:
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)

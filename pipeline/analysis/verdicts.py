@@ -168,6 +168,16 @@ def gaps(study: Study) -> list[str]:
     return lines
 
 
+def remarks(study: Study, found: Sequence[Finding]) -> list[str]:
+    """Tell what differs between a compared variant and the base beside the settings, and may explain a difference."""
+    return [
+        f"{each.variant.name}: {note} of the base"
+        for each in found
+        if each.differences
+        for note in comparison.conditions(each.variant.record, study.base.record)
+    ]
+
+
 def headline(study: Study, found: Sequence[Finding]) -> list[str]:
     """Say what a hurried reader wants to know, the best variant first."""
     words = [each.word for each in found]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.analysis.significance import Summary
-from pipeline.report.figures import FAINT, SERIES, colours, drawing, legend, lower_part, smooth, styled
+from pipeline.report.figures import FAINT, SERIES, colours, drawing, legend, smooth, styled
 
 GOOD, BAD, UNDECIDED = SERIES[2], SERIES[7], SERIES[8]
 WORD_COLOURS = {"better": GOOD, "worse": BAD}
@@ -19,6 +19,8 @@ NAME_WIDTH, NAME_LINES = 26, 2
 SPAN = 3.0
 """An axis shows so many median half-widths beside the outermost difference."""
 CURVE_POINTS = 400
+LONGEST = 40
+"""Characters of a name in a legend."""
 
 
 def wrapped(name: str) -> str:
@@ -26,7 +28,12 @@ def wrapped(name: str) -> str:
     lines = textwrap.wrap(name, NAME_WIDTH, break_on_hyphens=False)
     if len(lines) > NAME_LINES:
         lines = [*lines[: NAME_LINES - 1], lines[NAME_LINES - 1][: NAME_WIDTH - 1] + "…"]
-    return "\n".join(lines)
+    return "\n".join(map(literal, lines))
+
+
+def literal(name: str) -> str:
+    """Escape what matplotlib would set as mathematics, or take for a line without a name."""
+    return name.replace("$", r"\$").lstrip("_")
 
 
 @styled
@@ -35,12 +42,7 @@ def differences(samples: Mapping[str, Summary], words: Mapping[str, str], margin
     0 and, where it is in sight, at the `margin` by which a record has to be better."""
     names = {name: wrapped(name) for name in samples}
     figure, (axes,) = drawing(0.95 + sum(0.2 + 0.12 * label.count("\n") for label in names.values()))
-    halves = [sample.high - sample.mean for sample in samples.values() if sample.count > 1]
-    outer = SPAN * float(np.median(halves)) if halves else 0.0
-    means = [sample.mean for sample in samples.values()]
-    low, high = min(0.0, *means) - outer, max(0.0, *means) + outer
-    pad = 0.05 * (high - low) or 1e-4
-    low, high = low - pad, high + pad
+    low, high = sight(list(samples.values()))
     for place, (name, sample) in enumerate(samples.items()):
         colour = WORD_COLOURS.get(words[name], UNDECIDED)
         if sample.count > 1:
@@ -63,22 +65,50 @@ def differences(samples: Mapping[str, Summary], words: Mapping[str, str], margin
     return figure
 
 
+def sight(samples: Sequence[Summary]) -> tuple[float, float]:
+    """Choose an axis that shows every difference, 0, and every interval that does not dwarf the others."""
+    spread = [sample for sample in samples if sample.count > 1]
+    outer = SPAN * float(np.median([sample.high - sample.mean for sample in spread])) if spread else 0.0
+    means = [0.0, *(sample.mean for sample in samples)]
+    low = max(min(means) - outer, min([*means, *(sample.low for sample in spread)]))
+    high = min(max(means) + outer, max([*means, *(sample.high for sample in spread)]))
+    pad = 0.05 * (high - low) or 1e-4
+    return low - pad, high + pad
+
+
 @styled
 def learning(curves: Mapping[str, Sequence[list[dict[str, Any]]]]) -> Figure:
-    """Draw training loss against seconds of the training clock, mean over a variant's seeds, a line a variant. curves:
-    the lines of the step log of every seed, by variant."""
-    figure, (axes,) = drawing(3.0 + 0.13 * len(curves))
-    every = [line["loss_nats"] for logs in curves.values() for lines in logs for line in lines]
-    dashes = ["-", "--", ":", "-."]
-    for n, (colour, (name, logs)) in enumerate(zip(colours(len(curves)), curves.items(), strict=True)):
-        seconds, nats = mean_curve(logs)
-        style = dashes[n // len(SERIES) % len(dashes)]
-        axes.plot(seconds, nats, style, color=colour, label=textwrap.shorten(name, 40, placeholder="…") or name[:40])
-    axes.set_ylim(*lower_part(every))
-    axes.set_xlabel("training seconds")
-    axes.set_ylabel("loss, nats a token")
-    legend(figure, axes, 1 if max(map(len, curves)) > 18 else 3)
+    """Draw training loss against seconds of the training clock, mean over a variant's seeds, a line a variant, and
+    below by how much each is above the first. curves: the lines of the step log of every seed, by variant."""
+    figure, (loss, apart) = drawing(3.8 + 0.13 * len(curves), 2, (1.7, 1))
+    means = {name: mean_curve(logs) for name, logs in curves.items()}
+    first_seconds, first_nats = next(iter(means.values()))
+    aparts = []
+    for n, (colour, (name, (seconds, nats))) in enumerate(zip(colours(len(means)), means.items(), strict=True)):
+        style = ("-", "--", ":", "-.")[n // len(SERIES) % 4]
+        loss.plot(
+            seconds, nats, style, color=colour, label=literal(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
+        )
+        both = seconds[seconds <= first_seconds[-1]]
+        away = np.interp(both, seconds, nats) - np.interp(both, first_seconds, first_nats)
+        away = smooth(away, max(1, len(away) // 20))  # else the batches' own noise hides it
+        apart.plot(both, away, style, color=colour)
+        aparts.append(away[len(away) // 10 :])
+    late = np.concatenate([nats[len(nats) // 10 :] for _, nats in means.values()])
+    loss.set_ylim(*padded(late))
+    apart.set_ylim(*padded(np.concatenate(aparts)))
+    loss.set_ylabel("loss, nats a token")
+    apart.set_ylabel(f"above {next(iter(means))}")
+    apart.set_xlabel("training seconds")
+    legend(figure, loss, 1 if max(map(len, curves)) > 18 else 3)
     return figure
+
+
+def padded(values: np.ndarray) -> tuple[float, float]:
+    """Choose the limits of an axis that these values fill."""
+    low, high = float(values.min()), float(values.max())
+    pad = 0.06 * (high - low) or 1e-3
+    return low - pad, high + pad
 
 
 def mean_curve(logs: Sequence[list[dict[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,10 +30,13 @@ GOOD = {"better": True, "worse": False}
 
 def compose(study: Study, found: Sequence[Finding]) -> Page:
     """Compose the page of a study with these findings."""
-    said = Points([verdicts.sentence(each) for each in found], [GOOD.get(each.word) for each in found])
+    good = [GOOD.get(each.word) for each in found]
+    said: list[Any] = [Points([verdicts.sentence(each) for each in found], good if {True, False} & set(good) else ())]
+    if remarks := verdicts.remarks(study, found):
+        said += ["What else differs from the base:", Points(remarks)]
     parts = [
         Section("Every variant", [table(study, found), *explanations(found)]),
-        Section("Better, worse, or not decided", [said] if found else ["The study has no variants."]),
+        Section("Better, worse, or not decided", said if found else ["The study has no variants."]),
         *differences(study, found),
         costs(study, found),
         *training(study),
@@ -103,14 +106,21 @@ def differences(study: Study, found: Sequence[Finding]) -> list[Section]:
         "Difference to the base and its 95 % interval: green better, red worse, grey not decided. A ring is one pair, "
         f"an arrow an interval that goes on. Dashed: {RULES[0].margin_nats:g} nats a token, what a record asks for."
     )
-    return [Section("How far from the base", [Plot("differences", drawn, caption)])]
+    seeds = [row["seed"] for row in study.base.record.done]
+    rows = [
+        [each.variant.name, *(f"{each.differences[seed]:+.4f}" if seed in each.differences else "" for seed in seeds)]
+        for each in found
+        if each.differences
+    ]
+    by_seed = Table(["difference by seed", *map(str, seeds)], rows)
+    return [Section("How far from the base", [Plot("differences", drawn, caption), by_seed])]
 
 
 def costs(study: Study, found: Sequence[Finding]) -> Section:
     """Show what a seed takes in seconds and bytes, and whether every finished seed keeps the limits."""
     rows = []
     for each in (*found, Finding(study.base)):
-        within = [row["within_limits"] for row in each.variant.record.done]
+        within = [row["within_limits"] for row in each.variant.record.done if row["within_limits"] is not None]
         kept = "" if not within else "yes" if all(within) else "no"
         rows.append([each.variant.name, *(cell(each.mean(column), form) for column, form in COSTS.values()), kept])
     table = Table(["variant", *COSTS, "within limits"], rows, (), 1)
@@ -127,7 +137,10 @@ def training(study: Study) -> list[Section]:
     lost = [each.name for each in (study.base, *apart) if each.name not in curves]
     blocks: list[Any] = []
     if curves:
-        caption = "Training loss by the clock, mean over seeds (each: mean of the last fiftieth of its steps)."
+        caption = (
+            "Training loss by the clock, mean over seeds (each: mean of the last fiftieth of its steps), and how far "
+            "each lies above the first; the axes leave out the first tenth."
+        )
         blocks.append(Plot("learning", study_figures.learning(curves), caption))
     if same := [f"`{each.name}`" for each in study.variants if each not in apart and each.record.done]:
         blocks.append(f"Trained as the base: {', '.join(same)}.")

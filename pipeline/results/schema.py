@@ -229,6 +229,12 @@ ARROW_TYPES: dict[object, pa.DataType] = {
 }
 
 
+READING = (
+    "Recipes for pandas: [table.md](table.md). Which tests are made of these numbers and why, and the columns of a\n"
+    "study's own table: [reports.md](reports.md)."
+)
+
+
 @cache
 def column_docs() -> dict[str, str]:
     """Read each column's documentation from the text under its field."""
@@ -266,4 +272,5 @@ def markdown() -> str:
         "|---|---|---|",
     ]
     docs = column_docs()
-    return "\n".join(lines + [f"| `{c.name}` | {c.type} | {docs[c.name]} |" for c in schema()]) + "\n"
+    rows = [f"| `{c.name}` | {c.type} | {docs[c.name]} |" for c in schema()]
+    return "\n".join([*lines, *rows, "", READING]) + "\n"
