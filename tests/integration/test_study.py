@@ -14,23 +14,25 @@ import pytest
 
 from hedgemix.runtime.files import read_json
 from pipeline import record
+from pipeline.execution import driver
 from pipeline.execution.driver import Driver
 from pipeline.steps.graph import plan_record
 from pipeline.storage.store import Storage
 from support import tiny_record
+from support.faulty_record import begun
 
 pytestmark = pytest.mark.slow
 
 VARY = ["--vary", "evaluate.mixer.hedge-share", "0.02", "0.03", "--vary", "train.matrix_rate", "0.03"]
-NAMES = {"hedge_share=0.03": "tiny-hedge_share-0.03", "matrix_rate=0.03": "tiny-matrix_rate-0.03"}
+SHARE, RATE, ORDERS = "tiny_study-hedge_share-0.03", "tiny_study-matrix_rate-0.03", "tiny_study-fewer-orders"
 TOML = """
 [[variant]]
 name = "fewer orders"
 evaluate.mixer.orders = [1, 2]
 
 [[variant]]
-[variant.train]
-matrix_rate = 3e-2
+[variant.evaluate.mixer]
+hedge_share = 3e-2
 """
 
 
@@ -49,7 +51,7 @@ class Start:
     def __post_init__(self) -> None:
         self.done = {path.parent.name: path.stat().st_mtime_ns for path in self.out.glob("_steps/*/result.json")}
         self.rows = {path.stem: pd.read_parquet(path).set_index("seed") for path in self.out.glob("*.parquet")}
-        self.study = (self.out / "_studies" / "tiny" / "study.json").read_text()
+        self.study = (self.out / "_studies" / "tiny_study" / "study.json").read_text()
 
 
 def kinds(steps: set[str]) -> Counter[str]:
@@ -57,59 +59,62 @@ def kinds(steps: set[str]) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def starts(ray_session: None, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Start]:
-    """The study with something in the way of one variant's second training, stopped after its first training; the same
-    again; and without what was in the way, with one more variant."""
-    out = tmp_path_factory.mktemp("study")
-    options = tiny_record.arguments(text, out, "--seeds", "1", "2", "--study", "tiny", "--track", "none")
+def starts(
+    ray_session: None, undisturbed: tuple[Path, int, str], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Start]:
+    """Three starts of a study, where a record of its base's first seed is done: with something in the way of one
+    variant's second training, stopped after its first training; the same again; without that variant, and with one
+    more. As on a laptop, one seed trains at a time."""
+    out = begun(undisturbed, tmp_path_factory.mktemp("study"))
+    options = tiny_record.arguments(text, out, "--seeds", "1", "2", "--study", "tiny_study", "--track", "none")
     recipe, _ = record.parse(["laptop", *options, "--train.matrix-rate", "0.03"])
     dataset, data = record.prepare(recipe, Storage("", out), record.Console(quiet=True))
     way = plan_record("x", recipe, dataset, data, (2,)).seeds[2].train.folder / "step.lock"
     way.mkdir(parents=True)
     collect = Driver.collect
 
-    def stop_after_training(driver: Driver) -> bool:
-        ended = collect(driver)
-        if any(drive.stands(1, "train") for drive in driver.drives):
+    def stop_after_training(work: Driver) -> bool:
+        ended = collect(work)
+        if any(drive.stands(2, "train") for drive in work.drives):
             raise KeyboardInterrupt
         return ended
 
-    with patch.object(Driver, "collect", stop_after_training):
-        stopped = Start(out, *tiny_record.run_here([*options, *VARY]))
-    failed = Start(out, *tiny_record.run_here([*options, *VARY]))
-    way.rmdir()
     (out / "variants.toml").write_text(TOML)
-    return [stopped, failed, Start(out, *tiny_record.run_here([*options, "--variants", str(out / "variants.toml")]))]
+    with patch.object(driver, "training_slots", lambda recipe: 1):
+        with patch.object(Driver, "collect", stop_after_training):
+            stopped = Start(out, *tiny_record.run_here([*options, *VARY]))
+        failed = Start(out, *tiny_record.run_here([*options, *VARY]))
+        last = Start(out, *tiny_record.run_here([*options, "--variants", str(out / "variants.toml")]))
+    return [stopped, failed, last]
 
 
 def test_a_stopped_study_says_so_and_has_its_tables(starts: list[Start]) -> None:
     stopped, failed, _ = starts
     assert stopped.code == 130 and "the same command goes on" in stopped.output
-    assert set(stopped.rows) == {"tiny", *NAMES.values()}
-    assert set(stopped.rows["tiny"].status) == {"pending"} and stopped.done.items() <= failed.done.items()
-    assert kinds(set(stopped.done))["train"] >= 1 and "evaluate" not in kinds(set(stopped.done))
+    assert set(stopped.rows) == {"tiny_study", SHARE, RATE}
+    assert stopped.rows["tiny_study"].status.to_dict() == {1: "done", 2: "pending"}
+    assert kinds(set(stopped.done))["train"] == 2 and stopped.done.items() <= failed.done.items()
 
 
 def test_steps_that_variants_share_run_once(starts: list[Start]) -> None:
     _, failed, _ = starts
     assert kinds(set(failed.done)) == {"data": 1, "counts": 1, "train": 3, "score": 3, "quantize": 3, "evaluate": 5}
-    base, share = failed.rows["tiny"], failed.rows[NAMES["hedge_share=0.03"]]
+    base, share = failed.rows["tiny_study"], failed.rows[SHARE]
     for seed in (1, 2):
-        assert (
-            base.artifact_sha256[seed] == share.artifact_sha256[seed]
-            and base.train_path[seed] == share.train_path[seed]
-        )
-        assert base.bpb_quantized[seed] == share.bpb_quantized[seed] and base.bpb_hedge[seed] != share.bpb_hedge[seed]
-    for folder in failed.out.glob("_steps/*/result.json"):
-        assert read_json(folder)["attempts"] <= (2 if folder.parent.name.partition("-")[0] != "data" else 1)
+        for column in ("artifact_sha256", "train_path", "bpb_quantized"):
+            assert base[column][seed] == share[column][seed]
+        assert base.bpb_hedge[seed] != share.bpb_hedge[seed]
+    attempts = {path.parent.name: read_json(path)["attempts"] for path in failed.out.glob("_steps/*/result.json")}
+    stopped = {name for name, count in attempts.items() if count > 1}
+    assert kinds(stopped) <= kinds({"quantize-", "score-", "evaluate-", "evaluate- "})  # at work when it was stopped
 
 
 def test_a_failing_variant_leaves_the_others(starts: list[Start]) -> None:
     _, failed, _ = starts
-    rate = failed.rows[NAMES["matrix_rate=0.03"]]
+    rate = failed.rows[RATE]
     assert failed.code == 1 and rate.status.to_dict() == {1: "done", 2: "failed"}
     assert rate.error[2].startswith("train: IsADirectoryError")
-    assert set(failed.rows["tiny"].status) == set(failed.rows[NAMES["hedge_share=0.03"]].status) == {"done"}
+    assert {*failed.rows["tiny_study"].status, *failed.rows[SHARE].status} == {"done"}
     assert "matrix_rate=0.03, seed 2 failed: train: " in failed.output
 
 
@@ -117,27 +122,25 @@ def test_a_second_start_runs_what_is_new_and_keeps_what_it_does_not_name(starts:
     _, failed, last = starts
     assert last.code == 0, last.output
     assert failed.done.items() <= last.done.items()
-    new = set(last.done) - set(failed.done)
-    assert kinds(new) == {"counts": 1, "train": 1, "score": 1, "quantize": 1, "evaluate": 3}
+    assert kinds(set(last.done) - set(failed.done)) == {"counts": 1, "evaluate": 2}
     told = json.loads(last.study)
     assert told["variants"] == [
-        {"name": "hedge_share=0.03", "record": "tiny-hedge_share-0.03", "fields": {"evaluate.mixer.hedge_share": 0.03}},
-        {"name": "matrix_rate=0.03", "record": "tiny-matrix_rate-0.03", "fields": {"train.matrix_rate": 0.03}},
-        {"name": "fewer orders", "record": "tiny-fewer-orders", "fields": {"evaluate.mixer.orders": [1, 2]}},
+        {"name": "hedge_share=0.03", "record": SHARE, "fields": {"evaluate.mixer.hedge_share": 0.03}},
+        {"name": "matrix_rate=0.03", "record": RATE, "fields": {"train.matrix_rate": 0.03}},
+        {"name": "fewer orders", "record": ORDERS, "fields": {"evaluate.mixer.orders": [1, 2]}},
     ]
     assert {name: told[name] for name in ("study", "recipe", "base", "seeds")} == {
-        "study": "tiny", "recipe": "laptop", "base": "tiny", "seeds": [1, 2],
+        "study": "tiny_study", "recipe": "laptop", "base": "tiny_study", "seeds": [1, 2],
     }  # fmt: skip
-    for each in told["variants"]:
-        table = last.rows[each["record"]]
-        assert set(table.status) == {"done"} and set(table.variant) == {each["name"]} and set(table.study) == {"tiny"}
-        assert each["name"] in last.output
-    assert set(last.rows["tiny"].variant) == {"base"} and "study.json" in last.output
+    for name, table in ((each["name"], last.rows[each["record"]]) for each in told["variants"]):
+        assert set(table.variant) == {name} and set(table.study) == {"tiny_study"} and name in last.output
+    assert set(last.rows[ORDERS].status) == {"done"} and set(last.rows["tiny_study"].variant) == {"base"}
+    assert last.rows[RATE].status.to_dict() == {1: "done", 2: "failed"}  # not named, and left as it was
 
 
 def test_all_done_starts_no_ray(starts: list[Start], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = starts[0].out
-    options = tiny_record.arguments(text, out, "--seeds", "1", "2", "--study", "tiny", "--track", "none", *VARY)
+    out, vary = starts[0].out, VARY[:4]
+    options = tiny_record.arguments(text, out, "--seeds", "1", "2", "--study", "tiny_study", "--track", "none", *vary)
     with patch.object(record, "ray_started", lambda console: pytest.fail("Ray was started")):
         assert record.main(["laptop", *options]) == 0
-    assert "study tiny: all 2 seeds of 3 records were done before" in capsys.readouterr().out
+    assert "study tiny_study: all 2 seeds of 2 records were done before" in capsys.readouterr().out
