@@ -59,7 +59,7 @@ def told(study: Study, plans: Sequence[RecordPlan]) -> str:
     """Name all seeds of the record, or of the study's records."""
     count = len(plans[0].seeds)
     if study.name:
-        return f"study {study.name}: all {count} seeds of {len(plans)} records"
+        return f"study {study.name}: all {count * len(plans)} seeds of {len(plans)} records"
     return f"record {plans[0].name}: all {count} seeds"
 
 

@@ -94,7 +94,7 @@ def test_what_is_done_needs_no_driver(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     monkeypatch.setattr(rounds, "finished", done)
     work = Work(tmp_path, of_variants(Storage("", tmp_path), "s", BASE, [MIXER]))
-    assert work.given == [] and "study s: all 3 seeds of 2 records were done before" in work.text.getvalue()
+    assert work.given == [] and "study s: all 6 seeds of 2 records were done before" in work.text.getvalue()
     assert len(pd.read_parquet(tmp_path)) == 6
     assert "record one: all 3 seeds were done before" in Work(tmp_path, alone(BASE, "one")).text.getvalue()
 
