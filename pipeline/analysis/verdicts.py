@@ -157,14 +157,17 @@ def format_fields(fields: dict[str, Any]) -> str:
 
 
 def gaps(study: Study) -> list[str]:
-    """List the declared seeds that are not done, of base and variants, with what ended them."""
+    """List the declared seeds that are not done, of base and variants, with what ended them; alike ones in a line."""
     lines = []
     for variant in (study.base, *study.variants):
         if not variant.record.rows:
             lines.append(f"{variant.name}: no table yet")
+        alike: dict[str, list[str]] = {}
         for row in variant.record.rows:
             if row["status"] != "done":
-                lines.append(f"{variant.name}, seed {row['seed']} {row['status']}: {row['error'] or 'not finished'}")
+                alike.setdefault(f"{row['status']}: {row['error'] or 'not finished'}", []).append(str(row["seed"]))
+        for what, seeds in alike.items():
+            lines.append(f"{variant.name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} {what}")
     return lines
 
 
@@ -182,10 +185,12 @@ def headline(study: Study, found: Sequence[Finding]) -> list[str]:
     """Say what a hurried reader wants to know, the best variant first."""
     words = [each.word for each in found]
     better = [each for each in found if each.word == "better"]
-    counts = [f"{words.count(word)} {word}" for word in ("better", "worse", NOT_DECIDED, NOT_COMPARED) if word in words]
+    verdicts = [
+        f"{words.count(word)} {word}" for word in ("better", "worse", NOT_DECIDED, NOT_COMPARED) if word in words
+    ]
     lead = sentence(better[0]) if better else f"No variant is found better than the base `{study.base.record.name}`."
     many = f"{len(found)} variant{'s' * (len(found) != 1)}"
-    lines = [lead, f"{many}: {', '.join(counts)}." if counts else "No variants."]
+    lines = [lead, f"{many}: {', '.join(verdicts)}." if verdicts else "No variants."]
     if missing := gaps(study):
         more = f", and {len(missing) - 1} more" if missing[1:] else ""
         lines.append(f"Not all of it is done: {missing[0]}{more}.")

@@ -95,6 +95,12 @@ def test_only_seeds_that_both_finished_are_paired(tmp_path: Path) -> None:
     assert found.differences[1] == pytest.approx(1.29 - BASE[0])
     assert found.mean("bpb_final") == pytest.approx((1.29 + 1.27 + 1.26) / 3)
     assert verdicts.gaps(study.load(str(tmp_path))) == ["some, seed 2 failed: train: it broke"]
+    for seed in (1, 4):
+        table_rows.change(tmp_path, "rates-some", seed, status="pending", bpb_final=None)
+    assert sorted(verdicts.gaps(study.load(str(tmp_path)))) == [
+        "some, seed 2 failed: train: it broke",
+        "some, seeds 1, 4 pending: not finished",
+    ]
 
 
 def test_what_is_missing_is_told_and_nothing_computed_of_it(tmp_path: Path) -> None:
