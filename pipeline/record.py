@@ -3,6 +3,7 @@
     python pipeline/record.py                      the recipe for this machine: laptop, or single_gpu with a GPU
     python pipeline/record.py RECIPE --help        every field of a recipe, with its default
     python pipeline/record.py RECIPE --plan        what it would ask for and do, without doing it
+    python pipeline/record.py RECIPE --vary FIELD VALUE...   a record of each value of a field too: docs/studies.md
     python pipeline/record.py --status DIR         how far each record of a runs folder is, from any machine
 
 The same command again does only what is missing. Exit code: 0 every seed is done, 1 one is not, 2 something is wrong
@@ -20,10 +21,12 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
 
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # before the imports below, which take seconds and start threads
     if any(option.partition("=")[0] == "--status" for option in sys.argv[1:]):
@@ -41,6 +44,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
 from pipeline.execution.ray_session import ray_started  # first: it sets what Ray reads when it is imported
 
 # isort: split
+import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
@@ -56,7 +60,6 @@ from hedgemix.config import (
     Recipe,
     RecipeError,
     TrainConfig,
-    config_hash,
 )
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataset import Dataset
@@ -65,7 +68,7 @@ from hedgemix.data.text_set import EncodeParts
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.model.transformer import QAT_LEVELS
 from hedgemix.runtime.files import FIXES, told
-from hedgemix.runtime.layout import LOCK, RECIPE
+from hedgemix.runtime.layout import RECIPE
 from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.execution import encode
@@ -73,16 +76,24 @@ from pipeline.execution.driver import drive
 from pipeline.execution.resources import on_cluster
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
-from pipeline.results.row import build_row
 from pipeline.results.schema import Row
 from pipeline.results.settings import keep_recipe
-from pipeline.results.table import check_ours, read_rows, renew, table_path, write_rows
-from pipeline.steps.graph import RecordPlan, data_step, keep_steps, plan_record
+from pipeline.results.table import check_ours, read_rows, renew, table_path
+from pipeline.steps.graph import RecordPlan, data_step
 from pipeline.steps.recovery import clocked, set_aside
-from pipeline.steps.step import DamagedStepError, Made, Step, check, fetch, perform, save_outputs
-from pipeline.storage.lock import hold
+from pipeline.steps.step import DamagedStepError, Made, Step, fetch, perform, save_outputs
 from pipeline.storage.store import Storage, open_storage
+from pipeline.study.console import show_study
+from pipeline.study.definition import Study, StudyRecord, alone, default_name, hold_records, of_variants
+from pipeline.study.rounds import check_differ, plan_all, run_rounds
+from pipeline.study.seeds import Seeds
+from pipeline.study.study_plan import print_study_plan, storage_of
+from pipeline.study.variants import Variant, read_variants
 from pipeline.tracking.follower import check_trackers
+
+LONGEST_STUDY = 80
+"""Characters of a study's name, which begins the names of its records."""
+FIELD_VALUES = tyro.conf.arg(metavar="FIELD VALUE...")
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,21 @@ class Options:
     track: tuple[Literal["tensorboard", "mlflow", "wandb", "none"], ...] = ("tensorboard",)
     """Where the numbers of a running record go, one or more; docs/watching.md."""
     plan: bool = False
-    """Print what the record would ask for, and stop."""
+    """Print what the record, or the study, would ask for, and stop."""
+    vary: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, FIELD_VALUES] = ()
+    """A field of the recipe and values that it takes one at a time, each in a record of its own, all of them a study
+    with the recipe as its base; once a field. Items of one value stand between commas."""
+    cross: bool = False
+    """Combine all values of all --vary instead."""
+    variants: str = ""
+    """A file of TOML with variants: [[variant]] tables of a name and fields."""
+    study: str = ""
+    """Name of the study, and of its base's record (default: as of a record)."""
+    until: float | Literal["decided"] | None = None
+    """Add seeds to the variants that need them, until the 95 % interval of the difference to the base, in bits per
+    byte, is this narrow to each side; or until it is decided whether it is better or worse."""
+    max_seeds: int = 10
+    """With --until: most seeds of a variant."""
 
 
 def main(arguments: list[str]) -> int:
@@ -122,10 +147,15 @@ def main(arguments: list[str]) -> int:
         command_line.check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
+        variants = variants_of(recipe, options)
         if options.plan:
             print_plan(recipe, options.seeds, console)
+            if variants:
+                storage = storage_of(options.out)
+                study = name_records(storage, recipe, variants, options)
+                print_study_plan(study, storage, options.seeds, console)
             return 0
-        return run(recipe, options, console)
+        return run(recipe, variants, options, console)
     except RecipeError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
@@ -165,9 +195,10 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if not encodable(options.out):
         raise RecipeError(f"--out {options.out!r} is not UTF-8, which the table could not name; choose another folder")
     check_read(options.data, parts["data"])
-    record = options.record
-    if any(character in record for character in "/\\") or record.startswith((".", "_")) or not record.isprintable():
-        raise RecipeError(f"--record {record!r} names a file; leave out slashes, controls and a leading . or _")
+    for option in ("record", "study"):
+        given: str = getattr(options, option)
+        if any(character in given for character in "/\\") or given.startswith((".", "_")) or not given.isprintable():
+            raise RecipeError(f"--{option} {given!r} names a file; leave out slashes, controls and a leading . or _")
     return Recipe(recipe=name, **{part: getattr(options, part) for part in parts}), options
 
 
@@ -178,38 +209,107 @@ def default_recipe() -> str:
     return "single_gpu" if torch.cuda.is_available() else "laptop"
 
 
-def run(recipe: Recipe, options: Options, console: Console) -> int:
-    """Run the record from its lock to its report; returns the exit code: 0 when every seed is done, else 1. Raises
-    RecipeError, OSError and RayError."""
+def variants_of(recipe: Recipe, options: Options) -> list[Variant]:
+    """Read the variants that the options name, none without --vary and --variants. Raises RecipeError with all that is
+    wrong with them, and for options that only a study has."""
+    if not options.vary and not options.variants:
+        given = {"--cross": options.cross, "--study": options.study, "--until": options.until is not None}
+        if needless := [option for option, value in given.items() if value]:
+            raise RecipeError(f"{needless[0]} is of a study; name its variants with --vary or --variants")
+        return []
+    if options.record:
+        raise RecipeError("--record names one record, and a study has several; name it with --study")
+    if len(options.study) > LONGEST_STUDY:
+        raise RecipeError(f"--study has {len(options.study)} characters; take at most {LONGEST_STUDY}")
+    if isinstance(options.until, float) and not 0 < options.until < math.inf:
+        raise RecipeError(f"--until {options.until:g} is no width; give bits per byte above 0, or decided")
+    if options.until is None and options.max_seeds != Options.max_seeds:
+        raise RecipeError("--max-seeds is read with --until alone; name a rule, or leave it out")
+    if options.until is not None and options.max_seeds < len(options.seeds):
+        raise RecipeError(f"--max-seeds {options.max_seeds} is less than the {len(options.seeds)} of --seeds")
+    default = recipes.RECIPES[recipe.recipe]().data
+
+    def check_variant(variant: Recipe) -> None:
+        check_recipe(variant, QAT_LEVELS, EXPERTS)
+        check_read(variant.data, default)
+
+    return read_variants(recipe, options.vary, options.cross, options.variants, check_variant)
+
+
+def run(recipe: Recipe, variants: list[Variant], options: Options, console: Console) -> int:
+    """Run a record, or a study of the recipe and its variants, from its locks to its report; returns the exit code: 0
+    when every seed is done, else 1. Raises RecipeError, OSError and RayError."""
     storage = open_storage(options.out)
     check_trackers(options.track, storage)
-    record = options.record or f"{recipe.recipe}-{config_hash(recipe)[:8]}"
-    folder = storage.record_folder(record)
-    waiting = "another driver holds this record; waiting to see whether it lives"
-    with hold(storage, folder / LOCK, lambda: console.print(waiting)) as lost:
-        check_ours(storage, record)
-        keep_recipe(storage, folder / RECIPE, recipe, record)
+    study = name_records(storage, recipe, variants, options)
+    name = study.base.name
+    with ExitStack() as held:
+        lost = hold_records(held, storage, study, console)
+        for record in study.records:
+            check_ours(storage, record.name)
+        keep_recipes(storage, study, study.records[:1])
         if renewed := renew(storage):
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
-        if data_step(storage, recipe.data).record() is None:
-            check_gpus(recipe)
         with ExitStack() as until_driven:
             start_ray = cache(lambda: until_driven.enter_context(ray_started(console)))
-            encode_parts = encode.once_started(start_ray) if on_cluster() else None
-            dataset, data = prepare(recipe, storage, console, encode_parts)
-            plan = plan_record(record, recipe, dataset, data, options.seeds)
-            keep_steps(plan)
-            rows = finished(plan)
-            if rows:
-                write_rows(storage, rows)
-                console.print(f"record {record}: all {len(rows)} seeds were done before; nothing to do")
-            else:
+            texts = prepare_all(study, storage, console, encode.once_started(start_ray) if on_cluster() else None)
+            check_differ(plan_all(study, texts, {record.name: options.seeds for record in study.records}))
+            keep_recipes(storage, study, study.variants)
+            seeds = Seeds(study, options.seeds, options.until, options.max_seeds)
+
+            def run_missing(plans: Sequence[RecordPlan]) -> dict[str, list[Row]]:
                 start_ray()
-                rows = drive(plan, console, profile=options.profile, lost_record=lost, track=options.track)
-        print_results(rows, storage.where(table_path(storage, record)), console)
+                return drive(plans, console, profile=options.profile, lost_record=lost, track=options.track)
+
+            rows = run_rounds(study, texts, seeds, run_missing, console)
+        if study.name:
+            show_study(storage, name, options.report, console)
+            return exit_code(rows)
+        print_results(rows[name], storage.where(table_path(storage, name)), console)
         if options.report:
-            write_report(storage, record, console)
-    return 1 if any(row.status != "done" for row in rows) else 0
+            write_report(storage, name, console)
+    return exit_code(rows)
+
+
+def name_records(storage: Storage, recipe: Recipe, variants: list[Variant], options: Options) -> Study:
+    """Name the record of the recipe, and those of its variants. Raises RecipeError for a name that is taken."""
+    name = options.study or options.record or default_name(recipe)
+    return of_variants(storage, name, recipe, variants) if variants else alone(recipe, name)
+
+
+def keep_recipes(storage: Storage, study: Study, records: Sequence[StudyRecord]) -> None:
+    """Keep the recipes of these records of the study, as `keep_recipe` does. Raises RecipeError."""
+    for record in records:
+        try:
+            keep_recipe(storage, storage.record_folder(record.name) / RECIPE, record.recipe, record.name)
+        except RecipeError as error:
+            raise RecipeError(str(error).replace("--record", "--study") if study.name else str(error)) from None
+
+
+def exit_code(rows: dict[str, list[Row]]) -> int:
+    """Return 0 when every seed of these records is done, else 1."""
+    return 1 if any(row.status != "done" for each in rows.values() for row in each) else 0
+
+
+def prepare_all(
+    study: Study, storage: Storage, console: Console, encode_parts: EncodeParts | None = None
+) -> dict[str, tuple[Dataset, Step]]:
+    """Make the text of every record, by its name, each that differs once, as `prepare` does. Raises RecipeError, also
+    when a variant asks for more text than there is."""
+    made: dict[str, tuple[Dataset, Step]] = {}
+    texts = {}
+    for record in study.records:
+        recipe, step = record.recipe, data_step(storage, record.recipe.data)
+        if step.record() is None:
+            check_gpus(recipe)
+        try:
+            if step.name not in made:
+                made[step.name] = prepare(recipe, storage, console, encode_parts)
+            stages.check_data(recipe, made[step.name][0])
+        except RecipeError as error:
+            raise RecipeError(f"variant {record.variant!r}: {error}" if record.fields else str(error)) from None
+        texts[record.name] = made[step.name]
+    return texts
 
 
 def check_gpus(recipe: Recipe) -> None:
@@ -234,20 +334,6 @@ def write_report(storage: Storage, record: str, console: Console) -> None:
         console.print(f"report: {storage.where(path)}", markup=False, soft_wrap=True)
     except Exception as error:
         console.print(f"no report: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
-
-
-def finished(plan: RecordPlan) -> list[Row]:
-    """Build the rows of a record whose every seed is done and whose artifacts are what was written; else none."""
-    standing = {seed: steps.records() for seed, steps in plan.seeds.items()}
-    if not all(len(standing[seed]) == len(steps.all()) for seed, steps in plan.seeds.items()):
-        return []
-    try:
-        for seed, steps in plan.seeds.items():
-            check(steps.quantize, stages.ARTIFACT, standing[seed]["quantize"]["files"].get(stages.ARTIFACT))
-    except DamagedStepError:
-        return []
-    counted = plan.counts.record()
-    return [build_row(plan, seed, standing[seed], counted, None) for seed in plan.seeds]
 
 
 def prepare(

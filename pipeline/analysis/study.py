@@ -56,13 +56,18 @@ class Study:
 def load(run: str) -> Study:
     """Load the study of a study.json (a path, or an address in a store), of its folder, or of a runs folder that holds
     one study alone. Raises RecipeError when there is none, or its file is no study's."""
-    storage, name = find(run)
+    return load_named(*find(run))
+
+
+def load_named(storage: Storage, name: str) -> Study:
+    """Load the study of this name in the runs folder. Raises RecipeError when it is not there, or its file is no
+    study's."""
     path = storage.root / STUDIES / name / STUDY
     with as_recipe_error(storage, "RUN"):
         content = storage.read_bytes(path)
         stopped = storage.read_bytes(path.with_name(STOPPED)) if content is not None else None
     if content is None:
-        raise RecipeError(f"{run} is not there; give the {STUDY} of a study, or the runs folder of one")
+        raise RecipeError(f"{storage.where(path)} is not there; give the {STUDY} of a study, or the runs folder of one")
     try:
         told, whys = json.loads(content), json.loads(stopped or b"{}")
         base = Variant("base", load_record(storage, told["base"]), {})

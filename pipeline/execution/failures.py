@@ -2,9 +2,9 @@
 
 Within one command, with `compute.max_restarts` of the recipe:
 
-- The driver starts a stage again that ended in `Retry` or `Repair`: each stage of each seed, and the counts,
-  max_restarts times, after 1 s, then 2 s, 4 s, ... (`Restarts`). A `Repair` first sets aside the finished step that
-  storage damaged, which is then done again too.
+- The driver starts a step again that ended in `Retry` or `Repair`: each step of each seed, and the counts, max_restarts
+  times (over all records that share it), after 1 s, then 2 s, 4 s, ... (`Restarts`). A `Repair` first sets aside the
+  finished step that storage damaged, which is then done again too.
 - Ray Train starts a seed's workers again at once: max_restarts times after losses, and as often after machines were
   taken with a notice (`ray_train_restarts`). It tries again whatever a worker raises, so a worker returns `MISTAKES`
   instead. When it gives up, that is a `Fail`; when its controller is lost, a `Retry` of the driver's.
@@ -48,9 +48,6 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 TOOL_ERROR = re.compile(r"\b(?:fatal |last )?error:(?: |$)", re.IGNORECASE)
 """How compilers and NCCL begin the line that tells what went wrong, somewhere in what they print."""
 
-Place = tuple[int | None, str]
-"""A seed (None: shared by all) and a stage of it."""
-
 
 @dataclass(frozen=True)
 class Retry:
@@ -81,24 +78,25 @@ def classify(error: BaseException) -> Retry | Repair | Fail:
 
 
 class Restarts:
-    """Keeps count of how often the driver started each stage again, at most `most` times, and when it may."""
+    """Keeps count of how often the driver started each step again, at most `most` times, and when it may; steps are
+    told by their names."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.counts: Counter[Place] = Counter()
-        self.due: dict[Place, float] = {}
+        self.counts: Counter[str] = Counter()
+        self.due: dict[str, float] = {}
 
-    def grant(self, place: Place) -> bool:
-        """Count a restart of the stage, which may begin after a rest; False when it has had them all."""
-        if self.counts[place] >= self.most:
+    def grant(self, step: str) -> bool:
+        """Count a restart of the step, which may begin after a rest; False when it has had them all."""
+        if self.counts[step] >= self.most:
             return False
-        self.due[place] = time.monotonic() + FIRST_REST_SECONDS * 2 ** self.counts[place]
-        self.counts[place] += 1
+        self.due[step] = time.monotonic() + FIRST_REST_SECONDS * 2 ** self.counts[step]
+        self.counts[step] += 1
         return True
 
-    def rested(self, place: Place) -> bool:
-        """Say whether the rest after the stage's last loss is over."""
-        return time.monotonic() >= self.due.get(place, 0.0)
+    def rested(self, step: str) -> bool:
+        """Say whether the rest after the step's last loss is over."""
+        return time.monotonic() >= self.due.get(step, 0.0)
 
 
 def ray_train_restarts(compute: ComputeConfig) -> dict[str, int]:

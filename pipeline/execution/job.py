@@ -40,7 +40,7 @@ class Job:
         """Make the function that tells one stage's progress, from rank 0 to the board; fire and forget."""
         if collectives.rank() != 0:
             return lambda record: None
-        return lambda record: self.board.put.remote(seed, stage, record)
+        return lambda record: self.board.put.remote(self.plan.name, seed, stage, record)
 
 
 def use_cpus(cpus: float) -> None:

@@ -25,30 +25,32 @@ class ProgressRecord:
     seed: int
     stage: str
     record: dict[str, Any]
+    name: str
+    """Of the seed's record."""
 
 
 class Board:
-    """Keeps the last record of every seed, and those that the driver has not read."""
+    """Keeps the last progress record of every seed of every record, and those that the driver has not read."""
 
-    def __init__(self, record: str, meanings: dict[str, str]) -> None:
-        self.seeds: dict[int, dict[str, Any]] = {}
+    def __init__(self, meanings: dict[str, str]) -> None:
+        self.seeds: dict[tuple[str, int], dict[str, Any]] = {}
         self.unread: deque[ProgressRecord] = deque(maxlen=UNREAD)
         self.at_ns = 0
-        self.gauges = Gauges(record, meanings)
+        self.gauges = Gauges(meanings)
 
-    def put(self, seed: int, stage: str, record: dict[str, Any]) -> None:
-        """Take a seed's progress record, and set Ray's metrics by it."""
-        self.seeds[seed] = {"stage": stage, **record}
+    def put(self, name: str, seed: int, stage: str, record: dict[str, Any]) -> None:
+        """Take a progress record of a seed of the record of this name, and set Ray's metrics by it."""
+        self.seeds[name, seed] = {"stage": stage, **record}
         self.at_ns = max(self.at_ns + 1, time.time_ns())
-        self.unread.append(ProgressRecord(self.at_ns, seed, stage, record))
-        self.gauges.set(seed, stage, progress_numbers(stage, record))
+        self.unread.append(ProgressRecord(self.at_ns, seed, stage, record, name))
+        self.gauges.set(name, seed, stage, progress_numbers(stage, record))
 
-    def row(self, seed: int, values: dict[str, float]) -> None:
+    def row(self, name: str, seed: int, values: dict[str, float]) -> None:
         """Set Ray's metrics by what the seed's row holds by now."""
-        self.gauges.set(seed, ROW, values)
+        self.gauges.set(name, seed, ROW, values)
 
-    def read(self, after_ns: int = 0) -> tuple[dict[int, dict[str, Any]], list[ProgressRecord]]:
-        """Return the last record of every seed, and all that came after this time; earlier ones are forgotten. An
+    def read(self, after_ns: int = 0) -> tuple[dict[tuple[str, int], dict[str, Any]], list[ProgressRecord]]:
+        """Return the last progress by record and seed, and all that came after this time; earlier is forgotten. An
         answer that is lost on its way is given again."""
         while self.unread and self.unread[0].at_ns <= after_ns:
             self.unread.popleft()

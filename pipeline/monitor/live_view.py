@@ -1,4 +1,4 @@
-"""What a person watches: each seed's stage, progress, bits per byte and time left.
+"""What a person watches: each seed's stage, progress, bits per byte and time left; of a study a line a variant.
 
 On a terminal the view is redrawn in place, elsewhere (a job's log, CI) it is one plain line when a seed's stage changes
 and one every `PLAIN_SECONDS` while it runs.
@@ -7,23 +7,29 @@ and one every `PLAIN_SECONDS` while it runs.
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 20.0
+ENDED = ("done", "failed")
+WIDEST_NAME = 26
+"""Characters of a variant's name that a study's view shows, so that its line fits 80 columns."""
 
 
 class View:
     """Draws seeds' states; `update` may be called often."""
 
-    def __init__(self, seeds: tuple[int, ...], console: Console) -> None:
+    def __init__(self, console: Console) -> None:
         self.console, self.began = console, time.monotonic()
-        self.states: dict[int, dict[str, Any]] = {seed: {"stage": "waiting"} for seed in seeds}
-        self.printed: dict[int, tuple[str, float]] = {}
+        self.states: dict[Any, dict[str, Any]] = {}
+        self.printed: dict[Any, tuple[str, float]] = {}
         self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> View:
@@ -36,21 +42,25 @@ class View:
             self.live.update(self.table())
             self.live.stop()
 
-    def update(self, states: dict[int, dict[str, Any]]) -> None:
+    def update(self, states: Mapping[Any, dict[str, Any]]) -> None:
         """Show these seeds' states from now on; seeds not named keep theirs."""
         self.states |= states
         if self.live:
             self.live.update(self.table())
             return
-        for seed, state in self.states.items():
-            stage, at = self.printed.get(seed, ("", 0.0))
+        for name, state in self.states.items():
+            stage, at = self.printed.get(name, ("", 0.0))
             now = time.monotonic()
             running = 0 < state.get("fraction", 0.0) < 1
             if state["stage"] != stage or (running and now - at >= PLAIN_SECONDS):
-                self.printed[seed] = (state["stage"], now)
-                detail = "  ".join(part for part in (percent(state), figures(state), left(state)) if part)
-                line = f"[{now - self.began:6.1f} s] seed {seed}: {state['stage']}  {detail}".rstrip()
+                self.printed[name] = (state["stage"], now)
+                line = f"[{now - self.began:6.1f} s] {self.line(name, state)}".rstrip()
                 self.console.print(line, markup=False, soft_wrap=True)
+
+    def line(self, name: Any, state: dict[str, Any]) -> str:
+        """Write a seed's state in a line."""
+        detail = "  ".join(part for part in (percent(state), figures(state), left(state)) if part)
+        return f"seed {name}: {state['stage']}  {detail}"
 
     def table(self) -> Table:
         """Draw the view: a line a seed."""
@@ -61,6 +71,48 @@ class View:
             bar = ProgressBar(total=1.0, completed=state.get("fraction", 0.0), width=24)
             table.add_row(str(seed), state["stage"], bar, percent(state), figures(state), left(state))
         return table
+
+
+class StudyView(View):
+    """Draws the state of each variant: how many of its seeds are done, the mean so far, and what is at work."""
+
+    def __enter__(self) -> StudyView:
+        super().__enter__()
+        return self
+
+    def update_seeds(self, variants: Mapping[str, dict[int, dict[str, Any]]]) -> None:
+        """Show the states of these variants' seeds from now on."""
+        self.update({name: of_variant(seeds) for name, seeds in variants.items()})
+
+    def line(self, name: Any, state: dict[str, Any]) -> str:
+        """Write a variant's state in a line."""
+        detail = "  ".join(part for part in (figures(state), state["at_work"]) if part)
+        return f"{name}: {state['stage']}  {detail}"
+
+    def table(self) -> Table:
+        """Draw the view: a line a variant."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("variant", "seeds", "bits/byte", "at work"):
+            table.add_column(heading, no_wrap=True)
+        for name, state in self.states.items():
+            shown = name if len(name) <= WIDEST_NAME else name[: WIDEST_NAME - 1] + "…"
+            mean = f"{state['bpb']:.4f}" if "bpb" in state else ""
+            cells = (shown, state["stage"], mean, state["at_work"])
+            table.add_row(*(Text(cell) for cell in cells))
+        return table
+
+
+def of_variant(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Sum up the states of a variant's seeds as a state of its own."""
+    stages = Counter(state["stage"] for state in seeds.values())
+    working = {seed: state for seed, state in seeds.items() if state["stage"] not in (*ENDED, "waiting")}
+    bits = [state["bpb"] for state in seeds.values() if state["stage"] == "done"]
+    counts = [f"{stages['done']}/{len(seeds)} done"]
+    counts += [f"{stages['failed']} failed"] if stages["failed"] else []
+    at_work = (f"{seed}: {state['stage']} {percent(state).strip()}".rstrip() for seed, state in working.items())
+    mean = {"bpb": sum(bits) / len(bits)} if bits else {}
+    part = sum(1.0 if state["stage"] in ENDED else 0.5 * (seed in working) for seed, state in seeds.items())
+    return {"stage": ", ".join(counts), "at_work": ", ".join(at_work), "fraction": part / len(seeds), **mean}
 
 
 def percent(state: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The numbers of a record as Ray's metrics, for its dashboard and Prometheus: `ray_hedgemix_<column>`.
+"""The numbers of records as Ray's metrics, for its dashboard and Prometheus: `ray_hedgemix_<column>`.
 
 Ray's agent of the node exports what a process of the node sets, every ten seconds, also where there is no dashboard.
 """
@@ -15,13 +15,13 @@ LABELS = ("record", "seed", "stage")
 class Gauges:
     """Sets one gauge a column, made when its first value comes; `meanings` are their descriptions."""
 
-    def __init__(self, record: str, meanings: dict[str, str]) -> None:
-        self.record, self.meanings = record, meanings
+    def __init__(self, meanings: dict[str, str]) -> None:
+        self.meanings = meanings
         self.gauges: dict[str, Gauge] = {}
 
-    def set(self, seed: int, stage: str, values: dict[str, float]) -> None:
-        """Set the gauges of these columns for one seed and stage."""
-        labels = dict(zip(LABELS, (self.record, str(seed), stage), strict=True))
+    def set(self, record: str, seed: int, stage: str, values: dict[str, float]) -> None:
+        """Set the gauges of these columns for one seed and stage of a record."""
+        labels = dict(zip(LABELS, (record, str(seed), stage), strict=True))
         for name, value in values.items():
             if name not in self.gauges:
                 self.gauges[name] = Gauge(PREFIX + name, self.meanings.get(name, ""), LABELS)

@@ -66,6 +66,8 @@ def build_row(
     known = values | {
         "status": "done" if done else "failed" if error else "pending",
         "error": None if done else error,
+        "study": plan.study or None,
+        "variant": plan.variant or None,
         "retries": sum(found["attempts"] - 1 for found in records) if records else None,
         "lost_seconds": sum(found["lost_seconds"] for found in records) if records else None,
         "counts_seconds": counted["seconds"] if counted else None,

@@ -14,7 +14,7 @@ from functools import cache
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Row:
     """done, failed, or pending (not finished when the driver stopped)."""
     error: str | None = None
     """What ended a failed seed."""
+    study: str | None = None
+    """Name of the study the record belongs to; empty for a record by itself, and before schema version 9."""
+    variant: str | None = None
+    """What the record is called in its study; base is the recipe that the others vary."""
     retries: int | None = None
     """Starts of the seed's finished steps beyond the first of each: 0 when nothing was lost. Before schema version 7
     `attempts`, which counted the first as well."""

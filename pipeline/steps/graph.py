@@ -91,6 +91,10 @@ class RecordPlan:
     """What the recipe's train_gpt.py takes."""
     room_bytes: int
     """Most bytes of an artifact."""
+    study: str = ""
+    """The study it belongs to; empty for a record by itself."""
+    variant: str = ""
+    """What it is called there."""
 
     @property
     def storage(self) -> Storage:
@@ -98,7 +102,15 @@ class RecordPlan:
         return self.data.storage
 
 
-def plan_record(name: str, recipe: Recipe, dataset: Dataset, data: Step, seeds: Iterable[int]) -> RecordPlan:
+def plan_record(
+    name: str,
+    recipe: Recipe,
+    dataset: Dataset,
+    data: Step,
+    seeds: Iterable[int],
+    study: str = "",
+    variant: str = "",
+) -> RecordPlan:
     """Name every step of a record, in the storage of its data's step."""
     storage, code_bytes = data.storage, script.n_bytes(recipe)
     room_bytes = stages.artifact_room(recipe, code_bytes)
@@ -112,6 +124,8 @@ def plan_record(name: str, recipe: Recipe, dataset: Dataset, data: Step, seeds: 
         chunks=len(scoring_order.chunks(dataset.valid_tokens, recipe.evaluate.chunk_tokens)),
         code_bytes=code_bytes,
         room_bytes=room_bytes,
+        study=study,
+        variant=variant,
     )
 
 

@@ -53,6 +53,9 @@ def test_help_shows_fields_with_units_and_defaults(capsys: pytest.CaptureFixture
         assert expected in shown
 
 
+VARY = ["--vary", "model.xsa", "false"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -86,6 +89,19 @@ def test_help_shows_fields_with_units_and_defaults(capsys: pytest.CaptureFixture
         (["laptop", "--data.shards-dir", "x"], "set data.source shards"),
         (["laptop", "--data.source", "text", "--data.paths", ".", "none.txt"], "none.txt does not exist"),
         (["laptop", "--data.memory-bytes", "2000000"], "data.memory_bytes 2,000,000 fills"),
+        (["laptop", "--vary", "model.xs", "true"], "there is no field 'model.xs'; did you mean model.xsa?"),
+        (["laptop", "--vary", "model.heads", "5", "7"], "2 problems   1. variant 'heads=5': model.width 96"),
+        (["laptop", "--variants", "file"], "--variants file is no TOML"),
+        (["laptop", "--cross"], "--cross is of a study; name its variants with --vary or --variants"),
+        (["laptop", "--until", "decided"], "--until is of a study"),
+        (["laptop", *VARY, "--record", "mine"], "name it with --study"),
+        (["laptop", *VARY, "--study", "../x"], "--study"),
+        (["laptop", *VARY, "--study", "x" * 81], "--study has 81 characters; take at most 80"),
+        (["laptop", *VARY, "--until", "0"], "--until 0 is no width"),
+        (["laptop", *VARY, "--until", "0.01", "--max-seeds", "2"], "--max-seeds 2 is less than the 3 of --seeds"),
+        (["laptop", *VARY, "--max-seeds", "5"], "--max-seeds is read with --until"),
+        (["laptop", *VARY, "--data.packages", "no_such_package"], "data.packages"),
+        (["laptop", "--vary", "data.packages", "numpy", "no_such_package"], "variant 'packages=no_such_package'"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(
@@ -104,6 +120,16 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert pq.read_table("mine.parquet").to_pydict() == {"mine": [1]}
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and expected in printed.replace("\n", " ") and "Traceback" not in printed
+
+
+def test_the_plan_of_a_study_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert record.main(["laptop", "--vary", "evaluate.ttt.head.rate", "0.3", "0.5", *VARY, "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters     402,533" in shown and ": 3 records of 3 seeds" in shown and "-xsa-false" in shown
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_text_is_refused_before_training(

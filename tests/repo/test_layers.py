@@ -39,6 +39,7 @@ LAYERS = {
         "record",
         "cli",
         "plan",
+        "study",
         "execution",
         "report",
         "tracking",

@@ -72,10 +72,10 @@ def test_a_repair_names_the_damaged_step() -> None:
     assert isinstance(verdict, Repair) and verdict.damaged.step == "quantize-0a"
 
 
-def test_a_stage_is_granted_its_restarts_after_rests_that_double(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_granted_its_restarts_after_rests_that_double(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(failures.time, "monotonic", lambda: now)
-    restarts, place, rests = Restarts(3), (7, "evaluate"), []
+    restarts, place, rests = Restarts(3), "evaluate-7", []
     assert restarts.rested(place)
     while restarts.grant(place):
         began = now
@@ -83,7 +83,7 @@ def test_a_stage_is_granted_its_restarts_after_rests_that_double(monkeypatch: py
             now += 0.5
         rests.append(now - began)
     assert rests == [1.0, 2.0, 4.0]
-    assert restarts.rested((7, "score")) and restarts.grant((7, "score"))  # each stage has its own
+    assert restarts.rested("score-7") and restarts.grant("score-7")  # each step has its own
     assert not Restarts(0).grant(place)
 
 

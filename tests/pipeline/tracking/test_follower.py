@@ -44,7 +44,7 @@ def step(number: int, loss_nats: float, seed: int = 1) -> ProgressRecord:
     """A training's progress record."""
     told = {"step": number, "tokens": 512 * number, "elapsed_seconds": number / 4, "fraction": number / 12}
     return ProgressRecord(
-        number, seed, "train", {**told, "matrix_rate": 0.01, "loss_nats": loss_nats, "tokens_per_second": 2048}
+        number, seed, "train", {**told, "matrix_rate": 0.01, "loss_nats": loss_nats, "tokens_per_second": 2048}, "tiny"
     )
 
 
@@ -76,18 +76,18 @@ def test_what_is_told_is_named_as_the_table_s_columns() -> None:
 
 
 def test_the_board_keeps_what_the_driver_has_not_read() -> None:
-    board = Board("tiny", {})
+    board = Board({})
     board.gauges.set = lambda *_: None  # there is no Ray
     for number in (2, 4):
-        board.put(1, "train", step(number, 5.0).record)
+        board.put("tiny", 1, "train", step(number, 5.0).record)
     seeds, told = board.read()
-    assert seeds[1]["step"] == 4 and [one.record["step"] for one in told] == [2, 4]
+    assert seeds["tiny", 1]["step"] == 4 and [one.record["step"] for one in told] == [2, 4]
     assert board.read()[1] == told  # the answer was lost
-    board.put(1, "train", step(6, 5.0).record)
+    board.put("tiny", 1, "train", step(6, 5.0).record)
     assert [one.record["step"] for one in board.read(told[-1].at_ns)[1]] == [6]
     assert len({one.at_ns for one in told}) == 2 and not board.read(board.at_ns)[1]
     for number in range(UNREAD + 5):
-        board.put(1, "train", {"step": number})
+        board.put("tiny", 1, "train", {"step": number})
     assert [one.record["step"] for one in board.read()[1]] == list(range(5, UNREAD + 5))
 
 
@@ -178,7 +178,7 @@ class Recorder:
 def test_a_tracker_gets_every_record_once_and_a_finished_seed_s_row_once() -> None:
     tracker, warnings = Recorder(), list[str]()
     followed = Trackers([Follower("recorder", lambda: tracker, warnings.append)])
-    followed.tell([step(2, 5.0), step(4, 5.0), ProgressRecord(5, 1, "quantize", {})])
+    followed.tell([step(2, 5.0), step(4, 5.0), ProgressRecord(5, 1, "quantize", {}, "tiny")])
     followed.rows([row(1, "pending"), row(2, "failed")])
     followed.rows([row(1, "done"), row(2, "failed")])
     followed.tell([step(6, 5.0), step(8, 5.0, seed=2)])  # a failed seed's other stages may still end

@@ -1,0 +1,1 @@
+"""Variants of one recipe, each a record of its own, and what they share."""
