@@ -8,7 +8,7 @@ import pytest
 
 from hedgemix.config import RecipeError, to_dict
 from hedgemix.recipes import RECIPES
-from pipeline.analysis.records import flatten
+from pipeline.results.settings import flatten
 from pipeline.study import fields
 
 RECIPE = RECIPES["laptop"]()
