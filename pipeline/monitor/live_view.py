@@ -24,7 +24,7 @@ class View:
         self.console, self.began = console, time.monotonic()
         self.states: dict[int, dict[str, Any]] = {seed: {"stage": "waiting"} for seed in seeds}
         self.printed: dict[int, tuple[str, float]] = {}
-        self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self.live = Live(console=console, refresh_per_second=4) if redraws(console) else None
 
     def __enter__(self) -> View:
         if self.live:
@@ -61,6 +61,11 @@ class View:
             bar = ProgressBar(total=1.0, completed=state.get("fraction", 0.0), width=24)
             table.add_row(str(seed), state["stage"], bar, percent(state), figures(state), left(state))
         return table
+
+
+def redraws(console: Console) -> bool:
+    """Say whether lines can be drawn over; FORCE_COLOR makes no terminal of a job's log."""
+    return console.is_terminal and console.file.isatty()
 
 
 def percent(state: dict[str, Any]) -> str:
