@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: from a command's first line to its last they end it with exit code 130 and no traceback.
 
-Imports nothing but the standard library: it is there before the imports that take seconds.
+Imports next to nothing: it is there before the imports that take seconds.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
-from types import FrameType, TracebackType
 
 CODE = 130
 STOPPED = "stopped; the same command goes on from here"
@@ -33,13 +31,14 @@ def raise_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    with suppress(OSError):
+def _exit(number: object, frame: object) -> None:
+    try:
         os.write(2, f"{STOPPED}\n".encode())
-    os._exit(CODE)
+    finally:
+        os._exit(CODE)
 
 
-def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _hook(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
     if issubclass(kind, KeyboardInterrupt):
         os._exit(CODE)  # who caught the first has said so
     sys.__excepthook__(kind, error, trace)
