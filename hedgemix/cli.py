@@ -25,6 +25,7 @@ from hedgemix.codec.text_codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
 from hedgemix.data import dataset, fineweb
 from hedgemix.runtime.files import Log, check_new, read_json, told
+from hedgemix.runtime.streams import open_closed_streams
 from hedgemix.validate import check_read
 
 
@@ -142,6 +143,7 @@ def main(commands: Commands | None = None) -> None:
     commands = commands or COMMANDS
     either: Any = Union[tuple(commands)]  # noqa: UP007
     try:
+        open_closed_streams()
         check_arguments(sys.argv[1:])
         command = tyro.cli(either, prog="hedgemix", description=__doc__)
         commands[type(command)](command)

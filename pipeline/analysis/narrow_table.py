@@ -21,10 +21,18 @@ def print_in_parts(make: Callable[[Sequence[int]], Table], columns: int, console
         while end - begin > 1 and least_width(make(range(begin, end)), console) > console.width:
             end -= 1
         table = make(range(begin, end))
-        console.print(table, width=max(console.width, least_width(table, console)), crop=False)
+        if (least := least_width(table, console)) > console.width:
+            table.width = least
+        console.print(table, crop=False)
         begin = end
 
 
 def least_width(table: Table, console: Console) -> int:
-    """Return the fewest columns of the console in which every word of the table is whole."""
-    return Measurement.get(console, console.options.update(width=WIDE), table).minimum
+    """Return the fewest columns of the console in which every word of the table is whole, and every cell of a column
+    that does not wrap."""
+    wide = console.options.update(width=WIDE)
+    for column in table.columns:
+        if column.no_wrap:
+            cells = (column.header, *column.cells)
+            column.min_width = max(Measurement.get(console, wide, cell).maximum for cell in cells)
+    return Measurement.get(console, wide, table).minimum
