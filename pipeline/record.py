@@ -20,6 +20,12 @@ if __name__ == "__main__":
     # of ours would hide a library's of the same name.
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
+    from pipeline.execution.stopping import exit_on_signals
+
+    exit_on_signals()
+    from hedgemix.runtime.streams import open_closed_streams
+
+    open_closed_streams()
 
 import math
 from collections.abc import Sequence
@@ -36,7 +42,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
         code = command_line.run(lambda: status_view.main(sys.argv[1:]))
         # Once Arrow has read a table, a few interpreters in a hundred abort on their way out, with another exit code.
         os._exit(code)
-    if not os.environ.get("RAY_ADDRESS"):
+    from pipeline.execution.ray_address import settle_address
+
+    if not settle_address():
         # Ray's processes and ours learn from this that nothing outside may reach a Ray of this machine alone: they
         # then listen on loopback instead of on every address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -73,7 +81,9 @@ from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.execution import encode
 from pipeline.execution.driver import drive
+from pipeline.execution.ray_address import check_cluster
 from pipeline.execution.resources import on_cluster
+from pipeline.execution.stopping import CODE, STOPPED, raise_on_signals
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.schema import Row
@@ -144,6 +154,7 @@ def main(arguments: list[str]) -> int:
     plain: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold [brackets]
     console, errors = Console(**plain), Console(stderr=True, **plain)
     try:
+        raise_on_signals()
         command_line.check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
@@ -167,8 +178,8 @@ def main(arguments: list[str]) -> int:
         errors.print(f"error: {line}", style="bold red", markup=False, soft_wrap=True)
         return 2 if place else 1
     except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on from here")
-        return 130
+        errors.print(STOPPED)
+        return CODE
 
 
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
@@ -301,6 +312,7 @@ def prepare_all(
     for record in study.records:
         recipe, step = record.recipe, data_step(storage, record.recipe.data)
         if step.record() is None:
+            check_cluster()
             check_gpus(recipe)
         try:
             if step.name not in made:
@@ -316,7 +328,7 @@ def check_gpus(recipe: Recipe) -> None:
     """Raise RecipeError when the recipe asks for GPUs and this machine, alone, has none: before its text is made."""
     import torch
 
-    if recipe.compute.gpus_per_worker and not os.environ.get("RAY_ADDRESS") and not torch.cuda.is_available():
+    if recipe.compute.gpus_per_worker and not on_cluster() and not torch.cuda.is_available():
         raise RecipeError(
             f"compute.gpus_per_worker is {recipe.compute.gpus_per_worker:g} and torch sees no GPU on this machine; set "
             "it to 0, check the driver, or name a cluster in RAY_ADDRESS"

@@ -31,7 +31,7 @@ from benchmarks.suite import machine, report
 from hedgemix.config import Recipe, to_dict
 from hedgemix.runtime.files import write_json
 from pipeline import record
-from pipeline.steps import graph
+from pipeline.storage import machine as machine_lock
 from pipeline.storage.store import Storage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -67,7 +67,7 @@ def main(options: Options) -> str:
     turns, loads = 1 if options.quick else options.turns, []
     scratch = Path(tempfile.mkdtemp(prefix="overhead-", dir=options.out.resolve()))
     try:
-        with graph.machine_to_itself(lambda: say("a record is at work on this machine; waiting for it")):
+        with machine_lock.machine_to_itself(lambda: say("a record is at work on this machine; waiting for it")):
             record.prepare(recipe_of(options, 1, scratch)[0], Storage("", scratch / "text"), Console(stderr=True))
             for turn in range(turns):
                 for workers in options.workers:
@@ -130,8 +130,7 @@ def run(side: str, options: Options, workers: int, folder: Path, text: Path) -> 
         MARKS: str(marks),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks" / "overhead" / "marks"), str(ROOT)]),
         "OMP_NUM_THREADS": str(int(recipe.compute.cpus_per_worker)),
-        "TMPDIR": str(folder),  # this process holds the lock of records that share a machine
-        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", tempfile.gettempdir()),
+        "HEDGEMIX_LOCKS": str(folder),  # this process holds the lock of records that share a machine
     }
     environment.pop("RAY_ADDRESS", None)
     if side == "ray":

@@ -172,7 +172,7 @@ def step_result(seed: int, folder: Path) -> dict[str, Any]:
 def step_lines(seed: int, path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; raises RecipeError where there is none, or one that is no object a line."""
     try:
-        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"seed {seed}: {path.parent} has no sound {path.name} ({error!r})") from None
 

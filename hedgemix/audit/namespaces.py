@@ -60,7 +60,7 @@ def _enter(folders: Sequence[str], sources: Sequence[str], files: Sequence[str],
     user, group = os.getuid(), os.getgid()
     _check(libc.unshare(NEW), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path("/proc/self", name).write_text(text)
+        Path("/proc/self", name).write_text(text, encoding="utf-8")
     child = os.fork()  # the first process of the new PID namespace
     if child:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

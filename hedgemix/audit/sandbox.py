@@ -225,7 +225,7 @@ def serve(spec: dict[str, Any]) -> None:
     sources = [*spec["folders"], *spec["path"]]
     if spec["readable"] is not None:
         inside = namespaces.enter(spec["library"], sources, [*spec["named"], *spec["readable"]], os.getcwd())
-    channel = os.fdopen(os.dup(1), "w")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the work prints goes to the error text
 
     def tell(reply: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def loaded() -> list[str]:
     """List the files of this process's modules, and of the shared libraries in its memory."""
     files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
     with suppress(OSError):
-        maps = Path("/proc/self/maps").read_text().splitlines()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
         files |= {name for line in maps if ".so" in (name := line[73:]) and name.startswith("/")}
     return sorted(filter(os.path.isabs, files))  # torch.ops and its like name files that are none
 

@@ -9,7 +9,6 @@ import ast
 import gc
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -20,6 +19,7 @@ from typing import IO
 
 from hedgemix.config import RecipeError
 from hedgemix.data.reading import Problems, Reading, encodable
+from hedgemix.runtime.cpus import available_cpus
 
 SHORTEST_DOCSTRING = 200  # characters
 FILES_A_PROCESS = 200
@@ -48,7 +48,7 @@ def of_packages(packages: Sequence[str], reading: Reading | None = None) -> Iter
 
 def _of_files(paths: Sequence[Path]) -> Iterator[list[str] | None]:
     # Modules out of a train_gpt.py are no files, and no other process could import them.
-    processes = min(_cpus(), len(paths) // FILES_A_PROCESS) if Path(__file__).is_file() else 1
+    processes = min(available_cpus(), len(paths) // FILES_A_PROCESS) if Path(__file__).is_file() else 1
     if processes < 2:
         yield from map(of_file, paths)
         return
@@ -91,7 +91,7 @@ def serve() -> None:
 def _reader(paths: Sequence[Path]) -> Iterator[IO[str]]:
     """Start a process that reads these files, and end it; gives its answers."""
     command, pipe = [sys.executable, "-c", START], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as child:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8") as child:
         try:
             assert child.stdin and child.stdout
             with suppress(BrokenPipeError):  # it died, which shows where its answer is missed
@@ -101,10 +101,6 @@ def _reader(paths: Sequence[Path]) -> Iterator[IO[str]]:
             yield child.stdout
         finally:
             child.kill()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sources(package: str) -> list[Path]:

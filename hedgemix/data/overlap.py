@@ -8,7 +8,6 @@ text streams past them. Words are compared without case, and with one space betw
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 
 from hedgemix.data.corpus import batches, normalized
 from hedgemix.data.shards import TokenStream
+from hedgemix.runtime.cpus import available_cpus
 
 WINDOW_WORDS = 8
 WINDOW_TOKENS = 13
@@ -183,5 +183,5 @@ def in_pieces(stream: TokenStream, window: int, each: Callable[[np.ndarray], np.
         starts = np.arange(len(tokens) - window + 1)
         return each(window_hashes(tokens, starts, starts + window))
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter
+    with ThreadPoolExecutor(available_cpus()) as threads:  # NumPy lets go of the interpreter
         yield from threads.map(piece, range(0, len(stream) - window + 1, PIECE_TOKENS))

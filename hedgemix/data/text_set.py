@@ -5,7 +5,6 @@ goes on behind its last whole shard."""
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -21,6 +20,7 @@ from hedgemix.data import bpb, corpus, memory, overlap, shards, tokenizer
 from hedgemix.data.own_files import MadeFiles, OwnFiles, shard_name
 from hedgemix.data.reading import Reading
 from hedgemix.data.spool import Spool
+from hedgemix.runtime.cpus import available_cpus
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2_000_000
@@ -123,7 +123,7 @@ def _held_out(
 
 def cores() -> int:
     """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus()
 
 
 def _write_shards(

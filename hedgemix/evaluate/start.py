@@ -50,7 +50,7 @@ class Start:
         """Add the chunk's line to the trace."""
         if self.trace is not None and collectives.rank() == 0:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.trace, "a" if line["chunk"] else "w") as file:
+            with open(self.trace, "a" if line["chunk"] else "w", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ def build(
     match.rate(matches, found)
     if folder is not None:
         meta = {"vocab_size": vocab_size, "orders": orders, "match_lengths": match_lengths}
-        (folder / "index.json").write_text(json.dumps(meta | {"memory_tokens": len(memory_M)}))
+        (folder / "index.json").write_text(json.dumps(meta | {"memory_tokens": len(memory_M)}), encoding="utf-8")
     return _behind(len(memory_M), NgramIndex(memory_M[:0], {}, tokens_N, vocab_size, tuple(orders), tables, matches))
 
 
@@ -165,7 +165,7 @@ def _index_order(found: sorted_ngrams.Grams, n: int) -> OrderIndex:
 
 def load(folder: Path) -> NgramIndex:
     """Map an index that `build` left in a folder, read only: processes of one machine share its pages."""
-    meta = json.loads((folder / "index.json").read_text())
+    meta = json.loads((folder / "index.json").read_text(encoding="utf-8"))
 
     def read(name: str) -> np.ndarray:
         # torch shares token_P and knows no read-only tensors; nobody writes to it, so its pages stay shared.

@@ -33,7 +33,7 @@ def tracing(
         found.export_chrome_trace(str(folder / f"{name}.json.gz"))
         order = "self_device_time_total" if cuda else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=order, row_limit=LISTED, max_name_column_width=60)
-        (folder / f"{name}.txt").write_text(table + "\n")
+        (folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
 
     with profile(
         activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else []),

@@ -27,6 +27,7 @@ from hedgemix.config import ComputeConfig, Recipe, RecipeError, from_dict, to_di
 from hedgemix.data import dataset as datasets
 from hedgemix.evaluate.evaluator import EvaluateResult
 from hedgemix.runtime import collectives
+from hedgemix.runtime.cpus import available_cpus
 from hedgemix.runtime.files import Log, read_json, silent, told, write_json
 from hedgemix.runtime.layout import RECIPE, RESULT
 from hedgemix.stages import CountsResult, QuantizeResult, RunOptions, ScoreResult, TrainStageResult
@@ -245,7 +246,7 @@ def evaluate_on_ranks(recipe: Recipe, out: Path, say: Callable[..., None]) -> Ev
 
 def use_share_of_cpus(compute: ComputeConfig, workers: int) -> None:
     """Use the recipe's threads, or this process's share of the machine's among so many."""
-    torch.set_num_threads(max(1, int(compute.cpus_per_worker or (os.cpu_count() or 1) // workers)))
+    torch.set_num_threads(max(1, int(compute.cpus_per_worker or available_cpus() // workers)))
 
 
 @contextlib.contextmanager
@@ -314,7 +315,7 @@ def forget_training(recipe: Recipe) -> None:
 def replayed(path: Path) -> tuple[dict[str, Any], list[float]]:
     """Read what a log says of its run, and the share of the run that was over at each step. Raises RecipeError."""
     logged_run, fractions = dict[str, Any](), list[float]()
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line) if line.startswith("{") else {}
         except ValueError:

@@ -29,13 +29,13 @@ class StepLog:
         self.path, self.seed, self.log = path, seed, log
         self.waiting: list[tuple[dict[str, Any], Tensor]] = []
         self.unwritten: list[dict[str, Any]] = []
-        kept = path.read_text().splitlines() if path.exists() else []
+        kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.lines = [record for line in kept if (record := parse(line)) and record["step"] <= step]
         self.previous_seconds = self.lines[-1]["elapsed_seconds"] if self.lines else 0.0
         collectives.barrier()  # every rank has read it before rank 0 writes it anew
         if collectives.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in self.lines))
+            path.write_text("".join(json.dumps(record) + "\n" for record in self.lines), encoding="utf-8")
 
     def add(
         self, loss: Tensor, *, step: int, tokens: int, elapsed_seconds: float, fraction: float, matrix_rate: float
@@ -78,7 +78,7 @@ class StepLog:
         stays full."""
         self.unwritten += records
         with contextlib.suppress(OSError):
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in self.unwritten))
             self.unwritten = []
 

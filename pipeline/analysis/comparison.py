@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from hedgemix.config import RecipeError
 from pipeline.analysis import significance
-from pipeline.analysis.console import COLUMNS, cell, seed_table
+from pipeline.analysis.console import Column, cell, print_seeds, seed_table
 from pipeline.analysis.records import Record
 from pipeline.analysis.significance import RULES, Test
 from pipeline.results.settings import flatten
@@ -167,11 +170,8 @@ def show(candidate: Record, baseline: Record, console: Console) -> None:
 
     scale = significance.nats_per_bit(candidate.done[0])
     for record in (candidate, baseline):
-        table = seed_table()
-        for row in record.rows:
-            table.add_row(str(row["seed"]), *(cell(row[column], form) for _, column, form in COLUMNS))
         line(f"{record.name}: {format_summary(significance.summary(scores(record)), scale)}")
-        console.print(table)
+        print_seeds(partial(rows_table, record), console)
         line("")
     better, by = tests[-1].difference > 0, abs(tests[-1].difference)
     how = f"{by:.4f} bits per byte ({by * scale:.4f} nats a token) {'better' if better else 'worse'}"
@@ -186,6 +186,14 @@ def show(candidate: Record, baseline: Record, console: Console) -> None:
     line("no setting differs" if not differing else f"settings that differ ({candidate.name} | {baseline.name}):")
     for name, mine, theirs in differing:
         line(f"  {name}: {mine} | {theirs}")
+
+
+def rows_table(record: Record, columns: Sequence[Column]) -> Table:
+    """Make the table of a record's seeds, of some columns."""
+    table = seed_table(columns)
+    for row in record.rows:
+        table.add_row(str(row["seed"]), *(cell(row[column], form) for _, column, form in columns))
+    return table
 
 
 def format_summary(sample: significance.Summary, nats_per_bit: float) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,11 +20,18 @@ os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloure
 
 import ray
 from ray._private.node import Node
+from ray.exceptions import RayError
 from rich.console import Console
 
+from hedgemix.config import RecipeError
+from hedgemix.runtime.cpus import available_cpus
+from pipeline.execution import own_ray
+from pipeline.execution.ray_address import FIX, check_cluster, cluster_address
 from pipeline.execution.resources import on_cluster
-from pipeline.steps.graph import machine_to_itself
+from pipeline.execution.stopping import raise_on_signals
+from pipeline.storage.machine import machine_to_itself
 
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of our own Ray; tasks hand each other paths, so it needs little."""
 
@@ -62,25 +68,50 @@ def few_processes() -> Iterator[None]:
 
 @contextmanager
 def ray_started(console: Console) -> Iterator[None]:
-    """Start Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    """Start Ray for the length of a record: the cluster that RAY_ADDRESS names, else one on this machine alone. Raises
+    RecipeError when the cluster does not take this driver, or this machine has no place for a Ray."""
     with ExitStack() as held:
-        if on_cluster():
-            ray.init(**quiet, runtime_env={"env_vars": train_settings()})
-        else:
+        if not on_cluster():
             busy = "another record is at work on this machine; waiting for it"
-            held.enter_context(machine_to_itself(lambda: console.print(busy)))
-            console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
-            for name, value in ALONE.items():
-                os.environ.setdefault(name, value)
-            with few_processes():
-                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        # Ray's own handler would end this process without a word; `ray job stop` then waits three seconds.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+            shared = "note: records of others are at work on this machine, and share its cores: {}"
+            held.enter_context(
+                machine_to_itself(lambda: console.print(busy), lambda who: console.print(shared.format(who)))
+            )
+        held.callback(ray.shutdown)
         try:
-            yield
-        finally:
-            ray.shutdown()
+            connect(console) if on_cluster() else start(console)
+        except SystemExit:  # Ray's own handler of SIGTERM, while it starts
+            raise KeyboardInterrupt from None
+        raise_on_signals()  # Ray's handler would end this process without a word; `ray job stop` then waits 3 s.
+        yield
+
+
+def connect(console: Console) -> None:
+    """Join the cluster that RAY_ADDRESS names. Raises RecipeError when it does not answer or refuses."""
+    address = cluster_address()
+    console.print(f"connecting to the Ray cluster at {address} (RAY_ADDRESS)", soft_wrap=True)
+    check_cluster()
+    try:
+        ray.init(**QUIET, runtime_env={"env_vars": train_settings()})
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RecipeError(f"RAY_ADDRESS {address}: {line}; {FIX}") from error
+
+
+def start(console: Console) -> None:
+    """Start a Ray on this machine alone. Raises RecipeError when its temporary folder is no place for it."""
+    own_ray.prepare(os.environ)
+    console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    with few_processes():
+        ray.init(
+            address="local",
+            num_cpus=available_cpus(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **QUIET,
+        )
 
 
 def train_settings() -> dict[str, str]:

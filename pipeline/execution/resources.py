@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import ray
 from rich.console import Console
 
 from hedgemix.config import Recipe, RecipeError
+from pipeline.execution.ray_address import cluster_address
 
 
 def fits(node: dict[str, Any], count: int, cpus: float, gpus: float) -> int:
@@ -52,7 +52,7 @@ def check_capacity(recipe: Recipe, evaluate_cpus: float, console: Console) -> No
 
 def on_cluster() -> bool:
     """Say whether RAY_ADDRESS names a cluster."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return bool(cluster_address())
 
 
 def resolve_cpus(recipe: Recipe) -> tuple[Recipe, float]:

@@ -30,7 +30,7 @@ class View:
         self.console, self.began = console, time.monotonic()
         self.states: dict[Any, dict[str, Any]] = {}
         self.printed: dict[Any, tuple[str, float]] = {}
-        self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self.live = Live(console=console, refresh_per_second=4) if redraws(console) else None
 
     def __enter__(self) -> View:
         if self.live:
@@ -113,6 +113,11 @@ def of_variant(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
     mean = {"bpb": sum(bits) / len(bits)} if bits else {}
     part = sum(1.0 if state["stage"] in ENDED else 0.5 * (seed in working) for seed, state in seeds.items())
     return {"stage": ", ".join(counts), "at_work": ", ".join(at_work), "fraction": part / len(seeds), **mean}
+
+
+def redraws(console: Console) -> bool:
+    """Say whether lines can be drawn over; FORCE_COLOR makes no terminal of a job's log."""
+    return console.is_terminal and console.file.isatty()
 
 
 def percent(state: dict[str, Any]) -> str:

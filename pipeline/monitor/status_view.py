@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from rich import box
@@ -14,11 +15,14 @@ from rich.text import Text
 from hedgemix.config import RecipeError
 from hedgemix.options import READER_GONE, output_is_unread
 from hedgemix.runtime.layout import LOCK, RECIPE, STEP_NAMES
+from pipeline.analysis.narrow_table import print_in_parts
 from pipeline.monitor import status
 from pipeline.monitor.status import DamagedError, State
 from pipeline.storage.store import Storage, open_existing
 
 STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "at work": "bold", "stopped": "yellow"}
+HEADINGS = ("state", "seconds", "starts", "")
+"""Of a step, behind its seed and its name; the last is a note."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +69,8 @@ def show(storage: Storage, record: str, console: Console) -> None:
         if steps_json is None:
             line("  no steps.json yet: its data are being prepared, or an older hedgemix began it")
         else:
-            console.print(table(list(status.states(storage, steps_json, recipe))))
+            states = list(status.states(storage, steps_json, recipe))
+            print_in_parts(lambda columns: table(states, columns), len(HEADINGS), console)
     except DamagedError as error:
         line(f"  {error}; the record's command writes it again, or says what to do")
     path = storage.root / f"{record}.parquet"
@@ -75,17 +80,18 @@ def show(storage: Storage, record: str, console: Console) -> None:
     line(f"table: {storage.where(path)}{'' if storage.modified(path) else ' (not yet)'}\n")
 
 
-def table(states: list[tuple[str, State]]) -> Table:
-    """Draw the steps' states, a line each."""
+def table(states: list[tuple[str, State]], columns: Sequence[int] = range(len(HEADINGS))) -> Table:
+    """Draw the steps' states, a line each; of HEADINGS these columns alone."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("seed", "step", "state", "seconds", "starts", ""):
+    for heading in ("seed", "step", *(HEADINGS[column] for column in columns)):
         right = heading in ("seed", "seconds", "starts")
         shown.add_column(heading, justify="right" if right else "left", no_wrap=bool(heading), overflow="fold")
     for seed, each in states:
         style = STYLES.get(each.state, "dim")
         seconds = "" if each.seconds is None else f"{each.seconds:,.1f}"
         starts = "" if each.starts is None else f"{each.starts:.0f}"
-        cells = (seed, ""), (each.step, ""), (each.state, style), (seconds, ""), (starts, ""), (each.note, "")
+        told = (each.state, style), (seconds, ""), (starts, ""), (each.note, "")
+        cells = (seed, ""), (each.step, ""), *(told[column] for column in columns)
         shown.add_row(*(Text(strip_control_characters(cell), style) for cell, style in cells))
     return shown
 

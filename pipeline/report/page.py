@@ -77,7 +77,7 @@ def html(page: Page, foot: str) -> str:
     environment.filters["inline"] = inline
     environment.filters["drawn"] = Markup  # our own figures; all text goes through autoescape
     environment.filters["kind"] = lambda block: type(block).__name__
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text())
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(page=page, foot=foot, grouped=grouped)
 
 

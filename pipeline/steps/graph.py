@@ -9,12 +9,8 @@ Layout under the runs folder (names beginning with _ are skipped by `pandas.read
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -200,17 +196,3 @@ def keep_steps(plan: RecordPlan) -> None:
         "chunks": plan.chunks,
     }
     storage.write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
-
-
-@contextmanager
-def machine_to_itself(waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold this machine among records that each start a Ray of their own: timed training shares it with nobody.
-    Calls `waiting` when there is another to wait for."""
-    path = Path(tempfile.gettempdir()) / f"hedgemix-{os.getuid()}.lock"
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -198,6 +198,6 @@ def check(step: Step, name: str, entry: dict[str, Any] | None) -> None:
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Wait for, and hold, a lock that ends with this process."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -42,7 +42,7 @@ def hold(
     storage.ready()
     local = storage.local_path(path)
     local.parent.mkdir(parents=True, exist_ok=True)
-    with open(local, "a") as file:
+    with open(local, "a", encoding="utf-8") as file:
         if not try_flock(file):
             raise RecipeError(refusal_message(storage, path))
         if not storage.remote:

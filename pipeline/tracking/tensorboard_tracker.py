@@ -71,6 +71,9 @@ class TensorBoard:
         self.point(seed, ROW, 0, values, time.time())
         recipe = self.summary.text("recipe", f"```json\n{json.dumps(to_dict(self.subject.recipe), indent=1)}\n```")
         self.writers[seed, ROW].write_event(self.Event(step=0, wall_time=time.time(), summary=recipe))
+        for key in [key for key in self.writers if key[0] == seed]:  # a study's hundreds of seeds would end the numbers
+            self.writers.pop(key).close()
+            self.unflushed.discard(key)
 
     def flush(self) -> None:
         """Flush to the files, and push them to an object store every PUSH_SECONDS."""
@@ -85,7 +88,7 @@ class TensorBoard:
         """Push the files to the object store, if that is where the runs folder lies."""
         self.pushed_seconds = time.monotonic()
         if self.subject.storage.remote:
-            for key in self.writers:
+            for key in self.last_position:
                 for file in self.stage_folder(*key).glob("events.*"):
                     self.subject.storage.push(file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from hedgemix import recipes
 from hedgemix.config import to_dict
@@ -20,6 +22,7 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.clock import FIELDS
 from hedgemix.runtime.files import write_json
+from pipeline.analysis.narrow_table import print_in_parts
 from pipeline.monitor import status, status_view
 from pipeline.steps import graph
 from pipeline.steps.graph import SeedSteps
@@ -134,6 +137,22 @@ def test_training_by_steps_tells_its_fraction_from_the_log(storage: Storage) -> 
     recipe = to_dict(RECIPE) | {"train": to_dict(RECIPE.train) | {"steps": 100}}
     found = status.step_state(storage, "train", step.name, recipe, 4)
     assert found.note.startswith("50 %, ")
+
+
+@pytest.mark.parametrize("width", [40, 48, 60, 80])
+def test_a_narrow_terminal_gets_every_number_whole(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    states = [
+        (str(1 << 55), status.State("evaluate", "done", "1.2500 bits/byte", 123456.7, 12)),
+        ("7", status.State("quantize", "at work", "33 %, sign of life 5 s ago, checkpoint at step 7000", 99.5, 1)),
+    ]
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_in_parts(lambda columns: status_view.table(states, columns), len(status_view.HEADINGS), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in text.splitlines()) and "\u2026" not in text
+    words = text.split()
+    for number in (str(1 << 55), "123,456.7", "12", "1.2500", "99.5", "33", "7000"):
+        assert number in words
+    assert words.count("evaluate") == words.count("quantize") == words.count("seed")
 
 
 def test_it_reads_well_and_writes_nothing(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,39 @@ def test_a_killed_driver_leaves_no_zigzag(subject: TrackedRecord) -> None:
     }
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_seed_that_is_finished_keeps_no_file_open(subject: TrackedRecord) -> None:
+    """A study tells of hundreds, and a process may open 1024 files."""
+    tracker = TensorBoard(subject)
+    before = open_files()
+    for seed in range(1, 31):
+        drive(tracker, [step(2, 9.0, seed), step(4, 8.0, seed)], (), die=True)
+        for stage in ("quantize", "score", "evaluate"):
+            tracker.point(seed, stage, 1, {"total_bytes": 7.0}, 0.0)
+        assert open_files() == before + 4
+        tracker.row(seed, True, {"bpb_final": 2.5})
+        assert open_files() == before
+    tracker.flush()
+    tracker.close()
+    for seed in (1, 30):
+        folder = subject.folder / "tensorboard" / f"seed{seed}"
+        assert tensorboard_events.scalars(folder / "train")["train/train_loss_nats"] == [(2, 9.0), (4, 8.0)]
+        assert tensorboard_events.scalars(folder / "evaluate") == {"evaluate/total_bytes": [(1, 7.0)]}
+        assert tensorboard_events.scalars(folder / "row") == {"row/bpb_final": [(0, 2.5)]}
+
+
+def test_files_closed_before_still_go_to_the_store(subject: TrackedRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[Path] = []
+    monkeypatch.setattr(Storage, "remote", True)
+    monkeypatch.setattr(Storage, "push", lambda _, path: pushed.append(path))
+    tracker = TensorBoard(subject)
+    drive(tracker, [step(2, 9.0)], (row(1, "done", bpb_final=2.5),))
+    assert sorted(path.parent.name for path in pushed) == ["row", "train"]
+
+
 def test_a_link_leads_no_event_out_of_the_runs_folder(
     subject: TrackedRecord, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

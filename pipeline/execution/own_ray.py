@@ -1,0 +1,55 @@
+"""What a Ray of this machine alone needs of it: a place for its sockets, and one for its token."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from hedgemix.config import RecipeError
+
+SOCKET_CHARACTERS = 107
+"""Most of the path of a socket in a folder, on Linux."""
+BELOW = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""What Ray puts below its temporary folder, at its longest."""
+SHORT = "/tmp"
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Set in the environment what Ray's processes read from it, where this machine leaves them no choice."""
+    choose_folder(environment)
+    choose_token(environment)
+
+
+def choose_folder(environment: MutableMapping[str, str]) -> None:
+    """Have Ray's sockets in a short folder when TMPDIR's path is too long for them, or is none. Raises RecipeError when
+    RAY_TMPDIR's is, or nothing can be written to the short one."""
+    name = "RAY_TMPDIR" if environment.get("RAY_TMPDIR") else "TMPDIR"
+    folder = environment.get(name) or SHORT
+    if len(os.fsencode(folder)) + len(BELOW) <= SOCKET_CHARACTERS and writable(folder):
+        return
+    problem = "is no folder that can be written to" if not writable(folder) else "is too long for the paths of sockets"
+    if name == "RAY_TMPDIR" or not writable(SHORT):
+        most = SOCKET_CHARACTERS - len(BELOW)
+        raise RecipeError(f"{name} {folder} {problem}; set RAY_TMPDIR to a folder whose path has at most {most} bytes")
+    environment["RAY_TMPDIR"] = SHORT
+
+
+def choose_token(environment: MutableMapping[str, str]) -> None:
+    """Give Ray a token of this command's own where it could not keep one in the home folder. It is in the environment
+    of this user's processes, and nowhere else."""
+    if environment.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    home = environment.get("HOME", "")
+    kept = Path(home, ".ray", "auth_token")
+    if home and (os.access(kept, os.R_OK) or writable(kept.parent if kept.parent.exists() else home)):
+        return
+    environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def writable(folder: str | Path) -> bool:
+    """Say whether it is a folder in which this user can make files."""
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)

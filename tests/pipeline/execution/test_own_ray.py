@@ -1,0 +1,82 @@
+"""What a Ray of this machine alone is told of a machine that leaves it no choice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hedgemix.config import RecipeError
+from pipeline.execution import own_ray
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Folders that nothing can be written to, whoever runs the tests."""
+    closed: set[str] = set()
+    real = os.access
+    monkeypatch.setattr(
+        own_ray.os, "access", lambda path, mode: not (str(path) in closed and mode & os.W_OK) and real(path, mode)
+    )
+    return closed
+
+
+def test_sockets_lie_in_a_short_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = own_ray.SOCKET_CHARACTERS - len(own_ray.BELOW)
+    short, long = tmp_path / "s", tmp_path / ("l" * 107)
+    short.mkdir()
+    long.mkdir()
+    monkeypatch.setattr(own_ray, "SOCKET_CHARACTERS", len(str(short)) + len(own_ray.BELOW))
+    for environment in ({}, {"TMPDIR": ""}, {"TMPDIR": str(short)}, {"RAY_TMPDIR": str(short), "TMPDIR": str(long)}):
+        before = dict(environment)
+        own_ray.choose_folder(environment)
+        assert environment == before
+    for folder in (long, tmp_path / "missing"):
+        environment = {"TMPDIR": str(folder)}
+        own_ray.choose_folder(environment)
+        assert environment == {"TMPDIR": str(folder), "RAY_TMPDIR": "/tmp"}
+    with pytest.raises(RecipeError, match=f"RAY_TMPDIR {long} is too long.*set RAY_TMPDIR"):
+        own_ray.choose_folder({"RAY_TMPDIR": str(long)})
+    with pytest.raises(RecipeError, match="missing is no folder that can be written to; set RAY_TMPDIR"):
+        own_ray.choose_folder({"RAY_TMPDIR": str(tmp_path / "missing")})
+    monkeypatch.setattr(own_ray, "SHORT", str(tmp_path / "missing"))
+    with pytest.raises(RecipeError, match=f"TMPDIR {long} is too long.*set RAY_TMPDIR"):
+        own_ray.choose_folder({"TMPDIR": str(long)})
+    assert most >= 30
+
+
+def test_what_ray_puts_below_its_folder_is_as_long_as_supposed() -> None:
+    from ray._private import node, ray_constants
+
+    source = Path(node.__file__).read_text(encoding="utf-8")
+    assert 'default_prefix="plasma_store"' in source and 'f"session_{date_str}_{os.getpid()}"' in source
+    assert '"%Y-%m-%d_%H-%M-%S_%f"' in source and '"sockets"' in source and ray_constants
+
+
+def test_a_home_that_takes_no_token_leaves_it_in_the_environment(home: Path, read_only: set[str]) -> None:
+    def token(**environment: str) -> str | None:
+        own_ray.choose_token(environment)
+        return environment.get("RAY_AUTH_TOKEN")
+
+    assert token(HOME=str(home)) is None  # Ray makes ~/.ray/auth_token
+    first, second = token(HOME=str(home / "missing")), token()
+    assert first and second and len(first) == 64 and first != second
+    read_only.add(str(home))
+    assert token(HOME=str(home))
+    assert token(HOME=str(home), RAY_AUTH_MODE="disabled") is None
+    assert token(HOME=str(home), RAY_AUTH_TOKEN="mine") == "mine"
+    assert token(HOME=str(home), RAY_AUTH_TOKEN_PATH="/a/file") is None
+    (home / ".ray").mkdir()
+    assert token(HOME=str(home)) is None
+    read_only.add(str(home / ".ray"))
+    assert token(HOME=str(home))
+    (home / ".ray" / "auth_token").write_text("there", encoding="utf-8")
+    assert token(HOME=str(home)) is None
