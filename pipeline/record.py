@@ -46,7 +46,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
         # then listen on loopback instead of on every address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-from pipeline.execution.ray_session import ray_started  # first: it sets what Ray reads when it is imported
+from pipeline.execution.ray_session import check_ray, ray_started  # first: it sets what Ray reads when it is imported
 
 # isort: split
 import tyro
@@ -78,7 +78,6 @@ from hedgemix.runtime.layout import LOCK, RECIPE
 from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.execution.driver import drive
-from pipeline.execution.ray_address import check_cluster
 from pipeline.execution.resources import on_cluster
 from pipeline.execution.stopping import CODE, STOPPED, raise_on_signals
 from pipeline.plan import print_plan
@@ -200,7 +199,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> int:
         if renewed := renew(storage):
             console.print(f"tables of an older version now have today's columns: {', '.join(renewed)}", markup=False)
         if data_step(storage, recipe.data).record() is None:
-            check_cluster()
+            check_ray()
             check_gpus(recipe)
         dataset, data = prepare(recipe, storage, console)
         plan = plan_record(record, recipe, dataset, data, options.seeds)

@@ -86,11 +86,20 @@ def ray_started(console: Console) -> Iterator[None]:
         yield
 
 
+def check_ray() -> None:
+    """Find out, in half a minute, whether there is a cluster where RAY_ADDRESS names one, or a place for a Ray on this
+    machine. Raises RecipeError."""
+    if on_cluster():
+        check_cluster()
+    else:
+        own_ray.prepare(os.environ)
+
+
 def connect(console: Console) -> None:
     """Join the cluster that RAY_ADDRESS names. Raises RecipeError when it does not answer or refuses."""
     address = cluster_address()
     console.print(f"connecting to the Ray cluster at {address} (RAY_ADDRESS)", soft_wrap=True)
-    check_cluster()
+    check_ray()
     try:
         ray.init(**QUIET, runtime_env={"env_vars": train_settings()})
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -100,7 +109,7 @@ def connect(console: Console) -> None:
 
 def start(console: Console) -> None:
     """Start a Ray on this machine alone. Raises RecipeError when its temporary folder is no place for it."""
-    own_ray.prepare(os.environ)
+    check_ray()
     console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
