@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 # Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
@@ -80,10 +80,23 @@ def ray_started(console: Console) -> Iterator[None]:
         held.callback(ray.shutdown)
         try:
             connect(console) if on_cluster() else start(console)
-        except SystemExit:  # Ray's own handler of SIGTERM, while it starts
+        except (KeyboardInterrupt, SystemExit):  # the second is of Ray's own handler of SIGTERM, while it starts
+            end_started()
             raise KeyboardInterrupt from None
         raise_on_signals()  # Ray's handler would end this process without a word; `ray job stop` then waits 3 s.
         yield
+
+
+def end_started() -> None:
+    """Shut down a Ray that is starting, with every process below this one: its agents do not notice the end of a raylet
+    that has hardly begun."""
+    import psutil  # Ray brings it
+
+    begun = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in begun:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()  # never another one that has its number since
 
 
 def check_ray() -> None:
