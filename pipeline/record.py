@@ -49,7 +49,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds and s
         # then listen on loopback instead of on every address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-from pipeline.execution.ray_session import ray_started  # first: it sets what Ray reads when it is imported
+from pipeline.execution.ray_session import check_ray, ray_started  # first: it sets what Ray reads when it is imported
 
 # isort: split
 import tyro
@@ -81,7 +81,6 @@ from hedgemix.validate import check_read, check_recipe
 from pipeline.analysis.console import print_results
 from pipeline.execution import encode
 from pipeline.execution.driver import drive
-from pipeline.execution.ray_address import check_cluster
 from pipeline.execution.resources import on_cluster
 from pipeline.execution.stopping import CODE, STOPPED, raise_on_signals
 from pipeline.plan import print_plan
@@ -312,7 +311,7 @@ def prepare_all(
     for record in study.records:
         recipe, step = record.recipe, data_step(storage, record.recipe.data)
         if step.record() is None:
-            check_cluster()
+            check_ray()
             check_gpus(recipe)
         try:
             if step.name not in made:

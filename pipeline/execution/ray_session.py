@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 # Ray reads these when it is imported. How often Ray Train looks at its workers (by default 2 s, the least it takes to
@@ -80,17 +80,39 @@ def ray_started(console: Console) -> Iterator[None]:
         held.callback(ray.shutdown)
         try:
             connect(console) if on_cluster() else start(console)
-        except SystemExit:  # Ray's own handler of SIGTERM, while it starts
+        except (KeyboardInterrupt, SystemExit):  # the second is of Ray's own handler of SIGTERM, while it starts
+            end_started()
             raise KeyboardInterrupt from None
         raise_on_signals()  # Ray's handler would end this process without a word; `ray job stop` then waits 3 s.
         yield
+
+
+def end_started() -> None:
+    """Shut down a Ray that is starting, with every process below this one: its agents do not notice the end of a raylet
+    that has hardly begun."""
+    import psutil  # Ray brings it
+
+    begun = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in begun:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()  # never another one that has its number since
+
+
+def check_ray() -> None:
+    """Find out, in half a minute, whether there is a cluster where RAY_ADDRESS names one, or a place for a Ray on this
+    machine. Raises RecipeError."""
+    if on_cluster():
+        check_cluster()
+    else:
+        own_ray.prepare(os.environ)
 
 
 def connect(console: Console) -> None:
     """Join the cluster that RAY_ADDRESS names. Raises RecipeError when it does not answer or refuses."""
     address = cluster_address()
     console.print(f"connecting to the Ray cluster at {address} (RAY_ADDRESS)", soft_wrap=True)
-    check_cluster()
+    check_ray()
     try:
         ray.init(**QUIET, runtime_env={"env_vars": train_settings()})
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -100,7 +122,7 @@ def connect(console: Console) -> None:
 
 def start(console: Console) -> None:
     """Start a Ray on this machine alone. Raises RecipeError when its temporary folder is no place for it."""
-    own_ray.prepare(os.environ)
+    check_ray()
     console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
