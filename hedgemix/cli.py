@@ -234,7 +234,7 @@ def _decompress(command: Decompress) -> None:
 def _bar(name: str) -> Iterator[Log]:
     """A progress bar on a terminal, nothing elsewhere; gone when it is done."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(name, total=1.0)
         yield lambda record: bar.update(task, completed=record["fraction"])
 

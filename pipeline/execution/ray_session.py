@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -80,8 +81,10 @@ def ray_started(console: Console) -> Iterator[None]:
         held.callback(ray.shutdown)
         try:
             connect(console) if on_cluster() else start(console)
-        except (KeyboardInterrupt, SystemExit):  # the second is of Ray's own handler of SIGTERM, while it starts
+        except (KeyboardInterrupt, SystemExit) as ended:
             end_started()
+            if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:  # so ends Ray's own handler of it
+                raise
             raise KeyboardInterrupt from None
         raise_on_signals()  # Ray's handler would end this process without a word; `ray job stop` then waits 3 s.
         yield

@@ -83,7 +83,7 @@ def test_docstrings_are_those_of_a_plain_walk_without_importing(package: str) ->
 def test_several_processes_read_what_one_reads(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = list(docstrings.of_packages([package, "json", "email"]))
     monkeypatch.setattr(docstrings, "FILES_A_PROCESS", 5)
-    monkeypatch.setattr(docstrings, "_cpus", lambda: 3)
+    monkeypatch.setattr(docstrings, "available_cpus", lambda: 3)
     with patch.object(docstrings, "of_file", side_effect=AssertionError("read here")):
         assert list(docstrings.of_packages([package, "json", "email"])) == alone and len(alone) > 20
         monkeypatch.setattr(docstrings, "START", "raise SystemExit(1)")

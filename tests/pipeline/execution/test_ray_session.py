@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -85,6 +86,21 @@ def test_a_cluster_that_is_not_there_is_told_before_data_are_made(
     told = capsys.readouterr()
     assert f"RAY_ADDRESS {address}: nobody answers there" in told.err and "data:" not in told.out
     assert not list((tmp_path / "runs").glob("_steps/data-*"))
+
+
+@pytest.mark.parametrize(("code", "expected"), [(signal.SIGTERM, KeyboardInterrupt), (1, SystemExit)])
+def test_only_the_end_by_sigterm_is_an_interruption(
+    code: int, expected: type[BaseException], asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(**options: Any) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(ray_session.ray, "init", end)
+    monkeypatch.setattr(ray_session, "end_started", lambda: None)
+    monkeypatch.setattr(ray_session, "check_cluster", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(expected), ray_session.ray_started(Console(quiet=True)):
+        pytest.fail("nothing was joined")
 
 
 STARTS = """
