@@ -19,6 +19,7 @@ import torch
 from hedgemix import stages
 from hedgemix.config import config_hash
 from hedgemix.runtime import collectives
+from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
 from hedgemix.train.step_log import DivergedError
 from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
@@ -90,7 +91,9 @@ def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
             per_worker["GPU"] = compute.gpus_per_worker
             from ray.train.torch import TorchConfig
 
-            ranks = TorchConfig(backend="nccl", timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds()))
+            ranks = TorchConfig(
+                backend=backend(compute.gpus_per_worker), timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())
+            )
         else:
             ranks = Gloo()
         with scratch(step) as notes:

@@ -92,7 +92,7 @@ def listed(file: str, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]
     """Yield the variants of a TOML file, [[variant]] each: its name, empty where it has none, and its values. Raises
     RecipeError for a file that cannot be read; `problems` gets the rest."""
     try:
-        content = tomllib.loads(Path(file).read_text())
+        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"--variants {file} cannot be read: {error.strerror}") from None
     except ValueError as error:

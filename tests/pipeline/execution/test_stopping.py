@@ -28,7 +28,12 @@ def caught(pid: int, number: int) -> bool:
 def start(*command: str) -> subprocess.Popen[str]:
     """Start it, and wait until it has handlers, which come with its first lines."""
     process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", cwd=ROOT
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which `make test` ignores in one process
     )
     until = time.monotonic() + 30
     while not caught(process.pid, signal.SIGTERM) and process.poll() is None and time.monotonic() < until:

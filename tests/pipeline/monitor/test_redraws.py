@@ -17,7 +17,7 @@ def test_a_log_gets_plain_lines_though_colours_are_forced(name: str, monkeypatch
     monkeypatch.setenv(name, "1")
     console = Console(file=io.StringIO(), highlight=False)
     assert console.is_terminal
-    with View((1, 2), console) as view:
+    with View(console) as view:
         view.update({1: {"stage": "train"}})
     assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]
     assert "seed 1: train" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -28,6 +28,6 @@ def test_a_terminal_is_drawn_over_with_and_without_colours(monkeypatch: pytest.M
     monkeypatch.setenv("NO_COLOR", "1")
     ours, theirs = pty.openpty()
     with open(theirs, "w", encoding="utf-8") as terminal:
-        view = View((1,), Console(file=terminal, highlight=False))
+        view = View(Console(file=terminal, highlight=False))
         assert view.live is not None
     os.close(ours)
