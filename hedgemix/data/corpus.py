@@ -2,8 +2,8 @@
 
 Notable: every choice is made by the hash of a document's content, so the corpus does not depend on the order of files,
 equal documents are never on both sides of the split, and a growing corpus keeps its old validation documents. The side
-goes by the text without case and white space, so that a document set otherwise is no training text for itself. Sorted by
-hash, documents come in groups by its leading bits: no more than one group is in memory.
+goes by the text without case and white space, so that a document set otherwise is no training text for itself. Sorted
+by hash, documents come in groups by its leading bits: no more than one group is in memory.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ def by_hash(documents: Iterable[str], reading: Reading, folder: str | Path | Non
         groups[place] = Spool(folder)  # lets go of the file
         for digest in sorted(held):
             yield held[digest].decode()
-
 
 
 def distinct(documents: Iterable[str], reading: Reading | None = None) -> Iterator[str]:

@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hedgemix.data import bpb
-from hedgemix.data import memory
-from hedgemix.data import own_files
-from hedgemix.data import shards
-from hedgemix.data import tokenizer
 from hedgemix.config import DataConfig, RecipeError, from_dict, to_dict
+from hedgemix.data import bpb, memory, own_files, shards, tokenizer
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.validate import check_data
 
@@ -87,7 +83,10 @@ class Dataset:
 
 
 def prepare(
-    config: DataConfig, folder: Path, log: Callable[[str], None] = print, encode_parts: text_set.EncodeParts | None = None
+    config: DataConfig,
+    folder: Path,
+    log: Callable[[str], None] = print,
+    encode_parts: text_set.EncodeParts | None = None,
 ) -> Dataset:
     """Make or check what a run reads. docs and text are tokenized into `folder`, by `encode_parts` instead of this
     machine's cores if given; shards stay where they are. `save` ends the making.

@@ -24,14 +24,17 @@ from hedgemix.runtime.cpus import available_cpus
 SHORTEST_DOCSTRING = 200  # characters
 FILES_A_PROCESS = 200
 """No further process for fewer: one takes a tenth of a second to start, a file 5 ms."""
-START = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from hedgemix.data import docstrings as d; d.serve()"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); "
+    "from hedgemix.data import docstrings as d; d.serve()"
+)
 
 
 def of_packages(packages: Sequence[str], reading: Reading | None = None) -> Iterator[str]:
     """Read the docstrings of at least 200 characters in the packages' sources, in path order; nothing is imported.
 
-    `reading` counts. Raises RecipeError when packages are not installed or have no Python source, ChildProcessError when
-    a process that reads its share dies.
+    `reading` counts. Raises RecipeError when packages are not installed or have no Python source, ChildProcessError
+    when a process that reads its share dies.
     """
     reading, problems, paths = reading or Reading(), Problems(), list[Path]()
     for package in packages:

@@ -17,9 +17,8 @@ from typing import TypeVar
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from hedgemix.data import shards
-from hedgemix.data import tokenizer
 from hedgemix.config import RecipeError
+from hedgemix.data import shards, tokenizer
 
 REPOSITORY = "willdepueoai/parameter-golf"
 STAGING = ".hedgemix-download"
@@ -34,8 +33,8 @@ def download(
     log: Callable[[str], None] = print,
 ) -> Path:
     """Fetch all validation shards, the first `train_shards` training shards (100 M tokens, 200 MB each) and the
-    tokenizer into `folder`, flat; returns the tokenizer's path. Whole files that are there already stay, others by these
-    names are put aside.
+    tokenizer into `folder`, flat; returns the tokenizer's path. Whole files that are there already stay, others by
+    these names are put aside.
 
     Use it with DataConfig(source="shards", shards_dir=folder, tokenizer=the returned path, vocab_size=1024).
     Raises RecipeError when the hub cannot be reached, lacks a file or sends a broken one.

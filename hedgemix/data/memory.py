@@ -75,8 +75,8 @@ def write(
 
 
 def choose(documents: Iterable[str], most_bytes: int) -> tuple[list[str], Memory | None]:
-    """Choose the first documents that compress to at most `most_bytes` and have at most LARGEST_TEXT bytes; returns them
-    as they are and compressed, none and None where the first alone takes more."""
+    """Choose the first documents that compress to at most `most_bytes` and have at most LARGEST_TEXT bytes; returns
+    them as they are and compressed, none and None where the first alone takes more."""
     encoder, chosen, text_bytes, found = _encoder(), list[str](), 0, 0
     for document in documents:
         part = document.encode() + SEPARATOR

@@ -102,9 +102,7 @@ def word_windows(documents: Sequence[str], words: int) -> WordWindows:
     word = np.arange(len(ends))
     whole = ((word + words - 1 <= last) | (word == first)) & (ends > starts)
     stops = ends[np.minimum(word + words - 1, last)]
-    return WordWindows(
-        window_hashes(text, starts[whole], stops[whole]), document[whole], (word - first)[whole]
-    )
+    return WordWindows(window_hashes(text, starts[whole], stops[whole]), document[whole], (word - first)[whole])
 
 
 def of_documents(documents: Iterable[str], words: int) -> Windows:

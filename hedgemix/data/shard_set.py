@@ -77,7 +77,10 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFi
     if unknown := counts[processor.unk_id()]:
         log(f"{unknown:,} of the validation tokens are unknown ones: the text they stand for is counted as 0 bytes")
     if not counts[processor.bos_id()] and probes.adds_prefix(processor):
-        log("no BOS is in the validation text: the space that the tokenizer puts before each document is counted as text")
+        log(
+            "no BOS is in the validation text: the space that the tokenizer puts before each document is counted "
+            "as text"
+        )
     known |= {"train_documents": 0, "text_sha256": ""}
     return MadeFiles(model, processor, paths["train"], paths["val"], known)
 

@@ -20,7 +20,8 @@ class Spool:
         self._end = self._count = 0
 
     def add(self, document: bytes) -> None:
-        """Append a document; all are added before one is read. Raises OSError, naming the file, when the disk is full."""
+        """Append a document; all are added before one is read. Raises OSError, naming the file, when the disk is
+        full."""
         self._file.write(len(document).to_bytes(LENGTH_BYTES, "little") + document)
         self._end += LENGTH_BYTES + len(document)
         self._count += 1

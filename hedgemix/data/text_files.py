@@ -71,7 +71,9 @@ def find(paths: Sequence[str | Path], reading: Reading, problems: Problems) -> l
     files: list[Path] = []
     for path in paths:
         if not str(path):
-            problems.add("data.paths has an empty name, as of a shell variable that is not set; name a file or a folder")
+            problems.add(
+                "data.paths has an empty name, as of a shell variable that is not set; name a file or a folder"
+            )
         elif Path(path).is_dir():
             inside = sorted(_walk(Path(path), reading, problems))
             if not inside:
@@ -99,7 +101,9 @@ def _walk(root: Path, reading: Reading, problems: Problems) -> Iterator[Path]:
     seen = set()
 
     def unreadable(error: OSError) -> None:
-        problems.add(f"data.paths: folder {error.filename} cannot be read ({error.strerror}); permit it or leave it out")
+        problems.add(
+            f"data.paths: folder {error.filename} cannot be read ({error.strerror}); permit it or leave it out"
+        )
 
     for folder, inner, names in os.walk(root, onerror=unreadable, followlinks=True):
         status = os.stat(folder)
@@ -188,7 +192,10 @@ def _cut(buffer: bytes, ended: bool, whole: bool) -> int:
     if newline >= 0:
         return newline + 1
     # Between two characters: at most three bytes back from a byte that continues one.
-    cut = next((cut for cut in range(WHOLE_BYTES, WHOLE_BYTES - LARGEST_CHARACTER, -1) if buffer[cut] & 0xC0 != 0x80), WHOLE_BYTES)
+    cut = next(
+        (cut for cut in range(WHOLE_BYTES, WHOLE_BYTES - LARGEST_CHARACTER, -1) if buffer[cut] & 0xC0 != 0x80),
+        WHOLE_BYTES,
+    )
     following = buffer[cut : cut + LARGEST_CHARACTER].decode(errors="ignore")[:1]
     return cut - len(_behind_cut(buffer[PART_BYTES:cut].decode(errors="ignore"), following).encode())
 

@@ -1,6 +1,6 @@
-"""Docs and text made into a data set's files: what repeats validation text left out, a tokenizer trained, every document
-encoded. Documents stream from disk to disk, so that memory grows with the validation text alone. A making that was stopped
-goes on behind its last whole shard."""
+"""Docs and text made into a data set's files: what repeats validation text left out, a tokenizer trained, every
+document encoded. Documents stream from disk to disk, so that memory grows with the validation text alone. A making that
+was stopped goes on behind its last whole shard."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def make(
     processor = tokenizer.train(train, config.vocab_size, model)
     log(f"tokenizer: {config.vocab_size} pieces trained")
     train_paths, valid_paths = (
-        _write_shards(own, name, partial(encode_parts, model.read_bytes()), side, log) for name, side in (("train", train), ("val", valid))
+        _write_shards(own, name, partial(encode_parts, model.read_bytes()), side, log)
+        for name, side in (("train", train), ("val", valid))
     )
     if config.memory_bytes:
         own.path(memory.FILE_NAME)
@@ -103,15 +104,17 @@ def _held_out(
     share = overlap.share_in_documents(windows, kept, words)  # measured, though it has to be 0 where any are left out
     if not len(kept):
         raise RecipeError(
-            f"data.overlap_words {words}: every training document repeats validation text; read other text, or set it to 0"
+            f"data.overlap_words {words}: every training document repeats validation text; read other text, or set "
+            "it to 0"
         )
     size, removed = documents.n_bytes, documents.n_bytes - kept.n_bytes
     log(
-        f"held out: {before:.2%} of the validation text's windows of {words} words were in the training text; paragraphs "
-        f"with them were {removed / size:.2%} of it, {removed:,} bytes, and are left out: {share:.2%} are in it now"
+        f"held out: {before:.2%} of the validation text's windows of {words} words were in the training text; "
+        f"paragraphs with them were {removed / size:.2%} of it, {removed:,} bytes, and are left out: "
+        f"{share:.2%} are in it now"
         if config.overlap_words
-        else f"not held out: {share:.2%} of the validation text's windows of {words} words are in the training text, and "
-        "data.overlap_words is 0"
+        else f"not held out: {share:.2%} of the validation text's windows of {words} words are in the training text, "
+        "and data.overlap_words is 0"
     )
     return kept, {
         "valid_overlap_share": share,

@@ -37,7 +37,9 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> Senten
     RecipeError when the vocabulary is too small for that or too large for the text.
     """
     if not SMALLEST <= vocab_size <= 65536:
-        raise RecipeError(f"data.vocab_size is {vocab_size}; set it from {SMALLEST} (256 are bytes) to 65536 (16-bit tokens)")
+        raise RecipeError(
+            f"data.vocab_size is {vocab_size}; set it from {SMALLEST} (256 are bytes) to 65536 (16-bit tokens)"
+        )
     sample = list(_sample(documents))
     try:
         model = _trained(sample, vocab_size)

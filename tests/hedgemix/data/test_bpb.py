@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from support.text_data import TEXTS, documents, processor
 
 from hedgemix.data import bpb, probes, tokenizer
+from support.text_data import TEXTS, documents, processor
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,18 +1,13 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import hashlib
 import inspect
 import json
-import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

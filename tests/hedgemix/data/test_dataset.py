@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import shutil
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import text_data
-from support.text_data import documents
 
 from hedgemix import cli
 from hedgemix.config import DataConfig, RecipeError, to_dict
@@ -18,6 +15,8 @@ from hedgemix.data import corpus, dataset, overlap, shards, text_set, tokenizer
 from hedgemix.data.dataset import train_stream as train_of
 from hedgemix.data.dataset import valid_stream as valid_of
 from hedgemix.runtime.files import write_json
+from support import text_data
+from support.text_data import documents
 
 
 def silent(line: str) -> None:
@@ -115,9 +114,7 @@ def test_overlap_of_others_shards_is_measured_and_said(made: dataset.Dataset, tm
     assert any(f"{sum(seen) / len(seen):.2%} of the validation text's windows of 13 tokens" in line for line in lines)
 
 
-def test_repeats_are_left_out_unless_the_field_is_0(
-    config: DataConfig, made: dataset.Dataset, tmp_path: Path
-) -> None:
+def test_repeats_are_left_out_unless_the_field_is_0(config: DataConfig, made: dataset.Dataset, tmp_path: Path) -> None:
     lines: list[str] = []
     off = dataset.prepare(dataclasses.replace(config, overlap_words=0), tmp_path, lines.append)
     train, valid = map(list, corpus.split(corpus.collect(config), config.valid_fraction))

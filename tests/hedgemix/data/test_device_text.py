@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.text_data import documents, processor
-from support.no_host_sync import unattended
 
 from hedgemix.data import bpb, device_text, tokenizer
 from hedgemix.data.shards import TokenStream
+from support.no_host_sync import unattended
+from support.text_data import documents, processor
 
 CPU = torch.device("cpu")
 SPANS = [slice(0, 5), slice(1, 2), slice(0, 1), slice(3, 3), slice(7, 400), slice(350, 360), slice(400, 410), slice(9)]

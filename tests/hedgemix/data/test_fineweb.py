@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from support.text_data import processor
 
 from hedgemix.config import DataConfig, RecipeError
 from hedgemix.data import dataset, fineweb, shards
+from support.text_data import processor
 
 PREFIX = "datasets/datasets/fineweb10B_sp512"
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.text_data import TEXTS, documents, processor
 
 from hedgemix.config import RecipeError
 from hedgemix.data import memory, shards, tokenizer
 from hedgemix.data.memory import Memory, MemoryTextError
+from support.text_data import TEXTS, documents, processor
 
 
 @settings(max_examples=50, deadline=None)

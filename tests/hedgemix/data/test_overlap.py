@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.text_data import documents
 
 from hedgemix.data import overlap
 from hedgemix.data.shards import TokenStream
+from support.text_data import documents
 
 SPACES = st.sampled_from([" ", "  ", "\n", "\n\n", " \n \n", "\t", "\r\n\r\n", "\xa0", "\u2028"])
 WORDS = st.sampled_from(["a", "A", "b", "\xdf", "\u0130", "\x00", "ab"])
-TEXTS = st.lists(st.lists(st.tuples(WORDS, SPACES), max_size=30).map(lambda text: "".join(map("".join, text))), max_size=5)
+TEXTS = st.lists(
+    st.lists(st.tuples(WORDS, SPACES), max_size=30).map(lambda text: "".join(map("".join, text))), max_size=5
+)
 
 
 def plain(text: str, words: int) -> list[tuple[str, ...]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.text_data import documents
 
 from hedgemix.config import DataConfig, RecipeError
 from hedgemix.data import corpus, dataset, shards, text_set
+from support.text_data import documents
 
 
 def silent(line: str) -> None:
@@ -52,7 +52,10 @@ def test_shards_that_are_read_where_the_data_set_lies_are_not_of_it(
         shutil.copy(path, tmp_path)
     shutil.copy(made.tokenizer, tmp_path)
     for _ in range(2):
-        dataset.save(dataset.prepare(DataConfig(source="shards", shards_dir=str(tmp_path), vocab_size=400), tmp_path, silent), tmp_path)
+        dataset.save(
+            dataset.prepare(DataConfig(source="shards", shards_dir=str(tmp_path), vocab_size=400), tmp_path, silent),
+            tmp_path,
+        )
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RecipeError, match=r"holds tokenizer.model, train_000000.bin, val_000000.bin, which no"):
         dataset.prepare(config, tmp_path, silent)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -264,5 +265,5 @@ def test_text_without_line_breaks_is_cut_where_it_hurts_least(tmp_path: Path, un
     (tmp_path / "a.txt").write_text(content)
     found, _ = read(tmp_path)
     assert "".join(found) == content and len(found) > 3
-    assert all(ends(a, b) for a, b in zip(found, found[1:], strict=False))  # type: ignore[operator]
+    assert all(ends(a, b) for a, b in itertools.pairwise(found))  # type: ignore[operator]
     assert all(len(part.encode()) <= 64 * 1024 for part in found)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from support.text_data import ODD, TEXTS, documents, processor
 
 from hedgemix.config import RecipeError
 from hedgemix.data import bpb, tokenizer
+from support.text_data import ODD, TEXTS, documents, processor
 
 
 @settings(deadline=None, max_examples=300)
