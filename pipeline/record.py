@@ -28,8 +28,8 @@ if __name__ == "__main__":
     open_closed_streams()
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -70,6 +70,7 @@ from hedgemix.config import (
     TrainConfig,
 )
 from hedgemix.data import dataset as datasets
+from hedgemix.data import docstrings
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.reading import encodable
 from hedgemix.data.text_set import EncodeParts
@@ -307,20 +308,32 @@ def prepare_all(
     """Make the text of every record, by its name, each that differs once, as `prepare` does. Raises RecipeError, also
     when a variant asks for more text than there is."""
     made: dict[str, tuple[Dataset, Step]] = {}
-    texts = {}
+    texts, steps = {}, {record.name: data_step(storage, record.recipe.data) for record in study.records}
     for record in study.records:
-        recipe, step = record.recipe, data_step(storage, record.recipe.data)
+        data = record.recipe.data
+        if data.source == "docs" and steps[record.name].record() is None:
+            with naming(record):
+                docstrings.find(data.packages)  # before another's text is made, which takes a while
+    for record in study.records:
+        recipe, step = record.recipe, steps[record.name]
         if step.record() is None:
             check_ray()
             check_gpus(recipe)
-        try:
+        with naming(record):
             if step.name not in made:
                 made[step.name] = prepare(recipe, storage, console, encode_parts)
             stages.check_data(recipe, made[step.name][0])
-        except RecipeError as error:
-            raise RecipeError(f"variant {record.variant!r}: {error}" if record.fields else str(error)) from None
         texts[record.name] = made[step.name]
     return texts
+
+
+@contextmanager
+def naming(record: StudyRecord) -> Iterator[None]:
+    """Raise a RecipeError as one that names the variant, if the record is one's."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"variant {record.variant!r}: {error}" if record.fields else str(error)) from None
 
 
 def check_gpus(recipe: Recipe) -> None:

@@ -36,17 +36,23 @@ def of_packages(packages: Sequence[str], reading: Reading | None = None) -> Iter
     `reading` counts. Raises RecipeError when packages are not installed or have no Python source, ChildProcessError
     when a process that reads its share dies.
     """
-    reading, problems, paths = reading or Reading(), Problems(), list[Path]()
+    reading = reading or Reading()
+    for found in _of_files(find(packages)):
+        reading.files += 1
+        reading.passed_over["sources that do not parse"] += found is None
+        yield from found or ()
+
+
+def find(packages: Sequence[str]) -> list[Path]:
+    """Find the packages' sources, in path order. Raises RecipeError when packages are not installed or have none."""
+    problems, paths = Problems(), list[Path]()
     for package in packages:
         try:
             paths += _sources(package)
         except RecipeError as error:
             problems.add(error)
     problems.tell()
-    for found in _of_files(paths):
-        reading.files += 1
-        reading.passed_over["sources that do not parse"] += found is None
-        yield from found or ()
+    return paths
 
 
 def _of_files(paths: Sequence[Path]) -> Iterator[list[str] | None]:
