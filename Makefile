@@ -34,9 +34,9 @@ record: .venv/installed
 	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
 
 # Two processes of tests side by side, as records wait now and then: one computes; the other runs records, and what it
-# printed follows; the tests of benchmarks let both end together. Tests marked `cluster` start a cluster of their own, which
-# must not share a process with the session's ray.init: they come first in the second, in a process of their own that reads
-# only files with the mark. pytest's code 5, no test, is an error only if all three say so.
+# printed follows. Tests marked `cluster` start a cluster of their own, which must not share a process with the session's
+# ray.init: they come first in the second, in a process of their own that reads only files with the mark. pytest's code 5,
+# no test, is an error only if all three say so.
 FAST := not cluster and not soak
 
 test: .venv/installed-dev
