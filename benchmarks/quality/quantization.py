@@ -10,13 +10,15 @@ deviation over seeds.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,13 +26,14 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.quality.row_steps import row_step_tensors
 from hedgemix.artifact import format as artifact
 from hedgemix.config import QuantizeConfig, Recipe, from_dict
 from hedgemix.data import dataset
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import Moments
-from hedgemix.quantize.quantizer import quantize_model
+from hedgemix.quantize.quantizer import Tensors, quantize_model
 from hedgemix.runtime.files import load_tensors
 from pipeline.results.table import mean_and_deviation
 from pipeline.steps import graph
@@ -42,6 +45,8 @@ FREE = QuantizeConfig(method="reference")
 STEPPED = QuantizeConfig()
 FINE = replace(STEPPED, loss_nats=1e-6)
 """Where the search for a size begins."""
+ROW_SCALES = (0.5, 1.0, 2.0)
+"""Steps over those of the field's entries, for one step a row."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,26 @@ class Seed:
                 yield model.logits(model.features(inputs)).float().log_softmax(-1)
 
     def line(self, config: QuantizeConfig, target_bytes: int, path: Path) -> Line:
-        began = time.monotonic()
-        tensors, report = quantize_model(
-            self.model,
-            self.moments,
+        return self.written(
+            lambda: quantize_model(
+                self.model,
+                self.moments,
+                config,
+                target_bytes,
+                lambda tensors: len(self.pack(tensors=tensors, zstd_level=config.zstd_level)),
+            ),
             config,
-            target_bytes,
-            lambda tensors: len(self.pack(tensors=tensors, zstd_level=config.zstd_level)),
+            path,
         )
+
+    def row_steps(self, scale: float, path: Path) -> Line:
+        return self.written(lambda: (row_step_tensors(self.model, self.moments, STEPPED, scale), {}), STEPPED, path)
+
+    def written(
+        self, quantize: Callable[[], tuple[Tensors, dict[str, Any]]], config: QuantizeConfig, path: Path
+    ) -> Line:
+        began = time.monotonic()
+        tensors, report = quantize()
         path.write_bytes(self.pack(tensors=tensors, zstd_level=config.zstd_level))
         written = time.monotonic()
         found = artifact.read(path)
@@ -131,6 +148,11 @@ def lines(seed: Seed, folder: Path) -> dict[str, Line]:
     published = seed.line(PUBLISHED, NO_LIMIT, path)
     equal = seed.line(replace(STEPPED, loss_nats=published.kl), NO_LIMIT, path)
     corrected = published.kl**2 / equal.kl  # once more, where the expectation was off
+    beside = {}
+    for scale in ROW_SCALES:
+        label = f"one step a row, {scale:g} of the field's"
+        beside[label] = line = seed.row_steps(scale, path)
+        beside[f"steps, the bytes of {label}"] = seed.line(FINE, line.n_bytes, path)
     return {
         "reference, as published": published,
         "reference without floor and pruning": seed.line(FREE, NO_LIMIT, path),
@@ -139,6 +161,19 @@ def lines(seed: Seed, folder: Path) -> dict[str, Line]:
         "steps, half its bytes": seed.line(FINE, published.n_bytes // 2, path),
         "steps, a third of its bytes": seed.line(FINE, published.n_bytes // 3, path),
         "steps, its KL": seed.line(replace(STEPPED, loss_nats=corrected), NO_LIMIT, path),
+        **beside,
+    }
+
+
+def saved_bits(found: dict[str, Line]) -> dict[str, float]:
+    """Bits a weight that steps by row and column save against one step a row at its KL, on the line of bits over log KL
+    through our files; nan where theirs lies outside."""
+    ours = sorted((math.log(line.kl), line.bits) for label, line in found.items() if label.startswith("steps"))
+    kl, bits = zip(*ours, strict=True)
+    theirs = {label: line for label, line in found.items() if label.startswith("one step a row")}
+    return {
+        label: line.bits - float(np.interp(math.log(line.kl), kl, bits, math.nan, math.nan))
+        for label, line in theirs.items()
     }
 
 
@@ -185,6 +220,11 @@ def markdown(recipe: Recipe, seeds: list[int], options: Options, found: list[dic
             f"| {label} | {size:,.0f} | {size_std:,.0f} | {bits:.3f} | {loss:.3f} | {loss_std:.3f} | {kl:.3f} | "
             f"{kl_std:.3f} | {said} | {encode:.1f} | {decode:.2f} |"
         )
+    out += ["", "Bits a weight that steps by row and column save at the KL of one step a row:", ""]
+    each_seed = [saved_bits(lines) for lines in found]
+    for label in each_seed[0]:
+        saved, std = mean_and_deviation([bits[label] for bits in each_seed])
+        out.append(f"- {label}: {saved:.2f} (std {std:.2f})")
     return "\n".join(out)
 
 
