@@ -84,6 +84,7 @@ from pipeline.execution import encode
 from pipeline.execution.driver import drive
 from pipeline.execution.resources import on_cluster
 from pipeline.execution.stopping import CODE, STOPPED, raise_on_signals
+from pipeline.execution.watchdog import RayLost
 from pipeline.plan import print_plan
 from pipeline.results.provenance import origin
 from pipeline.results.schema import Row
@@ -177,6 +178,9 @@ def main(arguments: list[str]) -> int:
         line = told(error) if isinstance(error, OSError) and place else f"{type(error).__name__}: {error}"
         errors.print(f"error: {line}", style="bold red", markup=False, soft_wrap=True)
         return 2 if place else 1
+    except RayLost as lost:
+        errors.print(str(lost), soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         errors.print(STOPPED)
         return CODE

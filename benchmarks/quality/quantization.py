@@ -45,7 +45,7 @@ FREE = QuantizeConfig(method="reference")
 STEPPED = QuantizeConfig()
 FINE = replace(STEPPED, loss_nats=1e-6)
 """Where the search for a size begins."""
-ROW_SCALES = (0.5, 1.0, 2.0)
+ROW_SCALES = (0.25, 0.5, 1.0)
 """Steps over those of the field's entries, for one step a row."""
 
 

@@ -30,6 +30,7 @@ from pipeline.execution import own_ray
 from pipeline.execution.ray_address import FIX, check_cluster, cluster_address
 from pipeline.execution.resources import on_cluster
 from pipeline.execution.stopping import raise_on_signals
+from pipeline.execution.watchdog import HEAD_SECONDS, OWN_HEAD_SECONDS, Parts, RayLost, watched
 from pipeline.storage.machine import machine_to_itself
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -78,7 +79,8 @@ def ray_started(console: Console) -> Iterator[None]:
             held.enter_context(
                 machine_to_itself(lambda: console.print(busy), lambda who: console.print(shared.format(who)))
             )
-        held.callback(ray.shutdown)
+        shutdown = held.enter_context(ExitStack())
+        shutdown.callback(ray.shutdown)
         try:
             connect(console) if on_cluster() else start(console)
         except (KeyboardInterrupt, SystemExit) as ended:
@@ -87,7 +89,26 @@ def ray_started(console: Console) -> Iterator[None]:
                 raise
             raise KeyboardInterrupt from None
         raise_on_signals()  # Ray's handler would end this process without a word; `ray job stop` then waits 3 s.
-        yield
+        try:
+            with watched(parts(), give_up):
+                yield
+        except RayLost:
+            shutdown.pop_all()  # it would ask what is lost, until Ray ends this process
+            kill_started()
+            raise
+
+
+def give_up(why: str) -> None:
+    """End this process, with the processes that it started."""
+    kill_started()
+    os.write(2, f"{why}\n".encode())
+    os._exit(1)
+
+
+def parts() -> Parts:
+    """Name to the watchdog what of this Ray it watches."""
+    node = ray._private.worker.global_worker.node
+    return Parts(node.raylet_socket_name, node.gcs_address, HEAD_SECONDS if on_cluster() else OWN_HEAD_SECONDS)
 
 
 def end_started() -> None:
@@ -97,9 +118,23 @@ def end_started() -> None:
 
     begun = psutil.Process().children(recursive=True)
     ray.shutdown()
-    for process in begun:
+    kill(begun)
+
+
+def kill_started() -> None:
+    """Kill every process below this one: those of a Ray that it started, and those that Ray started for it."""
+    import psutil
+
+    kill(psutil.Process().children(recursive=True))
+
+
+def kill(processes: list[Any]) -> None:
+    """Kill processes of psutil's, never another one that has a number of theirs since."""
+    import psutil
+
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.kill()  # never another one that has its number since
+            process.kill()
 
 
 def check_ray() -> None:
