@@ -1,7 +1,6 @@
 """What a run is: one frozen dataclass tree, validated before anything expensive starts.
 
-Every field can be overridden on the command line; the text under a field is its help. `config_hash` names a run by
-what it reads, so two runs with the same hash are the same run.
+Every field can be overridden on the command line; the text under a field is its help. `config_hash` names a run.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ class DataConfig:
     """shards: the SentencePiece .model the shards were made with (default: the only one in shards_dir)."""
     vocab_size: int = 1024
     """Tokens in the vocabulary; for docs and text a tokenizer of this size is trained on the training part."""
+    case_markers: bool = False
+    """docs, text: write capitals as markers and small letters, so that the, The and THE share their pieces."""
     max_text_bytes: int = 0
     """docs, text: read at most this many bytes of text (0: all)."""
     valid_fraction: float = 0.02
@@ -46,8 +47,7 @@ class DataConfig:
     memory_bytes: int = 0
     """Most bytes of compressed training text in every artifact: n-grams and match begin as if they had read it."""
     overlap_words: int = 8
-    """docs, text: leave out the paragraphs of training text that have this many words in a row in common with
-    validation text, whatever their case and the space between them (0: leave out none)."""
+    """docs, text: leave out training paragraphs that share so many words in a row with validation text (0: none)."""
     max_valid_tokens: int = 0
     """Score at most this many validation tokens, from the start (0: all)."""
 

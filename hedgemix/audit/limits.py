@@ -116,7 +116,7 @@ def by_document(claim: Claim, processor: SentencePieceProcessor, charged_N: np.n
     scores: dict[str, float | None] = {"bpb_of_documents_without": None, "bpb_of_all": None}
     if charged_N is not None:
         size = min(len(charged_N), len(tokens_N))
-        bytes_N = np.concatenate([[0], bpb.token_bytes(tables, tokens_N[: size - 1], tokens_N[1:size])])
+        bytes_N = bpb.token_bytes(tables, tokens_N, 0, size)
         nats_N = np.nan_to_num(charged_N[:size])
         for name, here_N in zip(scores, ((share_D == 0)[document_N[:size]], np.ones(size, bool)), strict=True):
             if n_bytes := int(bytes_N[here_N].sum()):

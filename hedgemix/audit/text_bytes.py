@@ -19,7 +19,7 @@ from hedgemix.artifact.load_model import load_tokenizer
 from hedgemix.audit.claim import Claim
 from hedgemix.audit.findings import Finding
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import bpb, corpus, probes, text_set, tokenizer
+from hedgemix.data import bpb, case_markers, corpus, probes, text_set, tokenizer
 from hedgemix.data import dataset as datasets
 from hedgemix.data.shards import PIECE_TOKENS, TokenStream
 
@@ -39,7 +39,9 @@ def check_bytes(claim: Claim) -> Finding:
     again what they decode to, by the pieces in them, and by the raw text where it can be had."""
     found = artifact.read(claim.artifact)
     model, processor, stream = found.tokenizer, load_tokenizer(found), datasets.valid_stream(claim.dataset)
-    wrong = probes.miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in user_defined(model)[:3]]
+    markers = case_markers.of(processor).values()
+    others = [piece for piece in user_defined(model) if piece not in markers]
+    wrong = probes.miscounted(processor) + [f"piece {piece!r} is user-defined" for piece in others[:3]]
     alike, again = encoded_alike(processor, stream)
     if alike < ENCODED_ALIKE * again:
         wrong.append(f"of {again:,} tokens in whole documents {alike:,} come back from encoding their text")
@@ -52,9 +54,10 @@ def check_bytes(claim: Claim) -> Finding:
     official = OFFICIAL.get(digest, "")
     statement = (
         f"The tokenizer ({f'the official {official}' if official else f'SHA-256 {digest[:16]}…, not an official one'}) "
-        f"counts {len(probes.PROBES)} probes as long as they are and has no user-defined piece; of {again:,} tokens "
-        f"in whole documents {alike:,} come back from encoding their text; {share:.3%} of the bytes are in pieces that "
-        f"the training text has nowhere. The raw text: {raw}."
+        f"counts {len(probes.PROBES)} probes as long as they are and has no user-defined piece"
+        f"{' but markers for capitals' if markers else ''}; of {again:,} tokens in whole documents "
+        f"{alike:,} come back from encoding their text; {share:.3%} of the bytes are in pieces that the training text "
+        f"has nowhere. The raw text: {raw}."
     )
     figures = {
         "tokenizer_sha256": digest,
@@ -89,10 +92,10 @@ def untrained(processor: SentencePieceProcessor, stream: TokenStream, train: Tok
     bytes."""
     size, tables = processor.vocab_size(), bpb.byte_tables(processor)
     bytes_V = np.zeros(size)
-    for start in range(1, len(stream), PIECE_TOKENS):
-        tokens_B = stream.read(start - 1, min(PIECE_TOKENS + 1, len(stream) - start + 1))
-        counted_B = bpb.token_bytes(tables, tokens_B[:-1], tokens_B[1:])
-        bytes_V += np.bincount(tokens_B[1:], counted_B, minlength=size)
+    for start in range(0, len(stream), PIECE_TOKENS):
+        stop = min(start + PIECE_TOKENS, len(stream))
+        counted_B = bpb.token_bytes(tables, stream, start, stop)
+        bytes_V += np.bincount(stream.read(start, stop - start), counted_B, minlength=size)
     total = bytes_V.sum()
     bytes_V[[token for token in range(size) if processor.is_byte(token) or tables.is_control[token]]] = 0
     for start in range(0, len(train), PIECE_TOKENS):

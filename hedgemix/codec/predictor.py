@@ -70,7 +70,7 @@ class Predictor:
         self.tokens_N = torch.zeros(self.most_tokens, dtype=torch.int64)
         self.tokens_N[: len(told_B)] = torch.from_numpy(told_B)
         self.weights_N = torch.ones(self.most_tokens)
-        self._weigh(1, told_B)
+        self._weigh(1, len(told_B))
         self.chunks = scoring_order.chunks(n_tokens, config.chunk_tokens)
         self.adapter = Adapter(model, config.ttt, len(self.chunks), config.dtype) if config.ttt.trains_weights else None
         if self.adapter and after is not None and after.adapter:
@@ -110,18 +110,18 @@ class Predictor:
         self.row_V = None
         tokens_N = self.tokens_N.numpy()
         tokens_N[self.position] = token
-        self._weigh(self.position, tokens_N[self.position - 1 : self.position + 1])
+        self._weigh(self.position, self.position + 1)
         self.position += 1
         block = self.config.mixer.block_tokens
         if self.experts:
             self.experts.update(token)
         self.mixer.update(token, ends_block=self.position % block == 0 or self.position == self.piece.stop)
 
-    def _weigh(self, start: int, tokens_B: np.ndarray) -> None:
-        """Note what the tokens from `start` on count when the model learns; tokens_B: with the one before them."""
+    def _weigh(self, start: int, stop: int) -> None:
+        """Note what these tokens count when the model learns."""
         if self.config.ttt.byte_weighted:
-            sizes_B = bpb.token_bytes(self.tables, tokens_B[:-1], tokens_B[1:])
-            self.weights_N[start : start + len(sizes_B)] = torch.from_numpy(sizes_B.astype(np.float32))
+            sizes_B = bpb.token_bytes(self.tables, self.tokens_N.numpy(), start, stop)
+            self.weights_N[start:stop] = torch.from_numpy(sizes_B.astype(np.float32))
 
     def _contexts(self) -> Iterator[tuple[int, scoring_order.Piece, scoring_order.Piece]]:
         """Every piece's contexts with the piece; between chunks the model learns."""

@@ -1,8 +1,9 @@
 """Bits per byte: how many bytes of text each token stands for.
 
 The rule is the challenge's: a piece counts its UTF-8 bytes, its leading space only when the token before it is not a
-control, unknown or unused one; byte tokens count 1; control, unknown and unused tokens 0. Over the tokens of a
-document behind its BOS that adds up to the bytes of its text, to the byte.
+control, unknown or unused one; byte tokens count 1; control, unknown and unused tokens 0. Markers for capitals count 0
+too, and the token before is the last that is none. Over the tokens of a document behind its BOS that adds up to the
+bytes of its text, to the byte.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from hedgemix.data import case_markers
+from hedgemix.data.shards import TokenStream, tokens_between
 from hedgemix.data.tokenizer import SPACE
 
 PIECE_TOKENS = 1 << 22  # tokens looked at in one go
@@ -28,14 +31,19 @@ class ByteTables:
     """bool: the piece begins with U+2581."""
     is_control: np.ndarray
     """bool: the token is a control, unknown or unused one, which stands for no text."""
+    is_marker: np.ndarray
+    """bool: the token is a marker for capitals, which stands for no text either, and does not begin one."""
 
 
 def byte_tables(processor: SentencePieceProcessor) -> ByteTables:
     """Make the tables of a tokenizer."""
     size = processor.vocab_size()
-    tables = ByteTables(np.zeros(size, np.int16), np.zeros(size, bool), np.zeros(size, bool))
+    tables = ByteTables(np.zeros(size, np.int16), *np.zeros((3, size), bool))
+    markers = case_markers.of(processor)
     for token in range(size):
-        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+        if token in markers:
+            tables.is_marker[token] = True
+        elif processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             tables.is_control[token] = True
         elif processor.is_byte(token):
             tables.bytes_without_space[token] = 1
@@ -47,22 +55,32 @@ def byte_tables(processor: SentencePieceProcessor) -> ByteTables:
     return tables
 
 
-def token_bytes(tables: ByteTables, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """Count the bytes of each current token, given the token before it: integer arrays of one shape in, int16 of it
-    out.
+def token_bytes(tables: ByteTables, tokens: np.ndarray | TokenStream, start: int, stop: int) -> np.ndarray:
+    """Count the bytes of each of tokens[start:stop] of a text, integers (N,) or a stream of them: int16
+    (stop - start,). The text's first token counts none: it is given.
 
     int16 keeps 62 M tokens small; NumPy's sum of it is 64-bit, torch's too.
     """
+    first = min(max(start, 1), stop)
+    before = max(first - 1, 0)
+    while before and tables.is_marker[tokens_between(tokens, before, first)].all():
+        before = max(2 * before - first, 0)
+    known = tokens_between(tokens, before, stop)
+    current, previous = known[first - before :], known[max(first - before - 1, 0) : -1]
+    if tables.is_marker.any():
+        last = np.maximum.accumulate(np.where(tables.is_marker[known], 0, np.arange(len(known))))
+        previous = known[last[max(first - before - 1, 0) : -1]]
     space = tables.has_leading_space[current] & ~tables.is_control[previous]
-    return tables.bytes_without_space[current] + space.astype(np.int16)
+    sizes = tables.bytes_without_space[current] + space.astype(np.int16)
+    return np.concatenate([np.zeros(first - start, np.int16), sizes]) if first > start else sizes
 
 
-def count_bytes(tables: ByteTables, tokens: np.ndarray) -> int:
+def count_bytes(tables: ByteTables, tokens: np.ndarray | TokenStream) -> int:
     """Count the bytes of text that tokens[1:] (N,) stand for: what is scored when the first token is only context."""
     total = 0
-    for start in range(1, len(tokens), PIECE_TOKENS):
-        stop = min(start + PIECE_TOKENS, len(tokens))
-        total += int(token_bytes(tables, tokens[start - 1 : stop - 1], tokens[start:stop]).sum(dtype=np.int64))
+    for start in range(0, len(tokens), PIECE_TOKENS):
+        sizes = token_bytes(tables, tokens, start, min(start + PIECE_TOKENS, len(tokens)))
+        total += int(sizes.sum(dtype=np.int64))
     return total
 
 

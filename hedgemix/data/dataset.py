@@ -194,13 +194,11 @@ def check(dataset: Dataset, train_tokens_needed: int, valid_tokens_needed: int) 
 def _describe(config: DataConfig, made: own_files.MadeFiles, log: Callable[[str], None]) -> Dataset:
     processor = made.processor
     stream = shards.TokenStream(made.valid, config.max_valid_tokens)
-    tables = bpb.byte_tables(processor)
     digest = hashlib.sha256()
-    valid_bytes, valid_documents, last = 0, int(stream.read(0, 1)[0] == processor.bos_id()), 0
+    valid_documents, last = int(stream.read(0, 1)[0] == processor.bos_id()), 0
     while last + 1 < len(stream):
         tokens = stream.read(last, min(READ_TOKENS, len(stream) - last))
         digest.update(tokens[1:].astype(shards.TOKEN).tobytes())
-        valid_bytes += bpb.count_bytes(tables, tokens)
         valid_documents += int((tokens[1:] == processor.bos_id()).sum())
         last += len(tokens) - 1
     dataset = Dataset(
@@ -212,7 +210,7 @@ def _describe(config: DataConfig, made: own_files.MadeFiles, log: Callable[[str]
         train_tokens=len(shards.TokenStream(made.train)),
         valid_tokens=len(stream),
         max_valid_tokens=config.max_valid_tokens,
-        valid_bytes=valid_bytes,
+        valid_bytes=bpb.count_bytes(bpb.byte_tables(processor), stream),
         valid_documents=valid_documents,
         tokenizer_sha256=hashlib.sha256(made.model.read_bytes()).hexdigest(),
         valid_sha256=digest.hexdigest(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hedgemix.data import bpb
-from hedgemix.data.shards import PIECE_TOKENS, TokenStream
+from hedgemix.data.shards import PIECE_TOKENS, TokenStream, tokens_between
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Text:
     def read(self, span: slice) -> np.ndarray:
         """Read tokens on the host, in the type they are stored in (uint16 from a stream)."""
         start, stop, _ = span.indices(len(self))
-        if isinstance(self.tokens_N, TokenStream):
-            return self.tokens_N.read(start, max(stop - start, 0))
-        return self.tokens_N[start:stop]
+        return tokens_between(self.tokens_N, start, stop)
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,7 @@ class Sizes:
     def read(self, span: slice) -> np.ndarray:
         """Count the bytes of these tokens on the host, int16."""
         start, stop, _ = span.indices(len(self))
-        first = min(max(start, 1), stop)
-        tokens = self.text.read(slice(max(first - 1, 0), stop))
-        sizes = bpb.token_bytes(self.tables, tokens[:-1], tokens[1:])
-        return np.concatenate([np.zeros(first - start, np.int16), sizes]) if first > start else sizes
+        return bpb.token_bytes(self.tables, self.text.tokens_N, start, stop)
 
     def __getitem__(self, span: slice) -> Tensor:
         """float32, on the device: what each target weighs when text counts by its bytes."""

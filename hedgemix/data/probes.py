@@ -12,7 +12,7 @@ from hedgemix.data.tokenizer import SPACE, decode, encode
 
 PROBES = (
     "Plain words, and a Name.", "two  spaces,   three", "a line\nand another\n\n  indented", "tab\tand tab",
-    "0123456789", "naïve façade Ångström", "Привет, мир", "你好，世界", "नमस्ते दुनिया", "🙂 👩‍👩‍👧",
+    "NASA's XMLParser", "0123456789", "naïve façade Ångström", "Привет, мир", "你好，世界", "नमस्ते दुनिया", "🙂 👩‍👩‍👧",
 )  # fmt: skip
 
 
@@ -41,4 +41,4 @@ def changed_share(processor: SentencePieceProcessor) -> float:
 
 def adds_prefix(processor: SentencePieceProcessor) -> bool:
     """Tell whether the tokenizer puts a space before each text."""
-    return bool(processor.encode("a", out_type=str)[0].startswith(SPACE))
+    return bool(processor.id_to_piece(encode(processor, "a")[1]).startswith(SPACE))

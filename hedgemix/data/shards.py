@@ -110,3 +110,8 @@ class TokenStream:
             done += len(piece)
             index += 1
         return tokens
+
+
+def tokens_between(tokens: np.ndarray | TokenStream, start: int, stop: int) -> np.ndarray:
+    """Give tokens[start:stop] of a text, integers (N,) or a stream of them, in the type they are stored in."""
+    return tokens.read(start, max(stop - start, 0)) if isinstance(tokens, TokenStream) else tokens[start:stop]

@@ -70,8 +70,8 @@ def make(
     sizes = BATCH_CHARACTERS, SHARD_TOKENS
     own.begin(key=config_hash(config, text_sha256, train.n_bytes, sizes, sentencepiece.__version__))
     model = own.path(MODEL)
-    processor = tokenizer.train(train, config.vocab_size, model)
-    log(f"tokenizer: {config.vocab_size} pieces trained")
+    processor = tokenizer.train(train, config.vocab_size, model, config.case_markers)
+    log(f"tokenizer: {config.vocab_size} pieces trained{', with markers for capitals' if config.case_markers else ''}")
     train_paths, valid_paths = (
         _write_shards(own, name, partial(encode_parts, model.read_bytes()), side, log)
         for name, side in (("train", train), ("val", valid))

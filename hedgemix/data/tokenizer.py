@@ -1,7 +1,8 @@
 """SentencePiece BPE with an exact round trip: training, loading, encoding and decoding.
 
 Notable: SentencePiece writes a space as U+2581 and so reads a literal U+2581 back as a space. Here the literal one is
-always written as its three byte tokens, and decoding puts the bytes together from the pieces itself.
+always written as its three byte tokens, and decoding puts the bytes together from the pieces itself. So are literal
+markers where the tokenizer has markers for capitals (see `case_markers`), which its pieces tell.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from hedgemix.config import RecipeError
+from hedgemix.data import case_markers
 from hedgemix.runtime.files import replacing
 
 SPACE = "\u2581"
@@ -29,22 +32,24 @@ COVERAGE = 0.999
 UNTRAINABLE = "\x00\t\u2585" + SPACE  # SentencePiece's own marks; it skips any sentence with U+2585
 
 
-def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
+def train(documents: Iterable[str], vocab_size: int, path: str | Path, markers: bool = False) -> SentencePieceProcessor:
     """Train a BPE tokenizer of exactly `vocab_size` pieces on the first 10 MB of `documents` and write it to `path`.
 
     The order of documents is the sample: `corpus.collect` gives one that only contents decide. The same documents give
-    the same file. Ids 0 to 3 are pad, bos, eos, unk; 256 byte tokens stand for the characters that get no piece. Raises
-    RecipeError when the vocabulary is too small for that or too large for the text.
+    the same file. Ids 0 to 3 are pad, bos, eos, unk, with `markers` 4 to 6 those for capitals; 256 byte tokens stand
+    for the characters that get no piece. Raises RecipeError when the vocabulary is too small for that or too large for
+    the text.
     """
     if not SMALLEST <= vocab_size <= 65536:
         raise RecipeError(
             f"data.vocab_size is {vocab_size}; set it from {SMALLEST} (256 are bytes) to 65536 (16-bit tokens)"
         )
     sample = list(_sample(documents))
+    trained = partial(_trained, [case_markers.mark(f" {text}") for text in sample] if markers else sample, markers)
     try:
-        model = _trained(sample, vocab_size)
+        model = trained(vocab_size)
     except RuntimeError as error:
-        size, fitting = sum(len(text.encode()) for text in sample), _fitting(sample, error)
+        size, fitting = sum(len(text.encode()) for text in sample), _fitting(trained, error)
         fix = f"lower data.vocab_size to {fitting} or read more text" if fitting else "read more text"
         raise RecipeError(
             f"data.vocab_size {vocab_size} does not suit the {size:,} bytes of training text ({_reason(error)}); {fix}"
@@ -54,7 +59,7 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path) -> Senten
     return load(model)
 
 
-def _trained(sample: Sequence[str], vocab_size: int) -> bytes:
+def _trained(sample: Sequence[str], markers: bool, vocab_size: int) -> bytes:
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(_only_common(sample, (vocab_size - BYTES_AND_CONTROLS) // 2)),
@@ -68,7 +73,9 @@ def _trained(sample: Sequence[str], vocab_size: int) -> bytes:
         unk_id=3,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
+        user_defined_symbols=list(case_markers.MARKERS) if markers else [],
+        required_chars=SPACE if markers else "",
+        add_dummy_prefix=not markers,  # or it would stand in front of the marker: `encode_batch` has one behind it
         split_by_whitespace=True,
         split_digits=True,
         character_coverage=1.0,
@@ -79,14 +86,14 @@ def _trained(sample: Sequence[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _fitting(sample: Sequence[str], error: RuntimeError) -> int:
+def _fitting(trained: Callable[[int], bytes], error: RuntimeError) -> int:
     """The largest vocabulary that the error names and that can be trained, 0 without one. A smaller one has fewer
     characters, so that what is named for one size need not be there for it."""
     last = 65537
     while (named := re.search(r"<= (\d+)", str(error))) and SMALLEST <= int(named[1]) < last:
         last = int(named[1])
         try:
-            _trained(sample, last)
+            trained(last)
             return last
         except RuntimeError as again:
             error = again
@@ -146,30 +153,37 @@ def encode_exact(processor: SentencePieceProcessor, text: str) -> list[int]:
 
 def encode_batch(processor: SentencePieceProcessor, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
     """Tokenize each document: uint16 arrays (n,), each beginning with BOS; what `encode` gives, but fast."""
-    arrays = processor.encode(list(texts), return_type="numpy", add_bos=True, num_threads=threads)
+    markers = tuple(case_markers.of(processor).values())
+    ready = [case_markers.mark(f" {text}") if text else text for text in texts] if markers else list(texts)
+    arrays = processor.encode(ready, return_type="numpy", add_bos=True, num_threads=threads)
     encoded = [array.astype(np.uint16) for array in arrays]
     for index, text in enumerate(texts):
-        if SPACE in text:
-            encoded[index] = np.array(_encode_literal_space(processor, text), dtype=np.uint16)
+        if any(mark in text for mark in (SPACE, *markers)):
+            encoded[index] = np.array(_encode_literal_marks(processor, text, markers), dtype=np.uint16)
     return encoded
 
 
 def decode(processor: SentencePieceProcessor, tokens: Iterable[int]) -> bytes:
-    """Give the UTF-8 bytes of tokens; control, unknown and unused tokens stand for none, and a space right after one is
-    the prefix that `encode` put there. Any run of tokens can be decoded, also one that cuts a character in two."""
-    text = bytearray()
-    after_control = False
-    pieces: dict[int, bytes | None] = {}
+    """Give the UTF-8 bytes of tokens; control, unknown and unused tokens and markers stand for none, and a space right
+    after one of the first three is the prefix that `encode` put there. Any run of tokens can be decoded, also one that
+    cuts a character in two; what a marker is about ends at a token that is no text."""
+    text, after_control = bytearray(), False
+    start, marker = 0, ""
+    markers = case_markers.of(processor)
+    pieces: dict[int, bytes | None] = {token: None for token in markers}
     for token in map(int, tokens):
         if token not in pieces:
             pieces[token] = _piece_bytes(processor, token)
         piece = pieces[token]
         if piece is None:
-            after_control = True
+            case_markers.restore(text, start, marker)
+            start, marker = len(text), markers.get(token, "")
+            after_control |= not marker
             continue
         drop = after_control and piece.startswith(b" ") and not processor.is_byte(token)
         text += piece[1:] if drop else piece
         after_control = False
+    case_markers.restore(text, start, marker)
     return bytes(text)
 
 
@@ -201,16 +215,19 @@ def _piece_bytes(processor: SentencePieceProcessor, token: int) -> bytes | None:
     return piece.replace(SPACE, " ").encode()
 
 
-def _encode_literal_space(processor: SentencePieceProcessor, text: str) -> list[int]:
+def _encode_literal_marks(processor: SentencePieceProcessor, text: str, markers: Sequence[str]) -> list[int]:
     # Between literal U+2581 the text is encoded behind a NUL: that keeps the prefix space away from it, and since no
     # piece holds a NUL, what follows is encoded as if the text began there.
-    literal = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-    guard = processor.encode("\x00")
-    first, *others = text.split(SPACE)
-    tokens = [processor.bos_id(), *processor.encode(first)]
-    for part in others:
-        tokens += literal + processor.encode("\x00" + part)[len(guard) :]
+    first, *others = re.split(f"([{SPACE}{''.join(markers)}])", text)
+    tokens = encode(processor, first)
+    for literal, part in zip(others[::2], others[1::2], strict=True):
+        tokens += [processor.piece_to_id(f"<0x{byte:02X}>") for byte in literal.encode()]
+        tokens += _behind_nul(processor, case_markers.mark(part) if markers else part)
     return tokens
+
+
+def _behind_nul(processor: SentencePieceProcessor, text: str) -> list[int]:
+    return processor.encode(f"\x00{text}")[len(processor.encode("\x00")) :]
 
 
 def _sample(documents: Iterable[str]) -> Iterator[str]:

@@ -31,6 +31,13 @@ def processor() -> SentencePieceProcessor:
         return tokenizer.train(documents(), 512, Path(folder) / "tokenizer.model")
 
 
+@cache
+def marked_processor() -> SentencePieceProcessor:
+    """512 pieces with markers for capitals, trained on `documents`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizer.train(documents(), 512, Path(folder) / "tokenizer.model", markers=True)
+
+
 def repetitive_tokens() -> dict[str, np.ndarray]:
     """Texts in which strings of tokens come again, int64 or uint16 (N,), by name."""
     rng = np.random.default_rng(0)

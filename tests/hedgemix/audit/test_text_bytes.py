@@ -13,9 +13,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 
 from hedgemix.audit import text_bytes
 from hedgemix.config import DataConfig
-from hedgemix.data import corpus, probes, text_set, tokenizer
+from hedgemix.data import case_markers, corpus, probes, text_set, tokenizer
 from hedgemix.data.shards import TokenStream
-from support.text_data import documents, processor, without_spaces
+from support.text_data import documents, marked_processor, processor, without_spaces
 from support.tiny_run import Record
 
 BYTE, NORMAL = 6, 1
@@ -69,6 +69,10 @@ def test_a_space_of_three_bytes_is_caught() -> None:
 def test_user_defined_pieces_are_found() -> None:
     assert text_bytes.user_defined(processor().serialized_model_proto()) == []
     assert text_bytes.user_defined(changed(defined).serialized_model_proto()) == ["▁the"]
+    marked = marked_processor()
+    assert text_bytes.user_defined(marked.serialized_model_proto()) == [*case_markers.MARKERS]
+    alike, again = text_bytes.encoded_alike(marked, stream(marked, documents()[:20]))
+    assert alike == again > 1000
 
 
 def test_pieces_for_the_validation_text_alone_are_found() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from hedgemix import cli
 from hedgemix.config import DataConfig, RecipeError, to_dict
-from hedgemix.data import corpus, dataset, overlap, shards, text_set, tokenizer
+from hedgemix.data import case_markers, corpus, dataset, overlap, shards, text_set, tokenizer
 from hedgemix.data.dataset import train_stream as train_of
 from hedgemix.data.dataset import valid_stream as valid_of
 from hedgemix.runtime.files import write_json
@@ -58,6 +58,24 @@ def test_shards_hold_the_documents(config: DataConfig, made: dataset.Dataset) ->
     assert made.tokenizer_sha256 == hashlib.sha256(Path(made.tokenizer).read_bytes()).hexdigest()
     assert (made.train_documents, made.valid_documents) == (len(train), len(valid))
     assert (made.train_tokens, made.valid_tokens) == (len(dataset.train_stream(made)), len(tokens))
+
+
+def test_markers_for_capitals_change_tokens_and_no_bytes(
+    config: DataConfig, made: dataset.Dataset, tmp_path: Path
+) -> None:
+    marked_config = dataclasses.replace(config, case_markers=True, memory_bytes=10_000)
+    found = dataset.prepare(marked_config, tmp_path, silent)
+    assert found.valid_bytes == made.valid_bytes and found.train_bytes == made.train_bytes
+    assert found.tokenizer_sha256 != made.tokenizer_sha256
+    p, stream = tokenizer.load(found.tokenizer), dataset.valid_stream(found)
+    assert set(case_markers.of(p)) < set(stream.read(0, len(stream)).tolist())
+    _, valid = corpus.split(corpus.collect(config), config.valid_fraction)
+    assert tokenizer.decode(p, stream.read(0, len(stream))) == b"".join(text.encode() for text in valid)
+    said: list[str] = []
+    dataset.save(found, tmp_path)
+    of_shards = dataset.prepare(shards_config(found, shards_dir=str(tmp_path)), tmp_path / "other", said.append)
+    assert (of_shards.valid_bytes, of_shards.valid_sha256) == (found.valid_bytes, found.valid_sha256)
+    assert not any("every text" in line or "BOS" in line for line in said)
 
 
 def test_preparing_again_gives_the_same(config: DataConfig, made: dataset.Dataset, tmp_path: Path) -> None:
