@@ -38,9 +38,9 @@ class Download:
     train_shards: int = 10
     """Training shards of 100 M tokens (200 MB) each."""
     variant: str = "sp1024"
-    """The tokenizer the shards were made with: sp and its vocabulary size."""
-    repo: str = fineweb.REPOSITORY
-    """Dataset repository on the hub."""
+    """The tokenizer the shards were made with: sp and its vocabulary size, as sp8192, and what follows it in names."""
+    repo: str = ""
+    """Dataset repository on the hub (default: the one known for the variant, or the official one)."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _parse(arguments: list[str], kinds: dict[str, type]) -> Any:
 
 def _download(command: Download) -> None:
     fineweb.download(command.folder, command.train_shards, command.variant, command.repo)
-    size = command.variant.removeprefix("sp")
+    size = command.variant.removeprefix("sp").partition("_")[0]
     print(f"use it with: --data.source shards --data.shards-dir {command.folder} --data.vocab-size {size}")
 
 

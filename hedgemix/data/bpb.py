@@ -19,6 +19,7 @@ from hedgemix.data.shards import TokenStream, tokens_between
 from hedgemix.data.tokenizer import SPACE
 
 PIECE_TOKENS = 1 << 22  # tokens looked at in one go
+MARKER_BYTES = len(case_markers.ESCAPE.encode())
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,19 @@ class ByteTables:
     """bool: the token is a control, unknown or unused one, which stands for no text."""
     is_marker: np.ndarray
     """bool: the token is a marker for capitals, which stands for no text either, and does not begin one."""
+    is_escape: np.ndarray
+    """bool: the token is a marker that makes a literal one, of 3 bytes, of a marker right behind it."""
 
 
 def byte_tables(processor: SentencePieceProcessor) -> ByteTables:
     """Make the tables of a tokenizer."""
     size = processor.vocab_size()
-    tables = ByteTables(np.zeros(size, np.int16), *np.zeros((3, size), bool))
+    tables = ByteTables(np.zeros(size, np.int16), *np.zeros((4, size), bool))
     markers = case_markers.of(processor)
     for token in range(size):
         if token in markers:
             tables.is_marker[token] = True
+            tables.is_escape[token] = markers[token] == case_markers.ESCAPE
         elif processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             tables.is_control[token] = True
         elif processor.is_byte(token):
@@ -65,13 +69,17 @@ def token_bytes(tables: ByteTables, tokens: np.ndarray | TokenStream, start: int
     before = max(first - 1, 0)
     while before and tables.is_marker[tokens_between(tokens, before, first)].all():
         before = max(2 * before - first, 0)
-    known = tokens_between(tokens, before, stop)
-    current, previous = known[first - before :], known[max(first - before - 1, 0) : -1]
+    known, begin = tokens_between(tokens, before, stop), max(first - before - 1, 0)
+    sizes, previous = tables.bytes_without_space[known], known[begin:-1]
     if tables.is_marker.any():
-        last = np.maximum.accumulate(np.where(tables.is_marker[known], 0, np.arange(len(known))))
-        previous = known[last[max(first - before - 1, 0) : -1]]
+        places, is_marker = np.arange(len(known)), tables.is_marker[known]
+        last = np.maximum.accumulate(np.where(tables.is_escape[known], -1, places))  # that is no escape
+        literal = is_marker & ((places - 1 - np.roll(last, 1)) % 2 == 1) & (places > 0)  # behind an odd run of them
+        sizes[literal] = MARKER_BYTES
+        previous = known[np.maximum.accumulate(np.where(is_marker & ~literal, 0, places))[begin:-1]]
+    current = known[first - before :]
     space = tables.has_leading_space[current] & ~tables.is_control[previous]
-    sizes = tables.bytes_without_space[current] + space.astype(np.int16)
+    sizes = sizes[first - before :] + space.astype(np.int16)
     return np.concatenate([np.zeros(first - start, np.int16), sizes]) if first > start else sizes
 
 

@@ -21,6 +21,13 @@ from hedgemix.config import RecipeError
 from hedgemix.data import shards, tokenizer
 
 REPOSITORY = "willdepueoai/parameter-golf"
+OTHERS = {
+    "sp8192": "kevclark/parameter-golf",
+    "sp8192_lossless_caps_caseops_v1_reserved": "romeerp/parameter-golf-caseops-v1",
+}
+"""Repositories of variants that the official one lacks. The second has markers for capitals, and beside its validation
+shards files of the bytes of each token."""
+VARIANT = re.compile(r"sp(\d+)(_\w+)?")
 STAGING = ".hedgemix-download"
 Result = TypeVar("Result")
 
@@ -29,17 +36,17 @@ def download(
     folder: str | Path,
     train_shards: int,
     variant: str = "sp1024",
-    repo: str = REPOSITORY,
+    repo: str = "",
     log: Callable[[str], None] = print,
 ) -> Path:
     """Fetch all validation shards, the first `train_shards` training shards (100 M tokens, 200 MB each) and the
     tokenizer into `folder`, flat; returns the tokenizer's path. Whole files that are there already stay, others by
-    these names are put aside.
+    these names are put aside. repo: "" is the one known for the variant.
 
     Use it with DataConfig(source="shards", shards_dir=folder, tokenizer=the returned path, vocab_size=1024).
     Raises RecipeError when the hub cannot be reached, lacks a file or sends a broken one.
     """
-    size = re.fullmatch(r"sp(\d+)", variant)
+    size, repo = VARIANT.fullmatch(variant), repo or OTHERS.get(variant, REPOSITORY)
     if size is None:
         raise RecipeError(f"variant {variant!r} is unknown; use sp and the vocabulary size, as in sp1024")
     if train_shards < 1:
@@ -49,7 +56,7 @@ def download(
     listed = _ask(repo, lambda: HfApi().list_repo_files(repo, repo_type="dataset"))
     paths = {
         name: sorted(path for path in listed if re.fullmatch(rf"{prefix}/fineweb_{name}_\d+\.bin", path))
-        for name in ("val", "train")
+        for name in ("val", "val_bytes", "train")
     }
     if not paths["val"]:
         raise RecipeError(f"{repo} has no validation shards of variant {variant!r}; name another variant or repo")
@@ -60,7 +67,9 @@ def download(
         )
     for path in paths["val"] + paths["train"][:train_shards]:
         _fetch(repo, path, root, lambda file: shards.open_shard(file, vocab_size), log)
-    model = f"datasets/tokenizers/fineweb_{vocab_size}_bpe.model"
+    for path in paths["val_bytes"]:
+        _fetch(repo, path, root, shards.map_shard, log)
+    model = f"datasets/tokenizers/fineweb_{vocab_size}_bpe{size[2] or ''}.model"
     _fetch(repo, model, root, lambda file: _check_size(tokenizer.load(file).vocab_size(), vocab_size, model), log)
     shutil.rmtree(root / STAGING, ignore_errors=True)
     return root / Path(model).name

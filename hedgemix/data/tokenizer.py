@@ -45,7 +45,9 @@ def train(documents: Iterable[str], vocab_size: int, path: str | Path, markers: 
             f"data.vocab_size is {vocab_size}; set it from {SMALLEST} (256 are bytes) to 65536 (16-bit tokens)"
         )
     sample = list(_sample(documents))
-    trained = partial(_trained, [case_markers.mark(f" {text}") for text in sample] if markers else sample, markers)
+    trained = partial(
+        _trained, [case_markers.mark(text, begins=True) for text in sample] if markers else sample, markers
+    )
     try:
         model = trained(vocab_size)
     except RuntimeError as error:
@@ -146,6 +148,8 @@ def encode_exact(processor: SentencePieceProcessor, text: str) -> list[int]:
         tokens = [processor.bos_id()]
         for part in filter(None, parts):
             tokens += _exact(processor, part, first=len(tokens) == 1)
+        if decode(processor, tokens) != text.encode():  # capitals of a part went on into the next
+            tokens[1:] = _bytes(processor, text)
         if decode(processor, tokens) != text.encode():
             raise RecipeError("this tokenizer cannot write the text exactly: it has no byte tokens")
     return tokens
@@ -154,12 +158,12 @@ def encode_exact(processor: SentencePieceProcessor, text: str) -> list[int]:
 def encode_batch(processor: SentencePieceProcessor, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
     """Tokenize each document: uint16 arrays (n,), each beginning with BOS; what `encode` gives, but fast."""
     markers = tuple(case_markers.of(processor).values())
-    ready = [case_markers.mark(f" {text}") if text else text for text in texts] if markers else list(texts)
+    ready = [case_markers.mark(text, markers, begins=True) for text in texts]
     arrays = processor.encode(ready, return_type="numpy", add_bos=True, num_threads=threads)
     encoded = [array.astype(np.uint16) for array in arrays]
     for index, text in enumerate(texts):
-        if any(mark in text for mark in (SPACE, *markers)):
-            encoded[index] = np.array(_encode_literal_marks(processor, text, markers), dtype=np.uint16)
+        if any(character in text for character in (SPACE, *markers)):
+            encoded[index] = np.array(_encode_literal(processor, text, markers), dtype=np.uint16)
     return encoded
 
 
@@ -168,13 +172,14 @@ def decode(processor: SentencePieceProcessor, tokens: Iterable[int]) -> bytes:
     after one of the first three is the prefix that `encode` put there. Any run of tokens can be decoded, also one that
     cuts a character in two; what a marker is about ends at a token that is no text."""
     text, after_control = bytearray(), False
-    start, marker = 0, ""
+    start, marker, escaped = 0, "", False
     markers = case_markers.of(processor)
     pieces: dict[int, bytes | None] = {token: None for token in markers}
     for token in map(int, tokens):
         if token not in pieces:
             pieces[token] = _piece_bytes(processor, token)
-        piece = pieces[token]
+        piece = markers[token].encode() if escaped and token in markers else pieces[token]
+        escaped = piece is None and markers.get(token) == case_markers.ESCAPE
         if piece is None:
             case_markers.restore(text, start, marker)
             start, marker = len(text), markers.get(token, "")
@@ -193,7 +198,7 @@ def _exact(processor: SentencePieceProcessor, text: str, first: bool = False) ->
     if tokens is not None:
         return tokens
     if len(text) == 1:
-        return [processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        return _bytes(processor, text)
     half = 1 if first else len(text) // 2
     return _exact(processor, text[:half], first) + _exact(processor, text[half:])
 
@@ -201,8 +206,8 @@ def _exact(processor: SentencePieceProcessor, text: str, first: bool = False) ->
 def _literal(processor: SentencePieceProcessor, text: str) -> list[int] | None:
     """Tokens of a text inside another one, None when they would not say exactly it."""
     # Between two NULs, which no piece holds, neither prefix nor strip touches the text.
-    guard = processor.encode("\x00")
-    tokens = processor.encode(f"\x00{text}\x00")[len(guard) : -1]
+    marked = case_markers.mark(text, case_markers.of(processor).values())
+    tokens = _behind_nul(processor, f"{marked}\x00")[:-1]
     return tokens if decode(processor, tokens) == text.encode() else None
 
 
@@ -215,19 +220,23 @@ def _piece_bytes(processor: SentencePieceProcessor, token: int) -> bytes | None:
     return piece.replace(SPACE, " ").encode()
 
 
-def _encode_literal_marks(processor: SentencePieceProcessor, text: str, markers: Sequence[str]) -> list[int]:
+def _encode_literal(processor: SentencePieceProcessor, text: str, markers: Sequence[str]) -> list[int]:
     # Between literal U+2581 the text is encoded behind a NUL: that keeps the prefix space away from it, and since no
     # piece holds a NUL, what follows is encoded as if the text began there.
-    first, *others = re.split(f"([{SPACE}{''.join(markers)}])", text)
-    tokens = encode(processor, first)
-    for literal, part in zip(others[::2], others[1::2], strict=True):
-        tokens += [processor.piece_to_id(f"<0x{byte:02X}>") for byte in literal.encode()]
-        tokens += _behind_nul(processor, case_markers.mark(part) if markers else part)
+    literal = SPACE if case_markers.ESCAPE in markers else "".join((SPACE, *markers))
+    first, *others = re.split(f"([{literal}])", text)
+    tokens = [processor.bos_id(), *processor.encode(case_markers.mark(first, markers, begins=True))]
+    for character, part in zip(others[::2], others[1::2], strict=True):
+        tokens += _bytes(processor, character) + _behind_nul(processor, case_markers.mark(part, markers))
     return tokens
 
 
 def _behind_nul(processor: SentencePieceProcessor, text: str) -> list[int]:
     return processor.encode(f"\x00{text}")[len(processor.encode("\x00")) :]
+
+
+def _bytes(processor: SentencePieceProcessor, text: str) -> list[int]:
+    return [processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
 def _sample(documents: Iterable[str]) -> Iterator[str]:

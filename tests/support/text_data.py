@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 
-from hedgemix.data import docstrings, tokenizer
+from hedgemix.data import case_markers, docstrings, tokenizer
 
 ODD = "\u2581\u2585\x00\t\n\r \ue000\ufeff\u200b\xa0\u2047e\u0301\u0130\U0001f600ab1.<s>"
 TEXTS = st.text(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=60)
@@ -36,6 +36,19 @@ def marked_processor() -> SentencePieceProcessor:
     """512 pieces with markers for capitals, trained on `documents`."""
     with tempfile.TemporaryDirectory() as folder:
         return tokenizer.train(documents(), 512, Path(folder) / "tokenizer.model", markers=True)
+
+
+@cache
+def escaping_processor() -> SentencePieceProcessor:
+    """400 pieces as others make them: markers behind the space and ESCAPE, text normalised (nmt_nfkc), no prefix."""
+    model, marks = io.BytesIO(), [*case_markers.MARKERS, case_markers.ESCAPE]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(case_markers.mark(" ".join(text.split())[:2000], marks) for text in documents()[:60]),
+        model_writer=model, model_type="bpe", vocab_size=400, byte_fallback=True, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, user_defined_symbols=marks, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+        split_digits=True, minloglevel=3,
+    )  # fmt: skip
+    return tokenizer.load(model.getvalue())
 
 
 def repetitive_tokens() -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from hedgemix.data import bpb, probes, tokenizer
 from hedgemix.data.shards import TokenStream
-from support.text_data import TEXTS, documents, marked_processor, processor
+from support.text_data import TEXTS, documents, escaping_processor, marked_processor, processor
 
 
 @settings(deadline=None, max_examples=200)
@@ -35,18 +35,21 @@ def test_each_token_counts_what_decoding_it_adds() -> None:
 
 
 @st.composite
-def token_strings(draw: st.DrawFn) -> np.ndarray:
+def token_strings(draw: st.DrawFn) -> tuple[SentencePieceProcessor, np.ndarray]:
     """Tokens in any order, half of them markers, controls, spaces or bytes, which no encoder would write so."""
-    p = marked_processor()
-    pieces = [*"\ue001\ue002\ue003\u2581", "\u2581the", "he", "<s>", "<pad>", "<unk>", "<0x61>", "<0x41>", "<0x20>"]
+    p = draw(st.sampled_from([marked_processor(), escaping_processor()]))
+    pieces = [*"\ue001\ue002\ue003\u2581", "\u2581the", "<s>", "<pad>", "<unk>", "<0x61>", "<0x41>", "<0x20>", "\ue004"]
     odd = st.sampled_from([p.piece_to_id(piece) for piece in pieces])
-    return np.array(draw(st.lists(odd | st.integers(0, p.vocab_size() - 1), max_size=40)), np.uint16)
+    return p, np.array(draw(st.lists(odd | st.integers(0, p.vocab_size() - 1), max_size=40)), np.uint16)
 
 
 @settings(deadline=None, max_examples=300)
 @given(token_strings(), st.integers(1, 9))
-def test_any_tokens_count_what_decoding_adds_however_they_are_cut(tokens: np.ndarray, step: int) -> None:
-    p, tables = marked_processor(), bpb.byte_tables(marked_processor())
+def test_any_tokens_count_what_decoding_adds_however_they_are_cut(
+    drawn: tuple[SentencePieceProcessor, np.ndarray], step: int
+) -> None:
+    p, tokens = drawn
+    tables = bpb.byte_tables(p)
     lengths = [len(tokenizer.decode(p, tokens[:stop])) for stop in range(len(tokens) + 1)]
     expected = [0, *np.diff(lengths)[1:].tolist()][: len(tokens)]
     stream = TokenStream([tokens[:3], tokens[3:]])
@@ -57,6 +60,15 @@ def test_any_tokens_count_what_decoding_adds_however_they_are_cut(tokens: np.nda
         ]
         assert [size for part in parts for size in part.tolist()] == expected
         assert bpb.count_bytes(tables, given_tokens) == sum(expected)
+
+
+def test_a_marker_behind_an_escape_is_text() -> None:
+    p = escaping_processor()
+    title, escape, the = (p.piece_to_id(piece) for piece in ("\ue001", "\ue004", "\u2581the"))
+    tokens = [1, escape, title, escape, escape, escape, title, title, the, escape, the, title]
+    assert tokenizer.decode(p, tokens) == "\ue001\ue004\ue001 The the".encode()
+    sizes = bpb.token_bytes(bpb.byte_tables(p), np.array(tokens), 0, len(tokens))
+    assert sizes.tolist() == [0, 0, 3, 0, 3, 0, 3, 0, 4, 0, 4, 0]
 
 
 def test_markers_of_any_number_are_looked_past() -> None:
@@ -81,7 +93,7 @@ def trained(**changes: object) -> SentencePieceProcessor:
 def test_what_a_tokenizer_does_not_write_is_measured() -> None:
     assert probes.changed_share(processor()) == 0.0 and probes.adds_prefix(processor())
     assert probes.changed_share(marked_processor()) == 0.0 and probes.adds_prefix(marked_processor())
-    assert probes.miscounted(marked_processor()) == []
+    assert probes.miscounted(marked_processor()) == probes.miscounted(escaping_processor()) == []
     exact = trained()
     assert probes.changed_share(exact) == 0.0 and probes.miscounted(exact) == []
     squeezed = trained(remove_extra_whitespaces=True)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hedgemix.data import bpb, case_markers, tokenizer
-from support.text_data import ODD, documents, marked_processor, processor
+from support.text_data import ODD, documents, escaping_processor, marked_processor, processor
 
 LETTERS = "aabzABZ  \ue001\ue002\ue003\ue004\u2581\u0130\u0131\u00e9\u00c9\u212a1'\n"
 TEXTS = st.text(st.sampled_from(LETTERS) | st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=40)
@@ -21,15 +21,16 @@ def is_letter(character: str) -> bool:
     return character.isascii() and character.isalpha()
 
 
-def marked_by_the_letter(text: str) -> str:
+def marked_by_the_letter(text: str, escape: bool = False) -> str:
     """As `case_markers.mark`, run by run."""
     found: list[str] = []
     for letters, run in groupby(text, is_letter):
         word = "".join(run)
         if not letters:
-            found += word
+            for character in word:
+                found += ["\ue004"] * (escape and "\ue001" <= character <= "\ue004") + [character]
             continue
-        start = len(found) - (found[-1:] == [" "])
+        start = len(found) - (not escape and found[-1:] == [" "])
         if len(word) > 1 and all(c.isupper() for c in word):
             found.insert(start, "\ue002")
             found += word.lower()
@@ -46,7 +47,9 @@ def marked_by_the_letter(text: str) -> str:
 @given(TEXTS)
 @example("The cat, NASA's camelCase: XMLParser, A, aB, Ab, AB, ABc  The")
 def test_text_is_marked_run_by_run(text: str) -> None:
+    assert case_markers.mark(text, ()) == text
     assert case_markers.mark(text) == marked_by_the_letter(text)
+    assert case_markers.mark(text, [*case_markers.MARKERS, case_markers.ESCAPE]) == marked_by_the_letter(text, True)
 
 
 @settings(deadline=None, max_examples=150)
@@ -67,6 +70,27 @@ def test_every_text_comes_back(text: str) -> None:
     assert tokens == tokenizer.encode_exact(p, text) == tokenizer.encode_batch(p, [text, "x"])[0].tolist()
     for stop in range(len(tokens)):
         assert len(tokenizer.decode(p, tokens[:stop])) <= len(text.encode())
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS)
+@example("")
+@example(" The  \n\n NASA\ue001 \ue004")
+@example("THe\u0301X \ufb01 \u2581E\u0301 \u00a0\u2460")
+def test_others_markers_with_an_escape_can_say_any_text(text: str) -> None:
+    p = escaping_processor()
+    tokens = tokenizer.encode_exact(p, text)
+    assert tokens[0] == 1 and 1 not in tokens[1:] and 3 not in tokens
+    assert tokenizer.decode(p, tokens) == text.encode()
+    assert bpb.count_bytes(bpb.byte_tables(p), np.array(tokens)) == len(text.encode())
+
+
+def test_what_others_markers_keep_is_encoded_as_they_do() -> None:
+    p, text = escaping_processor(), "The shape of NASA's XmlParser"
+    assert case_markers.of(p) == {4: "\ue001", 5: "\ue002", 6: "\ue003", 7: "\ue004"}
+    marked = "\ue001the shape of \ue002nasa's \ue001xml\ue003parser"
+    assert tokenizer.encode(p, text) == tokenizer.encode_exact(p, text) == [1, *p.encode(marked)]
+    assert tokenizer.decode(p, tokenizer.encode(p, text)) == text.encode()
 
 
 def test_a_letter_without_a_piece_has_its_capital() -> None:

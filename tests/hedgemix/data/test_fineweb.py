@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import dataset, fineweb, shards
-from support.text_data import processor
+from hedgemix.data import bpb, dataset, fineweb, shards, tokenizer
+from support.text_data import documents, escaping_processor, processor
 
 PREFIX = "datasets/datasets/fineweb10B_sp512"
 
@@ -21,9 +21,11 @@ class Hub:
         self.root = root
         self.fetched: list[str] = []
         self.failure: Exception | None = None
+        self.asked = ""
 
     def list_repo_files(self, repo: str, repo_type: str) -> list[str]:
-        assert (repo, repo_type) == (fineweb.REPOSITORY, "dataset")
+        assert repo_type == "dataset"
+        self.asked = repo
         if self.failure:
             raise self.failure
         return [str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()]
@@ -74,6 +76,45 @@ def test_the_folder_is_flat_and_can_be_prepared(hub: Hub, tmp_path: Path) -> Non
     config = DataConfig(source="shards", shards_dir=str(tmp_path / "data"), tokenizer=str(model), vocab_size=512)
     made = dataset.prepare(config, tmp_path / "prepared", lambda line: None)
     assert (len(made.train_shards), len(made.valid_shards)) == (2, 2)
+
+
+def test_a_variant_with_markers_brings_the_bytes_of_its_tokens(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fetch(tmp_path / "official") and hub.asked == fineweb.REPOSITORY
+    variant = "sp400_lossless_caps"
+    monkeypatch.setitem(fineweb.OTHERS, variant, "somebody/else")
+    p, there = escaping_processor(), hub.root / f"datasets/datasets/fineweb10B_{variant}"
+    texts = [f"{' '.join(text.split())[:1500].strip()} \ue001NASA" for text in documents()[60:70]]
+    tokens = np.concatenate(tokenizer.encode_batch(p, texts))
+    sizes = bpb.token_bytes(bpb.byte_tables(p), tokens, 0, len(tokens))
+    told = sizes + (np.arange(len(tokens)) == 7)  # a character of three bytes that was normalised to one of two, say
+    for name, numbers in (("val", tokens), ("val_bytes", told), ("train", tokens[::-1])):
+        shards.write_shard(there / f"fineweb_{name}_000000.bin", numbers)
+    (hub.root / "datasets/tokenizers/fineweb_400_bpe_lossless_caps.model").write_bytes(p.serialized_model_proto())
+    root = tmp_path / "fetched"
+    model = fetch(root, 1, variant)
+    assert hub.asked == "somebody/else" and model.name == "fineweb_400_bpe_lossless_caps.model"
+    assert [path.name for path in sorted(root.glob("*.bin"))] == [
+        "fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin",
+    ]  # fmt: skip
+    config, said = DataConfig(source="shards", shards_dir=str(root), vocab_size=400), list[str]()
+    made = dataset.prepare(config, tmp_path / "data", said.append)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert made.valid_bytes == n_bytes and made.valid_tokens == len(tokens)
+    assert (
+        f"bytes: {n_bytes:,} that the validation tokens decode to, which count; {n_bytes + 1:,} by the files beside "
+        "them, which differ at 1 tokens" in said
+    )
+    marker = int(np.flatnonzero((tokens == 4) & (sizes == 0))[0])
+    for wrong, reason in (
+        (told[:-1], f"tell the bytes of {len(told) - 1:,} tokens, and there are {len(told):,} of validation"),
+        (told + (np.arange(len(told)) == marker), f"give bytes to the token at {marker:,}, which stands for no text"),
+        (np.where(sizes == 4, 5, sizes), "and its tokens decode to"),
+    ):
+        shards.write_shard(root / "fineweb_val_bytes_000000.bin", wrong)
+        with pytest.raises(RecipeError, match=reason):
+            dataset.prepare(config, tmp_path / "data", said.append)
 
 
 def test_only_what_is_missing_or_broken_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
