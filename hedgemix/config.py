@@ -13,6 +13,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from hedgemix.model_config import ModelConfig as ModelConfig
+
 Config = TypeVar("Config")
 
 
@@ -50,50 +52,6 @@ class DataConfig:
     """docs, text: leave out training paragraphs that share so many words in a row with validation text (0: none)."""
     max_valid_tokens: int = 0
     """Score at most this many validation tokens, from the start (0: all)."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Set the sizes and parts of the network; widths are in channels."""
-
-    layers: int = 11
-    width: int = 512
-    heads: int = 8
-    kv_heads: int = 8
-    """Key/value heads; divides heads."""
-    mlp_hidden: int = 1792
-    mlp_slope: float = 0.5
-    """Slope of leaky ReLU below zero; the activation is leaky_relu squared."""
-    rope_dims: int = 16
-    """Rotated dimensions of each head (even)."""
-    rope_base: float = 10000.0
-    rope_scaled_beyond_tokens: int = 1024
-    """Training contexts longer than this get NTK scaling of the RoPE base."""
-    qk_gain: float = 1.5
-    """Initial gain on each head's normalised query."""
-    logit_cap: float = 30.0
-    """Logits are cap * tanh(z / cap)."""
-    embedding_std: float = 0.005
-    bigram_buckets: int = 6144
-    """Rows of the hashed bigram embedding (0: none)."""
-    bigram_width: int = 128
-    smear_gate: bool = True
-    """Blend each position's input with the one before it."""
-    input_mix: bool = True
-    """Each block mixes the model's input x0 back in, per channel."""
-    skips: bool = True
-    """U-shaped skip connections from the first half of the layers to the second."""
-    xsa: bool = True
-    """Subtract from each head's output its projection on the position's own value."""
-    depth_scale: bool = True
-    """Scale each block's normalised input by 1/sqrt(layer + 1)."""
-    residual_scale: bool = True
-    """Learned per-channel scale on each branch's output."""
-    value_embedding_layers: int = 2
-    """The last layers that add the value embedding to v (0: none)."""
-    value_embedding_width: int = 128
-    residual_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the residual stream where products are in bfloat16 too; where they are not, it is float32."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +93,8 @@ class TrainConfig:
     late_qat: bool = False
     """Train through int quantization of the matrices once the rate factor is below late_qat_below."""
     late_qat_below: float = 0.5
+    loop_from_fraction: float = 0.35
+    """Fraction of the run from which model.looped_layers run loop_passes times; before it, once."""
     calibration_sequences: int = 128
     """Training sequences whose activations make the Hessians."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from hedgemix.config import (
@@ -28,6 +29,7 @@ from hedgemix.config import (
     RecipeError,
     TTTConfig,
 )
+from hedgemix.model_config import GATE_CHANNELS
 
 LARGEST_DAMPING = 10.0
 """Of a Hessian's mean diagonal: with more, the Hessian says nothing."""
@@ -35,6 +37,9 @@ LARGEST_STEP = 65504.0
 """The largest float16, which holds the published export's steps."""
 METRIC_TOKENS = 1024
 """At multiples of this the metric of features may change, and no block of the fast head lies across one."""
+MOST_LOOPS = 16
+MOST_SKIPPED = 31
+"""Passes: the weights of half as many skips are fewer rows than what is quantized."""
 LARGEST_THETA = 40.0
 """Of the neural cache: exp(2 theta), the ratio of its largest weight to its least, stays within float32."""
 
@@ -138,10 +143,32 @@ def check_model(config: ModelConfig) -> None:
         raise RecipeError(f"model.rope_dims {config.rope_dims} must be even and at most the head width {head_width}")
     if config.bigram_buckets < 0 or config.bigram_buckets == 1:
         raise RecipeError("model.bigram_buckets must be 0 (none) or at least 2")
-    if not 0 <= config.value_embedding_layers <= config.layers:
-        raise RecipeError(
-            f"model.value_embedding_layers {config.value_embedding_layers} must be between 0 and model.layers"
-        )
+    for field in ("value_embedding_layers", "lane_layers"):
+        if not 0 <= getattr(config, field) <= config.layers:
+            raise RecipeError(f"model.{field} {getattr(config, field)} must be between 0 and model.layers")
+    for field, part in (("xsa_learned", "xsa"), ("skip_gates", "skips")):
+        if getattr(config, field) and not getattr(config, part):
+            raise RecipeError(f"model.{field} needs model.{part}: turn it on, or leave {field} out")
+    if config.smear_by != "channel" and not config.smear_gate:
+        raise RecipeError("model.smear_by needs model.smear_gate: turn it on, or leave smear_by out")
+    if (config.head_gates or config.smear_by == "input") and config.width < GATE_CHANNELS:
+        raise RecipeError(f"model.width {config.width} is less than the {GATE_CHANNELS} channels that decide gates")
+    check_loop(config)
+
+
+def check_loop(config: ModelConfig) -> None:
+    """Check the layers that run several times, and how many passes there are in all."""
+    loop, lanes = config.looped_layers, config.layers - config.lane_layers
+    in_a_row = all(after == layer + 1 for layer, after in pairwise(loop))
+    if loop and not (in_a_row and loop[0] >= 0 and loop[-1] < config.layers):
+        raise RecipeError(f"model.looped_layers {loop}: give layers one after the other, from 0 to {config.layers - 1}")
+    if loop and loop[0] < lanes <= loop[-1]:
+        raise RecipeError(f"model.lane_layers {config.lane_layers} begin inside model.looped_layers {loop}")
+    if loop and not 2 <= config.loop_passes <= MOST_LOOPS:
+        raise RecipeError(f"model.loop_passes is {config.loop_passes}; it must be from 2 to {MOST_LOOPS}")
+    passes = config.layers + (config.loop_passes - 1) * len(loop)
+    if config.skips and passes > MOST_SKIPPED:
+        raise RecipeError(f"model.skips takes at most {MOST_SKIPPED} layers, each pass counted; there are {passes}")
 
 
 def check_train(recipe: Recipe, workers: int, qat_levels: int) -> None:
@@ -161,8 +188,16 @@ def check_train(recipe: Recipe, workers: int, qat_levels: int) -> None:
         )
     if config.late_qat and export.method == "reference" and 2 ** (export.matrix_bits - 1) - 1 != qat_levels:
         raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {export.matrix_bits}")
-    if config.late_qat and config.compile and config.warmup_steps < 2:
-        raise RecipeError("train.warmup_steps must be at least 2 with late_qat: each kind of step is compiled once")
+    switches = ["late_qat"] * config.late_qat + ["model.looped_layers"] * bool(recipe.model.looped_layers)
+    if config.compile and 0 < len(switches) >= config.warmup_steps:
+        raise RecipeError(
+            f"train.warmup_steps must be at least {len(switches) + 1} with {' and '.join(switches)}: each kind of step "
+            "is compiled once"
+        )
+    if recipe.model.looped_layers and config.loop_from_fraction >= 1:
+        raise RecipeError(
+            f"train.loop_from_fraction is {config.loop_from_fraction:g}; it must be below 1: the loop is what is scored"
+        )
     if not config.steps and config.budget_seconds <= config.reserve_seconds:
         raise RecipeError(
             f"train.budget_seconds {config.budget_seconds:g} leaves nothing after train.reserve_seconds "

@@ -75,7 +75,7 @@ from hedgemix.data.dataset import Dataset
 from hedgemix.data.reading import encodable
 from hedgemix.data.text_set import EncodeParts
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.model.transformer import QAT_LEVELS
+from hedgemix.model.linear import QAT_LEVELS
 from hedgemix.runtime.files import FIXES, told
 from hedgemix.runtime.layout import RECIPE
 from hedgemix.validate import check_read, check_recipe

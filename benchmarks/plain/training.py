@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
-from hedgemix.model.transformer import Attention, Linear, Model, fake_quantize
+from hedgemix.model.linear import Linear, fake_quantize
+from hedgemix.model.transformer import Attention, Model
 from hedgemix.train.schedule import late_qat, muon_momentum, rate_factor
 
 

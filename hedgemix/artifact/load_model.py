@@ -45,6 +45,8 @@ def largest(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, int]]:
     for layer in range(config.layers):
         parts[f"blocks.{layer}.attention.q.weight"] = width, width
         parts[f"blocks.{layer}.mlp.up.weight"] = config.mlp_hidden, width
+    if config.skips:
+        parts["skip_weights"] = len(config.passes()) // 2, width
     if config.bigram_buckets:
         parts["bigram.table.weight"] = config.bigram_buckets, config.bigram_width
         parts["bigram.project.weight"] = width, config.bigram_width

@@ -54,29 +54,41 @@ class ModelStep:
         if self.bigram is not None:
             row = (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % (len(self.bigram.table_VD) - 1)
             x_D = x_D + self.bigram(row)
-        x_D = unsmeared_D = normalised(x_D)
+        unsmeared_D = x_D
+        if self.input_smear is not None:
+            weight_C, scale = self.input_smear
+            x_D = x_D + scale * sigmoid(weight_C @ x_D[: len(weight_C)]) * self.before_D
+        x_D = normalised(x_D)
         if self.smear_D is not None:
+            unsmeared_D = x_D
             x_D = x_D + (self.before_D - x_D) / self.smear_D
         value_K = None if self.value is None else self.value(token)
         turn = self.cos_TR[at], self.sin_TR[at]
         start = 0 if band is None else max(0, at + 1 - band)
-        x0_D, pushed = x_D, list[np.ndarray]()
+        x0_D, pushed, lane_D = x_D, list[np.ndarray](), x_D
         for layer in self.layers:
+            lane_D = x_D if layer.forks else lane_D
             if layer.skip_D is not None:
-                x_D = x_D + layer.skip_D * pushed.pop()
+                popped_D = layer.skip_D * pushed.pop()
+                x_D = x_D + popped_D if layer.kept_D is None else popped_D + layer.kept_D * (x_D - popped_D)
+            mixed_D = x_D
             if layer.mix_2D is not None:
-                x_D = layer.mix_2D[0] * x_D + layer.mix_2D[1] * x0_D
-            normalised(x_D, layer.scale, self.x_D)
+                mixed_D = layer.mix_2D[0] * x_D + layer.mix_2D[1] * x0_D
+            normalised(mixed_D, layer.scale, self.x_D)
             added_K = None if value_K is None or layer.value_scale is None else value_K * layer.value_scale
             y_D = self.attend(layer, added_K, turn, start, at)
-            x_D = x_D + (y_D if layer.attention_scale_D is None else layer.attention_scale_D * y_D)
-            normalised(x_D, layer.scale, self.x_D)
-            torch.mv(layer.up, self.x, out=self.up)
-            np.square(np.where(self.up_U > 0, self.up_U, layer.slope * self.up_U), out=self.up_U)
-            torch.mv(layer.down, self.up, out=self.y)
-            x_D = x_D + (self.y_D if layer.mlp_scale_D is None else layer.mlp_scale_D * self.y_D)
+            y_D = y_D if layer.attention_scale_D is None else layer.attention_scale_D * y_D
+            if layer.lanes_23 is None:
+                x_D = mixed_D + y_D
+                x_D = x_D + self.mapped(layer, x_D)
+            else:
+                stay_2, attention_2, mlp_2 = layer.lanes_23.T
+                added_2D = np.outer(attention_2, y_D) + np.outer(mlp_2, self.mapped(layer, lane_D))
+                x_D, lane_D = stay_2[0] * x_D + added_2D[0], stay_2[1] * lane_D + added_2D[1]
             if layer.pushes:
                 pushed.append(x_D)
+        if self.layers[-1].lanes_23 is not None:
+            x_D = np.float32(0.5) * (x_D + lane_D)
         self.token[0], self.before_D[:] = token, unsmeared_D
         cache.length += 1
         feature_D = normalised(x_D)
@@ -91,7 +103,7 @@ class ModelStep:
     def begin(self, cache: Cache) -> None:
         """Take up the weights as they are now, and a cache that holds tokens."""
         model, self.cache = self.model, cache
-        self.layers = [Layer.of(model, cache, number) for number in range(len(model.blocks))]
+        self.layers = [Layer.of(model, cache, number) for number in range(len(model.config.passes()))]
         self.embedding = model.embedding.weight.detach()
         self.embedding_VD = self.embedding.numpy()
         self.bigram, self.value = Embedded.of(model.bigram), Embedded.of(model.value_embedding)
@@ -100,6 +112,8 @@ class ModelStep:
         self.token = cache.tokens_B1[0].numpy().copy()
         cache.x_B1D, cache.tokens_B1 = torch.from_numpy(self.before_D)[None, None], torch.from_numpy(self.token)[None]
         self.smear_D = None if model.smear is None else 1 + np.exp(-array(model.smear))
+        smear = model.input_smear
+        self.input_smear = None if smear is None else (array(smear.weight), array(smear.scale))
         angle_TR = np.arange(cache.keys[0].shape[2], dtype=np.float32)[:, None] * model.frequencies.numpy()
         self.cos_TR, self.sin_TR = np.cos(angle_TR), np.sin(angle_TR)
 
@@ -127,9 +141,19 @@ class ModelStep:
         if layer.xsa:
             length_H1 = np.maximum(np.sqrt(np.square(v_HE).sum(1, keepdims=True)), np.float32(1e-12))
             toward_HE = v_HE / length_H1
-            y_HE = y_HE - (y_HE * toward_HE).sum(1, keepdims=True) * toward_HE
+            y_HE = y_HE - layer.xsa_H1 * (y_HE * toward_HE).sum(1, keepdims=True) * toward_HE
+        if layer.gate_HC is not None:
+            y_HE = y_HE * sigmoid(layer.gate_HC @ self.x_D[: layer.gate_HC.shape[1]])[:, None]
         torch.mv(layer.out, torch.from_numpy(y_HE.reshape(-1)), out=self.y)
         return self.y_D
+
+    def mapped(self, layer: Layer, x_D: np.ndarray) -> np.ndarray:
+        """Compute what the layer's MLP adds to the stream that it reads."""
+        normalised(x_D, layer.scale, self.x_D)
+        torch.mv(layer.up, self.x, out=self.up)
+        np.square(np.where(self.up_U > 0, self.up_U, layer.slope * self.up_U), out=self.up_U)
+        torch.mv(layer.down, self.up, out=self.y)
+        return self.y_D if layer.mlp_scale_D is None else layer.mlp_scale_D * self.y_D
 
 
 @dataclass(frozen=True)
@@ -154,7 +178,8 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Layer:
-    """Holds a layer's weights, in their own memory, what is computed of them alone, and its keys and values."""
+    """Holds the weights of a pass through a layer, in their own memory, what is computed of them alone, and its keys
+    and values."""
 
     heads: int
     kv_heads: int
@@ -169,9 +194,17 @@ class Layer:
     slope: np.float32
     gain_H1: np.ndarray
     """What queries are multiplied by: the heads' gains, and 1 / sqrt(E)."""
+    xsa_H1: np.ndarray
+    """The share of the projection that is subtracted."""
+    gate_HC: np.ndarray | None
     pushes: bool
-    """Whether a later layer adds what comes out."""
+    """Whether a later pass adds what comes out."""
     skip_D: np.ndarray | None
+    kept_D: np.ndarray | None
+    """The stream's share of a blend with what was pushed; none: their sum."""
+    forks: bool
+    """Whether the second stream begins here."""
+    lanes_23: np.ndarray | None
     mix_2D: np.ndarray | None
     value_scale: np.float32 | None
     attention_scale_D: np.ndarray | None
@@ -181,11 +214,15 @@ class Layer:
 
     @classmethod
     def of(cls, model: Model, cache: Cache, number: int) -> Layer:
-        """Look at layer `number` of a model."""
-        block, valued = model.blocks[number], number - (len(model.blocks) - model.config.value_embedding_layers)
+        """Look at pass `number` of a model."""
+        config = model.config
+        at, before = config.passes()[number], config.passes()[:number]
+        block, valued = model.blocks[at], at - (config.layers - config.value_embedding_layers)
         assert isinstance(block, Block)
         part, mlp, popped = block.attention, block.mlp, number - model.pushes
-        skips, values = model.skip_weights, model.value_embedding
+        skips, gates, values = model.skip_weights, model.skip_gates, model.value_embedding
+        pops = skips is not None and 0 <= popped < len(skips)
+        alpha_H = np.float32(np.inf) if part.xsa_alpha is None else array(part.xsa_alpha)
         return cls(
             heads=part.heads,
             kv_heads=part.kv_heads,
@@ -199,8 +236,13 @@ class Layer:
             scale=np.float32(block.depth_scale),
             slope=np.float32(mlp.slope),
             gain_H1=array(part.q_gain)[:, None] * np.float32(1 / math.sqrt(part.head_width)),
+            xsa_H1=np.tanh(alpha_H).reshape(-1, 1),
+            gate_HC=None if part.gate is None else np.float32(0.5) * array(part.gate.weight),
             pushes=skips is not None and number < model.pushes,
-            skip_D=array(skips)[popped] if skips is not None and 0 <= popped < len(skips) else None,
+            skip_D=array(skips)[popped] if skips is not None and pops else None,
+            kept_D=sigmoid(array(gates)[popped]) if gates is not None and pops else None,
+            forks=at == config.layers - config.lane_layers and at not in before,
+            lanes_23=None if block.lanes is None else array(block.lanes),
             mix_2D=None if block.input_mix is None else array(block.input_mix),
             value_scale=array(values.layer_scales)[valued] if values is not None and valued >= 0 else None,
             attention_scale_D=None if block.attention_scale is None else array(block.attention_scale),
@@ -214,6 +256,11 @@ def paired(size: int) -> tuple[np.ndarray, Tensor]:
     """Make a float32 vector that NumPy and PyTorch share."""
     vector = np.empty(size, np.float32)
     return vector, torch.from_numpy(vector)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Compute 1 / (1 + exp(-x)), element by element."""
+    return ONE / (ONE + np.exp(-x))
 
 
 def array(weight: Tensor) -> np.ndarray:

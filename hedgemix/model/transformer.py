@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hedgemix.config import ModelConfig
 from hedgemix.model.attention import Cache, attention
+from hedgemix.model.gates import HeadGate, InputSmear
 from hedgemix.model.layers import (
     Table,
     capped_cross_entropy,
@@ -26,39 +27,11 @@ from hedgemix.model.layers import (
     rms_norm,
     without_projection,
 )
+from hedgemix.model.linear import Linear
 from hedgemix.validate import check_model
 
 # Multipliers of the bigram hash; both are odd, so no token is lost before the modulo.
 HASH_CURRENT, HASH_PREVIOUS = 36313, 27191
-QAT_LEVELS = 15
-QAT_QUANTILE = 0.9995
-
-
-def fake_quantize(weight: Tensor) -> Tensor:
-    """Round `weight` (rows, columns) to 31 levels with one scale a row, with a straight-through gradient (Bengio et al.
-    2013)."""
-    with torch.no_grad():
-        magnitude = weight.float().abs()
-        rank = max(1, math.ceil(QAT_QUANTILE * magnitude.shape[1]))
-        above = magnitude.shape[1] - rank
-        if above:  # kthvalue is not deterministic on a GPU
-            largest = magnitude.topk(above + 1, dim=1).values[:, -1:]
-        else:  # up to 1,999 columns; a compiler fuses a maximum with what is around it, and calls out for a topk
-            largest = magnitude.amax(1, keepdim=True)
-        scale = largest.clamp_min(1e-8) / QAT_LEVELS
-        rounded = (weight / scale).round().clamp(-QAT_LEVELS, QAT_LEVELS) * scale
-    return weight + (rounded - weight).detach()
-
-
-class Linear(nn.Linear):
-    """Multiplies by a matrix, without a bias, that can be trained through its quantization."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, input: Tensor, qat: bool = False) -> Tensor:
-        """Map the input (..., inputs) to (..., outputs). qat: by the quantized weights."""
-        return F.linear(input, fake_quantize(self.weight) if qat else self.weight)
 
 
 def rotary_base(config: ModelConfig, context_tokens: int) -> float:
@@ -73,9 +46,8 @@ class Attention(nn.Module):
     """Attends from each position to itself and earlier ones, with normalised, rotated queries and keys and a gain a
     head."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.heads, self.kv_heads, self.xsa = config.heads, config.kv_heads, config.xsa
         self.head_width = config.width // config.heads
         kv_width = self.head_width * config.kv_heads
@@ -84,6 +56,8 @@ class Attention(nn.Module):
         self.v = Linear(config.width, kv_width)
         self.out = Linear(config.width, config.width)
         self.q_gain = nn.Parameter(torch.full((config.heads,), config.qk_gain))
+        self.xsa_alpha = nn.Parameter(torch.zeros(config.heads)) if config.xsa_learned else None
+        self.gate = HeadGate(config.heads) if config.head_gates else None
 
     def forward(
         self,
@@ -95,11 +69,12 @@ class Attention(nn.Module):
         qat: bool,
         cache: Cache | None,
         last: int,
+        number: int,
     ) -> Tensor:
         """Attend from the last positions of the normalised input (B, T, D); returns (B, last, D).
 
         value_BTK: what is added to the values before they are cut into key-value heads. cos, sin: (T, R), of these
-        positions. qat: by quantized weights.
+        positions. qat: by quantized weights. number: of the pass through a layer, whose own keys the cache has.
         """
         B, T, D = x_BTD.shape
 
@@ -114,10 +89,14 @@ class Attention(nn.Module):
         k = normalised_rotary(k.float(), cos, sin).to(dtype)
         if self.kv_heads != self.heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
-        y = attention(q, k, v, band) if cache is None else cache.attend(self.layer, q, k, v, band)
+        y = attention(q, k, v, band) if cache is None else cache.attend(number, q, k, v, band)
         if self.xsa:
-            y = without_projection(y, v[:, :, T - last :])
-        return self.out(y.transpose(1, 2).reshape(B, last, D), qat)
+            rest = without_projection(y, v[:, :, T - last :])
+            y = rest if self.xsa_alpha is None else y + torch.tanh(self.xsa_alpha).view(-1, 1, 1) * (rest - y)
+        y = y.transpose(1, 2)
+        if self.gate is not None:
+            y = self.gate(y, x_BTD[:, T - last :])
+        return self.out(y.reshape(B, last, D), qat)
 
 
 class MLP(nn.Module):
@@ -139,12 +118,15 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(config, layer), MLP(config)
+        self.attention, self.mlp = Attention(config), MLP(config)
         self.depth_scale = 1 / math.sqrt(layer + 1) if config.depth_scale else 1.0
         ones = torch.ones(config.width)
         self.input_mix = nn.Parameter(torch.stack([ones, 0 * ones])) if config.input_mix else None
         self.attention_scale = nn.Parameter(ones.clone()) if config.residual_scale else None
         self.mlp_scale = nn.Parameter(ones.clone()) if config.residual_scale else None
+        in_lanes = layer >= config.layers - config.lane_layers
+        self.lanes = nn.Parameter(torch.tensor([[1.1, 1.0, 1.0]] * 2)) if in_lanes else None
+        """Of each lane: what stays of it, and what attention and MLP add to it."""
 
     def forward(
         self,
@@ -157,19 +139,33 @@ class Block(nn.Module):
         qat: bool,
         cache: Cache | None,
         last: int,
-    ) -> Tensor:
+        number: int,
+        lane: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the layer on the residual stream (B, T, D); returns its last positions, (B, last, D).
 
-        x0: the stream that entered the first layer, (B, T, D), which `input_mix` blends in. The rest is
-        `Attention.forward`'s.
+        x0: the stream that entered the first layer, (B, T, D), which `input_mix` blends in. lane: the second stream
+        (B, T, D) of a layer that has `lanes`, which then returns both. The rest is `Attention.forward`'s.
         """
+        here = x.shape[1] - last
+        mixed = x
         if self.input_mix is not None:
             mix = self.input_mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * x0
-        y = self.attention(rms_norm(x, self.depth_scale), value, cos, sin, band, qat, cache, last)
-        x = x[:, x.shape[1] - last :] + (y if self.attention_scale is None else self.attention_scale.to(x.dtype) * y)
+            mixed = mix[0] * x + mix[1] * x0
+        y = self.attention(rms_norm(mixed, self.depth_scale), value, cos, sin, band, qat, cache, last, number)
+        y = y if self.attention_scale is None else self.attention_scale.to(x.dtype) * y
+        if self.lanes is None or lane is None:
+            x = mixed[:, here:] + y
+            return x + self.mapped(x, qat)
+        x, lane = x[:, here:], lane[:, here:]
+        z = self.mapped(lane, qat)
+        first, second = self.lanes.to(x.dtype)
+        return first[0] * x + first[1] * y + first[2] * z, second[0] * lane + second[1] * y + second[2] * z
+
+    def mapped(self, x: Tensor, qat: bool) -> Tensor:
+        """Compute what the MLP adds to the stream (B, T, D) that it reads."""
         y = self.mlp(rms_norm(x, self.depth_scale), qat)
-        return x + (y if self.mlp_scale is None else self.mlp_scale.to(x.dtype) * y)
+        return y if self.mlp_scale is None else self.mlp_scale.to(x.dtype) * y
 
 
 class BigramEmbedding(nn.Module):
@@ -219,10 +215,13 @@ class Model(nn.Module):
         self.config, self.vocab_size, self.context_tokens = config, vocab_size, context_tokens
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
-        self.smear = nn.Parameter(torch.zeros(config.width)) if config.smear_gate else None
+        by_channel = config.smear_gate and config.smear_by == "channel"
+        self.smear = nn.Parameter(torch.zeros(config.width)) if by_channel else None
+        self.input_smear = InputSmear() if config.smear_gate and not by_channel else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.pushes = config.layers // 2
+        self.pushes = len(config.passes()) // 2
         self.skip_weights = nn.Parameter(torch.ones(self.pushes, config.width)) if config.skips else None
+        self.skip_gates = nn.Parameter(torch.zeros(self.pushes, config.width)) if config.skip_gates else None
         self.value_embedding = ValueEmbedding(config, vocab_size) if config.value_embedding_layers else None
         base = rotary_base(config, context_tokens)
         frequencies = base ** -(torch.arange(0, config.rope_dims, 2) / max(config.rope_dims, 1))
@@ -239,7 +238,7 @@ class Model(nn.Module):
                 if min(module.weight.shape) >= 64:
                     nn.init.orthogonal_(module.weight)
                 if name.endswith((".out", ".down")):
-                    module.weight.mul_(1 / math.sqrt(2 * self.config.layers))
+                    module.weight.mul_(0 if self.config.zero_outputs else 1 / math.sqrt(2 * self.config.layers))
         nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
         if self.bigram is not None:
             # The table starts at zero; a projection that did too would keep both gradients at zero for ever.
@@ -252,7 +251,7 @@ class Model(nn.Module):
         """Make an empty cache for texts of up to `positions` tokens."""
         config, like = self.config, self.embedding.weight
         shape = (sequences, config.heads, positions, config.width // config.heads)
-        keys, values = ([like.new_zeros(shape) for _ in self.blocks] for _ in range(2))
+        keys, values = ([like.new_zeros(shape) for _ in config.passes()] for _ in range(2))
         return Cache(keys, values, like.new_zeros(sequences, 1).long(), like.new_zeros(sequences, 1, config.width))
 
     def features(
@@ -262,10 +261,12 @@ class Model(nn.Module):
         qat: bool = False,
         cache: Cache | None = None,
         last: int | None = None,
+        looped: bool = True,
     ) -> Tensor:
         """Compute the normalised final hidden states (B, T, D); position t depends on tokens 0..t only (the last `band`
         positions of each layer below, when a band is given). last: only of so many last positions, (B, last, D); the
-        last layer then makes keys and values for the others, and no more.
+        last pass then makes keys and values for the others, and no more. looped: run the recipe's loop of layers, as
+        ever but for the beginning of training.
 
         With a cache the tokens follow those already run through it: any number into an empty one, then one at a time.
         """
@@ -277,42 +278,60 @@ class Model(nn.Module):
                 x = x + self.bigram(torch.cat([cache.tokens_B1, tokens_BT], 1))[:, 1:]
             else:
                 x = x + self.bigram(tokens_BT)
+        unsmeared = x
+        if self.input_smear is not None:
+            x = self.input_smear(x, earlier(x, cache))
         x = rms_norm(x)
         if self.config.residual_dtype == "bfloat16" and torch.is_autocast_enabled(x.device.type):
             x = x.bfloat16()  # from here on; every norm and the loss are in float32 again
-        unsmeared = x
         if self.smear is not None:
-            gate = torch.sigmoid(self.smear).to(x.dtype)
-            earlier = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None or not length else cache.x_B1D
-            x = x + gate * (earlier - x)
+            unsmeared = x
+            x = x + torch.sigmoid(self.smear).to(x.dtype) * (earlier(x, cache) - x)
         x0 = x
         value = None if self.value_embedding is None else self.value_embedding(tokens_BT)
         angle = torch.arange(length, length + tokens_BT.shape[1], device=x.device)[:, None] * self.frequencies
         cos, sin = angle.cos(), angle.sin()
         first_valued = len(self.blocks) - self.config.value_embedding_layers
         pushed: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
-            if self.skip_weights is not None and layer >= self.pushes and pushed:
-                x = x + self.skip_weights[layer - self.pushes].to(x.dtype) * pushed.pop()
+        lane: Tensor | None = None
+        order = self.config.passes(looped)
+        pushes = len(order) // 2
+        for number, layer in enumerate(order):
+            if layer == len(self.blocks) - self.config.lane_layers and lane is None:
+                lane = x
+            if self.skip_weights is not None and number >= pushes and pushed:
+                x = self.join(x, pushed.pop(), number - pushes)
             added = None
             if self.value_embedding is not None and value is not None and layer >= first_valued:
                 added = value * self.value_embedding.layer_scales[layer - first_valued]
-            wanted = last if last is not None and layer == len(self.blocks) - 1 else x.shape[1]
-            x = block(x, x0, added, cos, sin, band, qat, cache, wanted)
-            if self.skip_weights is not None and layer < self.pushes:
+            wanted = last if last is not None and number == len(order) - 1 else x.shape[1]
+            x = self.blocks[layer](x, x0, added, cos, sin, band, qat, cache, wanted, number, lane)
+            if lane is not None:
+                x, lane = x
+            if self.skip_weights is not None and number < pushes:
                 pushed.append(x)
+        if lane is not None:
+            x = 0.5 * (x + lane)
         if cache is not None:
             cache.tokens_B1, cache.x_B1D = tokens_BT[:, -1:], unsmeared[:, -1:]
             cache.length += tokens_BT.shape[1]
         return rms_norm(x)
 
+    def join(self, x: Tensor, pushed: Tensor, number: int) -> Tensor:
+        """Bring what an earlier pass pushed back to the stream, both (B, T, D), by the weights of skip `number`."""
+        assert self.skip_weights is not None
+        pushed = self.skip_weights[number].to(x.dtype) * pushed
+        if self.skip_gates is None:
+            return x + pushed
+        return torch.lerp(pushed, x, torch.sigmoid(self.skip_gates[number]).to(x.dtype))
+
     def logits(self, features: Tensor) -> Tensor:
         """Compute the capped logits (…, V) in float32 of features (…, D)."""
         return capped_logits(features, self.embedding.weight, self.config.logit_cap)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, qat: bool = False, looped: bool = True) -> Tensor:
         """Sum the negative log-likelihood of the targets in nats, a float32 scalar."""
-        features = self.features(tokens_BT, qat=qat)
+        features = self.features(tokens_BT, qat=qat, looped=looped)
         return capped_cross_entropy(features, self.embedding.weight, targets_BT, self.config.logit_cap)
 
     def matrices(self) -> dict[str, Linear]:
@@ -331,6 +350,13 @@ class Model(nn.Module):
             key = f"{head}.attention.q.weight" if name.endswith((".k.weight", ".v.weight")) else name
             shared.setdefault(key, []).append(name)
         return shared
+
+
+def earlier(x_BTD: Tensor, cache: Cache | None) -> Tensor:
+    """Give each position what the one before it has; the first, what the cache kept, or zeros."""
+    if cache is not None and cache.length:
+        return cache.x_B1D
+    return F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -5,6 +5,9 @@ second moment of the matrix's inputs and G_r that of the loss's gradient at outp
 itself (the Fisher information: Martens and Grosse 2015, K-FAC, with a diagonal output factor). The same form holds for
 a table of embeddings with H the second moment of the gradient at the embedding, and G_r how often row r is read; and
 for the tied output layer, where the moment of its gradient is known in closed form.
+
+A matrix of layers that run n times has n inputs and n gradients a token: H is their sum, G their mean. Their errors are
+taken as unrelated, as those of tokens are.
 """
 
 from __future__ import annotations
@@ -74,8 +77,10 @@ def calibrate(model: Model, batches: Batches, config: TrainConfig, device: torch
         for hook in hooks:
             hook.remove()
     count = config.calibration_sequences * config.sequence_tokens
-    for moment in (*columns.values(), *rows.values()):
+    for moment in columns.values():
         collectives.sum_over(moment).div_(count)
+    for name, moment in rows.items():
+        collectives.sum_over(moment).div_(count * passes(model, name))
     return Moments(columns, rows | frequencies(model, batches.stream, device))
 
 
@@ -86,6 +91,11 @@ TIED = "embedding.weight"
 def matrices(model: Model) -> dict[str, Linear]:
     """List every matrix of the model, by the name of its weight."""
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def passes(model: Model, name: str) -> int:
+    """Count how often a forward pass runs the matrix or table of this name."""
+    return model.config.passes().count(int(name.split(".")[1])) if name.startswith("blocks.") else 1
 
 
 def square(size: int, device: torch.device) -> Tensor:

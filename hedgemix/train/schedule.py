@@ -27,6 +27,11 @@ def muon_momentum(config: TrainConfig, fraction: float) -> float:
     return config.muon_momentum_start + progress * (config.muon_momentum - config.muon_momentum_start)
 
 
+def looped(config: TrainConfig, fraction: float) -> bool:
+    """Tell whether the model's loop of layers runs as often as it is to, at this point of the run."""
+    return fraction >= config.loop_from_fraction
+
+
 def late_qat(config: TrainConfig, fraction: float) -> bool:
     """Tell whether the matrices train through their quantization at this point of the run."""
     return config.late_qat and rate_factor(fraction, config.warmdown_fraction) < config.late_qat_below

@@ -10,6 +10,7 @@ averaged weights) and moments.pt (calibration).
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,8 @@ from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Ahead, Batches
 from hedgemix.data.dataset import Dataset
 from hedgemix.model.layers import autocast
-from hedgemix.model.transformer import QAT_LEVELS, Model, parameter_count
+from hedgemix.model.linear import QAT_LEVELS
+from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.quantize.calibration import calibrate
 from hedgemix.runtime import collectives
 from hedgemix.runtime.checkpoint import Checkpoints
@@ -36,7 +38,7 @@ from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.runtime.profiler import tracing
 from hedgemix.train.optim import EMA, Optimizers
-from hedgemix.train.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.train.schedule import elapsed_fraction, late_qat, looped, muon_momentum, rate_factor
 from hedgemix.train.step_log import ADVICE, DivergedError, StepLog
 from hedgemix.validate import check_train
 
@@ -213,13 +215,19 @@ class Run:
         self.batch_tokens = batches.per_step * config.sequence_tokens
         self.read = Ahead(batches, collectives.rank(), collectives.world_size(), config.microbatch_sequences, device)
 
-    def backward(self, step: int, qat: bool) -> Tensor:
-        """Accumulate one step's gradient; returns this rank's part of the mean loss, a 0-d tensor."""
+    def kind(self, fraction: float) -> tuple[bool, bool]:
+        """Tell, of a step after this share of the run, whether it trains through quantization, and the loop of
+        layers."""
+        plain = bool(self.model.config.looped_layers) and not looped(self.config, fraction)
+        return late_qat(self.config, fraction), not plain
+
+    def backward(self, step: int, qat: bool, looped: bool) -> Tensor:
+        """Accumulate the gradient of one step, of a `kind`; returns this rank's part of the mean loss, a 0-d tensor."""
         total = torch.zeros((), device=self.device)
         self.gradient.zero()
         for tokens, targets in self.read(step):
             with autocast(self.config.dtype, self.device):
-                loss = self.loss(tokens, targets, qat) / self.batch_tokens
+                loss = self.loss(tokens, targets, qat, looped) / self.batch_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -228,12 +236,12 @@ class Run:
         """Take one optimizer step and average the weights; returns this rank's part of the mean loss in nats, a 0-d
         tensor.
 
-        fraction: share of the run that is over, which decides the rates and whether to train through quantization.
+        fraction: share of the run that is over, which decides the rates and the step's `kind`.
         """
-        qat = late_qat(self.config, fraction)
+        qat, looped = self.kind(fraction)
         rate, momentum = rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction)
         with record_function("gradient"):
-            loss = self.backward(self.step, qat)
+            loss = self.backward(self.step, qat, looped)
         with record_function("reduce and clip"):
             self.gradient.reduce(self.config.gradient_clip)
         with record_function("optimizers"):
@@ -251,8 +259,10 @@ class Run:
         weights = [parameter.detach().clone() for parameter in self.model.parameters()]
         random_state = torch.get_rng_state()
         optimizers = Optimizers(self.model, self.config)
+        loops = self.config.loop_from_fraction
+        kinds = list(dict.fromkeys(map(self.kind, (0.0, math.nextafter(loops, 0.0), loops, 1.0))))
         for step in range(self.config.warmup_steps):
-            self.backward(step, self.config.late_qat and step % 2 == 1)
+            self.backward(step, *kinds[step % len(kinds)])
             self.gradient.reduce(self.config.gradient_clip)
             optimizers.step(1.0, self.config.muon_momentum)
         with torch.no_grad():

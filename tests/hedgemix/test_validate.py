@@ -11,7 +11,7 @@ import pytest
 from hedgemix import validate
 from hedgemix.config import EvaluateConfig, ModelConfig, QuantizeConfig, Recipe, RecipeError, TTTConfig
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.model.transformer import QAT_LEVELS
+from hedgemix.model.linear import QAT_LEVELS
 from hedgemix.recipes import RECIPES
 
 NAN, INF = math.nan, math.inf

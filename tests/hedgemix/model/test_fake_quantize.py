@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hedgemix.model.transformer import fake_quantize
+from hedgemix.model.linear import fake_quantize
 
 
 def test_quantized_weights_have_31_levels_a_row() -> None:

@@ -15,9 +15,11 @@ from torch._dynamo.testing import CompileCounter
 from hedgemix import recipes
 from hedgemix.config import ModelConfig, RecipeError
 from hedgemix.model.layers import rms_norm
-from hedgemix.model.transformer import Model, fake_quantize, parameter_count, rotary_base
+from hedgemix.model.linear import fake_quantize
+from hedgemix.model.transformer import Model, parameter_count, rotary_base
 
 VOCAB = 50
+MATRICES = ("attention.q", "attention.k", "attention.v", "attention.out", "mlp.up", "mlp.down")
 SMALL = ModelConfig(layers=5, width=32, heads=4, kv_heads=4, mlp_hidden=48, rope_dims=4, logit_cap=5.0)
 SMALL = replace(SMALL, bigram_buckets=37, bigram_width=16, value_embedding_width=16)
 
@@ -45,7 +47,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def slow_logits(model: Model, tokens: list[int], band: int) -> Tensor:
+def slow_logits(model: Model, tokens: list[int], band: int, looped: bool = True) -> Tensor:
     """The forward pass of one sequence (T, V), a position and a head at a time."""
     c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
     width, group = c.width // c.heads, c.heads // c.kv_heads
@@ -71,16 +73,31 @@ def slow_logits(model: Model, tokens: list[int], band: int) -> Tensor:
         if c.bigram_buckets:
             row = ((36313 * token) ^ (27191 * tokens[i - 1])) % (c.bigram_buckets - 1) if i else c.bigram_buckets - 1
             x = x + w["bigram.scale"] * (w["bigram.project.weight"] @ w["bigram.table.weight"][row])
-        xs.append(norm(x))
-    if c.smear_gate:
+        xs.append(x)
+    if c.smear_gate and c.smear_by == "input":
+        shares = [w["input_smear.scale"] * torch.sigmoid(w["input_smear.weight"] @ x[:12]) for x in xs]
+        xs = [x + share * (xs[i - 1] if i else 0 * x) for i, (x, share) in enumerate(zip(xs, shares, strict=True))]
+    xs = [norm(x) for x in xs]
+    if c.smear_gate and c.smear_by == "channel":
         gate = 1 / (1 + torch.exp(-w["smear"]))
         xs = [(1 - gate) * x + gate * (xs[i - 1] if i else 0 * x) for i, x in enumerate(xs)]
     x0s, pushed = xs, []
-    for layer in range(c.layers):
+    lanes: list[Tensor] = []
+    order = list(range(c.layers))
+    if c.looped_layers and looped:
+        first, last = c.looped_layers[0], c.looped_layers[-1]
+        order = order[:first] + c.loop_passes * order[first : last + 1] + order[last + 1 :]
+    half = len(order) // 2
+    for number, layer in enumerate(order):
         at = {n.removeprefix(f"blocks.{layer}."): p for n, p in w.items() if n.startswith(f"blocks.{layer}.")}
         depth = (layer + 1) ** -0.5 if c.depth_scale else 1.0
-        if c.skips and layer >= c.layers // 2 and pushed:
-            xs = [x + w["skip_weights"][layer - c.layers // 2] * y for x, y in zip(xs, pushed.pop(), strict=True)]
+        if layer >= c.layers - c.lane_layers and not lanes:
+            lanes = xs
+        if c.skips and number >= half and pushed:
+            scaled = [w["skip_weights"][number - half] * y for y in pushed.pop()]
+            g = torch.sigmoid(w["skip_gates"][number - half]) if c.skip_gates else None
+            xs = [x + y if g is None else (1 - g) * y + g * x for x, y in zip(xs, scaled, strict=True)]
+        before = xs
         if c.input_mix:
             xs = [at["input_mix"][0] * x + at["input_mix"][1] * x0 for x, x0 in zip(xs, x0s, strict=True)]
         ins = [depth * norm(x) for x in xs]
@@ -103,16 +120,30 @@ def slow_logits(model: Model, tokens: list[int], band: int) -> Tensor:
                 y = scores / scores.sum() @ torch.stack([values[j][shared] for j in seen])
                 if c.xsa:
                     v = values[i][shared]
-                    y = y - (y @ v) / (v @ v) * v
+                    share = torch.tanh(at["attention.xsa_alpha"][head]) if c.xsa_learned else 1
+                    y = y - share * (y @ v) / (v @ v) * v
+                if c.head_gates:
+                    y = y * torch.sigmoid(0.5 * at["attention.gate.weight"][head] @ ins[i][:12])
                 heads.append(y)
             outs.append(at["attention.out.weight"] @ torch.cat(heads))
         one = torch.ones(c.width)
-        xs = [x + at.get("attention_scale", one) * y for x, y in zip(xs, outs, strict=True)]
-        hidden = [at["mlp.up.weight"] @ (depth * norm(x)) for x in xs]
+        outs = [at.get("attention_scale", one) * y for y in outs]
+        added = [x + y for x, y in zip(xs, outs, strict=True)]
+        hidden = [at["mlp.up.weight"] @ (depth * norm(x)) for x in lanes or added]
         hidden = [torch.where(h > 0, h, c.mlp_slope * h) ** 2 for h in hidden]
-        xs = [x + at.get("mlp_scale", one) * (at["mlp.down.weight"] @ h) for x, h in zip(xs, hidden, strict=True)]
-        if c.skips and layer < c.layers // 2:
+        mapped = [at.get("mlp_scale", one) * (at["mlp.down.weight"] @ h) for h in hidden]
+        xs = [x + z for x, z in zip(added, mapped, strict=True)]
+        if lanes:
+            sums = list(zip(outs, mapped, strict=True))
+            both = [
+                [r * s + p * y + m * z for s, (y, z) in zip(lane, sums, strict=True)]
+                for lane, (r, p, m) in zip((before, lanes), at["lanes"], strict=True)
+            ]
+            xs, lanes = both
+        if c.skips and number < half:
             pushed.append(xs)
+    if lanes:
+        xs = [(x + y) / 2 for x, y in zip(xs, lanes, strict=True)]
     logits = torch.stack([w["embedding.weight"] @ norm(x) for x in xs])
     return c.logit_cap * torch.tanh(logits / c.logit_cap)
 
@@ -135,6 +166,25 @@ PARTS: dict[str, dict[str, Any]] = {
     "even layers": {"layers": 4},
     "other slope": {"mlp_slope": 0.1},
     "long context": {"context": 4096},
+    "smear by input": {"smear_by": "input"},
+    "learned xsa": {"xsa_learned": True, "kv_heads": 2},
+    "head gates": {"head_gates": True},
+    "skip gates": {"skip_gates": True},
+    "a loop": {"looped_layers": (1, 2), "value_embedding_layers": 4},
+    "a loop of every layer": {"looped_layers": (0, 1), "loop_passes": 4, "layers": 2, "skip_gates": True},
+    "lanes": {"lane_layers": 2},
+    "lanes everywhere": {"lane_layers": 5, "input_mix": False, "residual_scale": False},
+    "a loop in lanes": {"lane_layers": 3, "looped_layers": (3, 4), "loop_passes": 2},
+    "the frontier": {
+        "bigram_buckets": 0,
+        "value_embedding_layers": 0,
+        "smear_by": "input",
+        "skip_gates": True,
+        "head_gates": True,
+        "looped_layers": (1, 2),
+        "lane_layers": 2,
+        "kv_heads": 2,
+    },
 }
 
 
@@ -149,6 +199,11 @@ def test_the_forward_pass_equals_a_slow_one(overrides: dict[str, Any], band: int
     loss = -expected.log_softmax(-1).gather(2, tokens.roll(-1, 1)[..., None]).sum()
     if band is None:
         torch.testing.assert_close(model(tokens, tokens.roll(-1, 1)), loss, rtol=1e-12, atol=0)
+    if band is None and model.config.looped_layers:
+        plain = torch.stack([slow_logits(model, row.tolist(), 11, looped=False) for row in tokens])
+        torch.testing.assert_close(model.logits(model.features(tokens, looped=False)), plain, rtol=0, atol=1e-11)
+        loss = -plain.log_softmax(-1).gather(2, tokens.roll(-1, 1)[..., None]).sum()
+        torch.testing.assert_close(model(tokens, tokens.roll(-1, 1), looped=False), loss, rtol=1e-12, atol=0)
 
 
 def test_the_record_has_as_many_parameters_as_the_reference() -> None:
@@ -157,6 +212,32 @@ def test_the_record_has_as_many_parameters_as_the_reference() -> None:
         model = Model(recipe.model, recipe.data.vocab_size, recipe.train.sequence_tokens)
     assert parameter_count(model) == 33_317_980
     assert len(model.matrices()) == 66
+
+
+def test_the_frontier_has_the_published_parameters_that_something_reads() -> None:
+    with torch.device("meta"):
+        recipe = recipes.frontier()
+        model = Model(recipe.model, recipe.data.vocab_size, recipe.train.sequence_tokens)
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        kind = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    assert sum(sizes.pop(f"{name}.weight") for name in MATRICES) == 11 * 2_883_584
+    assert sizes == {
+        "embedding.weight": 8192 * 512,
+        "input_smear.weight": 12,
+        "input_smear.scale": 1,
+        "skip_weights": 8 * 512,
+        "skip_gates": 8 * 512,
+        "input_mix": 11 * 2 * 512,
+        "attention_scale": 11 * 512,
+        "mlp_scale": 11 * 512,
+        "attention.q_gain": 11 * 8,
+        "attention.gate.weight": 11 * 8 * 12,
+        "lanes": 3 * 6,
+    }
+    # Published: also the lanes' scalars of the 8 layers that have none, and the caps of positive and negative logits.
+    assert parameter_count(model) + 8 * 6 + 2 == 35_945_673
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ import pytest
 
 from hedgemix.config import Recipe, RecipeError
 from hedgemix.experts.registry import EXPERTS
-from hedgemix.model.transformer import QAT_LEVELS
+from hedgemix.model.linear import QAT_LEVELS
 from hedgemix.recipes import RECIPES
 from hedgemix.validate import check_recipe
 from pipeline.study.variants import Variant, name_of, read_variants
