@@ -115,28 +115,47 @@ def plain_features(model: Model, tokens_BT: Tensor, qat: bool) -> Tensor:
     if model.bigram is not None:
         bigram = model.bigram
         x = x + F.linear(bigram.table(bigram.rows(tokens_BT)), bigram.project.weight) * bigram.scale
+    if model.input_smear is not None:
+        smear = model.input_smear
+        x = x + smear.scale * torch.sigmoid(x[..., :12] @ smear.weight)[..., None] * F.pad(x, (0, 0, 1, 0))[:, :-1]
     x = norm(x)
     if model.smear is not None:
         x = x + torch.sigmoid(model.smear) * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
     x0, pushed = x, []
     value = model.value_embedding(tokens_BT) if model.value_embedding is not None else None
     angle = torch.arange(tokens_BT.shape[1], device=x.device)[:, None] * model.frequencies
-    for layer, block in enumerate(model.blocks):
-        if model.skip_weights is not None and layer >= model.pushes and pushed:
-            x = x + model.skip_weights[layer - model.pushes] * pushed.pop()
+    lane, order = None, c.passes()
+    for number, layer in enumerate(order):
+        block = model.blocks[layer]
+        if block.lanes is not None and lane is None:
+            lane = x
+        if model.skip_weights is not None and number >= model.pushes and pushed:
+            popped = model.skip_weights[number - model.pushes] * pushed.pop()
+            if model.skip_gates is None:
+                x = x + popped
+            else:
+                gate = torch.sigmoid(model.skip_gates[number - model.pushes])
+                x = gate * x + (1 - gate) * popped
+        stream = x
         if block.input_mix is not None:
             x = block.input_mix[0] * x + block.input_mix[1] * x0
         added, first = None, layers - c.value_embedding_layers
         if model.value_embedding is not None and value is not None and layer >= first:
             added = value * model.value_embedding.layer_scales[layer - first]
         y = plain_attention(block.attention, norm(x) * block.depth_scale, added, angle, qat)
-        x = x + (y if block.attention_scale is None else block.attention_scale * y)
-        hidden = F.leaky_relu(linear(block.mlp.up, norm(x) * block.depth_scale, qat), c.mlp_slope).square()
-        y = linear(block.mlp.down, hidden, qat)
-        x = x + (y if block.mlp_scale is None else block.mlp_scale * y)
-        if model.skip_weights is not None and layer < model.pushes:
+        y = y if block.attention_scale is None else block.attention_scale * y
+        x = x + y
+        read = x if lane is None else lane
+        hidden = F.leaky_relu(linear(block.mlp.up, norm(read) * block.depth_scale, qat), c.mlp_slope).square()
+        z = linear(block.mlp.down, hidden, qat)
+        z = z if block.mlp_scale is None else block.mlp_scale * z
+        x = x + z
+        if lane is not None:
+            (a, b, d), (e, f, g) = block.lanes
+            x, lane = a * stream + b * y + d * z, e * lane + f * y + g * z
+        if model.skip_weights is not None and number < model.pushes:
             pushed.append(x)
-    return norm(x)
+    return norm(x if lane is None else (x + lane) / 2)
 
 
 def plain_attention(layer: Attention, x: Tensor, value: Tensor | None, angle: Tensor, qat: bool) -> Tensor:
@@ -151,8 +170,12 @@ def plain_attention(layer: Attention, x: Tensor, value: Tensor | None, angle: Te
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if layer.xsa:
         direction = F.normalize(v, dim=-1)
-        y = y - (y * direction).sum(-1, keepdim=True) * direction
-    return linear(layer.out, y.transpose(1, 2).reshape(B, T, D), qat)
+        share = 1 if layer.xsa_alpha is None else torch.tanh(layer.xsa_alpha)[:, None, None]
+        y = y - share * (y * direction).sum(-1, keepdim=True) * direction
+    y = y.transpose(1, 2)
+    if layer.gate is not None:
+        y = y * torch.sigmoid(0.5 * x[..., :12] @ layer.gate.weight.T)[..., None]
+    return linear(layer.out, y.reshape(B, T, D), qat)
 
 
 def rotary(x: Tensor, angle: Tensor) -> Tensor:

@@ -20,6 +20,16 @@ from support.tiny_artifact import MODEL
         {},
         {"kv_heads": 2, "layers": 3, "skips": True, "xsa": True, "input_mix": True},
         {"bigram_buckets": 0, "value_embedding_layers": 0, "smear_gate": False, "residual_scale": False},
+        {
+            "smear_by": "input",
+            "xsa_learned": True,
+            "head_gates": True,
+            "layers": 3,
+            "skip_gates": True,
+            "lane_layers": 2,
+        },
+        {"layers": 4, "looped_layers": (1, 2), "lane_layers": 1, "value_embedding_layers": 3, "residual_scale": False},
+        {"layers": 3, "looped_layers": (1, 2), "lane_layers": 2, "skip_gates": True, "input_mix": False},
     ],
 )
 def test_rows_and_features_are_the_models(changes: dict[str, Any], band: int | None) -> None:

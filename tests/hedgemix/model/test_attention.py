@@ -85,7 +85,15 @@ def test_the_window_kernel_does_as_the_mask(queries: int, keys: int, band: int) 
 @both_ways
 @pytest.mark.usefixtures("window_kernel")
 @pytest.mark.parametrize("band", [None, 5, 19, 40])
-@pytest.mark.parametrize("overrides", [{}, {"kv_heads": 2, "skips": False, "input_mix": False, "xsa": False}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"kv_heads": 2, "skips": False, "input_mix": False, "xsa": False},
+        {"smear_by": "input", "xsa_learned": True, "head_gates": True, "skip_gates": True, "looped_layers": (1, 2)},
+        {"lane_layers": 2, "looped_layers": (3, 4), "head_gates": True},
+    ],
+)
 def test_the_last_positions_alone_are_those_of_the_whole(overrides: dict[str, Any], band: int | None) -> None:
     model, tokens = build(**overrides).double(), tokens_of(2, 33)
     whole = model.features(tokens, band)
