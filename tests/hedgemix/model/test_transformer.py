@@ -307,6 +307,9 @@ def test_the_model_starts_as_the_reference_does() -> None:
     assert not model.bigram.table.weight.any() and not model.value_embedding.project.weight.any()
     assert model.embedding.weight.std().item() == pytest.approx(0.005, rel=0.02)
     assert model.value_embedding.table.weight.std().item() == pytest.approx(0.01, rel=0.03)
+    zeros = Model(replace(SMALL, width=128, zero_outputs=True), 1024, 64)
+    for name, linear in zeros.matrices().items():
+        assert bool(linear.weight.any()) != name.endswith((".out.weight", ".down.weight")), name
     # A product of two factors that are both zero would never learn.
     assert model.bigram.project.weight.abs().min() > 0
     again, other = start(0).state_dict(), start(1).state_dict()
@@ -354,6 +357,16 @@ def test_a_compiled_model_keeps_the_quantization_switch() -> None:
         torch.testing.assert_close(compiled(tokens, tokens, qat), model(tokens, tokens, qat), rtol=1e-6, atol=0)
     assert counter.frame_count == 2
     assert compiled(tokens, tokens, True) != compiled(tokens, tokens, False)
+
+
+def test_a_compiled_model_has_a_graph_with_the_loop_and_one_without() -> None:
+    model, tokens = build(**PARTS["the frontier"]), tokens_of(2, 16)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for looped in (False, True, False, True):
+        found, expected = (each(tokens, tokens, looped=looped) for each in (compiled, model))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgemix.config import TrainConfig
-from hedgemix.train.schedule import elapsed_fraction, late_qat, muon_momentum, rate_factor
+from hedgemix.train.schedule import elapsed_fraction, late_qat, looped, muon_momentum, rate_factor
 
 CLOCK = TrainConfig(budget_seconds=120, reserve_seconds=20)
 fractions = st.floats(0, 1)
@@ -45,6 +45,12 @@ def test_quantized_training_starts_below_its_rate() -> None:
     config = TrainConfig(late_qat=True, late_qat_below=0.5, warmdown_fraction=0.5)
     assert [late_qat(config, fraction) for fraction in (0, 0.5, 0.75, 0.76, 1)] == [False, False, False, True, True]
     assert not late_qat(TrainConfig(late_qat=False), 1)
+
+
+def test_the_loop_runs_from_its_fraction_on() -> None:
+    config = TrainConfig(loop_from_fraction=0.35)
+    assert [looped(config, fraction) for fraction in (0, 0.34, 0.35, 1)] == [False, False, True, True]
+    assert looped(TrainConfig(loop_from_fraction=0), 0)
 
 
 def test_the_default_run_is_the_references() -> None:

@@ -35,6 +35,8 @@ MODEL = ModelConfig(layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=96, rope
 MODEL = replace(MODEL, bigram_buckets=101, bigram_width=32, value_embedding_width=32)
 PLAIN = replace(MODEL, rope_dims=0, bigram_buckets=0, smear_gate=False, input_mix=False, skips=False)
 PLAIN = replace(PLAIN, xsa=False, residual_scale=False, value_embedding_layers=0)
+LOOPS = replace(MODEL, layers=4, looped_layers=(1, 2), lane_layers=1, smear_by="input", xsa_learned=True)
+LOOPS = replace(LOOPS, head_gates=True, skip_gates=True, zero_outputs=True)
 BATCH = {"batch_tokens": 256, "sequence_tokens": 32, "microbatch_sequences": 8, "calibration_sequences": 6}
 PACE = {"steps": 12, "warmup_steps": 0, "log_every_steps": 1, "ema_decay": 0.8}
 
@@ -190,6 +192,50 @@ def test_the_loss_goes_down(start: Start, tmp_path: Path) -> None:
     result = start(tmp_path, recipe(steps=60))
     assert lines(tmp_path)[0]["loss_nats"] == pytest.approx(math.log(VOCAB), abs=0.05)
     assert math.log(3) - 0.1 < result.train_loss_nats < 2.0
+
+
+LOOPED = recipe(LOOPS, loop_from_fraction=0.4, late_qat=True)
+
+
+@pytest.fixture(scope="module")
+def looped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """A run with every part of recipe frontier, whose loop begins with step 6 of 12."""
+    folder = tmp_path_factory.mktemp("looped")
+    return folder, start(folder, LOOPED)
+
+
+def test_a_loop_begins_where_its_fraction_says(start: Start, looped: Ended, tmp_path: Path) -> None:
+    start(tmp_path, replace(LOOPED, train=replace(LOOPED.train, loop_from_fraction=0.99)))
+    mine, others = ([line["loss_nats"] for line in lines(folder)] for folder in (looped[0], tmp_path))
+    # Step i is at fraction (i - 1) / 12.
+    assert [a == b for a, b in zip(mine, others, strict=True)] == [True] * 5 + [False] * 7
+
+
+@pytest.mark.parametrize("step", [4, 7])
+def test_a_run_stopped_before_or_behind_the_loops_begin_ends_in_the_same_bits(
+    start: Start, looped: Ended, tmp_path: Path, step: int
+) -> None:
+    with pytest.raises(Killed):
+        start(tmp_path, LOOPED, Clock(1000, kill_after_step=step))
+    start(tmp_path, LOOPED)
+    assert same(looped[0], tmp_path)
+
+
+def test_every_kind_of_step_is_warmed_up(
+    start: Start, looped: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[tuple[bool, bool]] = []
+    backward = Run.backward
+
+    def watched(run: Run, step: int, qat: bool, looped: bool) -> Tensor:
+        kinds.append((qat, looped))
+        return backward(run, step, qat, looped)
+
+    monkeypatch.setattr(Run, "backward", watched)
+    start(tmp_path, replace(LOOPED, train=replace(LOOPED.train, warmup_steps=3)))
+    warm, trained = kinds[:3], kinds[3:]
+    assert warm == [(False, False), (False, True), (True, True)] == list(dict.fromkeys(trained))
+    assert same(looped[0], tmp_path)
 
 
 def test_quantized_training_ends_elsewhere(start: Start, straight: Ended, tmp_path: Path) -> None:
