@@ -72,6 +72,49 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model.bigram_buckets": -1}, "model.bigram_buckets must be 0 (none) or at least 2"),
     ({"model.value_embedding_layers": 3}, "model.value_embedding_layers 3 must be between 0 and model.layers"),
     ({"model.value_embedding_layers": -1}, "model.value_embedding_layers -1 must be between 0 and model.layers"),
+    ({"model.lane_layers": 2}, "model.lane_layers 2 must be between 0 and model.layers"),
+    (
+        {"model.xsa_learned": True, "model.xsa": False},
+        "model.xsa_learned needs model.xsa: turn it on, or leave xsa_learned out",
+    ),
+    (
+        {"model.skip_gates": True, "model.skips": False},
+        "model.skip_gates needs model.skips: turn it on, or leave skip_gates out",
+    ),
+    (
+        {"model.smear_by": "input", "model.smear_gate": False},
+        "model.smear_by needs model.smear_gate: turn it on, or leave smear_by out",
+    ),
+    (
+        {"model.width": 8, "model.rope_dims": 4, "model.head_gates": True},
+        "model.width 8 is less than the 12 channels that decide gates",
+    ),
+    *(
+        (
+            {"model.layers": 4, "model.looped_layers": loop},
+            f"model.looped_layers {loop}: give layers one after the other, from 0 to 3",
+        )
+        for loop in ((4,), (-1, 0), (0, 2), (2, 1), (1, 1))
+    ),
+    *(
+        (
+            {"model.looped_layers": (0,), "model.loop_passes": passes},
+            f"model.loop_passes is {passes}; it must be from 2 to 16",
+        )
+        for passes in (0, 1, 17)
+    ),
+    (
+        {"model.layers": 4, "model.looped_layers": (1, 2), "model.lane_layers": 2},
+        "model.lane_layers 2 begin inside model.looped_layers (1, 2)",
+    ),
+    (
+        {"model.layers": 4, "model.looped_layers": (0, 1, 2), "model.loop_passes": 11},
+        "model.skips takes at most 31 layers, each pass counted; there are 34",
+    ),
+    (
+        {"model.looped_layers": (0,), "train.loop_from_fraction": 1.0},
+        "train.loop_from_fraction is 1; it must be below 1: the loop is what is scored",
+    ),
     ({"train.matrix_rate": NAN}, f"train.matrix_rate is nan; {FINITE}"),
     ({"train.budget_seconds": INF}, f"train.budget_seconds is inf; {FINITE}"),
     ({"train.gradient_clip": -1}, f"train.gradient_clip is -1; {FINITE}"),
@@ -89,6 +132,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "train.late_qat trains for 5 bits; quantize.matrix_bits is 6",
     ),
     ({"train.late_qat": True, "train.compile": True, "train.warmup_steps": 1}, WARMUP),
+    (
+        {"train.late_qat": True, "model.looped_layers": (0,), "train.compile": True, "train.warmup_steps": 2},
+        WARMUP.replace("2 with late_qat", "3 with late_qat and model.looped_layers"),
+    ),
     (
         {"train.budget_seconds": 2.0},
         "train.budget_seconds 2 leaves nothing after train.reserve_seconds 2",
@@ -253,6 +300,8 @@ def test_a_field_that_cannot_work_is_named_with_the_fix(changes: dict[str, Any],
         {"train.steps": 5, "train.budget_seconds": 0.0},
         {"train.late_qat": True, "quantize.matrix_bits": 6},
         {"train.late_qat": True, "train.warmup_steps": 0},
+        {"model.layers": 4, "model.looped_layers": (2, 3), "model.loop_passes": 14, "model.lane_layers": 2},
+        {"model.loop_passes": 0, "train.loop_from_fraction": 1.0},
         {"quantize.matrix_bits": 2, "quantize.table_bits": 8, "quantize.zstd_level": 22, "quantize.damping": 0.0},
         {"evaluate.overlap_tokens": 0, "evaluate.stride_tokens": 999},
         {"evaluate.order": "sliding", "evaluate.stride_tokens": 256},

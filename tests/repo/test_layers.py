@@ -34,6 +34,7 @@ LAYERS = {
         "runtime",
         "entropy",
         "config",
+        "model_config",
     ],
     "pipeline": [
         "record",
@@ -53,7 +54,7 @@ LAYERS = {
 }
 """Top down: a file imports from lower ones, or from its own folder."""
 OUTSIDE = {
-    "hedgemix": {"cli", "config", "options", "recipes", "stages", "validate"},
+    "hedgemix": {"cli", "config", "model_config", "options", "recipes", "stages", "validate"},
     "pipeline": {"cli", "plan", "record"},
 }
 """The modules that stand in no folder."""

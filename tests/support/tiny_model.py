@@ -28,12 +28,13 @@ class Trained(NamedTuple):
     batches: Batches
 
 
-def make() -> Trained:
+def make(**parts: Any) -> Trained:
     """A small model that has learned a random Markov chain, with its calibration."""
     torch.manual_seed(0)
     config = ModelConfig(
         layers=2, width=64, heads=4, kv_heads=2, mlp_hidden=1040, rope_dims=8, embedding_std=0.05,
         bigram_buckets=1100, bigram_width=64, value_embedding_layers=1, value_embedding_width=16,
+        **parts,
     )  # fmt: skip
     model = Model(config, VOCAB, LENGTH)
     followers, text = torch.randint(VOCAB, (VOCAB, 3)), [0]

@@ -84,7 +84,10 @@ def test_the_most_that_a_tokenizer_may_ask_for(sound: bytes, tmp_path: Path, mod
     assert cost.outcome == "ArtifactError" and cost.more_bytes <= MOST_BYTES and cost.seconds <= MOST_SECONDS, cost
 
 
-@pytest.mark.parametrize("field", ["layers", "width", "bigram_buckets", "mlp_hidden", "value_embedding_layers"])
+@pytest.mark.parametrize(
+    "field",
+    ["layers", "width", "bigram_buckets", "mlp_hidden", "value_embedding_layers", "looped_layers", "lane_layers"],
+)
 def test_a_header_that_asks_for_a_larger_model_is_refused_first(sound: bytes, tmp_path: Path, field: str) -> None:
     (tmp_path / "sound").write_bytes(sound)
     found = artifact.read(tmp_path / "sound")

@@ -360,7 +360,8 @@ def test_a_compiled_model_keeps_the_quantization_switch() -> None:
 
 
 def test_a_compiled_model_has_a_graph_with_the_loop_and_one_without() -> None:
-    model, tokens = build(**PARTS["the frontier"]), tokens_of(2, 16)
+    parts = {"bigram_buckets": 0, "value_embedding_layers": 0, "lane_layers": 1}
+    model, tokens = build(layers=3, looped_layers=(1,), loop_passes=2, **parts), tokens_of(2, 16)
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for looped in (False, True, False, True):

@@ -58,6 +58,30 @@ def test_rows_are_mean_squared_gradients_at_outputs(trained: Trained, name: str)
     torch.testing.assert_close(found.double(), total / (SEQUENCES * LENGTH), rtol=1e-3, atol=1e-9)
 
 
+def test_passes_through_a_layer_add_inputs_and_average_gradients() -> None:
+    looped = make(looped_layers=(0,), loop_passes=3)
+    drawn, inputs, gradients = labels(looped), list[Tensor](), list[Tensor]()
+
+    def watch(module: torch.nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        inputs.append(arguments[0].detach().double().flatten(0, -2))
+        output.register_hook(lambda gradient: gradients.append(gradient.double().flatten(0, -2)))
+
+    for name, passes in (("blocks.0.mlp.up", 3), ("blocks.1.mlp.up", 1), ("bigram.project", 1)):
+        hook = looped.model.get_submodule(name).register_forward_hook(watch)
+        for tokens, targets in zip(looped.inputs.split(16), drawn.split(16), strict=True):
+            rows = looped.model.logits(looped.model.features(tokens))
+            F.cross_entropy(rows.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        hook.remove()
+        x, g = torch.cat(inputs), torch.cat(gradients)
+        count = SEQUENCES * LENGTH
+        assert len(x) == len(g) == passes * count
+        columns, rows = (getattr(looped.moments, part)[f"{name}.weight"].double() for part in ("columns", "rows"))
+        torch.testing.assert_close(columns, x.mT @ x / count, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(rows, g.square().sum(0) / (count * passes), rtol=1e-3, atol=1e-9)
+        inputs.clear()
+        gradients.clear()
+
+
 @pytest.mark.parametrize("name", ["bigram.table", "value_embedding.table"])
 def test_columns_of_tables_are_second_moments_of_their_gradients(trained: Trained, name: str) -> None:
     drawn, total = labels(trained), torch.zeros((), dtype=torch.float64)
