@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from hedgemix.config import Recipe
+from hedgemix.model.linear import Linear
 from hedgemix.model.transformer import Model, parameter_count
 
 
@@ -28,6 +29,7 @@ def plan_lines(recipe: Recipe, seeds: tuple[int, ...]) -> dict[str, str]:
     return {
         "seeds": ", ".join(map(str, seeds)),
         "parameters": f"{parameter_count(model):,}",
+        "operations": operations_line(recipe, model),
         "training job": f"{compute.workers} workers on one node: {compute.workers * compute.gpus_per_worker:g} GPU, "
         f"{cpus} CPU",
         "training loop": f"{train.steps} steps" if train.steps else loop,
@@ -39,3 +41,23 @@ def plan_lines(recipe: Recipe, seeds: tuple[int, ...]) -> dict[str, str]:
         "limits": f"{limits.total_bytes:,} bytes, {limits.train_seconds:g} s training, "
         f"{limits.evaluate_seconds:g} s evaluation",
     }
+
+
+def operations_line(recipe: Recipe, model: Model) -> str:
+    """Describe the work of training on a token, before and after its loop of layers begins."""
+    loop, fraction = recipe.model.looped_layers, recipe.train.loop_from_fraction
+    line = f"{matrix_operations(model, False) / 1e6:,.1f} million a token in training, of matrices"
+    if not loop:
+        return line
+    after = f"{matrix_operations(model, True) / 1e6:,.1f} million"
+    names = f"layer {loop[0]} runs" if len(loop) == 1 else f"layers {loop[0]} to {loop[-1]} run"
+    return f"{line}; {after} from {fraction:.0%} of the run on, when {names} {recipe.model.loop_passes} times"
+
+
+def matrix_operations(model: Model, looped: bool) -> int:
+    """Count the floating-point operations of a token's products with matrices and output layer, forward and, twice
+    that, backward. looped: with the loop of layers."""
+    weights = [sum(m.weight.numel() for m in block.modules() if isinstance(m, Linear)) for block in model.blocks]
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    passes = sum(weights[layer] for layer in model.config.passes(looped))
+    return 6 * (matrices - sum(weights) + passes + model.embedding.weight.numel())

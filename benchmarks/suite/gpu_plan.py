@@ -125,14 +125,17 @@ def plan(recipe: Recipe, rates: Rates, counted: Launches, valid_tokens: int = VA
     parameters = parameter_count(shell)
     shapes = operations.matrix_shapes(model)
     forward = rates.peak * rates.eager_share
-    step = operations.train_operations(model, train, V)
     muon = operations.muon_operations(shapes, train.newton_schulz_steps)
     exchange = 2 * 4 * parameters + 4 * sum(r * c for r, c in shapes)
     state = operations.step_bytes(parameters)
-    step_seconds = (step + muon) / (world * rates.peak * rates.train_share)
-    step_seconds += exchange / rates.link + state / rates.bandwidth
-    steps = (train.budget_seconds - train.reserve_seconds) / step_seconds
-    stages = [Stage("training step", step + muon, state, 0, step_seconds, f"{steps:,.0f} steps in the budget")]
+    stages, steps, before = [], 0.0, train.loop_from_fraction if model.looped_layers else 0.0
+    for name, looped, share in (("training step, no loop yet", False, before), ("training step", True, 1 - before)):
+        step = operations.train_operations(model, train, V, looped) + muon
+        seconds = step / (world * rates.peak * rates.train_share) + exchange / rates.link + state / rates.bandwidth
+        steps += share * (train.budget_seconds - train.reserve_seconds) / seconds
+        if share:
+            part = "" if looped else f"{share:.0%} of "
+            stages.append(Stage(name, step, state, 0, seconds, f"{steps:,.0f} steps in {part}the budget"))
     tokens = train.calibration_sequences * train.sequence_tokens
     inputs = [shell.get_parameter(name).shape[1] for name in shell.inputs()]
     calibrate = 3 * tokens * operations.token_operations(model, train.sequence_tokens / 2, V)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hedgemix.config import EvaluateConfig, MixerConfig, ModelConfig, TrainConfig
 from hedgemix.experts import fast_head
 from hedgemix.mixers.network import expert_names, logistic_experts
+from hedgemix.model_config import GATE_CHANNELS
 
 
 def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -19,18 +20,20 @@ def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:
     return model.layers * block
 
 
-def token_operations(model: ModelConfig, keys: float, vocab_size: int = 0) -> float:
-    """Of one position's forward pass that attends to `keys` positions; with a vocabulary also its logits."""
-    kv = model.width // model.heads * model.kv_heads
-    matrices = sum(rows * columns for rows, columns in matrix_shapes(model))
+def token_operations(model: ModelConfig, keys: float, vocab_size: int = 0, looped: bool = True) -> float:
+    """Of one position's forward pass that attends to `keys` positions; with a vocabulary also its logits. looped: with
+    the loop of layers, where there is one."""
+    kv, passes = model.width // model.heads * model.kv_heads, len(model.passes(looped))
+    matrices = passes * sum(rows * columns for rows, columns in matrix_shapes(model)) // model.layers
+    matrices += passes * GATE_CHANNELS * model.heads if model.head_gates else 0
     matrices += model.bigram_width * model.width if model.bigram_buckets else 0
     matrices += model.value_embedding_width * kv if model.value_embedding_layers else 0
-    return 2 * matrices + 4 * model.layers * model.width * keys + 2 * vocab_size * model.width
+    return 2 * matrices + 4 * passes * model.width * keys + 2 * vocab_size * model.width
 
 
-def train_operations(model: ModelConfig, train: TrainConfig, vocab_size: int) -> float:
+def train_operations(model: ModelConfig, train: TrainConfig, vocab_size: int, looped: bool = True) -> float:
     """Of one step over all ranks: forward, twice that backward."""
-    return 3 * train.batch_tokens * token_operations(model, train.sequence_tokens / 2, vocab_size)
+    return 3 * train.batch_tokens * token_operations(model, train.sequence_tokens / 2, vocab_size, looped)
 
 
 def muon_operations(shapes: list[tuple[int, int]], steps: int) -> float:

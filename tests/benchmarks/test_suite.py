@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -69,22 +70,30 @@ def test_the_slower_of_work_and_traffic_is_the_limit() -> None:
     assert limits.seconds(200, 50) == 5
 
 
-def test_operations_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize(
+    ("parts", "looped", "passes"),
+    [
+        ({}, True, 3),
+        ({"looped_layers": (0, 1), "head_gates": True, "lane_layers": 1}, True, 7),
+        ({"looped_layers": (0, 1)}, False, 3),
+    ],
+)
+def test_operations_are_those_that_torch_counts(parts: dict[str, Any], looped: bool, passes: int) -> None:
     """Matrix products of a forward pass; attention is left out by giving it no keys, and counted apart."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, vocab_size, T = ModelConfig(layers=3, width=64, heads=4, kv_heads=2, mlp_hidden=96), 300, 32
+    config, vocab_size, T = ModelConfig(layers=3, width=64, heads=4, kv_heads=2, mlp_hidden=96, **parts), 300, 32
     model = Model(config, vocab_size, T)
     assert sorted(operations.matrix_shapes(config)) == sorted(
         tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, Linear) and n.startswith("blocks")
     )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, T, dtype=torch.long), torch.zeros(1, T, dtype=torch.long))
+        model(torch.zeros(1, T, dtype=torch.long), torch.zeros(1, T, dtype=torch.long), looped=looped)
     matrix_products = counter.get_flop_counts()["Global"]
     products = sum(count for op, count in matrix_products.items() if "mm" in str(op))
-    assert products == T * operations.token_operations(config, 0, vocab_size)
-    attended = operations.token_operations(config, 10) - operations.token_operations(config, 0)
-    assert attended == 3 * 10 * 2 * 2 * 64  # layers, keys, products with keys and values, two each, width
+    assert products == T * operations.token_operations(config, 0, vocab_size, looped)
+    attended = operations.token_operations(config, 10, 0, looped) - operations.token_operations(config, 0, 0, looped)
+    assert attended == passes * 10 * 2 * 2 * 64  # keys, products with keys and values, two each, width
 
 
 def test_the_published_algorithm_and_ours_round_alike() -> None:
@@ -155,6 +164,17 @@ def test_a_gpus_rates_replace_assumptions_and_a_cpus_do_not(rows: list[Row]) -> 
     assert gpu_plan.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
     assumed = {"double", "link", "launch_seconds", "replay_seconds", "wait_seconds"}
     assert set(gpu_plan.rates_from(rows, limits, True, 5.0).assumed()) == assumed
+
+
+def test_the_plan_of_a_loop_has_both_kinds_of_step() -> None:
+    counts = gpu_plan.Launches(100.0, 300.0, 50.0, 20.0, 600.0)
+    recipe, rates = recipes.frontier(), gpu_plan.Rates()
+    early, late, *_ = gpu_plan.plan(recipe, rates, counts)
+    assert (early.name, late.name) == ("training step, no loop yet", "training step")
+    plain = gpu_plan.plan(replace(recipe, model=replace(recipe.model, looped_layers=())), rates, counts)[0]
+    assert late.seconds > plain.seconds == pytest.approx(early.seconds, rel=1e-5)  # but for three skips
+    steps = 592 * (0.35 / early.seconds + 0.65 / late.seconds)
+    assert late.what == f"{steps:,.0f} steps in the budget"
 
 
 def test_views_are_no_operations() -> None:

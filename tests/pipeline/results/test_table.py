@@ -262,3 +262,17 @@ def test_the_plan_lines_the_record_is_the_reference_run() -> None:
     assert plan["step"] == "786,432 tokens = 384 sequences of 2,048"
     assert plan["each worker"] == "98,304 tokens a step = 48 sequences in 1 microbatch"
     assert plan["limits"].startswith("16,000,000 bytes, 600 s")
+    # Of 11 layers, the projections of bigram and value embedding, and the output layer.
+    operations = 6 * (11 * 2_883_584 + 2 * 128 * 512 + 1024 * 512) / 1e6
+    assert plan["operations"] == f"{operations:.1f} million a token in training, of matrices"
+
+
+def test_the_plan_tells_what_a_loop_of_layers_adds() -> None:
+    plan = plan_lines(RECIPES["frontier"](), (1337,))
+    assert plan["parameters"] == "35,945,623"
+    # 11 layers of 2,883,584 weights and the table's 8,192 x 512, six operations each; then six layers more.
+    before, after = (6 * (layers * 2_883_584 + 8192 * 512) / 1e6 for layers in (11, 17))
+    assert plan["operations"] == (
+        f"{before:.1f} million a token in training, of matrices; {after:.1f} million from 35% of the run on, when "
+        "layers 3 to 5 run 3 times"
+    )
