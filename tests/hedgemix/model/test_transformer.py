@@ -317,7 +317,15 @@ def test_the_model_starts_as_the_reference_does() -> None:
     assert not torch.equal(other["blocks.0.attention.q.weight"], again["blocks.0.attention.q.weight"])
 
 
-@pytest.mark.parametrize("overrides", [{}, {"skips": False, "input_mix": False, "residual_scale": False}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"skips": False, "input_mix": False, "residual_scale": False},
+        {"smear_by": "input", "xsa_learned": True, "skip_gates": True, "head_gates": True},
+        {"lane_layers": 2, "looped_layers": (1,), "loop_passes": 2},
+    ],
+)
 def test_a_bfloat16_residual_stream_is_one_beside_bfloat16_products_only(overrides: dict[str, Any]) -> None:
     model, tokens = build(residual_dtype="bfloat16", **overrides), tokens_of(2, 33)
     other = build(**overrides)
@@ -326,7 +334,7 @@ def test_a_bfloat16_residual_stream_is_one_beside_bfloat16_products_only(overrid
     for each in (model, other):
         seen: set[torch.dtype] = set()
         for block in each.blocks:
-            block.register_forward_hook(lambda _, x, y, seen=seen: seen.update((x[0].dtype, x[1].dtype, y.dtype)))
+            block.register_forward_hook(lambda _, x, y, seen=seen: seen.update((x[0].dtype, x[1].dtype, y[0].dtype)))
         dtypes.append(seen)
     with torch.autocast("cpu", torch.bfloat16):
         mine, theirs = (each.features(tokens) for each in (model, other))
