@@ -6,8 +6,8 @@ itself (the Fisher information: Martens and Grosse 2015, K-FAC, with a diagonal 
 a table of embeddings with H the second moment of the gradient at the embedding, and G_r how often row r is read; and
 for the tied output layer, where the moment of its gradient is known in closed form.
 
-A matrix of layers that run n times has n inputs and n gradients a token: H is their sum, G their mean. Their errors are
-taken as unrelated, as those of tokens are.
+A matrix of a layer that runs n times has n inputs and n gradients a token: H is their sum, G their mean. That takes the
+passes' errors as unrelated. Random errors cost three passes of a small model 1.4 to 2.1 times that, one pass 1.0 to 1.5.
 """
 
 from __future__ import annotations
