@@ -278,15 +278,15 @@ class Model(nn.Module):
                 x = x + self.bigram(torch.cat([cache.tokens_B1, tokens_BT], 1))[:, 1:]
             else:
                 x = x + self.bigram(tokens_BT)
-        unsmeared = x
+        unsmeared, kept_B1D = x, cache.x_B1D if cache is not None and length else None
         if self.input_smear is not None:
-            x = self.input_smear(x, earlier(x, cache))
+            x = self.input_smear(x, earlier(x, kept_B1D))
         x = rms_norm(x)
         if self.config.residual_dtype == "bfloat16" and torch.is_autocast_enabled(x.device.type):
             x = x.bfloat16()  # from here on; every norm and the loss are in float32 again
         if self.smear is not None:
             unsmeared = x
-            x = x + torch.sigmoid(self.smear).to(x.dtype) * (earlier(x, cache) - x)
+            x = x + torch.sigmoid(self.smear).to(x.dtype) * (earlier(x, kept_B1D) - x)
         x0 = x
         value = None if self.value_embedding is None else self.value_embedding(tokens_BT)
         angle = torch.arange(length, length + tokens_BT.shape[1], device=x.device)[:, None] * self.frequencies
@@ -352,11 +352,11 @@ class Model(nn.Module):
         return shared
 
 
-def earlier(x_BTD: Tensor, cache: Cache | None) -> Tensor:
-    """Give each position what the one before it has; the first, what the cache kept, or zeros."""
-    if cache is not None and cache.length:
-        return cache.x_B1D
-    return F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
+def earlier(x_BTD: Tensor, before_B1D: Tensor | None) -> Tensor:
+    """Give each position of x (B, T, D) what the one before it has; the first, zeros, or what a cache kept."""
+    if before_B1D is None:
+        return F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
+    return before_B1D
 
 
 def parameter_count(model: nn.Module) -> int:
