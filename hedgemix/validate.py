@@ -27,6 +27,7 @@ from hedgemix.config import (
     QuantizeConfig,
     Recipe,
     RecipeError,
+    TrainConfig,
     TTTConfig,
 )
 from hedgemix.model_config import GATE_CHANNELS
@@ -188,21 +189,59 @@ def check_train(recipe: Recipe, workers: int, qat_levels: int) -> None:
         )
     if config.late_qat and export.method == "reference" and 2 ** (export.matrix_bits - 1) - 1 != qat_levels:
         raise RecipeError(f"train.late_qat trains for 5 bits; quantize.matrix_bits is {export.matrix_bits}")
-    switches = ["late_qat"] * config.late_qat + ["model.looped_layers"] * bool(recipe.model.looped_layers)
-    if config.compile and 0 < len(switches) >= config.warmup_steps:
+    loops = bool(recipe.model.looped_layers)
+    switches = {
+        "late_qat": config.late_qat,
+        "growth_fractions": bool(config.growth_fractions),
+        "model.looped_layers": loops,
+    }
+    kinds = (1 + config.late_qat) * (1 + len(config.growth_fractions)) * (1 + loops)
+    if config.compile and config.warmup_steps < kinds > 1:
+        named = " and ".join(name for name, on in switches.items() if on)
         raise RecipeError(
-            f"train.warmup_steps must be at least {len(switches) + 1} with {' and '.join(switches)}: each kind of step "
-            "is compiled once"
+            f"train.warmup_steps must be at least {kinds} with {named}: each kind of step is compiled once"
         )
-    if recipe.model.looped_layers and config.loop_from_fraction >= 1:
+    if loops and config.loop_from_fraction >= 1:
         raise RecipeError(
             f"train.loop_from_fraction is {config.loop_from_fraction:g}; it must be below 1: the loop is what is scored"
         )
+    _require("train", config, config.rate_floor < 1, "rate_floor", "below 1")
+    if config.late_qat and 0 < config.late_qat_below <= config.rate_floor:
+        raise RecipeError(
+            f"train.rate_floor {config.rate_floor} is not below train.late_qat_below {config.late_qat_below}, where "
+            "late_qat begins; lower it"
+        )
+    check_growth(config)
+    check_muon(config)
     if not config.steps and config.budget_seconds <= config.reserve_seconds:
         raise RecipeError(
             f"train.budget_seconds {config.budget_seconds:g} leaves nothing after train.reserve_seconds "
             f"{config.reserve_seconds:g}"
         )
+
+
+def check_growth(config: TrainConfig) -> None:
+    """Check that sequences grow to their whole length, from pieces of whole tokens."""
+    at = config.growth_fractions
+    if not all(a < b for a, b in pairwise((0.0, *at, 1.0))):
+        raise RecipeError(f"train.growth_fractions is {at}; give rising fractions above 0 and below 1, or none")
+    if config.sequence_tokens % 2 ** len(at):
+        raise RecipeError(
+            f"train.sequence_tokens {config.sequence_tokens} cannot be cut into {2 ** len(at)} pieces, as "
+            f"train.growth_fractions {at} asks; give fewer fractions or another length"
+        )
+
+
+def check_muon(config: TrainConfig) -> None:
+    """Check Muon's polynomials and its momenta."""
+    if config.newton_schulz == "polar_express":
+        _require(
+            "train", config, 1 <= config.newton_schulz_steps <= 5, "newton_schulz_steps", "1 to 5 with polar_express"
+        )
+    if config.muon_slow_momentum:
+        for name in ("muon_momentum_start", "muon_momentum", "muon_slow_momentum"):
+            _require("train", config, getattr(config, name) < 1, name, "below 1, so that its mean can be taken")
+        _require("train", config, 0 < config.muon_slow_share <= 1, "muon_slow_share", "above 0 and at most 1")
 
 
 def check_quantize(config: QuantizeConfig) -> None:

@@ -165,7 +165,7 @@ def kernels(job: Job) -> None:
     weights = [torch.nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
-    muon = Muon(weights, config.weight_decay, config.newton_schulz_steps)
+    muon = Muon(weights, config)
     took = milliseconds(lambda: muon.step(0.02, 0.95), device, job.sizes.repeats)
     rate = f"{operations.muon_operations(shapes, config.newton_schulz_steps) / took / 1e9:,.0f} TFLOP/s"
     job.tell("Muon, all matrices", took, "ms", note=rate)

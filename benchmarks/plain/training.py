@@ -7,6 +7,7 @@ operation by operation, with automatic gradients.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from hedgemix.config import TrainConfig
 from hedgemix.data.dataloader import Batches
 from hedgemix.model.linear import Linear, fake_quantize
 from hedgemix.model.transformer import Attention, Model
+from hedgemix.train.optim import POLAR_EXPRESS
 from hedgemix.train.schedule import late_qat, muon_momentum, rate_factor
 
 
@@ -31,12 +33,15 @@ class PlainRun:
         taken = {id(parameter) for parameter in self.matrices + tables}
         vectors = [parameter for parameter in model.parameters() if id(parameter) not in taken]
         self.momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
-        self.adamw = torch.optim.AdamW(
-            [{"params": tables, "rate": config.embedding_rate}, {"params": vectors, "rate": config.vector_rate}],
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-        )
+        self.slow_momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
+        groups: list[dict[str, Any]] = [
+            {"params": tables, "rate": config.embedding_rate, "weight_decay": config.embedding_decay},
+            {"params": vectors, "rate": config.vector_rate, "weight_decay": config.vector_decay},
+        ]
+        for group in groups:
+            if group["weight_decay"] is None:
+                group["weight_decay"] = config.weight_decay
+        self.adamw = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps)
         self.averages = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.loss = torch.compile(plain_loss) if config.compile else plain_loss
 
@@ -47,16 +52,21 @@ class PlainRun:
         for matrix in self.matrices:
             matrix.grad = None
         sequences = self.batches.indices(self.step)
+        length = config.sequence_tokens
+        for start in reversed(config.growth_fractions):
+            length = length // 2 if fraction < start else length
         for start in range(0, len(sequences), config.microbatch_sequences):
             tokens, targets = self.read(sequences[start : start + config.microbatch_sequences])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                loss = self.loss(self.model, tokens, targets, late_qat(config, fraction))
-            loss = loss / (len(sequences) * config.sequence_tokens)
-            loss.backward()
-            total += loss.item()
+            for at in range(0, config.sequence_tokens, length):
+                piece = slice(at, at + length)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                    loss = self.loss(self.model, tokens[:, piece], targets[:, piece], late_qat(config, fraction))
+                loss = loss / (len(sequences) * config.sequence_tokens)
+                loss.backward()
+                total += loss.item()
         if config.gradient_clip > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        factor = rate_factor(fraction, config.warmdown_fraction)
+        factor = max(config.rate_floor, rate_factor(fraction, config.warmdown_fraction))
         for group in self.adamw.param_groups:
             group["lr"] = group["rate"] * factor
         self.adamw.step()
@@ -77,25 +87,33 @@ class PlainRun:
 
     @torch.no_grad()
     def muon_step(self, rate: float, momentum: float) -> None:
-        for matrix, buffer in zip(self.matrices, self.momenta, strict=True):
+        slow = self.config.muon_slow_momentum
+        share = self.config.muon_slow_share if slow else 0.0
+        for matrix, buffer, slow_buffer in zip(self.matrices, self.momenta, self.slow_momenta, strict=True):
             gradient = matrix.grad
             assert gradient is not None
             buffer.mul_(momentum).add_(gradient)
-            update = newton_schulz(gradient + momentum * buffer, self.config.newton_schulz_steps)
+            slow_buffer.mul_(slow).add_(gradient)
+            mean = (1 - share) * buffer + share * (1 - slow) / (1 - momentum) * slow_buffer  # times 1 / (1 - momentum)
+            update = newton_schulz(gradient + momentum * mean, self.config)
             rows, columns = matrix.shape
             matrix.mul_(1 - rate * self.config.weight_decay)
             matrix.add_(update, alpha=-rate * math.sqrt(max(1, rows / columns)))
 
 
-def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
-    """The quintic iteration (Jordan et al. 2024, "Muon") on one matrix; in bfloat16 on a GPU."""
+def newton_schulz(gradient: Tensor, config: TrainConfig) -> Tensor:
+    """The quintic iteration (Jordan et al. 2024, "Muon"), or Polar Express, on one matrix; in bfloat16 on a GPU."""
+    polar = config.newton_schulz == "polar_express"
+    if config.muon_equal_rows:
+        gradient = gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
     x = gradient.bfloat16() if gradient.is_cuda else gradient
     if gradient.shape[0] > gradient.shape[1]:
         x = x.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
+    x = x / (1.02 * x.norm() + 1e-7) if polar else x / (x.norm() + 1e-7)
+    for step in range(config.newton_schulz_steps):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        a, b, c = POLAR_EXPRESS[step] if polar else (3.4445, -4.7750, 2.0315)
+        x = a * x + (b * gram + c * gram @ gram) @ x
     if gradient.shape[0] > gradient.shape[1]:
         x = x.T
     return x.to(gradient.dtype)

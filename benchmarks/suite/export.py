@@ -149,8 +149,8 @@ def optimizer(bench: Bench) -> Iterator[Row]:
         assert other.grad is not None
         mine.grad = other.grad.clone()
     rounds = bench.sizes.short.train.newton_schulz_steps
-    together = Muon(grouped, 0.04, rounds)
-    alone = [Muon([parameter], 0.04, rounds) for parameter in single]
+    together = Muon(grouped, bench.sizes.short.train)
+    alone = [Muon([parameter], bench.sizes.short.train) for parameter in single]
 
     def one_by_one() -> None:
         for each in alone:

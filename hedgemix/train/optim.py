@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hedgemix.config import RecipeError, TrainConfig
@@ -22,48 +24,69 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.adamw import AdamW
 
 # Quintic with the slope at zero maximised (Jordan et al. 2024, "Muon", section Newton-Schulz).
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+QUINTIC = (3.4445, -4.7750, 2.0315)
+# Each minimises the largest error that is left after it, for singular values from 0.001 (Amsel et al. 2025, "The Polar
+# Express"), somewhat damped against rounding in bfloat16.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_EXPRESS_MARGIN = 1.02
+"""Its polynomials take singular values up to 1 less this, for rounding's sake."""
 
 
-def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
-    """Push every singular value of each matrix of the stack (N, R, C) to about 1; computed in bfloat16 on a GPU."""
-    a, b, c = NEWTON_SCHULZ
-    x = x_NRC.bfloat16() if x_NRC.is_cuda else x_NRC
+def orthogonalise(x_NRC: Tensor, config: TrainConfig) -> Tensor:
+    """Push every singular value of each matrix of the stack (N, R, C) to about 1, of rows of one length if
+    `muon_equal_rows` says so; computed in bfloat16 on a GPU."""
+    polar = config.newton_schulz == "polar_express"
+    x = F.normalize(x_NRC, dim=-1) if config.muon_equal_rows else x_NRC
+    x = x.bfloat16() if x.is_cuda else x
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = x / ((POLAR_EXPRESS_MARGIN if polar else 1.0) * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in (POLAR_EXPRESS if polar else (QUINTIC,) * config.newton_schulz_steps)[: config.newton_schulz_steps]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(x_NRC.dtype)
 
 
 class Muon:
-    """Moves matrices by their momentum, a decayed sum of gradients, orthogonalised by Newton-Schulz, with decoupled
-    weight decay, Nesterov, and the step scaled by sqrt(max(1, rows / columns))."""
+    """Moves matrices by their momentum, a decayed sum of gradients (or two), orthogonalised by Newton-Schulz, with
+    decoupled weight decay, Nesterov, and the step scaled by sqrt(max(1, rows / columns))."""
 
-    def __init__(self, parameters: Iterable[Tensor], weight_decay: float, newton_schulz_steps: int) -> None:
-        self.weight_decay, self.newton_schulz_steps = weight_decay, newton_schulz_steps
+    def __init__(self, parameters: Iterable[Tensor], config: TrainConfig) -> None:
+        self.config = config
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
         for parameter in parameters:
             shapes.setdefault(tuple(parameter.shape), []).append(parameter)
         self.stacks = list(shapes.values())
         self.momenta = [torch.zeros(len(stack), *stack[0].shape, device=stack[0].device) for stack in self.stacks]
+        self.slow_momenta = [torch.zeros_like(x_NRC) for x_NRC in self.momenta if config.muon_slow_momentum]
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
         """Take one step from the parameters' gradients, which it leaves as they are; every rank calls this."""
         updates = []
-        for stack, momentum_NRC in zip(self.stacks, self.momenta, strict=True):
+        for stack, momentum_NRC, slow_NRC in zip_longest(self.stacks, self.momenta, self.slow_momenta):
             gradient_NRC = torch.stack([parameter.grad for parameter in stack if parameter.grad is not None])
             momentum_NRC.mul_(momentum).add_(gradient_NRC)
-            updates.append(self.start_orthogonalise(gradient_NRC.add_(momentum_NRC, alpha=momentum)))
+            fast = momentum
+            if slow_NRC is not None:
+                slow, share = self.config.muon_slow_momentum, self.config.muon_slow_share
+                slow_NRC.mul_(slow).add_(gradient_NRC)
+                # Of the means, (1 - momentum) times the sum, in units of the fast one's.
+                gradient_NRC.add_(slow_NRC, alpha=momentum * share * (1 - slow) / (1 - momentum))
+                fast *= 1 - share
+            updates.append(self.start_orthogonalise(gradient_NRC.add_(momentum_NRC, alpha=fast)))
         for stack, finish in zip(self.stacks, updates, strict=True):
             update_NRC = finish()
             rows, columns = stack[0].shape
             scale = -rate * math.sqrt(max(1.0, rows / columns))
-            torch._foreach_mul_(stack, 1 - rate * self.weight_decay)
+            torch._foreach_mul_(stack, 1 - rate * self.config.weight_decay)
             torch._foreach_add_(stack, list(update_NRC.unbind()), alpha=scale)
 
     def start_orthogonalise(self, x_NRC: Tensor) -> Callable[[], Tensor]:
@@ -71,25 +94,25 @@ class Muon:
         on. Returns the function that waits for the whole, (N, R, C)."""
         world = collectives.world_size()
         if world == 1:
-            done = orthogonalise(x_NRC, self.newton_schulz_steps)
+            done = orthogonalise(x_NRC, self.config)
             return lambda: done
         count = len(x_NRC)
         share = -(-count // world)
         padded = torch.cat([x_NRC, x_NRC.new_zeros(share * world - count, *x_NRC.shape[1:])])
-        mine = orthogonalise(padded[collectives.rank() * share :][:share], self.newton_schulz_steps)
+        mine = orthogonalise(padded[collectives.rank() * share :][:share], self.config)
         finish = collectives.start_gather(mine)
         return lambda: torch.cat(finish())[:count]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: each stack's momentum (N, R, C), not copied."""
-        return {"sums": self.momenta}
+        """Return what a checkpoint keeps: each stack's momentum (N, R, C), or both, not copied."""
+        return {"sums": self.momenta + self.slow_momenta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a checkpoint's momentum. Raises RecipeError for a state whose momentum is an average, which no sum can
         go on from to the same bits."""
         if "sums" not in state:
             raise RecipeError("an earlier hedgemix left this checkpoint, with averaged momentum; remove its folder")
-        for mine, saved in zip(self.momenta, state["sums"], strict=True):
+        for mine, saved in zip(self.momenta + self.slow_momenta, state["sums"], strict=True):
             mine.copy_(saved)
 
 
@@ -102,11 +125,13 @@ class Optimizers:
         taken = {id(parameter) for parameter in embeddings + matrices}
         vectors = [parameter for parameter in model.parameters() if id(parameter) not in taken]
         self.config = config
-        self.muon = Muon(matrices, config.weight_decay, config.newton_schulz_steps)
+        self.muon = Muon(matrices, config)
+        own = config.embedding_decay, config.vector_decay
+        decays = [config.weight_decay if decay is None else decay for decay in own]
         self.adamw = AdamW(
             [
-                {"params": embeddings, "base_rate": config.embedding_rate},
-                {"params": vectors, "base_rate": config.vector_rate},
+                {"params": embeddings, "base_rate": config.embedding_rate, "weight_decay": decays[0]},
+                {"params": vectors, "base_rate": config.vector_rate, "weight_decay": decays[1]},
             ],
             lr=config.vector_rate,
             betas=(config.adam_beta1, config.adam_beta2),

@@ -10,7 +10,6 @@ averaged weights) and moments.pt (calibration).
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ from hedgemix.runtime.flat_gradient import FlatGradient
 from hedgemix.runtime.layout import CLOCK, LOG, MOMENTS, WEIGHTS
 from hedgemix.runtime.profiler import tracing
 from hedgemix.train.optim import EMA, Optimizers
-from hedgemix.train.schedule import elapsed_fraction, late_qat, looped, muon_momentum, rate_factor
+from hedgemix.train.schedule import StepKind, elapsed_fraction, muon_momentum, rate_factor, step_kind, step_kinds
 from hedgemix.train.step_log import ADVICE, DivergedError, StepLog
 from hedgemix.validate import check_train
 
@@ -136,7 +135,7 @@ def train(
                 tokens=run.step * run.batch_tokens,
                 elapsed_seconds=elapsed,
                 fraction=fraction,
-                matrix_rate=config.matrix_rate * rate_factor(fraction, config.warmdown_fraction),
+                matrix_rate=config.matrix_rate * rate_factor(fraction, config.warmdown_fraction, config.rate_floor),
             )
             if run.step % config.log_every_steps == 0:
                 steps.flush(clock.elapsed())
@@ -210,24 +209,22 @@ class Run:
         self.gradient = FlatGradient(model.parameters())
         self.optimizers = Optimizers(model, config)
         self.ema = EMA(model.parameters(), config.ema_decay)
-        self.loss = torch.compile(model, fullgraph=True) if config.compile else model
+        # A second length would make torch compile one slower graph for every length.
+        dynamic = False if config.growth_fractions else None
+        self.loss = torch.compile(model, fullgraph=True, dynamic=dynamic) if config.compile else model
         self.step = self.qat_steps = 0
+        self.loops = bool(model.config.looped_layers)
         self.batch_tokens = batches.per_step * config.sequence_tokens
         self.read = Ahead(batches, collectives.rank(), collectives.world_size(), config.microbatch_sequences, device)
 
-    def kind(self, fraction: float) -> tuple[bool, bool]:
-        """Tell, of a step after this share of the run, whether it trains through quantization, and the loop of
-        layers."""
-        plain = bool(self.model.config.looped_layers) and not looped(self.config, fraction)
-        return late_qat(self.config, fraction), not plain
-
-    def backward(self, step: int, qat: bool, looped: bool) -> Tensor:
-        """Accumulate the gradient of one step, of a `kind`; returns this rank's part of the mean loss, a 0-d tensor."""
+    def backward(self, step: int, kind: StepKind) -> Tensor:
+        """Accumulate the gradient of one step; returns this rank's part of the mean loss, a 0-d tensor."""
         total = torch.zeros((), device=self.device)
         self.gradient.zero()
-        for tokens, targets in self.read(step):
+        for whole in self.read(step):
+            tokens, targets = (x.reshape(len(x) * kind.pieces, -1) for x in whole)
             with autocast(self.config.dtype, self.device):
-                loss = self.loss(tokens, targets, qat, looped) / self.batch_tokens
+                loss = self.loss(tokens, targets, kind.qat, kind.looped) / self.batch_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -236,12 +233,13 @@ class Run:
         """Take one optimizer step and average the weights; returns this rank's part of the mean loss in nats, a 0-d
         tensor.
 
-        fraction: share of the run that is over, which decides the rates and the step's `kind`.
+        fraction: share of the run that is over, which decides the rates and the kind of step.
         """
-        qat, looped = self.kind(fraction)
-        rate, momentum = rate_factor(fraction, self.config.warmdown_fraction), muon_momentum(self.config, fraction)
+        kind = step_kind(self.config, self.loops, fraction)
+        rate = rate_factor(fraction, self.config.warmdown_fraction, self.config.rate_floor)
+        momentum = muon_momentum(self.config, fraction)
         with record_function("gradient"):
-            loss = self.backward(self.step, qat, looped)
+            loss = self.backward(self.step, kind)
         with record_function("reduce and clip"):
             self.gradient.reduce(self.config.gradient_clip)
         with record_function("optimizers"):
@@ -249,7 +247,7 @@ class Run:
         with record_function("average"):
             self.ema.update()
         self.step += 1
-        self.qat_steps += qat
+        self.qat_steps += kind.qat
         return loss
 
     def warm_up(self) -> None:
@@ -258,11 +256,9 @@ class Run:
             return
         weights = [parameter.detach().clone() for parameter in self.model.parameters()]
         random_state = torch.get_rng_state()
-        optimizers = Optimizers(self.model, self.config)
-        loops = self.config.loop_from_fraction
-        kinds = list(dict.fromkeys(map(self.kind, (0.0, math.nextafter(loops, 0.0), loops, 1.0))))
+        optimizers, kinds = Optimizers(self.model, self.config), step_kinds(self.config, self.loops)
         for step in range(self.config.warmup_steps):
-            self.backward(step, *kinds[step % len(kinds)])
+            self.backward(step, kinds[step % len(kinds)])
             self.gradient.reduce(self.config.gradient_clip)
             optimizers.step(1.0, self.config.muon_momentum)
         with torch.no_grad():

@@ -39,11 +39,20 @@ def equal_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> No
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("clip", [0.3, 0.0])
-def test_a_run_trains_as_plain_torch_does(clip: float) -> None:
-    """Measured, relative: 3e-7 in a loss, 1e-5 in the norm of a weight, after ten steps."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "decays": {"weight_decay": 0.5, "embedding_decay": 2.0, "vector_decay": 0.0},
+    "equal rows": {"muon_equal_rows": True},
+    "Polar Express": {"newton_schulz": "polar_express"},
+    "Polar Express, 3 steps": {"newton_schulz": "polar_express", "newton_schulz_steps": 3},
+    "two momenta": {"muon_slow_momentum": 0.98},
+    "rate floor": {"rate_floor": 0.4},
+    "growth": {"growth_fractions": (0.2, 0.5)},
+}
+
+
+def train_beside_plain(config: TrainConfig, loss: float, weights: float) -> None:
+    """Ten steps of both. loss, weights: most relative difference of a step's loss, and of the norm of a weight."""
     torch.manual_seed(0)
-    config = replace(CONFIG, gradient_clip=clip)
     model = Model(replace(MODEL, bigram_buckets=1009), VOCAB, 32)  # far more rows than a batch reads
     choices = torch.randint(3, (32 * 100,), generator=torch.Generator().manual_seed(1)).tolist()
     text = [1]
@@ -53,11 +62,24 @@ def test_a_run_trains_as_plain_torch_does(clip: float) -> None:
     plain, run = PlainRun(copy.deepcopy(model), config, batches, CPU), Run(model, config, batches, CPU)
     losses = [(plain.train_step(step / 10), run.train_step(step / 10).item()) for step in range(10)]
     assert run.qat_steps == 2 and losses[-1][0] < losses[0][0] - 0.2
-    assert [mine for _, mine in losses] == pytest.approx([theirs for theirs, _ in losses], rel=2e-6)
+    assert [mine for _, mine in losses] == pytest.approx([theirs for theirs, _ in losses], rel=loss)
     averages = dict(zip(model.state_dict(), run.ema.averages, strict=True))
     for found, expected in ((model.state_dict(), plain.model.state_dict()), (averages, plain.averages)):
         for name, value in expected.items():
-            assert (found[name] - value).norm() <= 3e-5 * value.norm(), name
+            assert (found[name] - value).norm() <= weights * value.norm(), name
+
+
+@pytest.mark.parametrize("clip", [0.3, 0.0])
+def test_a_run_trains_as_plain_torch_does(clip: float) -> None:
+    """Measured, relative: 3e-7 in a loss, 1e-5 in the norm of a weight, after ten steps."""
+    train_beside_plain(replace(CONFIG, gradient_clip=clip), 2e-6, 3e-5)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_every_setting_trains_as_plain_torch_does(settings: dict[str, Any]) -> None:
+    """In float64, where rounding that training enlarges stays far below what a setting moves."""
+    train_beside_plain(replace(CONFIG, **settings), 1e-9, 1e-8)
 
 
 @pytest.mark.usefixtures("double")

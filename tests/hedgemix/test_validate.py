@@ -35,6 +35,7 @@ ROUNDED = "give at least one, each above 0 and at most 1"
 WARMUP = "train.warmup_steps must be at least 2 with late_qat: each kind of step is compiled once"
 BATCH = "train.batch_tokens {} is not a multiple of train.sequence_tokens 256 times {} workers; use {}"
 WEIGHTS = {"evaluate.ttt.kind": "weights"}
+SLOW = {"train.muon_slow_momentum": 0.98}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"compute.workers": 0}, "compute.workers must be at least 1"),
     ({"compute.evaluate_workers": 0}, "compute.evaluate_workers must be at least 1"),
@@ -134,8 +135,39 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train.late_qat": True, "train.compile": True, "train.warmup_steps": 1}, WARMUP),
     (
         {"train.late_qat": True, "model.looped_layers": (0,), "train.compile": True, "train.warmup_steps": 2},
-        WARMUP.replace("2 with late_qat", "3 with late_qat and model.looped_layers"),
+        WARMUP.replace("2 with late_qat", "4 with late_qat and model.looped_layers"),
     ),
+    (
+        {"train.late_qat": True, "train.compile": True, "train.warmup_steps": 3, "train.growth_fractions": (0.5,)},
+        "train.warmup_steps must be at least 4 with late_qat and growth_fractions: each kind of step is compiled once",
+    ),
+    ({"train.rate_floor": 1.0}, "train.rate_floor is 1.0; it must be below 1"),
+    (
+        {"train.late_qat": True, "train.late_qat_below": 0.1, "train.rate_floor": 0.2},
+        "train.rate_floor 0.2 is not below train.late_qat_below 0.1, where late_qat begins; lower it",
+    ),
+    *(
+        (
+            {"train.growth_fractions": fractions},
+            f"train.growth_fractions is {fractions}; give rising fractions above 0 and below 1, or none",
+        )
+        for fractions in ((0.0,), (1.0,), (0.5, 0.5), (0.6, 0.3), (NAN,))
+    ),
+    (
+        {"train.sequence_tokens": 258, "train.batch_tokens": 516, "train.growth_fractions": (0.1, 0.5)},
+        "train.sequence_tokens 258 cannot be cut into 4 pieces, as train.growth_fractions (0.1, 0.5) asks; give fewer "
+        "fractions or another length",
+    ),
+    ({"train.embedding_decay": -1.0}, f"train.embedding_decay is -1.0; {FINITE}"),
+    (
+        {"train.newton_schulz": "polar_express", "train.newton_schulz_steps": 6},
+        "train.newton_schulz_steps is 6; it must be 1 to 5 with polar_express",
+    ),
+    *(
+        (SLOW | {f"train.{name}": 1.0}, f"train.{name} is 1.0; it must be below 1, so that its mean can be taken")
+        for name in ("muon_momentum_start", "muon_momentum", "muon_slow_momentum")
+    ),
+    (SLOW | {"train.muon_slow_share": 0.0}, "train.muon_slow_share is 0.0; it must be above 0 and at most 1"),
     (
         {"train.budget_seconds": 2.0},
         "train.budget_seconds 2 leaves nothing after train.reserve_seconds 2",
@@ -302,6 +334,8 @@ def test_a_field_that_cannot_work_is_named_with_the_fix(changes: dict[str, Any],
         {"train.late_qat": True, "train.warmup_steps": 0},
         {"model.layers": 4, "model.looped_layers": (2, 3), "model.loop_passes": 14, "model.lane_layers": 2},
         {"model.loop_passes": 0, "train.loop_from_fraction": 1.0},
+        {"train.growth_fractions": (0.1, 0.2, 0.999), "train.embedding_decay": 0.0, "train.rate_floor": 0.99},
+        {"train.newton_schulz_steps": 6, "train.muon_momentum": 1.0, "train.muon_slow_share": 0.0},
         {"quantize.matrix_bits": 2, "quantize.table_bits": 8, "quantize.zstd_level": 22, "quantize.damping": 0.0},
         {"evaluate.overlap_tokens": 0, "evaluate.stride_tokens": 999},
         {"evaluate.order": "sliding", "evaluate.stride_tokens": 256},

@@ -35,6 +35,7 @@ LAYERS = {
         "entropy",
         "config",
         "model_config",
+        "train_config",
     ],
     "pipeline": [
         "record",
@@ -54,7 +55,7 @@ LAYERS = {
 }
 """Top down: a file imports from lower ones, or from its own folder."""
 OUTSIDE = {
-    "hedgemix": {"cli", "config", "model_config", "options", "recipes", "stages", "validate"},
+    "hedgemix": {"cli", "config", "model_config", "options", "recipes", "stages", "train_config", "validate"},
     "pipeline": {"cli", "plan", "record"},
 }
 """The modules that stand in no folder."""

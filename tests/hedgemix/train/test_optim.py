@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,18 +38,76 @@ def stack_of(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("rows", "columns"), SHAPES.values(), ids=SHAPES)
 def test_orthogonalise_pushes_singular_values_to_one(rows: int, columns: int) -> None:
     x, u, v = stack_of(rows, columns)
-    result = u.mT @ orthogonalise(x, 5) @ v  # diagonal when the singular vectors stay what they were
+    result = u.mT @ orthogonalise(x, TrainConfig()) @ v  # diagonal when the singular vectors stay what they were
     values = result.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.65 and values.max() < 1.25
     torch.testing.assert_close(result, torch.diag_embed(values), rtol=0, atol=2e-5)
 
 
+POLAR = TrainConfig(newton_schulz="polar_express")
+KINDS = {"quintic": TrainConfig(), "polar_express": POLAR, "equal rows": TrainConfig(muon_equal_rows=True)}
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES.values(), ids=SHAPES)
-def test_a_stack_is_orthogonalised_as_one_by_one(rows: int, columns: int) -> None:
+def test_a_stack_is_orthogonalised_as_one_by_one(rows: int, columns: int, config: TrainConfig) -> None:
     x, _, _ = stack_of(rows, columns)
-    apart = torch.cat([orthogonalise(each[None], 5) for each in x])
-    torch.testing.assert_close(orthogonalise(x, 5), apart, rtol=0, atol=1e-5)
-    assert not orthogonalise(torch.zeros(2, rows, columns), 5).any()
+    apart = torch.cat([orthogonalise(each[None], config) for each in x])
+    torch.testing.assert_close(orthogonalise(x, config), apart, rtol=0, atol=1e-5)
+    assert not orthogonalise(torch.zeros(2, rows, columns), config).any()
+
+
+def spread(config: TrainConfig, smallest: float) -> tuple[float, float]:
+    """The least and largest of what singular values from `smallest` to 1 of the norm become: of 1 x 1 matrices beside
+    a 1, so that the norm is 1 and a bit more."""
+    values = torch.logspace(math.log10(smallest), math.log10(0.7), 2000, dtype=torch.float64)
+    rest = (1 - values.square()).sqrt()
+    found = orthogonalise(torch.diag_embed(torch.stack([values, rest], 1)), config).diagonal(dim1=1, dim2=2)
+    return float(found.min()), float(found.max())
+
+
+def test_polar_express_is_nearer_to_one_and_takes_smaller_values() -> None:
+    """Computed: 0.847 to 1.141, and 0.471 to 1.202 of the quintic, from 0.001 on."""
+    assert spread(POLAR, 1e-3) == pytest.approx((0.847, 1.141), abs=2e-3)
+    assert spread(TrainConfig(), 1e-3) == pytest.approx((0.471, 1.202), abs=2e-3)
+    fewer = [spread(replace(POLAR, newton_schulz_steps=steps), 1e-3)[0] for steps in range(1, 6)]
+    assert fewer == sorted(fewer) and fewer[0] < 0.01
+
+
+def test_equal_rows_make_the_update_blind_to_their_lengths() -> None:
+    config, x = TrainConfig(muon_equal_rows=True), torch.randn(2, 24, 16, generator=generator())
+    lengths = torch.logspace(-2, 2, 24)[:, None]
+    torch.testing.assert_close(orthogonalise(x * lengths, config), orthogonalise(x, config), rtol=0, atol=2e-5)
+    assert (orthogonalise(x * lengths, TrainConfig()) - orthogonalise(x, TrainConfig())).abs().max() > 0.1
+
+
+def test_two_momenta_are_a_blend_of_two_means() -> None:
+    """Each mean is written out: the gradient of step s weighs (1 - m) m^(t - s)."""
+    config = TrainConfig(weight_decay=0.0, muon_slow_momentum=0.98, muon_slow_share=0.6)
+    gradients = [torch.randn(24, 16, generator=generator(step)) for step in range(6)]
+    matrix, expected = nn.Parameter(torch.zeros(24, 16)), torch.zeros(1, 24, 16)
+    muon = Muon([matrix], config)
+    for step, gradient in enumerate(gradients):
+        matrix.grad = gradient.clone()
+        muon.step(0.1, 0.85)
+        fast, slow = (sum((1 - m) * m ** (step - s) * gradients[s] for s in range(step + 1)) for m in (0.85, 0.98))
+        update = 0.15 * gradient + 0.85 * (0.4 * fast + 0.6 * slow)
+        expected = expected - 0.1 * math.sqrt(24 / 16) * orthogonalise(update[None], config)
+        torch.testing.assert_close(matrix.detach(), expected[0], rtol=0, atol=1e-5)
+
+
+def test_both_momenta_go_on_from_a_state_to_the_same_bits() -> None:
+    config = TrainConfig(muon_slow_momentum=0.98)
+    straight, stopped = (nn.Parameter(torch.ones(8, 4)) for _ in range(2))
+    whole, first, second = Muon([straight], config), Muon([stopped], config), Muon([stopped], config)
+    for step in range(6):
+        straight.grad = torch.randn(8, 4, generator=generator(step))
+        stopped.grad = straight.grad.clone()
+        whole.step(0.1, 0.9)
+        if step == 3:
+            second.load_state_dict(first.state_dict())
+        (first if step < 3 else second).step(0.1, 0.9)
+        assert torch.equal(straight, stopped)
 
 
 def test_muon_equals_torchs_at_a_steady_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +117,7 @@ def test_muon_equals_torchs_at_a_steady_momentum(monkeypatch: pytest.MonkeyPatch
     shapes = [SHAPES["tall"], SHAPES["square"], SHAPES["wide"], SHAPES["tall"], SHAPES["tall"]]
     start = [torch.randn(*shape, generator=generator(i)) for i, shape in enumerate(shapes)]
     mine, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    muon = Muon(mine, weight_decay=0.1, newton_schulz_steps=5)
+    muon = Muon(mine, TrainConfig(weight_decay=0.1))
     oracle = torch.optim.Muon(theirs, weight_decay=0.1, nesterov=True, ns_steps=5, adjust_lr_fn="original")
     for step in range(8):
         rate, momentum = 0.1 / (step + 1), 0.9
@@ -77,7 +136,7 @@ def test_momentum_that_rises_is_a_sum_in_which_gradients_entered_alike() -> None
     rates, momenta = [0.1, 0.05, 0.02, 0.01], [0.5, 0.8, 0.9, 0.95]
     gradients = [torch.randn(24, 16, generator=generator(step)) for step in range(4)]
     matrix, expected = nn.Parameter(torch.zeros(24, 16)), torch.zeros(1, 24, 16)
-    muon = Muon([matrix], weight_decay=0.0, newton_schulz_steps=5)
+    muon = Muon([matrix], TrainConfig(weight_decay=0.0))
     for step, (rate, momentum) in enumerate(zip(rates, momenta, strict=True)):
         matrix.grad = gradients[step].clone()
         muon.step(rate, momentum)
@@ -85,12 +144,12 @@ def test_momentum_that_rises_is_a_sum_in_which_gradients_entered_alike() -> None
         total = gradients[step] + momentum * sum(
             math.prod(momenta[s + 1 : step + 1]) * gradients[s] for s in range(step + 1)
         )
-        expected = expected - rate * math.sqrt(24 / 16) * orthogonalise(total[None], 5)
+        expected = expected - rate * math.sqrt(24 / 16) * orthogonalise(total[None], TrainConfig())
         torch.testing.assert_close(matrix.detach(), expected[0], rtol=0, atol=2e-6)
 
 
 def test_a_state_with_averaged_momentum_is_refused() -> None:
-    muon = Muon([nn.Parameter(torch.zeros(4, 4))], weight_decay=0.0, newton_schulz_steps=5)
+    muon = Muon([nn.Parameter(torch.zeros(4, 4))], TrainConfig())
     with pytest.raises(RecipeError, match="averaged momentum; remove its folder"):
         muon.load_state_dict({"momenta": [torch.ones(1, 4, 4)]})
     muon.load_state_dict({"sums": [torch.ones(1, 4, 4)]})
@@ -160,6 +219,21 @@ def test_the_average_equals_a_loop_and_swapping_twice_changes_nothing() -> None:
         torch.testing.assert_close(parameter.detach().double(), average, rtol=0, atol=1e-6)
     ema.swap()
     assert all(torch.equal(a, b) for a, b in zip(parameters, last, strict=True))
+
+
+def test_every_kind_of_parameter_may_have_a_decay_of_its_own() -> None:
+    for decays, expected in (((None, None), [0.3, 0.3, 0.3]), ((0.2, 0.0), [0.3, 0.2, 0.0])):
+        model = small_model()
+        config = TrainConfig(weight_decay=0.3, embedding_decay=decays[0], vector_decay=decays[1])
+        optimizers = Optimizers(model, config)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # nothing moves, but by decay
+        rates = [config.matrix_rate, config.embedding_rate, config.vector_rate]
+        kinds = [model.blocks[0].mlp.up.weight, model.embedding.weight, model.blocks[0].mlp_scale]
+        before = [weight.detach().clone() for weight in kinds]
+        optimizers.step(0.5, 0.9)
+        for weight, old, rate, decay in zip(kinds, before, rates, expected, strict=True):
+            torch.testing.assert_close(weight.detach(), old * (1 - 0.5 * rate * decay), rtol=1e-6, atol=0)
 
 
 def test_every_parameter_has_exactly_one_optimizer() -> None:

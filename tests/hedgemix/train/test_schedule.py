@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgemix.config import TrainConfig
-from hedgemix.train.schedule import elapsed_fraction, late_qat, looped, muon_momentum, rate_factor
+from hedgemix.train.schedule import (
+    elapsed_fraction,
+    late_qat,
+    looped,
+    muon_momentum,
+    pieces,
+    rate_factor,
+    step_kind,
+    step_kinds,
+)
 
 CLOCK = TrainConfig(budget_seconds=120, reserve_seconds=20)
 fractions = st.floats(0, 1)
@@ -29,9 +38,14 @@ def test_the_rate_is_constant_and_then_falls_linearly_to_zero() -> None:
     assert rate_factor(0.999, 0.0) == rate_factor(1.0, 0.0) == 1
 
 
-@given(fractions, fractions, fractions)
-def test_the_rate_never_rises(a: float, b: float, warmdown: float) -> None:
-    assert 0 <= rate_factor(max(a, b), warmdown) <= rate_factor(min(a, b), warmdown) <= 1
+def test_the_rate_stops_falling_at_its_floor() -> None:
+    assert [rate_factor(fraction, 0.5, 0.25) for fraction in (0, 0.5, 0.75, 0.875, 0.95, 1)] == [1, 1, 0.5] + [0.25] * 3
+    assert rate_factor(1.0, 0.0, 0.25) == 1
+
+
+@given(fractions, fractions, fractions, fractions)
+def test_the_rate_never_rises(a: float, b: float, warmdown: float, floor: float) -> None:
+    assert floor <= rate_factor(max(a, b), warmdown, floor) <= rate_factor(min(a, b), warmdown, floor) <= 1
 
 
 def test_momentum_rises_linearly_and_stays() -> None:
@@ -45,6 +59,26 @@ def test_quantized_training_starts_below_its_rate() -> None:
     config = TrainConfig(late_qat=True, late_qat_below=0.5, warmdown_fraction=0.5)
     assert [late_qat(config, fraction) for fraction in (0, 0.5, 0.75, 0.76, 1)] == [False, False, False, True, True]
     assert not late_qat(TrainConfig(late_qat=False), 1)
+    floored = TrainConfig(late_qat=True, late_qat_below=0.5, warmdown_fraction=0.5, rate_floor=0.4)
+    assert [late_qat(floored, fraction) for fraction in (0, 0.75, 0.76, 1)] == [False, False, True, True]
+
+
+def test_sequences_double_at_each_fraction() -> None:
+    config = TrainConfig(growth_fractions=(0.1, 0.5))
+    assert [pieces(config, fraction) for fraction in (0, 0.09, 0.1, 0.4, 0.5, 1)] == [4, 4, 2, 2, 1, 1]
+    assert [pieces(TrainConfig(), fraction) for fraction in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("qat", [False, True])
+def test_a_warm_up_meets_every_kind_of_step_that_a_run_has(qat: bool, loops: bool) -> None:
+    config = TrainConfig(late_qat=qat, growth_fractions=(0.1, 0.7), warmdown_fraction=0.6, loop_from_fraction=0.3)
+    kinds = step_kinds(config, loops)
+    met = {step_kind(config, loops, step / 100) for step in range(100)}
+    assert met <= set(kinds) and len(set(kinds)) == len(kinds) == 3 * (1 + qat) * (1 + loops)
+    assert len(met) == 3 + qat + loops
+    assert step_kinds(TrainConfig(), False) == [(False, True, 1)]
+    assert step_kinds(TrainConfig(late_qat=True), False) == [(False, True, 1), (True, True, 1)]
 
 
 def test_the_loop_runs_from_its_fraction_on() -> None:
