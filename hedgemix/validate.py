@@ -36,6 +36,10 @@ LARGEST_DAMPING = 10.0
 """Of a Hessian's mean diagonal: with more, the Hessian says nothing."""
 LARGEST_STEP = 65504.0
 """The largest float16, which holds the published export's steps."""
+MOST_GROWTHS = 3
+"""Of sequences."""
+MOST_KINDS = 8
+"""Of step: torch compiles one model for no more."""
 METRIC_TOKENS = 1024
 """At multiples of this the metric of features may change, and no block of the fast head lies across one."""
 MOST_LOOPS = 16
@@ -201,6 +205,11 @@ def check_train(recipe: Recipe, workers: int, qat_levels: int) -> None:
         raise RecipeError(
             f"train.warmup_steps must be at least {kinds} with {named}: each kind of step is compiled once"
         )
+    if config.compile and kinds > MOST_KINDS:
+        raise RecipeError(
+            f"train.late_qat, train.growth_fractions and model.looped_layers make {kinds} kinds of step, and a model is "
+            f"compiled for at most {MOST_KINDS}; leave one out, or set train.compile to false"
+        )
     if loops and config.loop_from_fraction >= 1:
         raise RecipeError(
             f"train.loop_from_fraction is {config.loop_from_fraction:g}; it must be below 1: the loop is what is scored"
@@ -230,14 +239,15 @@ def check_growth(config: TrainConfig) -> None:
             f"train.sequence_tokens {config.sequence_tokens} cannot be cut into {2 ** len(at)} pieces, as "
             f"train.growth_fractions {at} asks; give fewer fractions or another length"
         )
+    if len(at) > MOST_GROWTHS:
+        raise RecipeError(f"train.growth_fractions has {len(at)} fractions; {MOST_GROWTHS} are the most")
 
 
 def check_muon(config: TrainConfig) -> None:
     """Check Muon's polynomials and its momenta."""
     if config.newton_schulz == "polar_express":
-        _require(
-            "train", config, 1 <= config.newton_schulz_steps <= 5, "newton_schulz_steps", "1 to 5 with polar_express"
-        )
+        steps = config.newton_schulz_steps
+        _require("train", config, 1 <= steps <= 5, "newton_schulz_steps", "1 to 5 with polar_express")
     if config.muon_slow_momentum:
         for name in ("muon_momentum_start", "muon_momentum", "muon_slow_momentum"):
             _require("train", config, getattr(config, name) < 1, name, "below 1, so that its mean can be taken")

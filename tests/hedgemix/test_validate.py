@@ -141,6 +141,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"train.late_qat": True, "train.compile": True, "train.warmup_steps": 3, "train.growth_fractions": (0.5,)},
         "train.warmup_steps must be at least 4 with late_qat and growth_fractions: each kind of step is compiled once",
     ),
+    (
+        {
+            "train.late_qat": True,
+            "model.looped_layers": (0,),
+            "train.growth_fractions": (0.1, 0.5),
+            "train.compile": True,
+            "train.warmup_steps": 20,
+        },
+        "make 12 kinds of step, and a model is compiled for at most 8",
+    ),
     ({"train.rate_floor": 1.0}, "train.rate_floor is 1.0; it must be below 1"),
     (
         {"train.late_qat": True, "train.late_qat_below": 0.1, "train.rate_floor": 0.2},
@@ -158,6 +168,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "train.sequence_tokens 258 cannot be cut into 4 pieces, as train.growth_fractions (0.1, 0.5) asks; give fewer "
         "fractions or another length",
     ),
+    ({"train.growth_fractions": (0.1, 0.2, 0.3, 0.4)}, "train.growth_fractions has 4 fractions; 3 are the most"),
     ({"train.embedding_decay": -1.0}, f"train.embedding_decay is -1.0; {FINITE}"),
     (
         {"train.newton_schulz": "polar_express", "train.newton_schulz_steps": 6},

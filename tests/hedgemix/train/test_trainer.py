@@ -26,7 +26,7 @@ from hedgemix.model.transformer import Model, rms_norm
 from hedgemix.runtime import files
 from hedgemix.runtime.checkpoint import Checkpoints
 from hedgemix.runtime.files import load_tensors, read_json
-from hedgemix.train.schedule import rate_factor
+from hedgemix.train.schedule import StepKind, rate_factor
 from hedgemix.train.step_log import DivergedError
 from hedgemix.train.trainer import Run, TrainResult, train
 
@@ -224,17 +224,18 @@ def test_a_run_stopped_before_or_behind_the_loops_begin_ends_in_the_same_bits(
 def test_every_kind_of_step_is_warmed_up(
     start: Start, looped: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds: list[tuple[bool, bool]] = []
+    kinds: list[StepKind] = []
     backward = Run.backward
 
-    def watched(run: Run, step: int, qat: bool, looped: bool) -> Tensor:
-        kinds.append((qat, looped))
-        return backward(run, step, qat, looped)
+    def watched(run: Run, step: int, kind: StepKind) -> Tensor:
+        kinds.append(kind)
+        return backward(run, step, kind)
 
     monkeypatch.setattr(Run, "backward", watched)
-    start(tmp_path, replace(LOOPED, train=replace(LOOPED.train, warmup_steps=3)))
-    warm, trained = kinds[:3], kinds[3:]
-    assert warm == [(False, False), (False, True), (True, True)] == list(dict.fromkeys(trained))
+    start(tmp_path, replace(LOOPED, train=replace(LOOPED.train, warmup_steps=4)))
+    warm, trained = kinds[:4], kinds[4:]
+    assert list(dict.fromkeys(trained)) == [(False, False, 1), (False, True, 1), (True, True, 1)]
+    assert set(warm) == {*trained, (True, False, 1)}
     assert same(looped[0], tmp_path)
 
 
