@@ -207,8 +207,8 @@ def check_train(recipe: Recipe, workers: int, qat_levels: int) -> None:
         )
     if config.compile and kinds > MOST_KINDS:
         raise RecipeError(
-            f"train.late_qat, train.growth_fractions and model.looped_layers make {kinds} kinds of step, and a model is "
-            f"compiled for at most {MOST_KINDS}; leave one out, or set train.compile to false"
+            f"train.late_qat, train.growth_fractions and model.looped_layers make {kinds} kinds of step, and torch "
+            f"compiles a model for at most {MOST_KINDS}; leave one out, or set train.compile to false"
         )
     if loops and config.loop_from_fraction >= 1:
         raise RecipeError(

@@ -149,7 +149,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "train.compile": True,
             "train.warmup_steps": 20,
         },
-        "make 12 kinds of step, and a model is compiled for at most 8",
+        "make 12 kinds of step, and torch compiles a model for at most 8",
     ),
     ({"train.rate_floor": 1.0}, "train.rate_floor is 1.0; it must be below 1"),
     (
