@@ -22,6 +22,8 @@ def plan_lines(recipe: Recipe, seeds: tuple[int, ...]) -> dict[str, str]:
     with torch.device("meta"):
         model = Model(recipe.model, recipe.data.vocab_size, train.sequence_tokens)
     sequences = train.batch_tokens // train.sequence_tokens
+    shortest = train.sequence_tokens >> len(train.growth_fractions)
+    grow = f", which grow from {shortest:,}" if train.growth_fractions else ""
     share = sequences // compute.workers
     pieces = -(-share // train.microbatch_sequences)
     cpus = f"{compute.workers * compute.cpus_per_worker:g}" if compute.cpus_per_worker else "all"
@@ -33,7 +35,7 @@ def plan_lines(recipe: Recipe, seeds: tuple[int, ...]) -> dict[str, str]:
         "training job": f"{compute.workers} workers on one node: {compute.workers * compute.gpus_per_worker:g} GPU, "
         f"{cpus} CPU",
         "training loop": f"{train.steps} steps" if train.steps else loop,
-        "step": f"{train.batch_tokens:,} tokens = {sequences} sequences of {train.sequence_tokens:,}",
+        "step": f"{train.batch_tokens:,} tokens = {sequences} sequences of {train.sequence_tokens:,}{grow}",
         "each worker": f"{share * train.sequence_tokens:,} tokens a step = {share} sequences in "
         f"{pieces} microbatch{'es' if pieces > 1 else ''}",
         "evaluation": f"{compute.evaluate_workers} ranks, {evaluate.order}, context {evaluate.window_tokens:,}, "

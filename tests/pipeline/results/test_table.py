@@ -260,6 +260,9 @@ def test_the_plan_lines_the_record_is_the_reference_run() -> None:
     assert plan["training job"] == "8 workers on one node: 8 GPU, 160 CPU"
     assert plan["training loop"].startswith("582 s")
     assert plan["step"] == "786,432 tokens = 384 sequences of 2,048"
+    recipe = RECIPES["record"]()
+    grown = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, growth_fractions=(0.1, 0.7)))
+    assert plan_lines(grown, (7,))["step"] == "786,432 tokens = 384 sequences of 2,048, which grow from 512"
     assert plan["each worker"] == "98,304 tokens a step = 48 sequences in 1 microbatch"
     assert plan["limits"].startswith("16,000,000 bytes, 600 s")
     # Of 11 layers, the projections of bigram and value embedding, and the output layer.
