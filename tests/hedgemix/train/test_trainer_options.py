@@ -70,9 +70,9 @@ def test_every_length_is_run_before_the_clock_starts(data: Dataset, monkeypatch:
     run = Run(Model(MODEL, VOCAB, 32), config, batches, CPU)
     met, loss = set(), run.loss
 
-    def recorded(tokens: Tensor, targets: Tensor, qat: bool) -> Tensor:
+    def recorded(tokens: Tensor, targets: Tensor, qat: bool, looped: bool) -> Tensor:
         met.add((tuple(tokens.shape), qat))
-        return loss(tokens, targets, qat)
+        return loss(tokens, targets, qat, looped)
 
     run.loss = recorded
     run.warm_up()
