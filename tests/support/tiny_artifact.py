@@ -20,7 +20,8 @@ from hedgemix.experts import ngram_index
 from hedgemix.model.transformer import Model
 from hedgemix.quantize.calibration import Moments
 from hedgemix.quantize.quantizer import quantize_model
-from support.text_data import documents, processor
+from support import text_data
+from support.text_data import documents
 
 CPU, CONTEXT = torch.device("cpu"), 64
 CONFIG = EvaluateConfig(
@@ -78,7 +79,7 @@ class Case:
 def untrained() -> tuple[Model, Moments]:
     """Random weights, and the moments of inputs that have nothing to do with each other."""
     torch.manual_seed(0)
-    model = Model(MODEL, processor().vocab_size(), CONTEXT)
+    model = Model(MODEL, text_data.processor().vocab_size(), CONTEXT)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -86,9 +87,10 @@ def untrained() -> tuple[Model, Moments]:
     return model, Moments(columns, {name: torch.ones(len(model.get_parameter(name))) for name in columns})
 
 
-def make(folder: Path, remembered: Sequence[str] = (), texts: int = 4, **made_of: Any) -> Case:
+def make(folder: Path, remembered: Sequence[str] = (), texts: int = 4, markers: bool = False, **made_of: Any) -> Case:
     """A model with random weights, quantized and written, with a memory of some documents; `texts` other documents,
     about 1,400 tokens of four and 950 of three. made_of: what the header says besides."""
+    processor = text_data.marked_processor if markers else text_data.processor
     model, moments = untrained()
     tensors, _ = quantize_model(model, moments, QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
     header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT, **made_of}

@@ -21,11 +21,11 @@ from hedgemix.artifact.format import Artifact
 from hedgemix.codec import text_codec
 from hedgemix.codec.text_codec import CodecError, compress_tokens, decompress_tokens
 from hedgemix.config import EvaluateConfig, RecipeError
-from hedgemix.data import tokenizer
+from hedgemix.data import case_markers, tokenizer
 from hedgemix.experts.registry import EXPERTS
 from hedgemix.runtime.files import silent
 from support import tiny_artifact
-from support.text_data import ODD, TEXTS, processor
+from support.text_data import ODD, TEXTS, documents, marked_processor, processor
 from support.tiny_artifact import ADAPTIVE, CONFIG, Case
 
 
@@ -62,6 +62,19 @@ def test_a_text_costs_the_bits_of_its_evaluation_and_comes_back(
     reported_bits = work.result().bpb_final * work.result().scored_bytes
     assert abs(made.payload_bits - reported_bits) <= 0.001 * reported_bits + 64
     assert abs(made.ideal_bits - reported_bits) <= 1e-6 * reported_bits  # measured: 2e-8
+    assert np.array_equal(decompress_tokens(found, made.data), part)
+
+
+def test_a_text_with_markers_for_capitals_costs_its_bits_and_comes_back(tmp_path: Path) -> None:
+    """Trained on after 110 tokens, weighed by bytes that depend on the tokens before a marker."""
+    case = tiny_artifact.make(tmp_path, [documents()[1][:400]], texts=1, markers=True)
+    found, config, part = artifact.read(case.artifact), replace(CONFIG, chunk_tokens=110), case.tokens[:240]
+    made, work = compress_tokens(found, part, config), case.begin(config, part)
+    for number, chunk in enumerate(work.chunks):
+        work.run_chunk(number, chunk)
+    assert marked_processor().piece_to_id(case_markers.TITLE) in part
+    assert work.bytes == made.text_bytes == len(tokenizer.decode(marked_processor(), part))
+    assert made.ideal_bits == pytest.approx(work.result().bpb_final * work.bytes, rel=1e-6)
     assert np.array_equal(decompress_tokens(found, made.data), part)
 
 
