@@ -14,11 +14,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from sentencepiece import SentencePieceProcessor
 
 from hedgemix.config import RecipeError
-from hedgemix.data import shards, tokenizer
+from hedgemix.data import bpb, shards, tokenizer
 
 REPOSITORY = "willdepueoai/parameter-golf"
 OTHERS = {
@@ -28,6 +30,9 @@ OTHERS = {
 """Repositories of variants that the official one lacks. The second has markers for capitals, and beside its validation
 shards files of the bytes of each token."""
 VARIANT = re.compile(r"sp(\d+)(_\w+)?")
+MOST_DIFFERENT = 1e-3
+"""Share of the bytes by which text and its normalised form may differ: web text by 0.007 %."""
+READ_TOKENS = 1 << 22
 STAGING = ".hedgemix-download"
 Result = TypeVar("Result")
 
@@ -72,7 +77,46 @@ def download(
     model = f"datasets/tokenizers/fineweb_{vocab_size}_bpe{size[2] or ''}.model"
     _fetch(repo, model, root, lambda file: _check_size(tokenizer.load(file).vocab_size(), vocab_size, model), log)
     shutil.rmtree(root / STAGING, ignore_errors=True)
+    if paths["val_bytes"]:
+        valid, told = (
+            shards.TokenStream([root / Path(path).name for path in paths[name]]) for name in ("val", "val_bytes")
+        )
+        log(_check_side_cars(tokenizer.load(root / Path(model).name), valid, told))
     return root / Path(model).name
+
+
+def _check_side_cars(processor: SentencePieceProcessor, valid: shards.TokenStream, told: shards.TokenStream) -> str:
+    """Hold the bytes that files beside the validation shards tell of each token against what the tokens decode to,
+    which is what counts; say how they differ. A tokenizer that normalises makes other text, so a little is right:
+    raises RecipeError for more than MOST_DIFFERENT of all bytes, other lengths, or bytes of a token without text."""
+    if len(told) != len(valid):
+        raise RecipeError(
+            f"data.shards_dir: the *val_bytes_*.bin tell the bytes of {len(told):,} tokens, and there are "
+            f"{len(valid):,} of validation; fetch both again, or remove the former"
+        )
+    tables = bpb.byte_tables(processor)
+    counted = given = differ = 0
+    for start in range(0, len(valid), READ_TOKENS):
+        stop = min(start + READ_TOKENS, len(valid))
+        sizes_B, told_B = bpb.token_bytes(tables, valid, start, stop), told.read(start, stop - start)
+        without_text_B = (tables.is_marker | tables.is_control)[valid.read(start, stop - start)]
+        if (wrong_B := without_text_B & (sizes_B == 0) & (told_B > 0)).any():
+            raise RecipeError(
+                f"data.shards_dir: the *val_bytes_*.bin give bytes to the token at {start + int(wrong_B.argmax()):,}, "
+                "which stands for no text; remove them, or fetch them and the shards again"
+            )
+        counted += int(sizes_B.sum(dtype=np.int64))
+        given += int(told_B.sum(dtype=np.int64))
+        differ += int((sizes_B != told_B).sum())
+    if abs(given - counted) > MOST_DIFFERENT * counted:
+        raise RecipeError(
+            f"data.shards_dir: the *val_bytes_*.bin give the validation text {given:,} bytes, and its tokens decode to "
+            f"{counted:,}; fetch both again, or remove the former"
+        )
+    return (
+        f"bytes: {counted:,} that the validation tokens decode to, which count; {given:,} by the files beside them, "
+        f"which differ at {differ:,} tokens"
+    )
 
 
 def _fetch(repo: str, name: str, root: Path, check: Callable[[Path], object], log: Callable[[str], None]) -> None:

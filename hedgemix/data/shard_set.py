@@ -6,16 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
 from hedgemix.config import DataConfig, RecipeError
-from hedgemix.data import bpb, memory, overlap, probes, shards, tokenizer
+from hedgemix.data import memory, overlap, probes, shards, tokenizer
 from hedgemix.data.own_files import DATASET, MadeFiles, OwnFiles
 from hedgemix.data.reading import Problems
 
 READ_TOKENS = 1 << 22
-MOST_DIFFERENT = 1e-3
-"""Share of the bytes by which text and its normalised form may differ: web text by 0.007 %."""
 
 
 def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFiles:
@@ -45,11 +42,11 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFi
         )
     if share := probes.changed_share(processor):
         log(f"tokenizer: it does not write every text as it is; of the bytes of probes it changes or loses {share:.1%}")
-    side_cars = sorted(source.glob("*val_bytes_*.bin"))
+    side_cars = {*source.glob("*val_bytes_*.bin")}  # bytes of the validation tokens, which are counted here
     paths: dict[str, list[Path]] = {}
     problems = Problems()
     for name in ("train", "val"):
-        paths[name] = sorted({*source.glob(f"*_{name}_*.bin"), *source.glob(f"{name}_*.bin")} - {*side_cars})
+        paths[name] = sorted({*source.glob(f"*_{name}_*.bin"), *source.glob(f"{name}_*.bin")} - side_cars)
         if not paths[name]:
             raise RecipeError(f"data.shards_dir: {source} has no *_{name}_*.bin; `hedgemix download` fetches FineWeb's")
         for path in paths[name]:
@@ -58,11 +55,9 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFi
             except RecipeError as error:
                 problems.add(error)
     problems.tell()
-    others = len({*source.glob("*.bin")} - {*paths["train"], *paths["val"], *side_cars})
+    others = len({*source.glob("*.bin")} - {*paths["train"], *paths["val"]} - side_cars)
     passed = f"; {others} other .bin files there are passed over" if others else ""
     log(f"shards: {len(paths['train'])} for training and {len(paths['val'])} for validation are sound{passed}")
-    if side_cars:
-        log(check_side_cars(processor, shards.TokenStream(paths["val"]), shards.TokenStream(side_cars)))
     share = overlap.share_in_tokens(
         shards.TokenStream(paths["val"], config.max_valid_tokens), shards.TokenStream(paths["train"])
     )
@@ -89,40 +84,6 @@ def make(config: DataConfig, folder: Path, log: Callable[[str], None]) -> MadeFi
         )
     known |= {"train_documents": 0, "text_sha256": ""}
     return MadeFiles(model, processor, paths["train"], paths["val"], known)
-
-
-def check_side_cars(processor: SentencePieceProcessor, valid: shards.TokenStream, told: shards.TokenStream) -> str:
-    """Hold the bytes that files beside the validation shards tell of each token against what the tokens decode to,
-    which is what counts; say how they differ. A tokenizer that normalises makes other text, so a little is right:
-    raises RecipeError for more than MOST_DIFFERENT of all bytes, other lengths, or bytes of a token without text."""
-    if len(told) != len(valid):
-        raise RecipeError(
-            f"data.shards_dir: the *val_bytes_*.bin tell the bytes of {len(told):,} tokens, and there are "
-            f"{len(valid):,} of validation; fetch both again, or remove the former"
-        )
-    tables = bpb.byte_tables(processor)
-    counted = given = differ = 0
-    for start in range(0, len(valid), READ_TOKENS):
-        stop = min(start + READ_TOKENS, len(valid))
-        sizes_B, told_B = bpb.token_bytes(tables, valid, start, stop), told.read(start, stop - start)
-        without_text_B = (tables.is_marker | tables.is_control)[valid.read(start, stop - start)]
-        if (wrong_B := without_text_B & (sizes_B == 0) & (told_B > 0)).any():
-            raise RecipeError(
-                f"data.shards_dir: the *val_bytes_*.bin give bytes to the token at {start + int(wrong_B.argmax()):,}, "
-                "which stands for no text; remove them, or fetch them and the shards again"
-            )
-        counted += int(sizes_B.sum(dtype=np.int64))
-        given += int(told_B.sum(dtype=np.int64))
-        differ += int((sizes_B != told_B).sum())
-    if abs(given - counted) > MOST_DIFFERENT * counted:
-        raise RecipeError(
-            f"data.shards_dir: the *val_bytes_*.bin give the validation text {given:,} bytes, and its tokens decode to "
-            f"{counted:,}; fetch both again, or remove the former"
-        )
-    return (
-        f"bytes: {counted:,} that the validation tokens decode to, which count; {given:,} by the files beside them, "
-        f"which differ at {differ:,} tokens"
-    )
 
 
 def _only_tokenizer(folder: Path) -> Path:

@@ -93,13 +93,15 @@ def test_a_variant_with_markers_brings_the_bytes_of_its_tokens(
         shards.write_shard(there / f"fineweb_{name}_000000.bin", numbers)
     (hub.root / "datasets/tokenizers/fineweb_400_bpe_lossless_caps.model").write_bytes(p.serialized_model_proto())
     root = tmp_path / "fetched"
-    model = fetch(root, 1, variant)
+    said = list[str]()
+    model = fineweb.download(root, 1, variant, log=said.append)
     assert hub.asked == "somebody/else" and model.name == "fineweb_400_bpe_lossless_caps.model"
     assert [path.name for path in sorted(root.glob("*.bin"))] == [
         "fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin",
     ]  # fmt: skip
-    config, said = DataConfig(source="shards", shards_dir=str(root), vocab_size=400), list[str]()
+    config = DataConfig(source="shards", shards_dir=str(root), vocab_size=400)
     made = dataset.prepare(config, tmp_path / "data", said.append)
+    assert "shards: 1 for training and 1 for validation are sound" in said
     n_bytes = sum(len(text.encode()) for text in texts)
     assert made.valid_bytes == n_bytes and made.valid_tokens == len(tokens)
     assert (
@@ -114,7 +116,7 @@ def test_a_variant_with_markers_brings_the_bytes_of_its_tokens(
     ):
         shards.write_shard(root / "fineweb_val_bytes_000000.bin", wrong)
         with pytest.raises(RecipeError, match=reason):
-            dataset.prepare(config, tmp_path / "data", said.append)
+            fineweb.download(root, 1, variant, log=said.append)
 
 
 def test_only_what_is_missing_or_broken_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
