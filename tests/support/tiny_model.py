@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,8 @@ def make(**parts: Any) -> Trained:
     config = ModelConfig(
         layers=2, width=64, heads=4, kv_heads=2, mlp_hidden=1040, rope_dims=8, embedding_std=0.05,
         bigram_buckets=1100, bigram_width=64, value_embedding_layers=1, value_embedding_width=16,
-        **parts,
     )  # fmt: skip
-    model = Model(config, VOCAB, LENGTH)
+    model = Model(replace(config, **parts), VOCAB, LENGTH)
     followers, text = torch.randint(VOCAB, (VOCAB, 3)), [0]
     for choice in torch.randint(3, (SEQUENCES * LENGTH,)).tolist():
         text.append(int(followers[text[-1], choice]))

@@ -107,10 +107,8 @@ def test_every_token_costs_what_the_evaluation_says(case: Case, config: Evaluate
     assert worst < 1e-12
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(ADAPTIVE, order="sliding")], ids=["streaming", "sliding"])
-def test_a_model_with_loops_and_lanes_costs_the_same(
-    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_loops_and_lanes_costs_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, chunk_tokens=110)  # behind trained weights too
     model = replace(
         tiny_artifact.MODEL, layers=3, looped_layers=(0, 1), lane_layers=1, smear_by="input", xsa_learned=True,
         head_gates=True, skip_gates=True,
@@ -118,8 +116,8 @@ def test_a_model_with_loops_and_lanes_costs_the_same(
     monkeypatch.setattr(tiny_artifact, "MODEL", model)
     case = tiny_artifact.make(tmp_path)
     assert case.model().config == model
-    nats, _ = predicted(case, config, 340)
-    torch.testing.assert_close(nats, evaluated(case.begin(config), 340), rtol=2e-5, atol=2e-5)
+    nats, _ = predicted(case, config, 160)
+    torch.testing.assert_close(nats, evaluated(case.begin(config), 160), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("order", ["streaming", "sliding"])

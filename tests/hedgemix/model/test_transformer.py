@@ -166,13 +166,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "even layers": {"layers": 4},
     "other slope": {"mlp_slope": 0.1},
     "long context": {"context": 4096},
-    "smear by input": {"smear_by": "input"},
-    "learned xsa": {"xsa_learned": True, "kv_heads": 2},
-    "head gates": {"head_gates": True},
-    "skip gates": {"skip_gates": True},
+    "gates": {"smear_by": "input", "xsa_learned": True, "kv_heads": 2, "head_gates": True, "skip_gates": True},
     "a loop": {"looped_layers": (1, 2), "value_embedding_layers": 4},
     "a loop of every layer": {"looped_layers": (0, 1), "loop_passes": 4, "layers": 2, "skip_gates": True},
-    "lanes": {"lane_layers": 2},
     "lanes everywhere": {"lane_layers": 5, "input_mix": False, "residual_scale": False},
     "a loop in lanes": {"lane_layers": 3, "looped_layers": (3, 4), "loop_passes": 2},
     "the frontier": {
@@ -357,25 +353,18 @@ def test_a_norm_of_bfloat16_is_that_of_float32() -> None:
     assert y.dtype == torch.float32 and torch.equal(y, expected)
 
 
-def test_a_compiled_model_keeps_the_quantization_switch() -> None:
-    model, tokens = build(layers=2, value_embedding_layers=1), tokens_of(2, 16)
-    counter = CompileCounter()  # runs what torch.compile traced, as it is
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for qat in (False, True, False, True):
-        torch.testing.assert_close(compiled(tokens, tokens, qat), model(tokens, tokens, qat), rtol=1e-6, atol=0)
-    assert counter.frame_count == 2
-    assert compiled(tokens, tokens, True) != compiled(tokens, tokens, False)
-
-
-def test_a_compiled_model_has_a_graph_with_the_loop_and_one_without() -> None:
-    parts = {"bigram_buckets": 0, "value_embedding_layers": 0, "lane_layers": 1}
-    model, tokens = build(layers=3, looped_layers=(1,), loop_passes=2, **parts), tokens_of(2, 16)
-    counter = CompileCounter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for looped in (False, True, False, True):
-        found, expected = (each(tokens, tokens, looped=looped) for each in (compiled, model))
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    assert counter.frame_count == 2
+def test_a_compiled_model_has_a_graph_for_each_kind_of_step() -> None:
+    """Without a loop yet, with it, and through quantization."""
+    model = build(layers=2, value_embedding_layers=1, looped_layers=(0,), loop_passes=2, lane_layers=1)
+    counter, tokens = CompileCounter(), tokens_of(2, 16)  # runs what torch.compile traced, as it is
+    compiled, kinds = (
+        torch.compile(model, fullgraph=True, backend=counter),
+        ((False, False), (False, True), (True, True)),
+    )
+    losses = {compiled(tokens, tokens, *kind).item() for kind in kinds}
+    for kind in kinds:
+        torch.testing.assert_close(compiled(tokens, tokens, *kind), model(tokens, tokens, *kind), rtol=1e-6, atol=0)
+    assert counter.frame_count == len(losses) == 3
 
 
 @pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16"])

@@ -59,7 +59,7 @@ def test_rows_are_mean_squared_gradients_at_outputs(trained: Trained, name: str)
 
 
 def test_passes_through_a_layer_add_inputs_and_average_gradients() -> None:
-    looped = make(looped_layers=(0,), loop_passes=3)
+    looped = make(looped_layers=(0,), mlp_hidden=64, bigram_buckets=300)
     drawn, inputs, gradients = labels(looped), list[Tensor](), list[Tensor]()
 
     def watch(module: torch.nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
