@@ -27,6 +27,7 @@ from hedgemix.data.dataloader import Batches
 from hedgemix.model.attention import banded_attention
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.train.optim import Muon
+from hedgemix.train.schedule import step_kind
 from hedgemix.train.trainer import Run, deterministic
 
 PROFILE = "profile.txt"
@@ -97,7 +98,7 @@ def parts(run: Run, job: Job, repeats: int) -> dict[str, float]:
     """Median milliseconds of what `Run.train_step` does one after the other."""
     rate, momentum = 1.0, run.config.muon_momentum
     work: dict[str, Callable[[], Any]] = {
-        "forward and backward": partial(run.backward, run.step, False),
+        "forward and backward": partial(run.backward, run.step, step_kind(run.config, run.loops, 1.0)),
         "reduce and clip": partial(run.gradient.reduce, run.config.gradient_clip),
         "optimizers": partial(run.optimizers.step, rate, momentum),
         "average": run.ema.update,
