@@ -179,8 +179,7 @@ class MixerConfig:
     linear_rate: float = 0.02
     """How far one token moves the linear weights towards what explained it."""
     gates: tuple[Literal["none", "order", "entropy", "both"], ...] = ("order", "entropy")
-    """One logistic mixer each. Its weight set is chosen by the longest context that occurred before (order or match
-    length), by the neural distribution's entropy, by both or by neither."""
+    """One logistic mixer each; its weights go by the longest context seen before, the neural entropy, both or none."""
     memory_tokens: tuple[float, ...] = (1000.0, 1000.0)
     """Tokens of curvature each logistic mixer remembers in a weight set; fewer follow the text faster."""
     logistic_ridge: float = 10.0

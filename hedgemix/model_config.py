@@ -68,6 +68,8 @@ class ModelConfig:
     """The last layers that have two residual streams, one that attention reads, one that the MLP does (0: none)."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the residual stream where products are in bfloat16 too; where they are not, it is float32."""
+    within_documents: bool = False
+    """Each position sees only its own document, which begins with BOS, in training and in evaluation."""
 
     def passes(self, looped: bool = True) -> tuple[int, ...]:
         """List the layers in the order in which they run; looped: with looped_layers as often as they are to run."""

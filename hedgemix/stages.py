@@ -133,7 +133,8 @@ def score_stage(*, recipe: Recipe, dataset: Dataset, train_folder: Path, log: Lo
 
 def load_weights(recipe: Recipe, dataset: Dataset, train_folder: Path) -> Model:
     """Load the averaged weights of a training, on the CPU."""
-    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False)
+    bos_id = datasets.bos_id(dataset) if recipe.model.within_documents else None
+    model = Model(recipe.model, dataset.vocab_size, recipe.train.sequence_tokens, draw=False, bos_id=bos_id)
     model.load_state_dict(load_tensors(train_folder / WEIGHTS))
     return model
 
@@ -234,9 +235,11 @@ def excesses(limits: LimitsConfig, total_bytes: int, train_seconds: float, evalu
 
 def check_data(recipe: Recipe, dataset: Dataset) -> None:
     """Raise RecipeError for a loaded dataset that names others' files, or is too short for a step, a window or the
-    calibration."""
+    calibration, or has no BOS for a model within documents."""
     datasets.check_places(dataset, recipe.data)
     datasets.check(dataset, recipe.train.batch_tokens + 1, recipe.evaluate.window_tokens + 1)
+    if recipe.model.within_documents:
+        datasets.bos_id(dataset)
     calibration = recipe.train.calibration_sequences * recipe.train.sequence_tokens
     if dataset.train_tokens <= calibration:
         raise RecipeError(

@@ -32,7 +32,10 @@ def load_model(artifact: Artifact) -> Model:
         for name, shape in largest(config, given[1]).items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)} and should have {shape}")
-        model = Model(*given, draw=False)
+        bos_id = load_tokenizer(artifact).bos_id() if config.within_documents else None
+        if bos_id == -1:
+            raise ValueError("its model is one within documents, and its tokenizer has no BOS, which begins them")
+        model = Model(*given, draw=False, bos_id=bos_id)
         model.load_state_dict(tensors)
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artifact's header and tensors do not fit together: {error}") from None

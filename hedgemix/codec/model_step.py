@@ -49,10 +49,13 @@ class ModelStep:
         the next token, and the features (D,) that they come from."""
         if cache is not self.cache:
             self.begin(cache)
-        at = cache.length
+        at, begins = cache.length, token == self.model.bos_id
+        if begins:
+            self.before_D[:], self.document_1[:] = 0, at
         x_D = self.embedding_VD[token]
         if self.bigram is not None:
-            row = (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % (len(self.bigram.table_VD) - 1)
+            rows = len(self.bigram.table_VD) - 1
+            row = rows if begins else (HASH_CURRENT * token ^ HASH_PREVIOUS * previous) % rows
             x_D = x_D + self.bigram(row)
         unsmeared_D = x_D
         if self.input_smear is not None:
@@ -64,7 +67,7 @@ class ModelStep:
             x_D = x_D + (self.before_D - x_D) / self.smear_D
         value_K = None if self.value is None else self.value(token)
         turn = self.cos_TR[at], self.sin_TR[at]
-        start = 0 if band is None else max(0, at + 1 - band)
+        start = max(int(self.document_1[0]), 0 if band is None else at + 1 - band)
         x0_D, pushed, lane_D = x_D, list[np.ndarray](), x_D
         for layer in self.layers:
             lane_D = x_D if layer.forks else lane_D
@@ -111,6 +114,7 @@ class ModelStep:
         self.before_D = cache.x_B1D[0, 0].numpy().copy()
         self.token = cache.tokens_B1[0].numpy().copy()
         cache.x_B1D, cache.tokens_B1 = torch.from_numpy(self.before_D)[None, None], torch.from_numpy(self.token)[None]
+        self.document_1 = np.zeros(1, np.int64) if cache.begins_B is None else cache.begins_B.numpy()
         self.smear_D = None if model.smear is None else 1 + np.exp(-array(model.smear))
         smear = model.input_smear
         self.input_smear = None if smear is None else (array(smear.weight), array(smear.scale))

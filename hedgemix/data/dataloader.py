@@ -66,15 +66,18 @@ class Ahead:
         begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(1, "batches", begin)
         self.step = -1
+        self.rows: list[Tensor] = []
+        """Of the microbatches given last, inputs and the last target, int64 (sequences, sequence_tokens + 1), on the
+        host."""
         self.waiting: Future[list[Tensor]] | None = None
 
     def __call__(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets of each microbatch, int64 (sequences, sequence_tokens), on the device."""
         if self.waiting is None or self.step != step:
             self.waiting = self.pool.submit(self.read, step)
-        pieces = self.waiting.result()
+        self.rows = self.waiting.result()
         self.step, self.waiting = step + 1, self.pool.submit(self.read, step + 1)
-        moved = [tokens.to(self.device, non_blocking=True) for tokens in pieces]
+        moved = [tokens.to(self.device, non_blocking=True) for tokens in self.rows]
         return [(tokens[:, :-1], tokens[:, 1:]) for tokens in moved]
 
     def read(self, step: int) -> list[Tensor]:

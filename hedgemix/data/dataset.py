@@ -135,6 +135,17 @@ def memory_tokens(dataset: Dataset) -> np.ndarray:
     return memory.tokens(tokenizer.load(dataset.tokenizer), memory.decompress(found) if found else [])
 
 
+def bos_id(dataset: Dataset) -> int:
+    """Look up the token that begins documents; raises RecipeError for a tokenizer that has none."""
+    found = tokenizer.load(dataset.tokenizer).bos_id()
+    if found < 0:
+        raise RecipeError(
+            f"model.within_documents needs documents that begin with BOS, and {dataset.tokenizer} has no such piece; "
+            "turn it off, or use another tokenizer"
+        )
+    return found
+
+
 def save(dataset: Dataset, folder: str | Path) -> None:
     """Write dataset.json; paths inside `folder` are kept relative, so the folder can be moved."""
     root = Path(folder).resolve()

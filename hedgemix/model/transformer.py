@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hedgemix.config import ModelConfig
 from hedgemix.model.attention import Cache, attention
+from hedgemix.model.documents import Documents, earlier
 from hedgemix.model.gates import HeadGate, InputSmear
 from hedgemix.model.layers import (
     Table,
@@ -70,11 +71,13 @@ class Attention(nn.Module):
         cache: Cache | None,
         last: int,
         number: int,
+        documents: Documents | None,
     ) -> Tensor:
         """Attend from the last positions of the normalised input (B, T, D); returns (B, last, D).
 
         value_BTK: what is added to the values before they are cut into key-value heads. cos, sin: (T, R), of these
         positions. qat: by quantized weights. number: of the pass through a layer, whose own keys the cache has.
+        documents: the rows', where a position sees only its own.
         """
         B, T, D = x_BTD.shape
 
@@ -89,7 +92,10 @@ class Attention(nn.Module):
         k = normalised_rotary(k.float(), cos, sin).to(dtype)
         if self.kv_heads != self.heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
-        y = attention(q, k, v, band) if cache is None else cache.attend(number, q, k, v, band)
+        if cache is None:
+            y = attention(q, k, v, band, documents)
+        else:
+            y = cache.attend(number, q, k, v, band, documents)
         if self.xsa:
             rest = without_projection(y, v[:, :, T - last :])
             y = rest if self.xsa_alpha is None else y + torch.tanh(self.xsa_alpha).view(-1, 1, 1) * (rest - y)
@@ -140,6 +146,7 @@ class Block(nn.Module):
         cache: Cache | None,
         last: int,
         number: int,
+        documents: Documents | None,
         lane: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the layer on the residual stream (B, T, D); returns its last positions, (B, last, D).
@@ -152,7 +159,8 @@ class Block(nn.Module):
         if self.input_mix is not None:
             mix = self.input_mix.to(x.dtype)
             mixed = mix[0] * x + mix[1] * x0
-        y = self.attention(rms_norm(mixed, self.depth_scale), value, cos, sin, band, qat, cache, last, number)
+        normed = rms_norm(mixed, self.depth_scale)
+        y = self.attention(normed, value, cos, sin, band, qat, cache, last, number, documents)
         y = y if self.attention_scale is None else self.attention_scale.to(x.dtype) * y
         if self.lanes is None or lane is None:
             x = mixed[:, here:] + y
@@ -169,11 +177,12 @@ class Block(nn.Module):
 
 
 class BigramEmbedding(nn.Module):
-    """Embeds the last two tokens, hashed into `bigram_buckets` rows (the last row: no previous token)."""
+    """Embeds the last two tokens, hashed into `bigram_buckets` rows (the last row: no previous token, which is so of
+    `alone` too)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, alone: int | None) -> None:
         super().__init__()
-        self.buckets = config.bigram_buckets
+        self.buckets, self.alone = config.bigram_buckets, alone
         self.table = Table(config.bigram_buckets, config.bigram_width)
         self.project = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
@@ -182,6 +191,8 @@ class BigramEmbedding(nn.Module):
         """Hash each position's tokens to its row of the table, int64 (B, T)."""
         current, previous = tokens_BT[:, 1:], tokens_BT[:, :-1]
         row = torch.bitwise_xor(HASH_CURRENT * current, HASH_PREVIOUS * previous) % (self.buckets - 1)
+        if self.alone is not None:
+            row = row.masked_fill(current == self.alone, self.buckets - 1)
         return F.pad(row, (1, 0), value=self.buckets - 1)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -207,14 +218,18 @@ class ValueEmbedding(nn.Module):
 class Model(nn.Module):
     """Computes `features`, then `logits`; both take any context up to the one the model was trained at, or a longer
     stream with a band. `context_tokens` is the training context and fixes the RoPE base. draw: draw initial weights;
-    not worth the seconds when others are loaded."""
+    not worth the seconds when others are loaded. bos_id: the token that begins documents; a model of config's
+    `within_documents` runs with it only."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, context_tokens: int, draw: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, context_tokens: int, draw: bool = True, bos_id: int | None = None
+    ) -> None:
         super().__init__()
         check_model(config)
         self.config, self.vocab_size, self.context_tokens = config, vocab_size, context_tokens
+        self.bos_id = bos_id if config.within_documents else None
         self.embedding = nn.Embedding(vocab_size, config.width)
-        self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
+        self.bigram = BigramEmbedding(config, self.bos_id) if config.bigram_buckets else None
         by_channel = config.smear_gate and config.smear_by == "channel"
         self.smear = nn.Parameter(torch.zeros(config.width)) if by_channel else None
         self.input_smear = InputSmear() if config.smear_gate and not by_channel else None
@@ -252,7 +267,9 @@ class Model(nn.Module):
         config, like = self.config, self.embedding.weight
         shape = (sequences, config.heads, positions, config.width // config.heads)
         keys, values = ([like.new_zeros(shape) for _ in config.passes()] for _ in range(2))
-        return Cache(keys, values, like.new_zeros(sequences, 1).long(), like.new_zeros(sequences, 1, config.width))
+        begins = None if self.bos_id is None else like.new_zeros(sequences).long()
+        tokens, x = like.new_zeros(sequences, 1).long(), like.new_zeros(sequences, 1, config.width)
+        return Cache(keys, values, tokens, x, begins)
 
     def features(
         self,
@@ -270,7 +287,9 @@ class Model(nn.Module):
 
         With a cache the tokens follow those already run through it: any number into an empty one, then one at a time.
         """
+        assert not self.config.within_documents or self.bos_id is not None, "a model within documents needs bos_id"
         length = cache.length if cache is not None else 0
+        documents = None if self.bos_id is None else Documents(tokens_BT, self.bos_id)
         assert length == 0 or tokens_BT.shape[1] == 1, "a cache that holds tokens takes one more at a time"
         x = self.embedding(tokens_BT)
         if self.bigram is not None:
@@ -280,13 +299,13 @@ class Model(nn.Module):
                 x = x + self.bigram(tokens_BT)
         unsmeared, kept_B1D = x, cache.x_B1D if cache is not None and length else None
         if self.input_smear is not None:
-            x = self.input_smear(x, earlier(x, kept_B1D))
+            x = self.input_smear(x, earlier(x, kept_B1D, documents))
         x = rms_norm(x)
         if self.config.residual_dtype == "bfloat16" and torch.is_autocast_enabled(x.device.type):
             x = x.bfloat16()  # from here on; every norm and the loss are in float32 again
         if self.smear is not None:
             unsmeared = x
-            x = x + torch.sigmoid(self.smear).to(x.dtype) * (earlier(x, kept_B1D) - x)
+            x = x + torch.sigmoid(self.smear).to(x.dtype) * (earlier(x, kept_B1D, documents) - x)
         x0 = x
         value = None if self.value_embedding is None else self.value_embedding(tokens_BT)
         angle = torch.arange(length, length + tokens_BT.shape[1], device=x.device)[:, None] * self.frequencies
@@ -305,7 +324,7 @@ class Model(nn.Module):
             if self.value_embedding is not None and value is not None and layer >= first_valued:
                 added = value * self.value_embedding.layer_scales[layer - first_valued]
             wanted = last if last is not None and number == len(order) - 1 else x.shape[1]
-            x = self.blocks[layer](x, x0, added, cos, sin, band, qat, cache, wanted, number, lane)
+            x = self.blocks[layer](x, x0, added, cos, sin, band, qat, cache, wanted, number, documents, lane)
             if lane is not None:
                 x, lane = x
             if self.skip_weights is not None and number < pushes:
@@ -313,8 +332,7 @@ class Model(nn.Module):
         if lane is not None:
             x = 0.5 * (x + lane)
         if cache is not None:
-            cache.tokens_B1, cache.x_B1D = tokens_BT[:, -1:], unsmeared[:, -1:]
-            cache.length += tokens_BT.shape[1]
+            cache.advance(tokens_BT, unsmeared, documents)
         return rms_norm(x)
 
     def join(self, x: Tensor, pushed: Tensor, number: int) -> Tensor:
@@ -350,13 +368,6 @@ class Model(nn.Module):
             key = f"{head}.attention.q.weight" if name.endswith((".k.weight", ".v.weight")) else name
             shared.setdefault(key, []).append(name)
         return shared
-
-
-def earlier(x_BTD: Tensor, before_B1D: Tensor | None) -> Tensor:
-    """Give each position of x (B, T, D) what the one before it has; the first, zeros, or what a cache kept."""
-    if before_B1D is None:
-        return F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
-    return before_B1D
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -25,6 +25,7 @@ from hedgemix.config import Recipe, RecipeError, TrainConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Ahead, Batches
 from hedgemix.data.dataset import Dataset
+from hedgemix.model.documents import fits
 from hedgemix.model.layers import autocast
 from hedgemix.model.linear import QAT_LEVELS
 from hedgemix.model.transformer import Model, parameter_count
@@ -174,7 +175,8 @@ def build(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> 
     config = recipe.train
     deterministic(config, device)
     torch.manual_seed(seed)
-    model = Model(recipe.model, dataset.vocab_size, config.sequence_tokens).to(device)
+    bos_id = datasets.bos_id(dataset) if recipe.model.within_documents else None
+    model = Model(recipe.model, dataset.vocab_size, config.sequence_tokens, bos_id=bos_id).to(device)
     for parameter in model.parameters():
         collectives.broadcast(parameter.detach())
     batches = Batches(
@@ -221,10 +223,12 @@ class Run:
         """Accumulate the gradient of one step; returns this rank's part of the mean loss, a 0-d tensor."""
         total = torch.zeros((), device=self.device)
         self.gradient.zero()
-        for whole in self.read(step):
+        for whole, rows in zip(self.read(step), self.read.rows, strict=True):
             tokens, targets = (x.reshape(len(x) * kind.pieces, -1) for x in whole)
+            fitting = fits(rows[:, :-1].reshape(tokens.shape), self.model.bos_id)
+            loss_of = self.loss if fitting else self.model
             with autocast(self.config.dtype, self.device):
-                loss = self.loss(tokens, targets, kind.qat, kind.looped) / self.batch_tokens
+                loss = loss_of(tokens, targets, kind.qat, kind.looped) / self.batch_tokens
             loss.backward()
             total += loss.detach()
         return total

@@ -149,8 +149,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "train.compile": True,
             "train.warmup_steps": 20,
         },
-        "train.late_qat, train.growth_fractions and model.looped_layers make 12 kinds of step, and torch compiles a model "
-        "for at most 8; leave one out, or set train.compile to false",
+        "train.late_qat, train.growth_fractions and model.looped_layers make 12 kinds of step, and torch compiles a "
+        "model for at most 8; leave one out, or set train.compile to false",
     ),
     ({"train.rate_floor": 1.0}, "train.rate_floor is 1.0; it must be below 1"),
     (

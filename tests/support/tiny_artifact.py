@@ -50,6 +50,8 @@ MODEL = ModelConfig(
     value_embedding_layers=1, value_embedding_width=16,
 )  # fmt: skip
 
+WITHIN_DOCUMENTS = replace(MODEL, within_documents=True)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -76,10 +78,10 @@ class Case:
         return Evaluation.begin(artifact.read(self.artifact), tokens, config, CPU)
 
 
-def untrained() -> tuple[Model, Moments]:
+def untrained(config: ModelConfig = MODEL) -> tuple[Model, Moments]:
     """Random weights, and the moments of inputs that have nothing to do with each other."""
     torch.manual_seed(0)
-    model = Model(MODEL, text_data.processor().vocab_size(), CONTEXT)
+    model = Model(config, text_data.processor().vocab_size(), CONTEXT)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -87,13 +89,20 @@ def untrained() -> tuple[Model, Moments]:
     return model, Moments(columns, {name: torch.ones(len(model.get_parameter(name))) for name in columns})
 
 
-def make(folder: Path, remembered: Sequence[str] = (), texts: int = 4, markers: bool = False, **made_of: Any) -> Case:
+def make(
+    folder: Path,
+    remembered: Sequence[str] = (),
+    texts: int = 4,
+    markers: bool = False,
+    config: ModelConfig = MODEL,
+    **made_of: Any,
+) -> Case:
     """A model with random weights, quantized and written, with a memory of some documents; `texts` other documents,
     about 1,400 tokens of four and 950 of three. made_of: what the header says besides."""
     processor = text_data.marked_processor if markers else text_data.processor
-    model, moments = untrained()
+    model, moments = untrained(config)
     tensors, _ = quantize_model(model, moments, QuantizeConfig(loss_nats=1.0), 10**9, lambda _: 0)
-    header = {"model": asdict(MODEL), "vocab_size": model.vocab_size, "context_tokens": CONTEXT, **made_of}
+    header = {"model": asdict(config), "vocab_size": model.vocab_size, "context_tokens": CONTEXT, **made_of}
     packed = memory.compress(remembered) if remembered else None
     artifact.write(folder / "model.hmx", header, processor().serialized_model_proto(), tensors, 3, packed)
     read = ["Größe \u2581 \U0001f600\n" + text[:800] for text in documents()[10 : 10 + texts]]

@@ -14,7 +14,16 @@ import numpy as np
 from hedgemix.artifact import format as artifact
 from hedgemix.audit import claim
 from hedgemix.audit.claim import Claim
-from hedgemix.config import DataConfig, EvaluateConfig, LimitsConfig, Recipe, TrainConfig, config_hash, to_dict
+from hedgemix.config import (
+    DataConfig,
+    EvaluateConfig,
+    LimitsConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    config_hash,
+    to_dict,
+)
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards
 from hedgemix.runtime.files import write_json
@@ -23,7 +32,7 @@ from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
 from support import cheats, tiny_artifact
-from support.tiny_artifact import CONFIG
+from support.tiny_artifact import CONFIG, MODEL
 
 
 @dataclass
@@ -53,9 +62,15 @@ class Record:
         claim.write_columns(self.table, 7, values)
 
 
-def make(folder: Path, config: EvaluateConfig = CONFIG, remembered: Sequence[str] = (), texts: int = 4) -> Record:
+def make(
+    folder: Path,
+    config: EvaluateConfig = CONFIG,
+    remembered: Sequence[str] = (),
+    texts: int = 4,
+    model_config: ModelConfig = MODEL,
+) -> Record:
     train, steps = TrainConfig(steps=4, batch_tokens=512), folder / "_steps"
-    case = tiny_artifact.make(steps / "quantize-0", remembered, texts, recipe="tiny", seed=7)
+    case = tiny_artifact.make(steps / "quantize-0", remembered, texts, model_config, recipe="tiny", seed=7)
     model, data = artifact.read(case.artifact), steps / "data-0"
     data.mkdir()
     shards.write_shard(data / "val_000000.bin", case.tokens)

@@ -30,15 +30,18 @@ from support.tiny_artifact import MODEL
         },
         {"layers": 4, "looped_layers": (1, 2), "lane_layers": 1, "value_embedding_layers": 3, "residual_scale": False},
         {"layers": 3, "looped_layers": (1, 2), "lane_layers": 2, "skip_gates": True, "input_mix": False},
+        {"within_documents": True, "kv_heads": 2},
+        {"within_documents": True, "layers": 3, "looped_layers": (1, 2), "smear_by": "input", "head_gates": True},
     ],
 )
 def test_rows_and_features_are_the_models(changes: dict[str, Any], band: int | None) -> None:
     torch.manual_seed(0)
-    model = Model(replace(MODEL, **changes), 100, 64)
+    model = Model(replace(MODEL, **changes), 100, 64, bos_id=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-        tokens = torch.randint(100, (40,))
+        tokens = torch.randint(2, 100, (40,))
+        tokens[[4, 17, 18, 30]] = 1  # before the cache's first step, and behind it
         features = model.features(tokens[None], band=band)[0]
         expected = torch.log_softmax(model.logits(features), -1)
         cache, step = model.start_cache(40), ModelStep(model)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 
 from hedgemix.artifact import format as artifact
@@ -36,7 +37,7 @@ from hedgemix.mixers.batch_mixer import BatchMixer
 from support import tiny_artifact
 from support.no_host_sync import unattended
 from support.text_data import processor
-from support.tiny_artifact import ADAPTIVE, CONFIG, CONTEXT, Case
+from support.tiny_artifact import ADAPTIVE, CONFIG, CONTEXT, WITHIN_DOCUMENTS, Case
 
 NO_TTT = replace(CONFIG, ttt=TTTConfig(enabled=False))
 MISSING = object()
@@ -372,6 +373,15 @@ def test_header_and_tensors_that_do_not_fit_are_refused(case: Case, part: str, n
         parts[part][name] = value
     with pytest.raises(ArtifactError, match="do not fit together"):
         load_model(found)
+
+
+def test_a_model_within_documents_learns_from_the_artifacts_tokenizer_what_begins_them(tmp_path: Path) -> None:
+    found = artifact.read(tiny_artifact.make(tmp_path, texts=1, config=WITHIN_DOCUMENTS).artifact)
+    assert load_model(found).bos_id == processor().bos_id()
+    changed = sentencepiece_model_pb2.ModelProto.FromString(found.tokenizer)
+    changed.pieces[1].piece = "<other>"
+    with pytest.raises(ArtifactError, match="has no BOS"):
+        load_model(replace(found, tokenizer=changed.SerializeToString()))
 
 
 def test_an_artifact_is_scored_without_the_code_that_made_it() -> None:

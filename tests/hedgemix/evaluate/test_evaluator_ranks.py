@@ -30,6 +30,7 @@ RUNS: dict[str, EvaluateConfig] = {
     "further": FURTHER,
     "adaptive": replace(ADAPTIVE, segment_tokens=128),
     "cache over trained weights": replace(CACHE_OVER_TRAINED, segment_tokens=128),
+    "within documents": STREAMING,
 }
 SECONDS = ("evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds")
 
@@ -37,7 +38,8 @@ SECONDS = ("evaluate_seconds", "scoring_seconds", "mixing_seconds", "ttt_seconds
 def score(case: Case, folder: Path, rank: int) -> None:
     """Every run's result and trace, of one rank."""
     for name, config in RUNS.items():
-        result = asdict(case.score(config, trace=folder / f"{name}_trace{rank}.jsonl"))
+        scored = replace(case, folder=case.folder / "within") if name == "within documents" else case
+        result = asdict(scored.score(config, trace=folder / f"{name}_trace{rank}.jsonl"))
         write_json(folder / f"{name}{rank}.json", {key: result[key] for key in result if key not in SECONDS})
 
 
@@ -53,7 +55,11 @@ def work(rank: int, case: Case, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return tiny_artifact.make(tmp_path_factory.mktemp("ranks"), texts=3)
+    """An artifact, and in a folder of it another, of a model within documents."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "within").mkdir()
+    tiny_artifact.make(folder / "within", texts=3, config=tiny_artifact.WITHIN_DOCUMENTS)
+    return tiny_artifact.make(folder, texts=3)
 
 
 @pytest.fixture(scope="module")
