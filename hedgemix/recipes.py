@@ -115,7 +115,7 @@ def frontier() -> Recipe:
     11 layers, of which three run three times once 35 % of the run is over."""
     return Recipe(
         recipe="frontier",
-        data=DataConfig(source="shards", shards_dir="data/fineweb_sp8192", vocab_size=8192),
+        data=DataConfig(source="shards", shards_dir="data/fineweb_caseops", vocab_size=8192),
         model=ModelConfig(
             kv_heads=4,
             mlp_hidden=2048,
@@ -130,6 +130,7 @@ def frontier() -> Recipe:
             looped_layers=(3, 4, 5),
             lane_layers=3,
             residual_dtype="bfloat16",
+            within_documents=True,
         ),
         train=TrainConfig(
             reserve_seconds=8,
@@ -137,10 +138,15 @@ def frontier() -> Recipe:
             vector_rate=0.02,
             matrix_rate=0.028,
             weight_decay=0.095,
+            embedding_decay=0.085,
+            vector_decay=0.02,
+            muon_equal_rows=True,
+            newton_schulz="polar_express",
             adam_beta2=0.99,
             muon_momentum=0.97,
             muon_momentum_fraction=0.3,
             warmdown_fraction=0.85,
+            rate_floor=0.1,
             ema_decay=0.9965,
         ),
         evaluate=EvaluateConfig(mixer=LONG_BLOCKS),
