@@ -49,8 +49,6 @@ class ModelConfig:
     """skips: blend what comes in, scaled, with what is there, by a learned share of each channel, in place of a sum."""
     xsa: bool = True
     """Subtract from each head's output its projection on the position's own value."""
-    xsa_learned: bool = False
-    """xsa: subtract a learned share of the projection, one a head, which begins at zero."""
     head_gates: bool = False
     """Multiply each head's output by a sigmoid of the first 12 channels of its layer's normalised input."""
     depth_scale: bool = True

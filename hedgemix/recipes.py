@@ -147,6 +147,7 @@ def frontier() -> Recipe:
             muon_momentum_fraction=0.3,
             warmdown_fraction=0.85,
             rate_floor=0.1,
+            growth_fractions=(0.1,),
             ema_decay=0.9965,
         ),
         evaluate=EvaluateConfig(mixer=LONG_BLOCKS),

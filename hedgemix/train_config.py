@@ -43,10 +43,6 @@ class TrainConfig:
     muon_momentum: float = 0.99
     muon_momentum_fraction: float = 0.25
     """Fraction of the run over which momentum rises from its start value."""
-    muon_slow_momentum: float = 0.0
-    """Momentum of a second sum of gradients: the update blends the means that the two stand for (0: no second)."""
-    muon_slow_share: float = 0.5615
-    """The second sum's share of that blend."""
     muon_equal_rows: bool = False
     """Give the rows of an update one length before it is orthogonalised."""
     newton_schulz: Literal["quintic", "polar_express"] = "quintic"

@@ -151,9 +151,8 @@ def check_model(config: ModelConfig) -> None:
     for field in ("value_embedding_layers", "lane_layers"):
         if not 0 <= getattr(config, field) <= config.layers:
             raise RecipeError(f"model.{field} {getattr(config, field)} must be between 0 and model.layers")
-    for field, part in (("xsa_learned", "xsa"), ("skip_gates", "skips")):
-        if getattr(config, field) and not getattr(config, part):
-            raise RecipeError(f"model.{field} needs model.{part}: turn it on, or leave {field} out")
+    if config.skip_gates and not config.skips:
+        raise RecipeError("model.skip_gates needs model.skips: turn it on, or leave skip_gates out")
     if config.smear_by != "channel" and not config.smear_gate:
         raise RecipeError("model.smear_by needs model.smear_gate: turn it on, or leave smear_by out")
     if (config.head_gates or config.smear_by == "input") and config.width < GATE_CHANNELS:
@@ -244,14 +243,10 @@ def check_growth(config: TrainConfig) -> None:
 
 
 def check_muon(config: TrainConfig) -> None:
-    """Check Muon's polynomials and its momenta."""
+    """Check Muon's polynomials."""
     if config.newton_schulz == "polar_express":
         steps = config.newton_schulz_steps
         _require("train", config, 1 <= steps <= 5, "newton_schulz_steps", "1 to 5 with polar_express")
-    if config.muon_slow_momentum:
-        for name in ("muon_momentum_start", "muon_momentum", "muon_slow_momentum"):
-            _require("train", config, getattr(config, name) < 1, name, "below 1, so that its mean can be taken")
-        _require("train", config, 0 < config.muon_slow_share <= 1, "muon_slow_share", "above 0 and at most 1")
 
 
 def check_quantize(config: QuantizeConfig) -> None:

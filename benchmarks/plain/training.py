@@ -33,7 +33,6 @@ class PlainRun:
         taken = {id(parameter) for parameter in self.matrices + tables}
         vectors = [parameter for parameter in model.parameters() if id(parameter) not in taken]
         self.momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
-        self.slow_momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
         groups: list[dict[str, Any]] = [
             {"params": tables, "rate": config.embedding_rate, "weight_decay": config.embedding_decay},
             {"params": vectors, "rate": config.vector_rate, "weight_decay": config.vector_decay},
@@ -87,15 +86,11 @@ class PlainRun:
 
     @torch.no_grad()
     def muon_step(self, rate: float, momentum: float) -> None:
-        slow = self.config.muon_slow_momentum
-        share = self.config.muon_slow_share if slow else 0.0
-        for matrix, buffer, slow_buffer in zip(self.matrices, self.momenta, self.slow_momenta, strict=True):
+        for matrix, buffer in zip(self.matrices, self.momenta, strict=True):
             gradient = matrix.grad
             assert gradient is not None
             buffer.mul_(momentum).add_(gradient)
-            slow_buffer.mul_(slow).add_(gradient)
-            mean = (1 - share) * buffer + share * (1 - slow) / (1 - momentum) * slow_buffer  # times 1 / (1 - momentum)
-            update = newton_schulz(gradient + momentum * mean, self.config)
+            update = newton_schulz(gradient + momentum * buffer, self.config)
             rows, columns = matrix.shape
             matrix.mul_(1 - rate * self.config.weight_decay)
             matrix.add_(update, alpha=-rate * math.sqrt(max(1, rows / columns)))
@@ -188,8 +183,7 @@ def plain_attention(layer: Attention, x: Tensor, value: Tensor | None, angle: Te
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if layer.xsa:
         direction = F.normalize(v, dim=-1)
-        share = 1 if layer.xsa_alpha is None else torch.tanh(layer.xsa_alpha)[:, None, None]
-        y = y - share * (y * direction).sum(-1, keepdim=True) * direction
+        y = y - (y * direction).sum(-1, keepdim=True) * direction
     y = y.transpose(1, 2)
     if layer.gate is not None:
         y = y * torch.sigmoid(0.5 * x[..., :12] @ layer.gate.weight.T)[..., None]

@@ -145,7 +145,7 @@ class ModelStep:
         if layer.xsa:
             length_H1 = np.maximum(np.sqrt(np.square(v_HE).sum(1, keepdims=True)), np.float32(1e-12))
             toward_HE = v_HE / length_H1
-            y_HE = y_HE - layer.xsa_H1 * (y_HE * toward_HE).sum(1, keepdims=True) * toward_HE
+            y_HE = y_HE - (y_HE * toward_HE).sum(1, keepdims=True) * toward_HE
         if layer.gate_HC is not None:
             y_HE = y_HE * sigmoid(layer.gate_HC @ self.x_D[: layer.gate_HC.shape[1]])[:, None]
         torch.mv(layer.out, torch.from_numpy(y_HE.reshape(-1)), out=self.y)
@@ -198,8 +198,6 @@ class Layer:
     slope: np.float32
     gain_H1: np.ndarray
     """What queries are multiplied by: the heads' gains, and 1 / sqrt(E)."""
-    xsa_H1: np.ndarray
-    """The share of the projection that is subtracted."""
     gate_HC: np.ndarray | None
     pushes: bool
     """Whether a later pass adds what comes out."""
@@ -226,7 +224,6 @@ class Layer:
         part, mlp, popped = block.attention, block.mlp, number - model.pushes
         skips, gates, values = model.skip_weights, model.skip_gates, model.value_embedding
         pops = skips is not None and 0 <= popped < len(skips)
-        alpha_H = np.float32(np.inf) if part.xsa_alpha is None else array(part.xsa_alpha)
         return cls(
             heads=part.heads,
             kv_heads=part.kv_heads,
@@ -240,7 +237,6 @@ class Layer:
             scale=np.float32(block.depth_scale),
             slope=np.float32(mlp.slope),
             gain_H1=array(part.q_gain)[:, None] * np.float32(1 / math.sqrt(part.head_width)),
-            xsa_H1=np.tanh(alpha_H).reshape(-1, 1),
             gate_HC=None if part.gate is None else np.float32(0.5) * array(part.gate.weight),
             pushes=skips is not None and number < model.pushes,
             skip_D=array(skips)[popped] if skips is not None and pops else None,

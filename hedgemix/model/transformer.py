@@ -57,7 +57,6 @@ class Attention(nn.Module):
         self.v = Linear(config.width, kv_width)
         self.out = Linear(config.width, config.width)
         self.q_gain = nn.Parameter(torch.full((config.heads,), config.qk_gain))
-        self.xsa_alpha = nn.Parameter(torch.zeros(config.heads)) if config.xsa_learned else None
         self.gate = HeadGate(config.heads) if config.head_gates else None
 
     def forward(
@@ -97,8 +96,7 @@ class Attention(nn.Module):
         else:
             y = cache.attend(number, q, k, v, band, documents)
         if self.xsa:
-            rest = without_projection(y, v[:, :, T - last :])
-            y = rest if self.xsa_alpha is None else y + torch.tanh(self.xsa_alpha).view(-1, 1, 1) * (rest - y)
+            y = without_projection(y, v[:, :, T - last :])
         y = y.transpose(1, 2)
         if self.gate is not None:
             y = self.gate(y, x_BTD[:, T - last :])

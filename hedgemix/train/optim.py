@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def orthogonalise(x_NRC: Tensor, config: TrainConfig) -> Tensor:
 
 
 class Muon:
-    """Moves matrices by their momentum, a decayed sum of gradients (or two), orthogonalised by Newton-Schulz, with
+    """Moves matrices by their momentum, a decayed sum of gradients, orthogonalised by Newton-Schulz, with
     decoupled weight decay, Nesterov, and the step scaled by sqrt(max(1, rows / columns))."""
 
     def __init__(self, parameters: Iterable[Tensor], config: TrainConfig) -> None:
@@ -65,23 +64,15 @@ class Muon:
             shapes.setdefault(tuple(parameter.shape), []).append(parameter)
         self.stacks = list(shapes.values())
         self.momenta = [torch.zeros(len(stack), *stack[0].shape, device=stack[0].device) for stack in self.stacks]
-        self.slow_momenta = [torch.zeros_like(x_NRC) for x_NRC in self.momenta if config.muon_slow_momentum]
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
         """Take one step from the parameters' gradients, which it leaves as they are; every rank calls this."""
         updates = []
-        for stack, momentum_NRC, slow_NRC in zip_longest(self.stacks, self.momenta, self.slow_momenta):
+        for stack, momentum_NRC in zip(self.stacks, self.momenta, strict=True):
             gradient_NRC = torch.stack([parameter.grad for parameter in stack if parameter.grad is not None])
             momentum_NRC.mul_(momentum).add_(gradient_NRC)
-            fast = momentum
-            if slow_NRC is not None:
-                slow, share = self.config.muon_slow_momentum, self.config.muon_slow_share
-                slow_NRC.mul_(slow).add_(gradient_NRC)
-                # Of the means, (1 - momentum) times the sum, in units of the fast one's.
-                gradient_NRC.add_(slow_NRC, alpha=momentum * share * (1 - slow) / (1 - momentum))
-                fast *= 1 - share
-            updates.append(self.start_orthogonalise(gradient_NRC.add_(momentum_NRC, alpha=fast)))
+            updates.append(self.start_orthogonalise(gradient_NRC.add_(momentum_NRC, alpha=momentum)))
         for stack, finish in zip(self.stacks, updates, strict=True):
             update_NRC = finish()
             rows, columns = stack[0].shape
@@ -104,15 +95,15 @@ class Muon:
         return lambda: torch.cat(finish())[:count]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: each stack's momentum (N, R, C), or both, not copied."""
-        return {"sums": self.momenta + self.slow_momenta}
+        """Return what a checkpoint keeps: each stack's momentum (N, R, C), not copied."""
+        return {"sums": self.momenta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a checkpoint's momentum. Raises RecipeError for a state whose momentum is an average, which no sum can
         go on from to the same bits."""
         if "sums" not in state:
             raise RecipeError("an earlier hedgemix left this checkpoint, with averaged momentum; remove its folder")
-        for mine, saved in zip(self.momenta + self.slow_momenta, state["sums"], strict=True):
+        for mine, saved in zip(self.momenta, state["sums"], strict=True):
             mine.copy_(saved)
 
 

@@ -44,7 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "equal rows": {"muon_equal_rows": True},
     "Polar Express": {"newton_schulz": "polar_express"},
     "Polar Express, 3 steps": {"newton_schulz": "polar_express", "newton_schulz_steps": 3},
-    "two momenta": {"muon_slow_momentum": 0.98},
     "rate floor": {"rate_floor": 0.4},
     "growth": {"growth_fractions": (0.2, 0.5)},
 }

@@ -22,7 +22,6 @@ from support.tiny_artifact import MODEL
         {"bigram_buckets": 0, "value_embedding_layers": 0, "smear_gate": False, "residual_scale": False},
         {
             "smear_by": "input",
-            "xsa_learned": True,
             "head_gates": True,
             "layers": 3,
             "skip_gates": True,

@@ -111,7 +111,7 @@ def test_every_token_costs_what_the_evaluation_says(case: Case, config: Evaluate
 def test_a_model_with_loops_and_lanes_costs_the_same(tmp_path: Path) -> None:
     config = replace(CONFIG, chunk_tokens=110)  # behind trained weights too
     model = replace(
-        tiny_artifact.MODEL, layers=3, looped_layers=(0, 1), lane_layers=1, smear_by="input", xsa_learned=True,
+        tiny_artifact.MODEL, layers=3, looped_layers=(0, 1), lane_layers=1, smear_by="input",
         head_gates=True, skip_gates=True,
     )  # fmt: skip
     case = tiny_artifact.make(tmp_path, config=model)

@@ -90,7 +90,7 @@ def test_the_window_kernel_does_as_the_mask(queries: int, keys: int, band: int) 
     [
         {},
         {"kv_heads": 2, "skips": False, "input_mix": False, "xsa": False},
-        {"smear_by": "input", "xsa_learned": True, "head_gates": True, "skip_gates": True, "looped_layers": (1, 2)},
+        {"smear_by": "input", "head_gates": True, "skip_gates": True, "looped_layers": (1, 2)},
         {"lane_layers": 2, "looped_layers": (3, 4), "head_gates": True},
     ],
 )

@@ -29,7 +29,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "a loop": {"looped_layers": (0,)},
     "skip gates": {"skip_gates": True},
     "lanes": {"lane_layers": 1},
-    "learned xsa": {"xsa_learned": True},
     "zero outputs": {"zero_outputs": True},
 }
 STREAMED = EvaluateConfig(window_tokens=32, segment_tokens=20, overlap_tokens=60, dtype="float32")

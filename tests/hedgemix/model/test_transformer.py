@@ -120,8 +120,7 @@ def slow_logits(model: Model, tokens: list[int], band: int, looped: bool = True)
                 y = scores / scores.sum() @ torch.stack([values[j][shared] for j in seen])
                 if c.xsa:
                     v = values[i][shared]
-                    share = torch.tanh(at["attention.xsa_alpha"][head]) if c.xsa_learned else 1
-                    y = y - share * (y @ v) / (v @ v) * v
+                    y = y - (y @ v) / (v @ v) * v
                 if c.head_gates:
                     y = y * torch.sigmoid(0.5 * at["attention.gate.weight"][head] @ ins[i][:12])
                 heads.append(y)
@@ -166,7 +165,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "even layers": {"layers": 4},
     "other slope": {"mlp_slope": 0.1},
     "long context": {"context": 4096},
-    "gates": {"smear_by": "input", "xsa_learned": True, "kv_heads": 2, "head_gates": True, "skip_gates": True},
+    "gates": {"smear_by": "input", "kv_heads": 2, "head_gates": True, "skip_gates": True},
     "a loop": {"looped_layers": (1, 2), "value_embedding_layers": 4},
     "a loop of every layer": {"looped_layers": (0, 1), "loop_passes": 4, "layers": 2, "skip_gates": True},
     "lanes everywhere": {"lane_layers": 5, "input_mix": False, "residual_scale": False},
@@ -318,7 +317,7 @@ def test_the_model_starts_as_the_reference_does() -> None:
     [
         {},
         {"skips": False, "input_mix": False, "residual_scale": False},
-        {"smear_by": "input", "xsa_learned": True, "skip_gates": True, "head_gates": True},
+        {"smear_by": "input", "skip_gates": True, "head_gates": True},
         {"lane_layers": 2, "looped_layers": (1,), "loop_passes": 2},
     ],
 )

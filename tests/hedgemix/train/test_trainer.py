@@ -35,7 +35,7 @@ MODEL = ModelConfig(layers=2, width=64, heads=2, kv_heads=2, mlp_hidden=96, rope
 MODEL = replace(MODEL, bigram_buckets=101, bigram_width=32, value_embedding_width=32)
 PLAIN = replace(MODEL, rope_dims=0, bigram_buckets=0, smear_gate=False, input_mix=False, skips=False)
 PLAIN = replace(PLAIN, xsa=False, residual_scale=False, value_embedding_layers=0)
-LOOPS = replace(MODEL, layers=4, looped_layers=(1, 2), lane_layers=1, smear_by="input", xsa_learned=True)
+LOOPS = replace(MODEL, layers=4, looped_layers=(1, 2), lane_layers=1, smear_by="input")
 LOOPS = replace(LOOPS, head_gates=True, skip_gates=True, zero_outputs=True)
 BATCH = {"batch_tokens": 256, "sequence_tokens": 32, "microbatch_sequences": 8, "calibration_sequences": 6}
 PACE = {"steps": 12, "warmup_steps": 0, "log_every_steps": 1, "ema_decay": 0.8}

@@ -26,7 +26,7 @@ from tests.hedgemix.train.test_trainer import (
     write_data,
 )
 
-OPTIONS = {"growth_fractions": (0.3, 0.6), "muon_slow_momentum": 0.98, "muon_equal_rows": True, "rate_floor": 0.2}
+OPTIONS = {"growth_fractions": (0.3, 0.6), "muon_equal_rows": True, "rate_floor": 0.2}
 OPTIONS |= {"newton_schulz": "polar_express", "embedding_decay": 0.5, "late_qat": True}
 
 
