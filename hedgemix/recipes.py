@@ -32,6 +32,7 @@ def laptop() -> Recipe:
         recipe="laptop",
         data=DataConfig(
             packages=("torch", "numpy", "pandas"),
+            case_markers=True,
             valid_fraction=0.03,
             max_valid_tokens=98_304,
             memory_bytes=1_150_000,
