@@ -33,24 +33,19 @@ BIN := .venv/bin
 record: .venv/installed
 	$(BIN)/python pipeline/record.py $(RECIPE) $(ARGS)
 
-# Three processes of tests side by side, as records wait now and then, and so does an audit; what the second and third
+# Two processes of tests side by side, as records wait now and then: one computes; the other runs records, and what it
 # printed follows. Tests marked `cluster` start a cluster of their own, which must not share a process with the session's
-# ray.init: they come first in the second, in a process of their own that reads only files with the mark. RECORDS share
-# a record that is made once a process. pytest's code 5, no test, is an error only if all say so.
+# ray.init: they come first in the second, in a process of their own that reads only files with the mark. pytest's code 5,
+# no test, is an error only if all three say so.
 FAST := not cluster and not soak
-RECORDS := tests/integration/ $(addprefix tests/pipeline/,monitor/ report/ tracking/)
-AUDIT := tests/hedgemix/audit/
-REST := $(AUDIT) tests/benchmarks/ $(filter-out %__pycache__/ $(RECORDS),$(wildcard tests/pipeline/*/ tests/pipeline/test_*.py))
-FUNCTIONS := tests/repo/ $(filter-out %__pycache__/ $(AUDIT),$(wildcard tests/hedgemix/*/ tests/hedgemix/test_*.py))
 
 test: .venv/installed-dev
-	@records=$$(mktemp); rest=$$(mktemp); \
+	@log=$$(mktemp); \
 	worst() { for code; do case $$code in 0|5) ;; *) return $$code; esac; done; for code; do test $$code -eq 5 || return 0; done; return 5; }; \
 	( $(BIN)/pytest -m "cluster and not soak" $$(grep -l "mark\.cluster" tests/integration/*.py) $(ARGS); one=$$?; \
-	$(BIN)/pytest -m "$(FAST)" $(RECORDS) $(ARGS); worst $$one $$? ) > $$records 2>&1 & second=$$!; \
-	$(BIN)/pytest -m "$(FAST)" $(REST) $(ARGS) > $$rest 2>&1 & third=$$!; \
-	$(BIN)/pytest -m "$(FAST)" $(FUNCTIONS) $(ARGS); one=$$?; \
-	wait $$third; three=$$?; wait $$second; two=$$?; cat $$rest $$records; rm -f $$rest $$records; worst $$one $$two $$three
+	$(BIN)/pytest -m "$(FAST)" tests/integration/ tests/pipeline/ $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
+	$(BIN)/pytest -m "$(FAST)" tests/hedgemix/ tests/repo/ tests/benchmarks/ $(ARGS); one=$$?; \
+	wait $$records; two=$$?; cat $$log; rm -f $$log; worst $$one $$two
 
 # Functions whose tests start no Ray and no process; tests/repo/test_make_quick.py checks that these say so and are many.
 QUICK := tests/hedgemix/entropy tests/hedgemix/data tests/hedgemix/model tests/hedgemix/experts tests/hedgemix/mixers \

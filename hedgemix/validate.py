@@ -97,10 +97,6 @@ def check_data(config: DataConfig) -> None:
         )
     if config.max_valid_tokens < 0 or config.max_text_bytes < 0:
         raise RecipeError("data.max_valid_tokens and data.max_text_bytes cannot be negative; 0 means all")
-    if config.case_markers and config.source == "shards":
-        raise RecipeError(
-            "data.case_markers is given, and whether shards have them is told by their tokenizer; leave it out"
-        )
     if config.memory_bytes < 0:
         raise RecipeError(f"data.memory_bytes is {config.memory_bytes}; 0 means none")
     if config.overlap_words not in (0, *range(4, 65)):
@@ -122,6 +118,10 @@ def check_read(config: DataConfig, default: DataConfig) -> None:
                 f"data.{field} is given, and data.source {config.source} does not read it; set data.source {source}, "
                 "or leave it out"
             )
+    if config.source == "shards" and config.case_markers != default.case_markers:
+        raise RecipeError(
+            "data.case_markers is given, and whether shards have them is told by their tokenizer; leave it out"
+        )
 
 
 def check_limits(config: LimitsConfig) -> None:

@@ -7,6 +7,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # no token file in the home folder
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a report waits for one of these
 os.environ["RAY_DEDUP_LOGS"] = "0"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # tests share their cores: threads that spin take them from each other
 os.environ.pop("RAY_ADDRESS", None)
 
 from collections.abc import Iterator

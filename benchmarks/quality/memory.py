@@ -169,7 +169,7 @@ def _evaluation(stream: TokenStream, folder: Path) -> dict[str, Any]:
         ttt=TTTConfig(enabled=False),
     )  # fmt: skip
     ngram_index.build(stream, config.mixer.orders, VOCAB, config.mixer.match_lengths, folder)
-    ones = bpb.ByteTables(np.ones(VOCAB, np.int16), np.zeros(VOCAB, bool), np.zeros(VOCAB, bool))
+    ones = bpb.ByteTables(np.ones(VOCAB, np.int16), *np.zeros((4, VOCAB), bool))
     model = Model(MODEL, VOCAB, 128)
     with Watch() as watch:
         work = Evaluation(model, Text(stream, torch.device("cpu")), ones, ngram_index.load(folder), config)

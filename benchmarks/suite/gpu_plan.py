@@ -247,7 +247,9 @@ def count_launches(config: EvaluateConfig, vocab_size: int) -> Launches:
         config, index, said | {name: torch.randn(size, vocab_size) for name in row_set_names(config)}
     )
     rows = {name: torch.randn(size, vocab_size) for name in ("frozen", "adapted")}
-    tables = ByteTables(*(np.ones(vocab_size, kind) for kind in (np.int16, bool, bool)))
+    tables = ByteTables(
+        np.ones(vocab_size, np.int16), *np.ones((2, vocab_size), bool), *np.zeros((2, vocab_size), bool)
+    )
     shape = ModelConfig(
         layers=1, width=64, heads=1, kv_heads=1, mlp_hidden=64, bigram_buckets=0, value_embedding_layers=0
     )

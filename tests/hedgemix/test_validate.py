@@ -258,10 +258,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         )
         for fraction in (0.0, 1.0, float("nan"))
     ),
-    (
-        {"data.source": "shards", "data.case_markers": True},
-        "data.case_markers is given, and whether shards have them is told by their tokenizer; leave it out",
-    ),
     ({"data.memory_bytes": -1}, "data.memory_bytes is -1; 0 means none"),
     (
         {"data.memory_bytes": 500, "quantize.target_bytes": 500},

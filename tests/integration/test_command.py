@@ -86,6 +86,10 @@ VARY = ["--vary", "model.xsa", "false"]
         (["laptop", "--record", "\udcfc"], "--record"),
         (["laptop", "--record", "mine", "--out", "."], "mine.parquet is no record's table"),
         (["laptop", "--data.paths", "file"], "data.paths is given, and data.source docs does not read it"),
+        (
+            ["laptop", "--data.source", "shards", "--data.no-case-markers"],
+            "data.case_markers is given, and whether shards",
+        ),
         (["laptop", "--data.shards-dir", "x"], "set data.source shards"),
         (["laptop", "--data.source", "text", "--data.paths", ".", "none.txt"], "none.txt does not exist"),
         (["laptop", "--data.memory-bytes", "2000000"], "data.memory_bytes 2,000,000 fills"),

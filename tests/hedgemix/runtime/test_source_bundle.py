@@ -167,7 +167,8 @@ def test_faults_are_named(package: Path) -> None:
 def test_reading_an_artifact_needs_neither_quantizer_nor_trainer() -> None:
     entropy = {f"hedgemix.entropy.{name}" for name in ("gaussian_tables", "matrices", "rans", "vectors")}
     folders = {"hedgemix", *(f"hedgemix.{name}" for name in ("artifact", "data", "entropy", "runtime"))}
-    parts = {"artifact.format", "artifact.sections", "artifact.tensors", "runtime.files", "config"}
-    memory = {"data.memory", "data.shards", "data.tokenizer"}
+    parts = {"artifact.format", "artifact.sections", "artifact.tensors", "runtime.files"}
+    parts |= {"config", "model_config", "train_config"}
+    memory = {"data.memory", "data.shards", "data.tokenizer", "data.case_markers"}
     others = {f"hedgemix.{name}" for name in parts | memory}
     assert source_bundle.sources("hedgemix.artifact.format").keys() == folders | entropy | others
