@@ -8,6 +8,9 @@ PYTHON ?= python3
 RECIPE ?= laptop
 ARGS ?=
 BIN := .venv/bin
+# Every process of a record imports the same modules: compiled once, also where the shell has turned that off, as images
+# of containers do.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: record test quick soak lint bench clean
 .DEFAULT_GOAL := record

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import settings
 
-from support import fault_costs, faulty_record, tiny_record
+from support import fault_costs, faulty_record, s3_server, tiny_record
 
 INTEGRATION = Path(__file__).parent / "integration"
 
@@ -50,7 +50,8 @@ def ray_session() -> Iterator[None]:
     meet it."""
     from pipeline.execution.ray_session import ALONE, few_processes, ray
 
-    with few_processes(), patch.dict(os.environ, {**ALONE, "OMP_NUM_THREADS": "1"}):
+    keys = {**s3_server.KEYS, "AWS_EC2_METADATA_DISABLED": "true"}  # of the one object store of the tests
+    with few_processes(), patch.dict(os.environ, {**ALONE, **keys, "OMP_NUM_THREADS": "1"}):
         ray.init(
             address="local",
             num_cpus=4,

@@ -32,7 +32,7 @@ SYMBOLS_A_LANE = 8192
 BLOCK = 1 << 20
 """Symbols whose table entries are held at once."""
 FEW_LANES = 16
-"""Up to so many lanes are decoded faster a symbol at a time than by numpy's calls, whose cost is their number's."""
+"""Up to so many lanes are faster a symbol at a time than by numpy's calls, whose cost is their number's."""
 
 
 class CoderError(ValueError):
@@ -67,7 +67,8 @@ def encode(runs: Sequence[Run], lanes: int) -> bytes:
         block = max(BLOCK // lanes, 1) * lanes
         for first in reversed(range(0, n, block)):
             entries = run.contexts[first : first + block] * np.int64(alphabet) + run.symbols[first : first + block]
-            _push(states, words, packed.take(entries), lanes)
+            push = _push_singly if lanes <= FEW_LANES else _push
+            push(states, words, packed.take(entries), lanes)
     words.reverse()
     stream = np.concatenate(words) if words else np.empty(0, np.int64)
     return states.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
@@ -88,6 +89,19 @@ def _push(states: Ints, words: list[Ints], entries: Ints, lanes: int) -> None:
         quotient *= SLOTS - frequency  # x // f * 2^14 + x % f = x + x // f * (2^14 - f)
         state += quotient
         state += starts[first : first + lanes]
+
+
+def _push_singly(states: Ints, words: list[Ints], entries: Ints, lanes: int) -> None:
+    kept, moved, lane = states.tolist(), list[int](), (len(entries) - 1) % lanes
+    for entry in reversed(entries.tolist()):
+        frequency, state = entry & 0xFFFF, kept[lane]
+        if state >= frequency << (32 - BITS):
+            moved.append(state & 0xFFFF)
+            state >>= 16
+        kept[lane] = state + state // frequency * (SLOTS - frequency) + (entry >> 16)
+        lane = (lane or lanes) - 1
+    states[:] = kept
+    words.append(np.array(moved[::-1], np.uint16))
 
 
 class Decoder:

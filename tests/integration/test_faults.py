@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,7 @@ from benchmarks.faults import injection
 from benchmarks.faults.cluster import until
 from hedgemix.runtime import clock
 from pipeline.execution import failures, tasks, train_job
-from pipeline.monitor import status
-from pipeline.storage.store import Storage
-from support import fault_costs, tensorboard_events, tiny_record
+from support import fault_costs, tiny_record
 from support.fault_costs import Faults, Watch, work
 from support.faulty_record import (
     ALWAYS,
@@ -109,74 +106,6 @@ def test_a_process_lost_below_a_task_is_worth_another_try(ray_session: None) -> 
     with pytest.raises(ValueError, match="itself") as failed:
         ray.get(task.remote(True))
     assert isinstance(failures.classify(failed.value), failures.Fail)
-
-
-def stands(storage: Storage) -> tuple[list[status.State], str]:
-    """The states of the steps, none before they are named, and whether a driver is at work."""
-    folder = storage.root / "_records" / "tiny"
-    told = status.read(storage, folder / "steps.json")
-    found = [state for _, state in status.states(storage, told, {})] if told else []
-    return found, status.driver(storage, folder / "record.lock")
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_every_stage_killed_once_changes_no_number(
-    undisturbed: Undisturbed, ray_session: None, text: Path, tmp_path: Path, faults: Faults
-) -> None:
-    """And then the machine, driver and all, in the evaluation's second start; the same command finishes, and what was
-    done is not done again."""
-    plan = injection.Plan(
-        tmp_path / "faults",
-        injection.kill("*/checkpoint*.pt", at=3),
-        injection.kill("*/artifact.hmx"),
-        injection.kill("*/score-*/result.json"),
-        injection.kill("*/trace.jsonl", at=5, event="write"),
-        injection.kill("*/trace.jsonl", at=8, event="write", machine=True),
-    )
-    out = tmp_path / "runs"
-    out.mkdir()
-    options, storage = tiny_record.arguments(text, out, *OFTEN), Storage("", out)
-    kinds = ("train", "quantize", "score", "evaluate")
-    seen: set[str] = set()
-    with ExitStack() as stack:
-        watches = [
-            stack.enter_context(Watch(out, kind, fault_costs.fired(plan, number))) for number, kind in enumerate(kinds)
-        ]
-        process = tiny_record.start(options, out, plan.environment())
-        while process.poll() is None:
-            states, driver = stands(storage)
-            seen |= {driver, *(state.step for state in states if state.state == "at work")}
-            time.sleep(0.05)
-    assert process.returncode == -signal.SIGKILL, process.communicate()[0]
-    plan.check()
-    assert {"a driver is at work", "train", "evaluate"} <= seen
-    states, driver = stands(storage)
-    assert driver == "no driver"
-    assert [state.state for state in states if state.step in ("train", "evaluate")] == ["done", "at work"]
-    trained = the_step(out, "train") / "result.json"
-    at = trained.stat().st_mtime_ns
-    assert not (the_step(out, "evaluate") / "result.json").exists()
-    losses = [clock.read(watch.folder() / "clock.json")["lost_seconds"] for watch in watches]
-
-    code, output = tiny_record.run_here(options)
-    assert code == 0, output
-    assert trained.stat().st_mtime_ns == at
-    row = ended(out, undisturbed, retries=5)
-    assert row.restarts == 1
-    tracked = out / "_records" / "tiny" / "tensorboard" / "seed1"
-    told = tensorboard_events.scalars(tracked / "evaluate")
-    assert len(list((tracked / "evaluate").iterdir())) <= 2 and all(map(tensorboard_events.rising, told.values()))
-    assert told["evaluate/bpb_final"][-1] == (3999, pytest.approx(row.bpb_final, rel=1e-6))
-    # What a driver that was not killed passed on of the training.
-    whole = undisturbed[0] / "_records" / "tiny" / "tensorboard" / "seed1" / "train"
-    assert [at for at, _ in tensorboard_events.scalars(whole)["train/steps"]] == [2, 4, 6, 8, 10, 12]
-
-    where = ("at its third checkpoint", "at the artifact", "at its result", "in the third chunk")
-    names = ("training worker killed", "quantization killed", "scoring killed", "evaluation killed")
-    for watch, lost, name, place in zip(watches, losses, names, where, strict=True):
-        assert lost <= 2.5 or watch.kind in ("quantize", "score")
-        faults.note(1, name, place, watch, work(watch, lost))
 
 
 @pytest.mark.soak

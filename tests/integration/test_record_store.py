@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event, Thread
 
@@ -20,13 +21,14 @@ from benchmarks.faults.cluster import until
 from hedgemix.runtime import clock
 from pipeline import record
 from pipeline.execution import ray_session
-from support import fault_costs, tiny_record
+from pipeline.monitor import status
+from pipeline.storage.store import Storage, open_existing
+from support import fault_costs, tensorboard_events, tiny_record
 from support.fault_costs import Faults, Watch, work
-from support.faulty_record import LONG, Undisturbed, bits, training_for, undisturbed_bits
+from support.faulty_record import LONG, OFTEN, Undisturbed, bits, training_for, undisturbed_bits
 from support.s3_server import BUCKET, KEYS, StoreServer, store_process, store_server  # noqa: F401
 
 pytestmark = pytest.mark.slow
-OPTIONS = ["--compute.checkpoint-seconds", "0", "--seeds", "1", "--record", "tiny"]
 
 
 def objects(server: StoreServer) -> dict[str, fs.FileInfo]:
@@ -73,47 +75,90 @@ def training(scratch: Path, seconds: float) -> Path:
     return out
 
 
+def driver_at(storage: Storage) -> str:
+    return status.driver(storage, storage.root / "_records" / "tiny" / "record.lock")
+
+
 @pytest.mark.faults
-def test_killed_on_one_machine_a_record_ends_on_another(
+@pytest.mark.usefixtures("ray_session")
+def test_every_stage_killed_once_and_then_the_machine_another_ends_with_the_same_numbers(
     store_server: StoreServer,  # noqa: F811
-    undisturbed: tuple[Path, int, str],
+    undisturbed: Undisturbed,
     text: Path,
     tmp_path: Path,
     faults: Faults,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    store_server.make()
-    options = arguments(store_server, text, *OPTIONS)
+    """The machine, driver and all, in the evaluation's second start; the same command finishes elsewhere, and what was
+    done is not done again."""
+    options, scratch = arguments(store_server, text, *OFTEN), tmp_path / "scratch"
+    scratch.mkdir()
     # The second machine has nothing of the first but the text, whose time and place the data step reads. The first is
     # lost once the store has a checkpoint: those are copied while the work goes on.
     copied = tmp_path / "copied"
     plan = injection.Plan(
-        tmp_path / "faults", injection.kill("*/trace.jsonl", 3, "write", machine=True, after=str(copied))
+        tmp_path / "faults",
+        injection.kill("*/checkpoint*.pt", at=3),
+        injection.kill("*/artifact.hmx"),
+        injection.kill("*/score-*/result.json"),
+        injection.kill("*/trace.jsonl", at=5, event="write"),
+        injection.kill("*/trace.jsonl", at=8, event="write", machine=True, after=str(copied)),
     )
-    watch = Watch(tmp_path, "evaluate", fault_costs.fired(plan))
-    watch.start()
-    with told_when(lambda: plan.fired() > 0 and bool(checkpoints(store_server)), copied):
-        code, output = tiny_record.run(options, tmp_path, {**plan.environment(), "HEDGEMIX_SCRATCH": str(tmp_path)})
-    assert code == -signal.SIGKILL, output
+    kinds, machine = ("train", "quantize", "score", "evaluate"), 4
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        watches = [
+            stack.enter_context(Watch(scratch, kind, fault_costs.fired(plan, number)))
+            for number, kind in enumerate(kinds)
+        ]
+        stack.enter_context(told_when(lambda: plan.fired(machine) > 0 and bool(checkpoints(store_server)), copied))
+        process = tiny_record.start(options, tmp_path, {**plan.environment(), "HEDGEMIX_SCRATCH": str(scratch)})
+        while process.poll() is None:
+            seen |= {driver_at(Storage("", out)) for out in scratch.glob("hedgemix-*/*")}
+            time.sleep(0.1)
+    assert process.returncode == -signal.SIGKILL, process.communicate()[0]
     plan.check()
+    assert "a driver is at work" in seen
+    [out] = scratch.glob("hedgemix-*/*")
+    assert driver_at(Storage("", out)) == "no driver"
+    storage = open_existing(store_server.uri())
+    assert driver_at(storage).startswith("a driver is at work on ")  # so it looks from elsewhere, for a lease's time
+    steps = status.read(storage, storage.root / "_records" / "tiny" / "steps.json")
+    assert steps
+    states = [state for _, state in status.states(storage, steps, {})]
+    assert [state.state for state in states if state.step in ("train", "evaluate")] == ["done", "at work"]
     before = objects(store_server)
     [trained] = [path for path in before if "/train-" in path and path.endswith("/result.json")]
     assert checkpoints(store_server)
-    [scratch] = tmp_path.glob("hedgemix-*")
-    scratch.rename(tmp_path / "gone with the machine")
+    losses = [clock.read(folder / "clock.json")["lost_seconds"] for watch in watches if (folder := watch.folder())]
+    [mine] = scratch.glob("hedgemix-*")
+    mine.rename(tmp_path / "gone with the machine")
 
-    code, output = tiny_record.run(options, tmp_path, {"HEDGEMIX_SCRATCH": str(tmp_path)})
-    watch.stop()
+    monkeypatch.setenv("HEDGEMIX_SCRATCH", str(scratch))
+    lost = Watch(scratch, "evaluate", fault_costs.fired(plan, machine))
+    with lost:
+        code, output = tiny_record.run_here(options)
     assert code == 0, output
     after = objects(store_server)
     assert after[trained].mtime == before[trained].mtime
-    assert [path for path in after if "/_records/tiny/tensorboard/seed1/row/events." in path]
     table = pq.read_table(f"{BUCKET}/runs/tiny.parquet", filesystem=store_server.filesystem()).to_pandas()
     assert len(table) == 1 and table.status[0] == "done"
-    assert bits(table.iloc[0]) == undisturbed_bits(undisturbed)
-    assert table.retries[0] == 1  # the evaluation was started twice
-    assert table.artifact_path[0].startswith(f"s3://{BUCKET}/runs/_steps/quantize-")
+    row = table.iloc[0]
+    assert bits(row) == undisturbed_bits(undisturbed)
+    assert (row.restarts, row.retries) == (1, 5)
+    assert row.artifact_path.startswith(f"s3://{BUCKET}/runs/_steps/quantize-")
+
+    # What was tracked is in the store too, each value once, though a driver was killed.
+    tracked = f"{BUCKET}/runs/_records/tiny/tensorboard/seed1"
+    assert [path for path in after if f"{tracked}/row/events." in path]
+    [out] = scratch.glob("hedgemix-*/*")
+    told = tensorboard_events.scalars(out / "_records" / "tiny" / "tensorboard" / "seed1" / "evaluate")
+    assert all(map(tensorboard_events.rising, told.values()))
+    assert told["evaluate/bpb_final"][-1] == (3999, pytest.approx(row.bpb_final, rel=1e-6))
+    # What a driver that was not killed passed on of the training.
+    whole = undisturbed[0] / "_records" / "tiny" / "tensorboard" / "seed1" / "train"
+    assert [at for at, _ in tensorboard_events.scalars(whole)["train/steps"]] == [2, 4, 6, 8, 10, 12]
 
     # Nothing that was stored or printed holds the secret that all of it was written with.
     secret = KEYS["AWS_SECRET_ACCESS_KEY"].encode()
@@ -134,8 +179,14 @@ def test_killed_on_one_machine_a_record_ends_on_another(
     assert page.count("<svg") == 10 and "is not there" not in page
     folder = pd.read_parquet(f"{BUCKET}/runs", filesystem=store_server.filesystem())
     assert list(folder.seed) == [1]
-    told = work(watch, table.lost_seconds[0])
-    faults.note(17, "machine lost, another finishes from an object store", "in the second chunk", watch, told)
+
+    where = ("at its third checkpoint", "at the artifact", "at its result", "in the third chunk")
+    names = ("training worker killed", "quantization killed", "scoring killed", "evaluation killed")
+    for watch, seconds, name, place in zip(watches, losses, names, where, strict=True):
+        assert seconds <= 2.5 or watch.kind in ("quantize", "score")
+        faults.note(1, name, place, watch, work(watch, seconds))
+    name = "machine lost, another finishes from an object store"
+    faults.note(17, name, "in the third chunk", lost, work(lost, row.lost_seconds))
 
 
 @pytest.mark.soak
@@ -200,7 +251,7 @@ def test_a_bucket_that_vanished_or_wrong_keys_are_told_before_any_work(
     monkeypatch.setattr(ray_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
 
     def told(uri: str) -> str:
-        options = tiny_record.arguments(text, Path("unused"), *OPTIONS)
+        options = tiny_record.arguments(text, Path("unused"), *OFTEN)
         options[options.index("unused")] = uri
         assert record.main(["laptop", *options]) == 2
         printed = capsys.readouterr()
