@@ -46,8 +46,8 @@ test: .venv/installed-dev
 	@log=$$(mktemp); \
 	worst() { for code; do case $$code in 0|5) ;; *) return $$code; esac; done; for code; do test $$code -eq 5 || return 0; done; return 5; }; \
 	( $(BIN)/pytest -m "cluster and not soak" $$(grep -l "mark\.cluster" tests/integration/*.py) $(ARGS); one=$$?; \
-	$(BIN)/pytest -m "$(FAST)" tests/integration/ tests/pipeline/ $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
-	$(BIN)/pytest -m "$(FAST)" tests/hedgemix/ tests/repo/ tests/benchmarks/ $(ARGS); one=$$?; \
+	$(BIN)/pytest -m "$(FAST)" tests/integration/ tests/pipeline/ tests/repo/ $(ARGS); worst $$one $$? ) > $$log 2>&1 & records=$$!; \
+	$(BIN)/pytest -m "$(FAST)" tests/hedgemix/ tests/benchmarks/ $(ARGS); one=$$?; \
 	wait $$records; two=$$?; cat $$log; rm -f $$log; worst $$one $$two
 
 # Functions whose tests start no Ray and no process; tests/repo/test_make_quick.py checks that these say so and are many.

@@ -118,7 +118,7 @@ def test_a_sound_run_passes_every_check_and_the_findings_are_kept(sound: Sound) 
 def test_a_memory_passes_every_check_isolated(tmp_path: Path) -> None:
     """In processes that open the artifact and the text alone: what decompresses the memory is library code."""
     made = make(tmp_path / "runs", remembered=[text[:2000] for text in documents()[100:110]], texts=3)
-    work = repeated(made)
+    work = repeated(made, replace(PLAN, first_tokens=320))
     work.find(limits.unseen(work.claim, 1000, 0))
     assert len(work.findings) == 5
     assert failed(work.findings) == ["self-contained"], "the tests' own modules are of no package"
