@@ -1,6 +1,6 @@
 """What was predicted for one H100 before any GPU ran this, beside what is measured.
 
-Computed from shapes, bytes and counts of operations at the rates of benchmarks/suite/gpu_plan.py, never measured; of
+Computed from shapes, bytes and counts of operations at the rates of pipeline/forecast/gpu_plan.py, never measured; of
 the card alone it is what others measured. The reference's own figures are of its 8 H100.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.suite.gpu_plan import Rates
+from pipeline.forecast.gpu_plan import Rates
 
 
 @dataclass(frozen=True)

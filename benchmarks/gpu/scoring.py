@@ -16,7 +16,7 @@ from benchmarks.gpu.sections import Job
 from benchmarks.gpu.sizes import seeded
 from benchmarks.gpu.timing import LAUNCHES, WAITS, Profile, milliseconds
 from benchmarks.gpu.training import strict
-from benchmarks.suite import gpu_plan
+from benchmarks.suite.launches import counted
 from benchmarks.suite.timing import once
 from hedgemix import stages
 from hedgemix.artifact import format as artifact
@@ -149,7 +149,7 @@ def profiled_mixing(job: Job, name: str, block: int, work: Callable[[], object],
     works. microseconds: what the work takes without the profiler."""
     blocks = PROFILED_PIECES * job.sizes.recipe.evaluate.segment_tokens / block
     if job.device.type == "cpu":
-        job.tell(f"operations a block, {name}", gpu_plan.counted(work) / blocks)
+        job.tell(f"operations a block, {name}", counted(work) / blocks)
         return
     found = Profile(work, job.device)
     launches = found.count(LAUNCHES)
@@ -164,7 +164,7 @@ def replayed_span(job: Job, name: str, mixer: BatchMixer) -> None:
     """Of what a graph replays, a span's blocks: microseconds from one of its operations to the next. The mixer is of no
     use after it: it learns the same span again and again."""
     work = partial(mixer.sets[0].mix, mixer._blocks(0, mixer.span))
-    operations = gpu_plan.counted(work)
+    operations = counted(work)
     spent = milliseconds(mixer.sets[0].spans or work, job.device, job.sizes.repeats)
     note = f"{operations} operations a span, {spent:.3f} ms"
     job.tell(f"us an operation of a span, {name}", 1000 * spent / operations, "us", note=note)

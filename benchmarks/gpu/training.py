@@ -19,8 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.sections import Job
 from benchmarks.gpu.smoke import LIMITS
 from benchmarks.gpu.timing import Profile, Stopwatch, milliseconds
-from benchmarks.suite import operations
-from benchmarks.suite.gpu_plan import Rates
 from hedgemix.config import TrainConfig
 from hedgemix.data import dataset as datasets
 from hedgemix.data.dataloader import Batches
@@ -29,6 +27,8 @@ from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.train.optim import Muon
 from hedgemix.train.schedule import step_kind
 from hedgemix.train.trainer import Run, deterministic
+from pipeline.forecast import operations
+from pipeline.forecast.gpu_plan import Rates
 
 PROFILE = "profile.txt"
 

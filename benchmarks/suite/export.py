@@ -12,7 +12,6 @@ import zstandard
 from torch import Tensor
 
 from benchmarks.plain import quantization as plain
-from benchmarks.suite import operations
 from benchmarks.suite.setup import Agreement, Bench, Costs, Row
 from benchmarks.suite.timing import compare
 from hedgemix.artifact.tensors import Stepped, steps
@@ -22,6 +21,7 @@ from hedgemix.model.transformer import Model
 from hedgemix.quantize import bit_allocation, quantizer
 from hedgemix.quantize.calibration import Moments
 from hedgemix.train.optim import Muon
+from pipeline.forecast import operations
 
 MEAN_CODE = 2.4
 """Mean magnitude of the codes: about 3.6 bits a weight, which 33 M weights in 16 MB may take."""

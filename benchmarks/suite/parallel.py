@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.suite import operations
 from benchmarks.suite.setup import Agreement, Bench, Costs, Row, sizes
 from benchmarks.suite.stages import scored
 from benchmarks.suite.timing import once, summary
@@ -25,6 +24,7 @@ from hedgemix.evaluate.scoring_order import Piece
 from hedgemix.model.transformer import parameter_count
 from hedgemix.runtime.files import read_json, write_json
 from hedgemix.train.trainer import Run
+from pipeline.forecast import operations
 
 CPU = torch.device("cpu")
 SEGMENTS = 4

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.suite.gpu_plan import Rates, Stage, evaluation_seconds
 from benchmarks.suite.machine import Limits
 from benchmarks.suite.setup import Row
+from pipeline.forecast.gpu_plan import Rates, Stage, evaluation_seconds
 
 COLUMNS = {
     "stage": "stage", "what": "what", "size": "size", "baseline": "baseline", "baseline_seconds": "baseline s",

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from benchmarks.plain.evaluation import sliding_nats
 from benchmarks.plain.training import PlainRun
-from benchmarks.suite import operations
 from benchmarks.suite.setup import Agreement, Bench, Costs, Row
 from benchmarks.suite.timing import compare
 from hedgemix.config import EvaluateConfig, Recipe
@@ -23,6 +22,7 @@ from hedgemix.mixers.batch_mixer import BatchMixer
 from hedgemix.mixers.online_mixer import OnlineMixer
 from hedgemix.model.transformer import Model, parameter_count
 from hedgemix.train.trainer import Run
+from pipeline.forecast import operations
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
 """Of nats of one token, computed in another order."""

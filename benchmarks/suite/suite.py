@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
 from benchmarks.quality import memory
-from benchmarks.suite import export, gpu_plan, machine, parallel, report, stages
+from benchmarks.suite import export, launches, machine, parallel, report, stages
 from benchmarks.suite.setup import Bench, Row, sizes
 from benchmarks.suite.timing import once
 from hedgemix import recipes
 from hedgemix.experts import ngram_index
+from pipeline.forecast import gpu_plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -99,10 +101,25 @@ def plan_part(rows: list[Row], bench: Bench, quick: bool) -> str:
             tokens.astype(np.uint16), mixer.orders, recipe.data.vocab_size, mixer.match_lengths
         )
     )  # fmt: skip
-    rates = gpu_plan.rates_from(rows, bench.limits, cuda, count / seconds)
-    launches = gpu_plan.count_launches(recipe.evaluate, recipe.data.vocab_size)
-    found = gpu_plan.plan(recipe, rates, launches)
-    return report.plan_text(found, rates, gpu_plan.weakest(recipe, rates, launches), cuda)
+    rates = rates_from(rows, bench.limits, cuda, count / seconds)
+    counted = launches.count_launches(recipe.evaluate, recipe.data.vocab_size)
+    found = gpu_plan.plan(recipe, rates, counted)
+    return report.plan_text(found, rates, gpu_plan.weakest(recipe, rates, counted), cuda)
+
+
+def rates_from(rows: Iterable[Row], limits: machine.Limits, cuda: bool, indexing: float) -> gpu_plan.Rates:
+    """The defaults, with what was measured in their place: all on a GPU, the CPU's own rates everywhere."""
+    found: dict[str, Any] = {"indexing": indexing}
+    for row in rows:
+        if (row.stage, row.what) == ("coding", "encode"):
+            found["coding"] = row.units_per_second
+        if cuda and row.stage == "training":
+            found |= {"peak": limits.bfloat16, "train_share": min(1.0, row.operations / row.seconds / limits.bfloat16)}
+        if cuda and row.stage == "streaming":
+            found["eager_share"] = min(1.0, row.operations / row.seconds / limits.bfloat16)
+    if cuda:
+        found["bandwidth"] = limits.bandwidth
+    return replace(gpu_plan.Rates(), **found, measured=tuple(found))
 
 
 def say(message: str) -> None:

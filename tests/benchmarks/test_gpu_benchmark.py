@@ -25,11 +25,12 @@ from benchmarks.gpu.__main__ import arguments, main
 from benchmarks.gpu.calls import CALLS, documented
 from benchmarks.gpu.sections import Job, Results, Section
 from benchmarks.gpu.timing import KINDS, Profile, Stopwatch
-from benchmarks.suite import gpu_plan
+from benchmarks.suite import launches
 from hedgemix import recipes
 from hedgemix.artifact import format as artifact
 from hedgemix.config import RecipeError
 from hedgemix.data import dataset, shards, tokenizer
+from pipeline.forecast import gpu_plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WITHOUT = ("ray", "tyro", "constriction", "huggingface_hub", "rich", "pandas")
@@ -301,7 +302,8 @@ def test_every_document_says_what_the_plan_computes() -> None:
     pattern = r"(\d+) array operations asked for and (\d+) replayed.*?(\d+) array operations a piece"
     [counted] = re.findall(pattern, shown, re.DOTALL)
     [adapting] = re.findall(r"(\d+) operations asked for and (\d+) replayed", shown.replace("array operations", ""))
-    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.Launches(*map(float, (*counted, *adapting))))
+    assert gpu_plan.Launches(*map(float, (*counted, *adapting))) == gpu_plan.COUNTED
+    stages = gpu_plan.plan(recipes.record(), rates, gpu_plan.COUNTED)
     seconds = gpu_plan.evaluation_seconds(stages)
     [said] = re.findall(r"^Evaluation: (\d+) s", shown, re.MULTILINE)
     assert float(said) == pytest.approx(seconds, rel=0.01)
@@ -316,24 +318,26 @@ def test_every_document_says_what_the_plan_computes() -> None:
 def test_launches_are_those_of_an_evaluation() -> None:
     evaluate = replace(recipes.record().evaluate, segment_tokens=512)
     small = replace(evaluate.mixer, orders=(1, 2), match_lengths=(), block_tokens=64)
-    found = gpu_plan.count_launches(replace(evaluate, mixer=small), 50)
-    longer = gpu_plan.count_launches(replace(evaluate, mixer=replace(small, block_tokens=128)), 50)
+    found = launches.count_launches(replace(evaluate, mixer=small), 50)
+    longer = launches.count_launches(replace(evaluate, mixer=replace(small, block_tokens=128)), 50)
     assert found.asked == longer.asked > 50  # the host asks for a replay, whatever is in it
     assert longer.replayed < found.replayed < 2 * longer.replayed
     assert found.rule == longer.rule > 50
     assert found.adapting_replayed == longer.adapting_replayed == 0 < found.adapting  # no span fits into a piece
-    whole = gpu_plan.count_adapting(replace(evaluate, segment_tokens=2048), 50)
-    assert whole[1] > 300 and whole[0] < found.adapting
+
+
+def test_the_plan_multiplies_what_is_counted() -> None:
+    assert launches.count_launches(gpu_plan.COUNTED_OF, 32) == gpu_plan.COUNTED
 
 
 def test_memory_that_is_not_filled_is_no_operation() -> None:
     x = torch.ones(2, 3, 4)
-    assert gpu_plan.counted(lambda: torch.empty(3)) == 0
-    assert gpu_plan.counted(lambda: x @ torch.ones(4, 5)) == 2  # ones, and a product whose shape is changed
+    assert launches.counted(lambda: torch.empty(3)) == 0
+    assert launches.counted(lambda: x @ torch.ones(4, 5)) == 2  # ones, and a product whose shape is changed
 
 
 def test_what_is_in_graphs_is_counted_apart() -> None:
-    graphs, x = gpu_plan.Graphs(), torch.ones(4)
+    graphs, x = launches.Graphs(), torch.ones(4)
     replay = graphs.record(lambda: x.mul_(2).add_(1), x.device)
-    assert gpu_plan.counted(lambda: (replay(), replay(), x.exp())) == 5
+    assert launches.counted(lambda: (replay(), replay(), x.exp())) == 5
     assert graphs.replays == 2 and graphs.operations == 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,13 +12,12 @@ import torch
 
 from benchmarks.plain import quantization as plain
 from benchmarks.plain.evaluation import sliding_nats
-from benchmarks.suite import gpu_plan, operations, report, suite, timing
+from benchmarks.suite import launches, report, suite, timing
 from benchmarks.suite.machine import Limits
 from benchmarks.suite.setup import Row
-from hedgemix import recipes
 from hedgemix.artifact.tensors import steps
 from hedgemix.config import ModelConfig
-from hedgemix.model.transformer import Linear, Model
+from hedgemix.model.transformer import Model
 from hedgemix.quantize import gptq
 
 
@@ -70,32 +68,6 @@ def test_the_slower_of_work_and_traffic_is_the_limit() -> None:
     assert limits.seconds(200, 50) == 5
 
 
-@pytest.mark.parametrize(
-    ("parts", "looped", "passes"),
-    [
-        ({}, True, 3),
-        ({"looped_layers": (0, 1), "head_gates": True, "lane_layers": 1}, True, 7),
-        ({"looped_layers": (0, 1)}, False, 3),
-    ],
-)
-def test_operations_are_those_that_torch_counts(parts: dict[str, Any], looped: bool, passes: int) -> None:
-    """Matrix products of a forward pass; attention is left out by giving it no keys, and counted apart."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config, vocab_size, T = ModelConfig(layers=3, width=64, heads=4, kv_heads=2, mlp_hidden=96, **parts), 300, 32
-    model = Model(config, vocab_size, T)
-    assert sorted(operations.matrix_shapes(config)) == sorted(
-        tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, Linear) and n.startswith("blocks")
-    )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, T, dtype=torch.long), torch.zeros(1, T, dtype=torch.long), looped=looped)
-    matrix_products = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in matrix_products.items() if "mm" in str(op))
-    assert products == T * operations.token_operations(config, 0, vocab_size, looped)
-    attended = operations.token_operations(config, 10, 0, looped) - operations.token_operations(config, 0, 0, looped)
-    assert attended == passes * 10 * 2 * 2 * 64  # keys, products with keys and values, two each, width
-
-
 def test_the_published_algorithm_and_ours_round_alike() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(24, 80), torch.randn(400, 80) * torch.logspace(0, -1, 80)
@@ -123,63 +95,17 @@ def test_plain_windows_score_every_target_once_with_a_full_context() -> None:
         assert float(nats[t - 1]) == pytest.approx(-float(row[tokens[t]]), abs=1e-4), t
 
 
-def test_the_plan_follows_its_rates() -> None:
-    recipe, rates, counts = (
-        recipes.record(),
-        gpu_plan.Rates(measured=("coding",)),
-        gpu_plan.Launches(100.0, 300.0, 50.0, 20.0, 600.0),
-    )
-    stages = {stage.name: stage for stage in gpu_plan.plan(recipe, rates, counts)}
-    rule, experts = "published rule and sums", "experts over features"
-    slower = {stage.name: stage for stage in gpu_plan.plan(recipe, replace(rates, launch_seconds=1e-5), counts)}
-    pieces = gpu_plan.VALID_TOKENS / recipe.evaluate.segment_tokens
-    assert stages["mixing"].launches == 100 * pieces and stages[rule].launches == 50 * pieces
-    for name in ("mixing", rule, experts):
-        assert slower[name].seconds - stages[name].seconds == pytest.approx(stages[name].launches * 2e-6)
-    assert slower["scoring"] == stages["scoring"]
-    replays = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, replay_seconds=0.0), counts)}
-    for name, count in (("mixing", 300), (experts, 600)):
-        saved = stages[name].seconds - replays[name].seconds
-        assert saved == pytest.approx(count * pieces * rates.replay_seconds)
-    patient = {s.name: s for s in gpu_plan.plan(recipe, replace(rates, wait_seconds=0.0), counts)}
-    waits = pieces + 6 * gpu_plan.VALID_TOKENS / recipe.evaluate.chunk_tokens
-    assert stages[rule].seconds - patient[rule].seconds == pytest.approx(waits * rates.wait_seconds)
-    assert patient["mixing"] == stages["mixing"]
-    within = [stages[name].seconds for name in ("scoring", experts, "mixing", rule)]
-    trained = replace(recipe, evaluate=replace(recipe.evaluate, ttt=replace(recipe.evaluate.ttt, kind="weights")))
-    assert "test-time training" in {stage.name for stage in gpu_plan.plan(trained, rates, counts)}
-    assert gpu_plan.evaluation_seconds(list(stages.values())) == pytest.approx(sum(within))
-    assert gpu_plan.weakest(recipe, rates, counts)[0] == "peak"
-    assert gpu_plan.weakest(recipe, rates, replace(counts, asked=9000.0))[0] == "launch_seconds"
-    assert "coding" not in rates.assumed() and "peak" in rates.assumed()
-    fewer = replace(recipe, compute=replace(recipe.compute, workers=1))
-    assert {s.name: s for s in gpu_plan.plan(fewer, rates, counts)}["training step"].seconds > stages[
-        "training step"
-    ].seconds
-
-
 @pytest.mark.soak
 def test_a_gpus_rates_replace_assumptions_and_a_cpus_do_not(rows: list[Row]) -> None:
     limits = Limits(1e12, 2e12, 3e9)
-    assert gpu_plan.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
+    assert suite.rates_from(rows, limits, False, 5.0).measured == ("indexing", "coding")
     assumed = {"double", "link", "launch_seconds", "replay_seconds", "wait_seconds"}
-    assert set(gpu_plan.rates_from(rows, limits, True, 5.0).assumed()) == assumed
-
-
-def test_the_plan_of_a_loop_has_both_kinds_of_step() -> None:
-    counts = gpu_plan.Launches(100.0, 300.0, 50.0, 20.0, 600.0)
-    recipe, rates = recipes.frontier(), gpu_plan.Rates()
-    early, late, *_ = gpu_plan.plan(recipe, rates, counts)
-    assert (early.name, late.name) == ("training step, no loop yet", "training step")
-    plain = gpu_plan.plan(replace(recipe, model=replace(recipe.model, looped_layers=())), rates, counts)[0]
-    assert late.seconds > plain.seconds == pytest.approx(early.seconds, rel=1e-5)  # but for three skips
-    steps = 592 * (0.35 / early.seconds + 0.65 / late.seconds)
-    assert late.what == f"{steps:,.0f} steps in the budget"
+    assert set(suite.rates_from(rows, limits, True, 5.0).assumed()) == assumed
 
 
 def test_views_are_no_operations() -> None:
     x = torch.ones(4)
-    assert gpu_plan.counted(lambda: (x[1:].view(3, 1) + 1).mul_(2)) == 2
+    assert launches.counted(lambda: (x[1:].view(3, 1) + 1).mul_(2)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ LAYERS = {
         "submission",
         "monitor",
         "analysis",
+        "forecast",
         "results",
         "steps",
         "storage",

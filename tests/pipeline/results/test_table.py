@@ -22,7 +22,6 @@ from hedgemix.config import Recipe, RecipeError, config_hash, to_dict
 from hedgemix.recipes import RECIPES
 from hedgemix.runtime.layout import LOCK
 from pipeline.analysis.console import print_results
-from pipeline.plan import plan_lines
 from pipeline.results import table as table_module
 from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown, schema
 from pipeline.results.table import _version, check_ours, mean_and_deviation, read_rows, renew, write_rows
@@ -252,30 +251,3 @@ def test_the_printed_table_fits_80_columns_and_shows_every_seed(tmp_path: Path) 
     for expected in ("1337", "42", "15,484,405", "1.7500", "seed 2 failed: train: it broke", "sum to 40.00", "mean"):
         assert expected in text
     assert "\u2026" not in text  # nothing cut
-
-
-def test_the_plan_lines_the_record_is_the_reference_run() -> None:
-    plan = plan_lines(RECIPES["record"](), (1337, 42, 7))
-    assert plan["parameters"] == "33,317,980"
-    assert plan["training job"] == "8 workers on one node: 8 GPU, 160 CPU"
-    assert plan["training loop"].startswith("582 s")
-    assert plan["step"] == "786,432 tokens = 384 sequences of 2,048"
-    recipe = RECIPES["record"]()
-    grown = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, growth_fractions=(0.1, 0.7)))
-    assert plan_lines(grown, (7,))["step"] == "786,432 tokens = 384 sequences of 2,048, which grow from 512"
-    assert plan["each worker"] == "98,304 tokens a step = 48 sequences in 1 microbatch"
-    assert plan["limits"].startswith("16,000,000 bytes, 600 s")
-    # Of 11 layers, the projections of bigram and value embedding, and the output layer.
-    operations = 6 * (11 * 2_883_584 + 2 * 128 * 512 + 1024 * 512) / 1e6
-    assert plan["operations"] == f"{operations:.1f} million a token in training, of matrices"
-
-
-def test_the_plan_tells_what_a_loop_of_layers_adds() -> None:
-    plan = plan_lines(RECIPES["frontier"](), (1337,))
-    assert plan["parameters"] == "35,945,623"
-    # 11 layers of 2,883,584 weights and the table's 8,192 x 512, six operations each; then six layers more.
-    before, after = (6 * (layers * 2_883_584 + 8192 * 512) / 1e6 for layers in (11, 17))
-    assert plan["operations"] == (
-        f"{before:.1f} million a token in training, of matrices; {after:.1f} million from 35% of the run on, when "
-        "layers 3 to 5 run 3 times"
-    )
