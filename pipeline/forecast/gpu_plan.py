@@ -82,7 +82,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Launches:
-    """Counts array operations of one piece of `segment_tokens`, one after the other on one device."""
+    """Holds the array operations of one piece of `segment_tokens`, one after the other on one device."""
 
     asked: float
     """By the host while it mixes; a replay of a graph is one."""
