@@ -231,6 +231,10 @@ def test_the_frontier_has_the_published_parameters_that_something_reads() -> Non
         "attention.gate.weight": 11 * 8 * 12,
         "lanes": 3 * 6,
     }
+    with torch.device("meta"):
+        wide = Model(recipes.frontier_wide().model, recipe.data.vocab_size, recipe.train.sequence_tokens)
+    # Three layers more: their matrices, channels, gains and gates; as many passes, so as many skips.
+    assert parameter_count(wide) - parameter_count(model) == 3 * (2_883_584 + 4 * 512 + 8 + 8 * 12) == 8_657_208
     # Published: also the lanes' scalars of the 8 layers that have none, and the caps of positive and negative logits.
     assert parameter_count(model) + 8 * 6 + 2 == 35_945_673
 

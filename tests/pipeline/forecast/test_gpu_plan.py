@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hedgemix import recipes
-from pipeline.forecast import gpu_plan
+from hedgemix.standalone import script
+from pipeline.forecast import artifact_bytes, gpu_plan
+
+PAGE = Path(__file__).resolve().parent.parent.parent.parent / "docs" / "training.md"
 
 
 def test_the_plan_follows_its_rates() -> None:
@@ -56,9 +62,12 @@ def test_the_plan_of_a_loop_has_both_kinds_of_step() -> None:
     assert late.what == f"{steps:,.0f} steps in the budget"
 
 
-@pytest.mark.parametrize("name", ["single_gpu", "record", "frontier"])
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_the_launches_of_the_recipes_for_gpus_were_counted(name: str) -> None:
     evaluate = recipes.RECIPES[name]().evaluate
+    if not recipes.RECIPES[name]().compute.gpus_per_worker:
+        assert gpu_plan.launches_of(evaluate) is None
+        return
     assert gpu_plan.launches_of(evaluate) == gpu_plan.COUNTED
     assert gpu_plan.launches_of(replace(evaluate, chunk_tokens=1)) == gpu_plan.COUNTED
     assert gpu_plan.launches_of(replace(evaluate, segment_tokens=1)) is None
@@ -73,3 +82,36 @@ def test_one_rank_exchanges_nothing_and_windows_score_positions_often() -> None:
     streamed, slid = (gpu_plan.scoring_operations(each, 10**6) for each in (recipe, windows))
     # Four positions a token at half a window's keys, beside 1.25 at a whole band's, of a model that is mostly matrices.
     assert 2.5 < slid / streamed < 4 / 1.25
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "`frontier`": {},
+    "13 layers, two rounds": {"layers": 13, "loop_passes": 2},
+    "**`frontier_wide`**: 14 layers, two rounds": {"layers": 14, "loop_passes": 2},
+    "14 layers, three rounds": {"layers": 14},
+    "11 layers, MLP 2,816": {"mlp_hidden": 2816},
+    "17 layers, no loop": {"layers": 17, "looped_layers": ()},
+    "11 layers, 12,288 tokens": {},
+}
+
+
+def test_the_page_has_what_is_computed_of_the_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_bytes = script.n_bytes(recipes.frontier())
+    monkeypatch.setattr(script, "n_bytes", lambda recipe: n_bytes)
+    base, shown = recipes.frontier(), dict(re.findall(r"^\| ([^|]+?) \| (\d.+) \|$", PAGE.read_text(), re.MULTILINE))
+    for name, parts in VARIANTS.items():
+        vocab_size = 12_288 if "tokens" in name else base.data.vocab_size
+        data, model = replace(base.data, vocab_size=vocab_size), replace(base.model, **parts)
+        recipe = replace(base, data=data, model=model)
+        shares = artifact_bytes.share_out(recipe, gpu_plan.built(recipe))
+        *steps, _ = gpu_plan.training(recipe, gpu_plan.Rates())
+        each = ", ".join(f"{1000 * step.seconds:.1f}" for step in steps)
+        count = steps[-1].what.partition(" ")[0]
+        weights, bits, *rest = shown[name].split(" | ")
+        assert [weights, *rest] == [f"{shares.weights:,}", each, count], name
+        assert float(bits) == pytest.approx(shares.bits, abs=0.011), name  # falls as the code grows
+    assert recipes.frontier_wide().model == replace(
+        base.model, **VARIANTS["**`frontier_wide`**: 14 layers, two rounds"]
+    )
+    evaluation = gpu_plan.evaluation(base, gpu_plan.Rates(), gpu_plan.COUNTED, gpu_plan.TOKENS_OF_SHARDS[8192])
+    assert f"evaluation takes {gpu_plan.evaluation_seconds(evaluation):.0f} s" in PAGE.read_text()
