@@ -41,56 +41,47 @@ def flash_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]
 
 
 def windowed_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int) -> Tensor:
-    """Attend as `banded_attention` does, by the kernel's own window: half the keys, and no mask to write or plan for.
-
-    The kernel's last query is at its last key's position: it sees window_size_left keys before it, window_size_right
-    after. Its layout is (B, T, H, E).
-    """
+    """Attend as `banded_attention` does, by the kernel's own window: half the keys, and no mask to write or plan
+    for."""
     q, k, v = (x.transpose(1, 2) for x in (q_BHTE, k_BHTE, v_BHTE))
-    y, *_ = torch.ops.aten._flash_attention_forward(
-        query=q,
-        key=k,
-        value=v,
-        cum_seq_q=None,
-        cum_seq_k=None,
-        max_q=q.shape[1],
-        max_k=k.shape[1],
-        dropout_p=0.0,
-        is_causal=False,
-        return_debug_mask=False,
-        window_size_left=band - 1,
-        window_size_right=0,
-    )
-    return y.transpose(1, 2)
+    return _flash(q, k, v, None, None, q.shape[1], k.shape[1], band).transpose(1, 2)
 
 
 def document_attention(
     q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, band: int | None, documents: Documents
 ) -> Tensor:
     """Attend as `attention` does within documents, by the kernel's sequences of any length: no mask, and no product of
-    two documents. Of a sequence its last query is at its last key's position; the layout is (B * T, H, E).
+    two documents.
 
     Never run on a GPU yet: what is known is that the numbers given to the kernel are right, that torch traces the call
     and its gradient, and what the kernel's documentation says of them.
     """
     B, _, queries, _ = q_BHTE.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BHTE, v_BHTE))
-    of_last, of_all = documents.edges(queries)
+    y = _flash(q, k, v, *documents.edges(queries), queries, k_BHTE.shape[2], band)
+    return y.unflatten(0, (B, queries)).transpose(1, 2)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, of_q: Tensor | None, of_k: Tensor | None, max_q: int, max_k: int, band: int | None
+) -> Tensor:
+    """Call the kernel on (B, T, H, E), or with edges on (B * T, H, E). A sequence's last query is at its last key's
+    position: it sees window_size_left keys before it, window_size_right after."""
     y, *_ = torch.ops.aten._flash_attention_forward(
         query=q,
         key=k,
         value=v,
-        cum_seq_q=of_last,
-        cum_seq_k=of_all,
-        max_q=queries,
-        max_k=k_BHTE.shape[2],
+        cum_seq_q=of_q,
+        cum_seq_k=of_k,
+        max_q=max_q,
+        max_k=max_k,
         dropout_p=0.0,
         is_causal=band is None,
         return_debug_mask=False,
         window_size_left=None if band is None else band - 1,
         window_size_right=None if band is None else 0,
     )
-    return y.unflatten(0, (B, queries)).transpose(1, 2)
+    return y
 
 
 def banded_attention(
