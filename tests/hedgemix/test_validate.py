@@ -351,11 +351,6 @@ def test_what_is_at_the_edge_or_unused_is_accepted(changes: dict[str, Any]) -> N
     check(changes)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_shipped_recipe_is_accepted(name: str) -> None:
-    validate.check_recipe(RECIPES[name](), QAT_LEVELS, EXPERTS)
-
-
 def test_what_the_code_can_do_is_handed_in() -> None:
     recipe = changed(RECIPES["laptop"](), {"train.late_qat": True, "quantize.method": "reference"})
     validate.check_recipe(recipe, QAT_LEVELS, EXPERTS)

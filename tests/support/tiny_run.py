@@ -18,7 +18,6 @@ from hedgemix.config import (
     DataConfig,
     EvaluateConfig,
     LimitsConfig,
-    ModelConfig,
     Recipe,
     TrainConfig,
     config_hash,
@@ -32,7 +31,7 @@ from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.storage.store import Storage
 from support import cheats, tiny_artifact
-from support.tiny_artifact import CONFIG, MODEL
+from support.tiny_artifact import CONFIG
 
 
 @dataclass
@@ -67,10 +66,9 @@ def make(
     config: EvaluateConfig = CONFIG,
     remembered: Sequence[str] = (),
     texts: int = 4,
-    model_config: ModelConfig = MODEL,
 ) -> Record:
     train, steps = TrainConfig(steps=4, batch_tokens=512), folder / "_steps"
-    case = tiny_artifact.make(steps / "quantize-0", remembered, texts, model_config, recipe="tiny", seed=7)
+    case = tiny_artifact.make(steps / "quantize-0", remembered, texts, recipe="tiny", seed=7)
     model, data = artifact.read(case.artifact), steps / "data-0"
     data.mkdir()
     shards.write_shard(data / "val_000000.bin", case.tokens)

@@ -21,7 +21,7 @@ from hedgemix.audit.auditor import Audit, Work
 from hedgemix.audit.findings import Finding, failed
 from hedgemix.audit.plan import Plan, weaker
 from hedgemix.audit.streamed import Committed
-from hedgemix.config import EvaluateConfig, ModelConfig, RecipeError
+from hedgemix.config import EvaluateConfig, RecipeError
 from hedgemix.evaluate.scoring_order import Piece, chunks
 from hedgemix.experts import feature_experts
 from hedgemix.experts.registry import EXPERTS
@@ -30,7 +30,7 @@ from pipeline.submission.evidence import AUDITED
 from support import cheats
 from support.sound_audit import ELSEWHERE, SHORT_TOKENS, WORK, Sound, run_here
 from support.text_data import documents
-from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG, MODEL, WITHIN_DOCUMENTS
+from support.tiny_artifact import ADAPTIVE, CACHE_OVER_TRAINED, CONFIG
 from support.tiny_run import Record, make
 
 FULL = Plan(seed=5, unforeseen=True)
@@ -129,18 +129,11 @@ def test_a_memory_passes_every_check_isolated(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize(
-    ("config", "model"),
-    [(ADAPTIVE, WITHIN_DOCUMENTS), (CACHE_OVER_TRAINED, MODEL)],
-    ids=["of a model within documents", "over trained weights"],
-)
-def test_experts_over_features_pass_every_check_and_a_cache_that_remembers_itself_does_not(
-    tmp_path: Path, config: EvaluateConfig, model: ModelConfig
-) -> None:
-    made = make(tmp_path / "runs", config, texts=3, model_config=model)
+def test_a_cache_over_trained_weights_passes_every_check_and_one_that_remembers_itself_does_not(tmp_path: Path) -> None:
+    made = make(tmp_path / "runs", CACHE_OVER_TRAINED, texts=3)
     work = repeated(made)
     assert work.findings and failed(work.findings) == []
-    assert set(feature_experts.names(config)) < set(work.replay["result"]["expert_names"])
+    assert set(feature_experts.names(CACHE_OVER_TRAINED)) < set(work.replay["result"]["expert_names"])
     with cheats.remembers_itself():
         spoiled = repeated(made, replace(SHORT, first_tokens=320))
         assert set(failed(spoiled.findings)) == {"streamed", "bits"}

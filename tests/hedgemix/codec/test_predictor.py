@@ -108,18 +108,6 @@ def test_every_token_costs_what_the_evaluation_says(case: Case, config: Evaluate
     assert worst < 1e-12
 
 
-def test_a_model_with_loops_and_lanes_costs_the_same(tmp_path: Path) -> None:
-    config = replace(CONFIG, chunk_tokens=110)  # behind trained weights too
-    model = replace(
-        tiny_artifact.MODEL, layers=3, looped_layers=(0, 1), lane_layers=1, smear_by="input",
-        head_gates=True, skip_gates=True,
-    )  # fmt: skip
-    case = tiny_artifact.make(tmp_path, config=model)
-    assert case.model().config == model
-    nats, _ = predicted(case, config, 160)
-    torch.testing.assert_close(nats, evaluated(case.begin(config), 160), rtol=2e-5, atol=2e-5)
-
-
 @pytest.mark.parametrize("config", [ADAPTIVE, replace(CONFIG, order="sliding", chunk_tokens=110)])
 def test_and_by_a_model_within_documents_too(tmp_path: Path, config: EvaluateConfig) -> None:
     """Across the beginning of a document, which is near the text's here."""

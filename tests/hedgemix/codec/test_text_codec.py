@@ -48,13 +48,6 @@ def tokens_of(text: str) -> np.ndarray:
     return np.array(tokenizer.encode(processor(), text))
 
 
-def test_several_documents_come_back_by_a_model_within_documents(tmp_path: Path) -> None:
-    case = tiny_artifact.make(tmp_path, texts=1, config=tiny_artifact.WITHIN_DOCUMENTS)
-    tokens = np.concatenate([tokens_of(text) for text in ("A first one, of some words.", "", "A second.", "Third.")])
-    data = compress_tokens(artifact.read(case.artifact), tokens, replace(CONFIG, chunk_tokens=20)).data
-    assert np.array_equal(decompress_tokens(artifact.read(case.artifact), data), tokens)
-
-
 @pytest.mark.parametrize(
     ("config", "tokens"), [(CONFIG, 260), (ADAPTIVE, 350)], ids=["trained weights", "experts over features"]
 )
