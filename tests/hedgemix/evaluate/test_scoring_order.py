@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,9 @@ from hedgemix.config import EvaluateConfig, ModelConfig
 from hedgemix.evaluate.scoring_order import Piece, chunk_rows, chunks, cut, piece_rows, pieces
 from hedgemix.model.transformer import Model
 
-VOCAB, WINDOW = 61, 16
+VOCAB, WINDOW, BOS = 61, 16, 1
+DOCUMENTS = 21, 1, 3 * WINDOW + 4, 2, WINDOW, 40
+"""Tokens of each; of some more than the context, than a segment and than a chunk's rest."""
 
 
 class Witness(nn.Module):
@@ -154,9 +158,9 @@ def all_rows(model: Model, text: Tensor, config: EvaluateConfig) -> Tensor:
     )
 
 
-def last_row(model: Model, context: Tensor) -> Tensor:
+def last_row(model: Model, context: Tensor, band: int | None = None) -> Tensor:
     with torch.no_grad():
-        return model.logits(model.features(context[None])[0, -1]).log_softmax(-1)
+        return model.logits(model.features(context[None], band)[0, -1]).log_softmax(-1)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 90, 1000])
@@ -182,6 +186,24 @@ def test_an_overlap_too_short_for_the_band_shows(model: Model) -> None:
         all_rows(model, text, evaluation("streaming", overlap_tokens=n)) for n in (2 * WINDOW, WINDOW // 2)
     )
     assert (enough - short).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("order", ["streaming", "sliding"])
+def test_a_document_longer_than_the_context_goes_on_and_sees_itself_alone(model: Model, order: str) -> None:
+    """By a loop over targets: the document so far, run alone by a model that knows of none; by windows what they have
+    of it."""
+    within = Model(replace(model.config, within_documents=True), VOCAB, 2 * WINDOW, bos_id=BOS)
+    within.load_state_dict(model.state_dict())
+    text = tokens(sum(DOCUMENTS)).clamp_min(BOS + 1)
+    begins = [sum(DOCUMENTS[:number]) for number in range(len(DOCUMENTS))]
+    text[begins] = BOS
+    config, expected = evaluation(order, overlap_tokens=2 * WINDOW), []
+    for target, first in enumerate((first for chunk in contexts(len(text), config) for first, _ in chunk), start=1):
+        begin = max(begin for begin in begins if begin < target)
+        sliding = order == "sliding"
+        context = text[max(begin, first) if sliding else begin : target]
+        expected.append(last_row(model, context, None if sliding else WINDOW))
+    torch.testing.assert_close(all_rows(within, text, config), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["streaming", "sliding"])

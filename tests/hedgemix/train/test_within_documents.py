@@ -35,10 +35,11 @@ def with_tokenizer(data: Dataset, folder: Path, model: bytes) -> Dataset:
 
 
 def test_a_step_within_documents_is_one_on_each_alone(data: Dataset, tmp_path: Path) -> None:
-    """Loss and gradient, of what a row has of a document; the tokenizer says what begins one."""
+    """Loss and gradient, of what a row has of a document; the tokenizer says what begins one. Of a document longer than
+    a row each row's part is one of its own."""
     run = build(WITHIN, with_tokenizer(data, tmp_path, without_spaces()), 7, CPU)
     loss, gradient, begun = run.backward(0, PLAIN), run.gradient.buffer.clone(), 0
-    model, expected = run.model, 0.0
+    model, expected, longer = run.model, 0.0, 0
     run.gradient.zero()
     for inputs, targets in run.read(0):
         for row, target in zip(inputs, targets, strict=True):
@@ -48,8 +49,9 @@ def test_a_step_within_documents_is_one_on_each_alone(data: Dataset, tmp_path: P
                 alone = model(row[None, a:b], target[None, a:b]) / 256
                 alone.backward()
                 expected += alone.item()
+            longer += not inside and int(row[0]) != BOS
     run.read.close()
-    assert begun > 2 and float(loss) == pytest.approx(expected, rel=1e-6)
+    assert begun > 2 and longer > 2 and float(loss) == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(run.gradient.buffer, gradient, rtol=1e-4, atol=1e-7)
 
 
