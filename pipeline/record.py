@@ -254,12 +254,12 @@ def variants_of(recipe: Recipe, options: Options) -> list[Variant]:
 def run(recipe: Recipe, variants: list[Variant], options: Options, console: Console) -> int:
     """Run a record, or a study of the recipe and its variants, from its locks to its report; returns the exit code: 0
     when every seed is done, else 1. Raises RecipeError, OSError and RayError."""
-    storage = open_storage(options.out)
+    storage = open_storage(options.out, tell=lambda line: console.print(line, markup=False, soft_wrap=True))
     check_trackers(options.track, storage)
     study = name_records(storage, recipe, variants, options)
     name = study.base.name
     with ExitStack() as held:
-        lost = hold_records(held, storage, study, console)
+        locks = hold_records(held, storage, study, console)
         for record in study.records:
             check_ours(storage, record.name)
         keep_recipes(storage, study, study.records[:1])
@@ -274,9 +274,9 @@ def run(recipe: Recipe, variants: list[Variant], options: Options, console: Cons
 
             def run_missing(plans: Sequence[RecordPlan]) -> dict[str, list[Row]]:
                 start_ray()
-                return drive(plans, console, profile=options.profile, lost_record=lost, track=options.track)
+                return drive(plans, console, profile=options.profile, locks=locks, track=options.track)
 
-            rows = run_rounds(study, texts, seeds, run_missing, console)
+            rows = run_rounds(study, texts, seeds, run_missing, locks, console)
         if study.name:
             show_study(storage, name, options.report, console)
             return exit_code(rows)

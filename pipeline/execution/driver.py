@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -34,6 +35,7 @@ from pipeline.results.table import write_rows
 from pipeline.steps.graph import RecordPlan
 from pipeline.steps.recovery import set_aside
 from pipeline.steps.step import Step
+from pipeline.storage.lease import Held, LostLockError
 from pipeline.tracking.follower import follow
 from pipeline.tracking.tracked_record import TrackedRecord
 
@@ -155,14 +157,15 @@ def drive(
     console: Console,
     *,
     profile: bool = False,
-    lost_record: Callable[[], bool] = lambda: False,
+    locks: Mapping[str, Held] = MappingProxyType({}),
     track: tuple[str, ...] = (),
 ) -> dict[str, list[Row]]:
     """Run what is missing of every seed of these records; returns all rows by the record's name, also written to its
     parquet file as seeds end.
 
-    Ray must be initialised. Raises RecipeError when no machine of this cluster can hold a training job, or when
-    `lost_record` says that another driver has taken a record over. track: the names of each record's trackers.
+    Ray must be initialised. locks: the records' locks by their names, if they are held, and a study's. Raises
+    RecipeError when no machine of this cluster can hold a training job, or when another driver has taken one of the
+    locks over. track: the names of each record's trackers.
     """
     resolved = [resolve_cpus(plan.recipe) for plan in plans]
     for recipe, evaluate_cpus in {config_hash(recipe.compute): (recipe, cpus) for recipe, cpus in resolved}.values():
@@ -175,12 +178,12 @@ def drive(
         tracked = TrackedRecord(plan.storage, plan.name, plan.recipe)
         trackers = follow(track, tracked, lambda text: console.print(text, markup=False))
         job = Job(plan, recipe, evaluate_cpus, made_by, profile, board)
-        drives.append(Drive(plan, job, console, trackers, ledger))
+        drives.append(Drive(plan, job, console, trackers, ledger, locks.get(plan.name)))
     work = Driver(drives, ledger, board, console)
     for each in drives:
         each.look()
         each.check_artifacts()
-        write_rows(each.plan.storage, each.rows())
+        write_rows(each.plan.storage, each.rows(), each.held)
     try:
         with StudyView(console) if plans[0].study else View(console) as view:
             while True:
@@ -188,7 +191,7 @@ def drive(
                 if not ledger.running and not work.unfinished():
                     break
                 work.show(view)
-                if lost_record():
+                if any(held.lost() for held in locks.values()):
                     names = ", ".join(plan.name for plan in plans)
                     raise RecipeError(f"another driver has taken over record {names}; this one stops")
                 work.collect()
@@ -199,7 +202,8 @@ def drive(
                 ray.cancel(reference)
         told = {each.plan.name: each.rows() for each in drives}
         for each in drives:
-            write_rows(each.plan.storage, told[each.plan.name])
+            with contextlib.suppress(LostLockError):  # that is told above
+                write_rows(each.plan.storage, told[each.plan.name], each.held)
             each.trackers.rows(told[each.plan.name])
         for each in drives:
             each.trackers.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from hedgemix.runtime import collectives
 from hedgemix.runtime.files import Log, OnFileWritten, no_copy
 from pipeline.steps.graph import RecordPlan
 from pipeline.steps.recovery import resuming
-from pipeline.steps.step import Step, fetch
+from pipeline.steps.step import Made, Step, fetch, perform
 
 HEAD = {"node:__internal_head__": 0.001}
 """Keeps a task that only waits on the node of the driver, off machines that may be taken away."""
@@ -41,6 +42,18 @@ class Job:
         if collectives.rank() != 0:
             return lambda record: None
         return lambda record: self.board.put.remote(self.plan.name, seed, stage, record)
+
+
+def perform_step(job: Job, step: Step, work: Callable[[], Made]) -> dict[str, Any]:
+    """Do the step as `perform` does, in a process that ends, with all that it started, when another has taken the step
+    over: it must not write on where the other writes. The driver tries a lost step again, and finds it done."""
+    return perform(step, work, job.origin, on_lost=end_process)
+
+
+def end_process() -> None:
+    """End this process at once."""
+    os.write(2, b"another process has taken this step over; this one ends\n")
+    os._exit(1)
 
 
 def use_cpus(cpus: float) -> None:

@@ -23,6 +23,7 @@ from pipeline.results.table import write_rows
 from pipeline.steps.graph import RecordPlan, SeedSteps
 from pipeline.steps.recovery import set_aside
 from pipeline.steps.step import DamagedStepError, Step, check
+from pipeline.storage.lease import Held
 from pipeline.tracking.follower import Trackers
 
 STAGES = ("train", "quantize", "score", "evaluate")
@@ -37,6 +38,8 @@ class Drive:
     console: Console
     trackers: Trackers
     ledger: Ledger
+    held: Held | None = None
+    """The record's lock, if it is held."""
     errors: dict[int, str] = field(default_factory=dict)
     records: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """What stands of each seed, by the kind of step; read when a task ends, not every moment."""
@@ -152,7 +155,7 @@ class Drive:
         up for by the next."""
         rows = self.rows()
         with contextlib.suppress(OSError):
-            write_rows(self.plan.storage, rows)
+            write_rows(self.plan.storage, rows, self.held)
         with contextlib.suppress(RayError):
             for row in rows:
                 self.job.board.row.remote(row.record, row.seed, metrics.row_numbers(row))

@@ -17,12 +17,12 @@ from hedgemix.runtime.collectives import backend
 from hedgemix.runtime.layout import MOMENTS, WEIGHTS
 from hedgemix.stages import RunOptions
 from pipeline.execution.failures import RAY_RETRIES
-from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
+from pipeline.execution.job import HEAD, Job, one_writer, perform_step, use_cpus
 from pipeline.execution.preemption import Notice
 from pipeline.execution.rank_group import Gang, run_gang
 from pipeline.steps.graph import SeedSteps
 from pipeline.steps.recovery import clocked, forget
-from pipeline.steps.step import Made, Step, fetch, perform, save_outputs
+from pipeline.steps.step import Made, Step, fetch, save_outputs
 
 
 def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def score_full(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
             )
             return save_outputs(step, asdict(result), reads)
 
-    return perform(step, work, job.origin)
+    return perform_step(job, step, work)
 
 
 def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def quantize(job: Job, step: Step, train: Step, seed: int) -> dict[str, Any]:
             )
             return save_outputs(step, asdict(result), reads)
 
-    return perform(step, work, job.origin)
+    return perform_step(job, step, work)
 
 
 def count(job: Job, step: Step) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def count(job: Job, step: Step) -> dict[str, Any]:
             result = stages.counts_stage(recipe=job.recipe, dataset=job.plan.dataset, folder=step.folder)
             return save_outputs(step, asdict(result), reads)
 
-    return perform(step, work, job.origin)
+    return perform_step(job, step, work)
 
 
 def evaluate_rank(job: Job, steps: SeedSteps, counts: Step) -> Made:
@@ -106,7 +106,7 @@ def evaluate(job: Job, steps: SeedSteps, counts: Step) -> dict[str, Any]:
         gang = Gang(step.name, compute.evaluate_workers, job.evaluate_cpus, gpus, backend(gpus))
         return run_gang(gang, evaluate_rank, (job, steps, counts))
 
-    result = perform(step, work, job.origin)
+    result = perform_step(job, step, work)
     forget(step)
     return result
 

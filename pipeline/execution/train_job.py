@@ -23,11 +23,11 @@ from hedgemix.runtime.collectives import backend
 from hedgemix.stages import RunOptions
 from hedgemix.train.step_log import DivergedError
 from pipeline.execution.failures import MISTAKES, RAY_RETRIES, ray_train_restarts
-from pipeline.execution.job import HEAD, Job, one_writer, use_cpus
+from pipeline.execution.job import HEAD, Job, one_writer, perform_step, use_cpus
 from pipeline.execution.preemption import Notice
 from pipeline.execution.process_group import COLLECTIVE_TIMEOUT
 from pipeline.steps.recovery import forget
-from pipeline.steps.step import Made, Step, perform, save_outputs
+from pipeline.steps.step import Made, Step, save_outputs
 
 
 def train_worker(job: Job, step: Step, seed: int) -> dict[str, Any]:
@@ -120,4 +120,4 @@ def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
             raise RuntimeError(told["error"])
         return told["made"]
 
-    return perform(step, fit, job.origin)
+    return perform_step(job, step, fit)

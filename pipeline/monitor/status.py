@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from hedgemix.config import RecipeError
 from hedgemix.runtime.layout import CLOCK, ERROR, LOG, RECORDS, RESULT, STEPS, TRACE
+from pipeline.storage.lease import is_free
 from pipeline.storage.store import Storage
 
 QUIET_SECONDS = 60.0
@@ -143,7 +144,7 @@ def driver(storage: Storage, lock: Path) -> str:
             held, written = read(storage, lock), storage.modified(lock)
         except DamagedError:
             return "its lease is damaged"
-        if held is None or written is None:
+        if held is None or written is None or is_free(held):
             return "no driver"
         age = max(0.0, time.time() - written)
         state = "a driver is at work" if age < STALE_SECONDS else "its driver is gone"

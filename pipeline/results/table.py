@@ -19,6 +19,7 @@ from hedgemix.runtime.files import replacing
 from hedgemix.runtime.layout import LOCK
 from pipeline.results.schema import SCHEMA_VERSION, Row, schema
 from pipeline.results.settings import MOVE_NO_NUMBER, differences
+from pipeline.storage.lease import Held
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage
 
@@ -32,15 +33,16 @@ def table_path(storage: Storage, record: str) -> Path:
     return storage.root / f"{record}.parquet"
 
 
-def write_rows(storage: Storage, rows: list[Row]) -> Path:
+def write_rows(storage: Storage, rows: list[Row], held: Held | None = None) -> Path:
     """Put these rows into their record's table, in place of its rows of the same seeds; whole or not at all. Records
     are files of their own, so two drivers can write at once. A table that storage damaged is put beside the record's
     other files: its rows come back with the command of their seeds, which finds them done. Rows of other seeds get the
-    configuration of these where it differs in what moves no number: a record has one."""
+    configuration of these where it differs in what moves no number: a record has one. held: the record's lock; raises
+    LostLockError when it is another's."""
     path = table_path(storage, rows[0].record)
     mine = {row.seed for row in rows}
     kept = [renamed(old, rows[0]) for old in read_rows(storage, path) if old["seed"] not in mine]
-    _write(storage, path, kept + [dataclasses.asdict(row) for row in rows])
+    _write(held or Held(storage), path, kept + [dataclasses.asdict(row) for row in rows])
     return path
 
 
@@ -54,10 +56,10 @@ def renamed(old: dict[str, Any], row: Row) -> dict[str, Any]:
     return old | {"config": row.config, "config_hash": row.config_hash}
 
 
-def _write(storage: Storage, path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(held: Held, path: Path, rows: list[dict[str, Any]]) -> None:
     with replacing(path) as file:
         pq.write_table(pa.Table.from_pylist([_renewed(row) for row in rows], schema=schema()), file)
-    storage.push(path)
+    held.publish(path)
 
 
 def check_ours(storage: Storage, record: str) -> None:
@@ -80,9 +82,9 @@ def renew(storage: Storage) -> list[str]:
         old = [path for path, content in zip(paths, contents, strict=True) if 0 < _version(content) < SCHEMA_VERSION]
     renewed = []
     for path in old:
-        with suppress(RecipeError, OSError), hold(storage, storage.record_folder(path.stem) / LOCK):
+        with suppress(RecipeError, OSError), hold(storage, storage.record_folder(path.stem) / LOCK) as held:
             if 0 < _version(_readable(storage, path)) < SCHEMA_VERSION:  # its driver may have ended meanwhile
-                _write(storage, path, read_rows(storage, path))
+                _write(held, path, read_rows(storage, path))
                 renewed.append(path.stem)
     return renewed
 

@@ -12,7 +12,7 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -22,6 +22,8 @@ from typing import Any
 from hedgemix.runtime import clock
 from hedgemix.runtime.files import sha256_of, write_json
 from hedgemix.runtime.layout import CLOCK, ERROR, RESULT, STEPS
+from pipeline.storage.lease import Held, LostLockError
+from pipeline.storage.lock import hold
 from pipeline.storage.object_store import is_safe_relative_path
 from pipeline.storage.store import Storage
 
@@ -101,41 +103,52 @@ class Made:
     """SHA-256 of the files it read, by the kind of the step that made them and their names."""
 
 
-def perform(step: Step, work: Callable[[], Made], origin: dict[str, Any]) -> dict[str, Any]:
+def perform(
+    step: Step, work: Callable[[], Made], origin: dict[str, Any], on_lost: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Do the step unless it is done; its result.json is written last, whole or not at all.
 
     `origin`: the versions and the tree that do it, kept beside the result. Two records that share a step do not do it
-    at the same time where the runs folder is one: the second waits, and then finds it done. On an object store both may
-    do it; sums tell if files of two attempts ever mix.
+    at the same time: the second waits, and then finds it done. In an object store one that stood still, and was taken
+    for dead, publishes no result; `on_lost` is called then, on another thread, and the other's is waited for. Where a
+    store writes on no condition both may do it; sums tell if files of two attempts ever mix.
     """
-    if (record := step.record()) is not None:
-        return record["result"]
-    step.storage.ready()
-    step.folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(step.folder)
-    with exclusive_lock(step.folder / "step.lock"):
+    while True:
         if (record := step.record()) is not None:
             return record["result"]
-        for rest in step.folder.glob(".*.tmp"):  # of a writer that was killed
-            rest.unlink(missing_ok=True)
-        started, began = now(), time.monotonic()
-        made = work()
-        record = {
-            "kind": step.kind,
-            "key": step.key,
-            "origin": origin,
-            "started_at": started,
-            "finished_at": now(),
-            "seconds": time.monotonic() - began,
-            "attempts": int(made.clock["starts"]),
-            "lost_seconds": made.clock["lost_seconds"],
-            "reads": made.reads,
-            "files": made.files,
-            "result": made.result,
-        }
-        write_json(step.folder / RESULT, record)
-        step.storage.push(step.folder / RESULT)
-        step.storage.remove(step.folder / ERROR)
+        step.storage.ready()
+        step.folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(step.folder)
+        lock = step.folder / "step.lock"
+        with suppress(LostLockError), hold(step.storage, lock, patient=True, on_lost=on_lost) as held:
+            if (record := step.record()) is not None:
+                return record["result"]
+            return work_and_publish(step, work, origin, held)
+
+
+def work_and_publish(step: Step, work: Callable[[], Made], origin: dict[str, Any], held: Held) -> dict[str, Any]:
+    """Do the step whose lock is `held`, and write its result.json. Raises LostLockError when another holds the lock by
+    then."""
+    for rest in step.folder.glob(".*.tmp"):  # of a writer that was killed
+        rest.unlink(missing_ok=True)
+    started, began = now(), time.monotonic()
+    made = work()
+    record = {
+        "kind": step.kind,
+        "key": step.key,
+        "origin": origin,
+        "started_at": started,
+        "finished_at": now(),
+        "seconds": time.monotonic() - began,
+        "attempts": int(made.clock["starts"]),
+        "lost_seconds": made.clock["lost_seconds"],
+        "reads": made.reads,
+        "files": made.files,
+        "result": made.result,
+    }
+    write_json(step.folder / RESULT, record)
+    held.publish(step.folder / RESULT)
+    step.storage.remove(step.folder / ERROR)
     return made.result
 
 

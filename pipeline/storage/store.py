@@ -14,8 +14,8 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +26,8 @@ from pyarrow import ArrowException, fs
 from hedgemix.config import RecipeError
 from hedgemix.runtime.files import replacing
 from hedgemix.runtime.layout import RECORDS
+from pipeline.storage import conditional
+from pipeline.storage.conditional import Version
 from pipeline.storage.object_store import (
     CHUNK_BYTES,
     connect,
@@ -50,6 +52,8 @@ class Storage:
     uri: str
     """Empty for a folder."""
     root: Path
+    conditional: bool = False
+    """Whether the store was tried, and writes on a condition (`put_if`)."""
 
     @property
     def remote(self) -> bool:
@@ -111,6 +115,15 @@ class Storage:
             return self.local_path(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def read_version(self, path: Path) -> Version | None:
+        """Return what a `conditional` store holds now, of a small file, with its tag; None when it is not there."""
+        return conditional.read_version(self.uri, self.key(path))
+
+    def put_if(self, path: Path, data: bytes, tag: str | None) -> str | None:
+        """Write to a `conditional` store if the file's tag there is this one (None: if it is not there), and return its
+        new tag; None when another has written it. `data` are bytes that nobody else writes."""
+        return conditional.put_if(self.uri, self.key(path), data, tag)
 
     def pull(self, path: Path) -> bool:
         """Fetch to its place, whole or not at all, over what is there; False when the store does not have it."""
@@ -187,8 +200,9 @@ class Storage:
                 self.remove(folder / name)
 
 
-def open_storage(out: str, scratch: Path | None = None) -> Storage:
+def open_storage(out: str, scratch: Path | None = None, tell: Callable[[str], None] = lambda line: None) -> Storage:
     """Open the storage that --out names, and try it: an object store must take, give back and remove a small object.
+    Where it writes on no condition, `tell` is told why, and what that means.
 
     `scratch` (else $HEDGEMIX_SCRATCH, else the temporary folder) holds the working copy of an object store, at the same
     path on every node. Raises RecipeError with the cause; no message repeats a URI that may hold a secret.
@@ -199,7 +213,10 @@ def open_storage(out: str, scratch: Path | None = None) -> Storage:
     storage.ready()
     with as_recipe_error(storage, "--out"):
         check_access(storage)
-    return storage
+        why = conditional.why_not(storage.uri, storage.key(storage.root / f".hedgemix-{secrets.token_hex(8)}"))
+    if why:
+        tell(f"note: {why}: a lease, weaker than a lock, keeps others off records here (docs/storage.md)")
+    return replace(storage, conditional=not why)
 
 
 def open_existing(out: str) -> Storage:

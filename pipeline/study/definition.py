@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.console import Console
 from hedgemix.config import Recipe, RecipeError, config_hash
 from hedgemix.runtime.layout import LOCK
 from pipeline.analysis.study import STOPPED, STUDIES, STUDY
+from pipeline.storage.lease import Held
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage
 from pipeline.study.variants import BASE, Variant
@@ -154,12 +155,12 @@ def write_stopped(storage: Storage, study: str, stopped: dict[str, dict[str, Any
     storage.write_bytes(path, (json.dumps(before | stopped, indent=1) + "\n").encode())
 
 
-def hold_records(held: ExitStack, storage: Storage, study: Study, console: Console) -> Callable[[], bool]:
-    """Hold the study and each of its records until `held` ends; returns what says whether one was lost to another
-    driver."""
+def hold_records(held: ExitStack, storage: Storage, study: Study, console: Console) -> dict[str, Held]:
+    """Hold the study and each of its records until `held` ends; returns what is had of each lock, by the record's name,
+    of the study's by ""."""
     waiting = "another driver holds this record; waiting to see whether it lives"
-    locks = [storage.record_folder(record.name) / LOCK for record in study.records]
-    if study.name:
-        locks.insert(0, folder(storage, study.name) / STUDY_LOCK)
-    lost = [held.enter_context(hold(storage, lock, lambda: console.print(waiting))) for lock in locks]
-    return lambda: any(each() for each in lost)
+    locks = {"": folder(storage, study.name) / STUDY_LOCK} if study.name else {}
+    locks |= {record.name: storage.record_folder(record.name) / LOCK for record in study.records}
+    return {
+        name: held.enter_context(hold(storage, lock, lambda: console.print(waiting))) for name, lock in locks.items()
+    }

@@ -14,6 +14,7 @@ from pipeline.results.schema import Row
 from pipeline.results.table import write_rows
 from pipeline.steps.graph import RecordPlan, keep_steps, plan_record
 from pipeline.steps.step import DamagedStepError, Step, check
+from pipeline.storage.lease import Held
 from pipeline.study import definition
 from pipeline.study.definition import Study
 from pipeline.study.seeds import Seeds
@@ -27,10 +28,11 @@ def run_rounds(
     texts: Texts,
     seeds: Seeds,
     run_missing: Callable[[Sequence[RecordPlan]], dict[str, list[Row]]],
+    locks: Mapping[str, Held],
     console: Console,
 ) -> dict[str, list[Row]]:
     """Run what is missing by `run_missing`, which is not called when nothing is; returns all rows by record. Of a
-    study, its file is written before work starts."""
+    study, its file is written before work starts. locks: the records' locks, by name."""
     rows: dict[str, list[Row]] = {}
     storage = texts[study.base.name][1].storage
     while True:
@@ -43,8 +45,8 @@ def run_rounds(
         if not all(done.values()):
             done = run_missing(plans)
         else:
-            for each in done.values():
-                write_rows(storage, each)
+            for name, each in done.items():
+                write_rows(storage, each, locks.get(name))
             if not rows:
                 console.print(f"{told(study, plans)} were done before; nothing to do", markup=False)
         rows |= done

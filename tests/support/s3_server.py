@@ -16,9 +16,25 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline.storage import object_store
+from pipeline.storage import conditional, object_store
 
 BUCKET = "records"
+ATOMIC_MOTO = """
+import threading
+from moto import server
+from moto.s3.responses import S3Response
+
+one_at_a_time, put_object = threading.Lock(), S3Response.put_object
+
+def put(self):
+    with one_at_a_time:
+        return put_object(self)
+
+S3Response.put_object = put
+server.main()
+"""
+"""moto looks at a put's condition and then writes, on a thread each: two at once could both find theirs to hold. In S3
+they cannot."""
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIAOFTHETESTS000000", "AWS_SECRET_ACCESS_KEY": "secret/of+the+tests"}
 
 
@@ -82,7 +98,7 @@ def start(log: Path) -> StoreServer:
     port = free_port()
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, "-c", ATOMIC_MOTO, "-H", "127.0.0.1", "-p", str(port)],
             stdout=file,
             stderr=file,
             env={**os.environ, **KEYS, "INITIAL_NO_AUTH_ACTION_COUNT": "1000000000"},
@@ -127,6 +143,7 @@ def store_server(
     server.make()
     yield server
     object_store.connect.cache_clear()
+    conditional.connect.cache_clear()
     if server.process.poll() is not None:
         RUNNING.remove(server)
     else:

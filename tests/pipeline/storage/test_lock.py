@@ -1,4 +1,4 @@
-"""One driver a record, in a folder and in an object store."""
+"""One driver a record, and one process a step, in a folder and in an object store."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hedgemix.config import RecipeError
-from pipeline.storage.lock import Lease, hold
+from pipeline.storage.lease import Lease, LostLockError, Times
+from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
 from support.s3_server import StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]
 
-QUICK: dict[str, Any] = {"renew_seconds": 0.3, "stale_seconds": 2.0, "settle_seconds": 0.5}
+QUICK = Times(renew_seconds=0.3, stale_seconds=2.0, settle_seconds=0.5)
 LOCK = Path("_records/tiny/record.lock")
+OTHER = json.dumps({"owner": "x", "host": "y", "turn": 1}).encode()
 
 HOLDER = f"""
 import sys, time
 from pathlib import Path
+from pipeline.storage.lease import Times
 from pipeline.storage.lock import hold
 from pipeline.storage.store import open_storage
-with hold(open_storage(sys.argv[1], Path(sys.argv[2])), Path("{LOCK}"), **{QUICK!r}):
+with hold(open_storage(sys.argv[1], Path(sys.argv[2])), Path("{LOCK}"), times=Times{tuple(QUICK)!r}):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -44,14 +47,24 @@ def holder(uri: str, scratch: Path) -> subprocess.Popen[str]:
     return process
 
 
-def machine(server: StoreServer, scratch: Path) -> Storage:
-    return open_storage(server.uri(), scratch)
+def machine(server: StoreServer, scratch: Path, conditional: bool = True) -> Storage:
+    """A machine's view of the store, or that of a store that writes on no condition."""
+    storage = open_storage(server.uri(), scratch)
+    assert storage.conditional
+    return replace(storage, conditional=conditional)
+
+
+def owner(storage: Storage) -> str:
+    return str(json.loads(storage.read_bytes(LOCK) or b"{}").get("owner"))
+
+
+both = pytest.mark.parametrize("conditional", [True, False], ids=["lock", "lease"])
 
 
 def test_a_folder_is_locked(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    with hold(storage, LOCK) as lost:
-        assert not lost()
+    with hold(storage, LOCK) as held:
+        assert not held.lost()
         with pytest.raises(RecipeError, match="another driver is at work on this record"), hold(storage, LOCK):
             pass
     process = holder(str(tmp_path), tmp_path)
@@ -65,70 +78,80 @@ def test_a_folder_is_locked(tmp_path: Path) -> None:
         pass
 
 
-def test_a_second_is_refused_and_the_next_goes_on_at_once(store_server: StoreServer, tmp_path: Path) -> None:
-    here, there = machine(store_server, tmp_path / "here"), machine(store_server, tmp_path / "there")
+@both
+def test_a_second_is_refused_and_the_next_goes_on_at_once(
+    store_server: StoreServer, tmp_path: Path, conditional: bool
+) -> None:
+    here, there = (machine(store_server, tmp_path / name, conditional) for name in ("here", "there"))
     calls: list[int] = []
-    with hold(here, LOCK, **QUICK) as lost:
-        with pytest.raises(RecipeError, match="another driver"), hold(here, LOCK, **QUICK):  # at once, by the flock
+    with hold(here, LOCK, times=QUICK) as held:
+        with pytest.raises(RecipeError, match="another driver"), hold(here, LOCK, times=QUICK):  # at once, by the flock
             pass
         with (
             pytest.raises(RecipeError, match=r"s3://records/runs/_records/tiny, on \S+\); wait for it or stop it"),
-            hold(there, LOCK, lambda: calls.append(1), **QUICK),
+            hold(there, LOCK, lambda: calls.append(1), times=QUICK),
         ):
             pass
-        time.sleep(3 * QUICK["renew_seconds"])
-        assert not lost() and calls == [1]
-    assert here.names(here.root) == {}
-    with hold(there, LOCK, lambda: calls.append(1), **QUICK):
+        time.sleep(3 * QUICK.renew_seconds)
+        assert not held.lost() and calls == [1]
+    assert list(here.names(here.root)) == ([str(LOCK)] if conditional else [])
+    with hold(there, LOCK, lambda: calls.append(1), times=QUICK):
         assert calls == [1]
 
 
-def test_a_killed_holders_lease_is_taken_over(store_server: StoreServer, tmp_path: Path) -> None:
-    there, calls = machine(store_server, tmp_path / "there"), []
-    patient = {**QUICK, "stale_seconds": 5.0}  # more than a busy machine takes to look at it
-    there.read_bytes(LOCK)  # its first question takes longest
-    process = holder(store_server.uri(), tmp_path / "here")
+@both
+def test_a_killed_holder_s_lock_is_taken_over(store_server: StoreServer, tmp_path: Path, conditional: bool) -> None:
+    there, calls = machine(store_server, tmp_path, conditional), []
+    there.write_bytes(LOCK, OTHER)
+    began = time.monotonic()
+    with hold(there, LOCK, lambda: calls.append(1), times=QUICK):
+        assert calls == [1] and time.monotonic() - began < 2 * QUICK.stale_seconds
+    there.write_bytes(LOCK, OTHER)
+    time.sleep(QUICK.stale_seconds + 1.1)  # the store's times are whole seconds
+    with hold(there, LOCK, lambda: calls.append(1), times=QUICK):
+        assert calls == [1]  # old when we came: no waiting
+
+
+def test_on_its_own_machine_a_killed_holder_is_not_waited_for(store_server: StoreServer, tmp_path: Path) -> None:
+    here = machine(store_server, tmp_path)
+    process = holder(store_server.uri(), tmp_path)
     process.kill()
     process.wait()
-    began = time.monotonic()
-    with hold(there, LOCK, lambda: calls.append(1), **patient):
-        assert calls == [1] and time.monotonic() - began < 2 * patient["stale_seconds"]
-    there.write_bytes(LOCK, json.dumps({"owner": "x", "host": "y", "turn": 1}).encode())
-    time.sleep(QUICK["stale_seconds"] + 1.1)  # the store's times are whole seconds
-    with hold(there, LOCK, lambda: calls.append(1), **QUICK):
-        assert calls == [1]  # old when we came: no waiting
+    with hold(here, LOCK, lambda: pytest.fail("waited"), times=Times(stale_seconds=600.0)):
+        pass
 
 
 def test_a_slow_start_leaves_a_lease_that_looks_alive(
     store_server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, there = machine(store_server, tmp_path / "here"), machine(store_server, tmp_path / "there")
+    here, there = (machine(store_server, tmp_path / name, False) for name in ("here", "there"))
     write, writes = Lease.write, []
 
     def slow(lease: Lease) -> None:
         writes.append(lease)
         if len(writes) == 1:
-            time.sleep(QUICK["settle_seconds"])
+            time.sleep(QUICK.settle_seconds)
         write(lease)
 
     monkeypatch.setattr(Lease, "write", slow)
-    with hold(here, LOCK, **{**QUICK, "renew_seconds": 60.0}):
-        assert len(writes) == 2 and Lease(there, LOCK, 60.0).age() < QUICK["stale_seconds"]
+    with hold(here, LOCK, times=QUICK._replace(renew_seconds=60.0)):
+        assert len(writes) == 2 and Lease(there, LOCK).age() < QUICK.stale_seconds
 
 
-def test_of_many_at_once_one_goes_on(store_server: StoreServer, tmp_path: Path) -> None:
+@both
+def test_of_many_at_once_one_goes_on(store_server: StoreServer, tmp_path: Path, conditional: bool) -> None:
     went: list[int] = []
     refused: list[int] = []
     start, all_done = threading.Barrier(4), threading.Barrier(4)
 
     def drive(number: int) -> None:
-        storage = machine(store_server, tmp_path / str(number))
+        storage = machine(store_server, tmp_path / str(number), conditional)
         start.wait(30)
         try:
-            with hold(storage, LOCK, renew_seconds=0.3, stale_seconds=5.0, settle_seconds=1.5) as lost:
+            with hold(storage, LOCK, times=Times(0.3, 5.0, 1.5)) as held:
                 went.append(number)
                 all_done.wait(30)
-                assert not lost()
+                assert not held.lost()
         except RecipeError:
             refused.append(number)
             all_done.wait(30)
@@ -141,24 +164,99 @@ def test_of_many_at_once_one_goes_on(store_server: StoreServer, tmp_path: Path) 
     assert len(went) == 1 and len(refused) == 3
 
 
-def test_a_lost_lease_is_noticed_and_left_to_the_other(store_server: StoreServer, tmp_path: Path) -> None:
+def test_who_stood_still_leaves_the_lock_to_the_other(store_server: StoreServer, tmp_path: Path) -> None:
     """A holder that stood still for too long, as on a suspended machine, finds another in its place."""
     process = holder(store_server.uri(), tmp_path / "here")
     try:
         process.send_signal(signal.SIGSTOP)
         there = machine(store_server, tmp_path / "there")
-        with hold(there, LOCK, **QUICK) as lost:
+        with hold(there, LOCK, times=QUICK) as held:
+            mine = owner(there)
             process.send_signal(signal.SIGCONT)
-            time.sleep(3 * QUICK["renew_seconds"])
-            assert not lost()
+            time.sleep(3 * QUICK.renew_seconds)
+            assert not held.lost() and owner(there) == mine
     finally:
         process.kill()
         process.wait()
-    other = json.dumps({"owner": "x", "host": "y", "turn": 1}).encode()
-    with hold(there, LOCK, **QUICK) as lost:
-        there.write_bytes(LOCK, other)
+
+
+@both
+def test_a_lost_lock_is_noticed_and_nothing_more_is_published(
+    store_server: StoreServer, tmp_path: Path, conditional: bool
+) -> None:
+    there = machine(store_server, tmp_path, conditional)
+    calls: list[int] = []
+    with hold(there, LOCK, times=QUICK, on_lost=lambda: calls.append(1)) as held:
+        there.write_bytes(LOCK, OTHER)
         end = time.monotonic() + 5
-        while not lost():
+        while not held.lost():
             assert time.monotonic() < end
             time.sleep(0.05)
-    assert there.read_bytes(LOCK) == other
+        path = there.root / "table"
+        path.write_bytes(b"late")
+        with pytest.raises(LostLockError):
+            held.publish(path)
+    assert there.read_bytes(LOCK) == OTHER and there.read_bytes(path) is None
+    assert calls == ([1] if conditional else [])
+
+
+def test_a_patient_one_waits_for_who_holds_it(store_server: StoreServer, tmp_path: Path) -> None:
+    here, there = (machine(store_server, tmp_path / name) for name in ("here", "there"))
+    order: list[str] = []
+
+    def wait() -> None:
+        with hold(there, LOCK, patient=True, times=QUICK):
+            order.append("there")
+
+    with hold(here, LOCK, patient=True, times=QUICK):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(QUICK.stale_seconds + 0.5)  # renewed all the while
+        order.append("here")
+    waiting.join(10)
+    assert order == ["here", "there"]
+
+
+@pytest.mark.parametrize("still", ["before the renewal", "after the renewal"])
+def test_who_stood_still_on_its_way_to_publish_publishes_nothing(
+    store_server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still: str
+) -> None:
+    """The holder stands still between two of its requests, while another takes the lock and publishes."""
+    here, there = (machine(store_server, tmp_path / name) for name in ("here", "there"))
+    never, at_once = Times(600.0, 600.0), Times(600.0, 0.0)
+    for storage, text in ((here, b"here"), (there, b"there")):
+        (storage.root / "table").write_bytes(text)
+    put_if, stood = Storage.put_if, []
+
+    def slow(storage: Storage, path: Path, data: bytes, tag: str | None) -> str | None:
+        renewal = path == LOCK
+        if storage == here and not stood and renewal == (still == "before the renewal"):
+            stood.append(path)
+            with hold(there, LOCK, times=at_once) as other:
+                other.publish(there.root / "table")
+        return put_if(storage, path, data, tag)
+
+    with hold(here, LOCK, times=never) as held:
+        monkeypatch.setattr(Storage, "put_if", slow)
+        with pytest.raises(LostLockError):
+            held.publish(here.root / "table")
+    assert stood and there.read_bytes(there.root / "table") == b"there"
+
+
+def test_a_renewal_whose_answer_was_lost_is_not_another_s(
+    store_server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, put_if = machine(store_server, tmp_path), Storage.put_if
+
+    def unanswered(*arguments: object) -> None:
+        put_if(*arguments)  # type: ignore[arg-type]
+        raise OSError("no answer")
+
+    with hold(here, LOCK, times=Times(600.0)) as held:
+        (here.root / "table").write_bytes(b"1")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no answer"):
+            patch.setattr(Storage, "put_if", unanswered)
+            held.publish(here.root / "table")
+        held.publish(here.root / "table")
+        assert not held.lost()
+    assert here.read_bytes(here.root / "table") == b"1" and owner(here) == ""

@@ -113,8 +113,8 @@ def test_a_study_holds_itself_and_its_records(tmp_path: Path) -> None:
     storage = Storage("", tmp_path)
     study = of_variants(storage, "s", BASE, [FIRST])
     with ExitStack() as held:
-        lost = definition.hold_records(held, storage, study, Console(quiet=True))
-        assert not lost()
+        locks = definition.hold_records(held, storage, study, Console(quiet=True))
+        assert list(locks) == ["", "s", "s-xsa-false"] and not any(lock.lost() for lock in locks.values())
         for path in (
             tmp_path / "_studies/s/study.lock",
             *(storage.record_folder(r.name) / LOCK for r in study.records),
