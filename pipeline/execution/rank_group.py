@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,12 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hedgemix.runtime.collectives import device_index
 from pipeline.execution.failures import RAY_RETRIES
+from pipeline.execution.placement import remove_group
 from pipeline.execution.process_group import free_address, join
 
 
@@ -59,8 +59,7 @@ def run_gang(gang: Gang, work: Callable[..., Any], arguments: tuple[Any, ...]) -
     Waits until one node has room for all. The first rank to fail ends the gang: its error is raised, or
     ConnectionError when a rank's process was lost, which is worth another try.
     """
-    with contextlib.suppress(ValueError):
-        remove_placement_group(get_placement_group(gang.name))
+    remove_group(gang.name)
     group = placement_group([{"CPU": gang.cpus, "GPU": gang.gpus}] * gang.ranks, "STRICT_PACK", name=gang.name)
     members: list[Any] = []
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -110,7 +109,7 @@ def train_seed(job: Job, step: Step, seed: int, alone: bool) -> dict[str, Any]:
                     placement_strategy="STRICT_PACK",
                 ),
                 run_config=RunConfig(
-                    name=f"seed{seed}-{uuid.uuid4().hex[:8]}",
+                    name=step.name,
                     storage_path=str(notes),
                     failure_config=FailureConfig(**ray_train_restarts(compute)),
                 ),

@@ -6,6 +6,7 @@ without TorchTrainer, which is this trainer with another default, because its im
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
@@ -15,9 +16,12 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import placement_group
 
+from pipeline.execution.placement import remove_group
 from pipeline.execution.process_group import free_address, join
 
 
@@ -53,18 +57,61 @@ class ThisMachine(FixedScalingPolicy):
         """Ask for nothing."""
 
 
+class NoBarrier:
+    """Stands where Ray Train has an actor at which workers meet to report: ours report to the board."""
+
+    def options(self, **_: Any) -> NoBarrier:
+        """Ask for nothing."""
+        return self
+
+    remote = options
+
+
 class Workers(WorkerGroup):
-    """Starts workers with the environment that a Ray of our own gives every process, and nothing besides."""
+    """Starts workers with the environment that a Ray of our own gives every process, and nothing besides. Their place
+    has the training's name: it outlives a controller that is no actor, and goes when the next of that name comes."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
         return {}
 
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        name, workers = self._train_run_context.run_config.name, worker_group_context.num_workers
+        remove_group(name)
+        bundles = [worker_group_context.resources_per_worker] * workers
+        return DefaultPlacementGroupHandle(placement_group(bundles, worker_group_context.placement_strategy, name=name))
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[index] for name, values in train_context_args.items()},
+                )
+                for index, worker in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
 
 class TrainControllerHere(TrainController):
-    """Controls the training of a Ray of our own."""
+    """Controls the training of a Ray of our own, in the process that asks for it."""
 
     worker_group_cls = Workers
+
+
+def run_controller_here(**parts: Any) -> Any:
+    """Control a training until its end, in this process, and return its result."""
+    worker_group.SynchronizationActor = NoBarrier()
+    state._shutdown_sync_actor = lambda barrier: None
+    controller = TrainControllerHere(**parts)
+    asyncio.run(controller.run())
+    return controller.get_result()
 
 
 class Trainer(DataParallelTrainer):
@@ -87,6 +134,4 @@ class Trainer(DataParallelTrainer):
             parts["scaling_policy"] = ThisMachine(self.scaling_config)
         if not self.alone or self.scaling_config.use_gpu:
             return super()._initialize_and_run_controller(**parts)
-        controller = ray.remote(num_cpus=0)(TrainControllerHere).remote(**parts)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        return run_controller_here(**parts)

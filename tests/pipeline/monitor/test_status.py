@@ -271,7 +271,7 @@ def test_a_record_on_an_object_store(
         storage.push(path)
     before = storage.names(storage.root)
     monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "reader"))
-    with hold(storage, storage.record_folder("small") / "record.lock", settle_seconds=0.1):
+    with hold(storage, storage.record_folder("small") / "record.lock"):
         code, output = ask(store_server.uri(), capsys)
     assert code == 0 and "a driver is at work on " in output and "renewed its lease" in output
     assert "50 %, sign of life" in output and "s3://records/runs/small.parquet (not yet)" in output

@@ -25,6 +25,7 @@ from pipeline.analysis.console import print_results
 from pipeline.results import table as table_module
 from pipeline.results.schema import SCHEMA_VERSION, Row, column_docs, markdown, schema
 from pipeline.results.table import _version, check_ours, mean_and_deviation, read_rows, renew, write_rows
+from pipeline.storage.lease import Times
 from pipeline.storage.lock import hold
 from pipeline.storage.store import Storage, open_storage
 from support.s3_server import StoreServer, store_process, store_server
@@ -211,7 +212,7 @@ def test_old_tables_of_a_store_are_renewed_too(store_server: StoreServer, tmp_pa
     here.write_bytes(here.root / "mine.parquet", b"PAR1")
     here.write_bytes(here.root / "_steps/train-1/old.parquet", write_old(tmp_path, "step").read_bytes())
     there = open_storage(store_server.uri("old"), tmp_path / "there")
-    quick = partial(hold, renew_seconds=0.5, stale_seconds=4.0, settle_seconds=0.1)
+    quick = partial(hold, times=Times(0.5, 4.0, 0.1))
     with quick(here, here.record_folder("busy") / LOCK), patch.object(table_module, "hold", quick):
         assert renew(there) == ["a_first"] and renew(there) == []
     versions = {name: _version(here.read_bytes(here.root / f"{name}.parquet") or b"") for name in ("a_first", "busy")}
