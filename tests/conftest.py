@@ -51,7 +51,9 @@ def ray_session() -> Iterator[None]:
     from pipeline.execution.ray_session import ALONE, few_processes, ray
 
     keys = {**s3_server.KEYS, "AWS_EC2_METADATA_DISABLED": "true"}  # of the one object store of the tests
-    with few_processes(), patch.dict(os.environ, {**ALONE, **keys, "OMP_NUM_THREADS": "1"}):
+    # Processes that wait are kept, for the next test's record.
+    kept = {**ALONE, **keys, "RAY_num_workers_soft_limit": "-1", "OMP_NUM_THREADS": "1"}
+    with few_processes(), patch.dict(os.environ, kept):
         ray.init(
             address="local",
             num_cpus=4,

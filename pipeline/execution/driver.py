@@ -24,6 +24,7 @@ from hedgemix.standalone import script
 from pipeline.execution.failures import COLOURS, Fail, Repair, Restarts, classify, explain
 from pipeline.execution.job import Job
 from pipeline.execution.ledger import Ledger, Task
+from pipeline.execution.placement import remove_group
 from pipeline.execution.record_drive import Drive
 from pipeline.execution.resources import check_capacity, on_cluster, resolve_cpus, training_slots
 from pipeline.monitor import metrics
@@ -99,6 +100,8 @@ class Driver:
 
     def failed(self, task: Task, error: Exception) -> None:
         """Start the step again if that is worth it (`failures`), or let the seeds that have it fail."""
+        with contextlib.suppress(RayError):
+            remove_group(task.step.name)  # whose ranks it started, and could not end
         verdict = classify(error)
         if not isinstance(verdict, Fail) and self.ledger.restarts.grant(task.step.name):
             if isinstance(verdict, Repair):

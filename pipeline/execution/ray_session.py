@@ -41,11 +41,15 @@ ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_worker_niceness": "0",
+    "RAY_num_workers_soft_limit": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
 }
 """For a Ray on this machine alone: nobody takes the machine away with a warning, so no process has to listen for one
 during training; Ray Train's controller blocks where Ray advises against it, of which it needs no warning; and training,
 which runs in Ray's workers, gives way to other programs no more than it would outside (Ray starts workers with niceness
-15)."""
+15). A process without work, which still looks for signals a hundred times a second, 0.9 % of a core, ends after a
+second, which is long enough to be there for the next stage; and nobody reads how busy the machine is, which Ray's agent
+would note every 2.5 s."""
 
 NEEDLESS = ("start_api_server", "start_log_monitor", "start_monitor")
 """What starts a process beside a Ray that nobody asks there: the dashboard's server, which `ray.init` waits for though

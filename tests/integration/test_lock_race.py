@@ -107,16 +107,18 @@ def test_nobody_publishes_over_another(
 ) -> None:
     seconds, folder = float(os.environ.get("RACE_SECONDS", "60")), tmp_path / "store"
     folder.mkdir()
-    holders = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLDER, *given, str(number)]
-            + [str(folder) if store == "folder" else ""],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
+    holders = []
+    for number in range(HOLDERS):
+        given = [store_server.uri(), str(tmp_path / str(number)), kind, str(seconds)]
+        given.append(str(folder) if store == "folder" else "")
+        holders.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLDER, *given],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.getcwd()},
+            )
         )
-        for number in range(HOLDERS)
-    ]
     draw, until, stops = random.Random(0), time.monotonic() + seconds, 0
     try:
         while time.monotonic() < until:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock
 
 import pytest
 import ray
-from ray.train import ScalingConfig
+from ray.exceptions import WorkerCrashedError
+from ray.train import RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, scaling_policy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -40,11 +46,7 @@ def test_no_process_is_started_that_nobody_asks(
     monkeypatch.setattr(
         DataParallelTrainer, "_initialize_and_run_controller", lambda self, **parts: given.update(parts)
     )
-    controller = Mock(**{"remote.side_effect": lambda **parts: given.update(parts) or Mock()})
-    monkeypatch.setattr(
-        ray, "remote", lambda **options: lambda cls: given.update(cls=cls, options=options) or controller
-    )
-    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    monkeypatch.setattr(trainer, "run_controller_here", lambda **parts: given.update(parts, here=True))
     scaling = ScalingConfig(num_workers=2, use_gpu=use_gpu)
     plain, ours = DataParallelTrainer(work, scaling_config=scaling), Trainer(work, scaling_config=scaling, alone=alone)
     assert callbacks(plain) - callbacks(ours) == needless and callbacks(ours) < callbacks(plain)
@@ -61,10 +63,37 @@ def test_no_process_is_started_that_nobody_asks(
     assert decision.num_workers == 2 and decision.resources_per_worker == {"GPU" if use_gpu else "CPU": 1}
     assert bool(asked) == (not alone)
 
-    # Processes without settings of their own, which may be ones that wait, are for CPUs on a machine of our own.
-    waiting = alone and not use_gpu
-    assert given.get("cls") is (trainer.TrainControllerHere if waiting else None)
-    assert given.get("options") == ({"num_cpus": 0} if waiting else None)
+    # On CPUs of a machine of our own the controller is no process of its own.
+    assert given.get("here", False) == (alone and not use_gpu)
+
+
+def test_a_controller_that_was_killed_leaves_the_machine_to_the_next(ray_session: None, tmp_path: Path) -> None:
+    """It controls in the process of its task, which Ray does not clean up after as after an actor."""
+
+    def kill_once(pid: int, mark: Path) -> int:
+        if not mark.exists():
+            mark.touch()
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(60)
+        return os.getpid()
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def fit(folder: Path) -> tuple[int, int]:
+        """Train on every CPU; returns the processes of the controller and of the rank."""
+        rank = partial(kill_once, os.getpid(), folder / "mark")
+        cpus = {"CPU": ray.cluster_resources()["CPU"]}
+        scaling = ScalingConfig(num_workers=1, resources_per_worker=cpus, placement_strategy="STRICT_PACK")
+        config = RunConfig(name=f"train-{folder.name}", storage_path=str(folder))
+        ours = Trainer(rank, alone=True, backend_config=trainer.Gloo(), scaling_config=scaling, run_config=config)
+        return os.getpid(), ours.fit().return_value
+
+    before = set(ray._private.state.actors())
+    with pytest.raises(WorkerCrashedError):
+        ray.get(fit.remote(tmp_path))
+    controller, rank = ray.get(fit.remote(tmp_path), timeout=60)
+    assert controller != rank
+    started = [actor["ActorClassName"] for key, actor in ray._private.state.actors().items() if key not in before]
+    assert started == ["RayTrainWorker"] * 2
 
 
 def test_a_worker_on_a_machine_of_our_own_has_no_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
