@@ -178,6 +178,10 @@ class ConditionalLock(Lease):
         self._tag: str | None = None
         self._writing = RLock()
 
+    def read(self) -> dict[str, Any] | None:
+        version = self.storage.read_version(self.path)
+        return parse(version.data) if version else None
+
     def swap(self) -> bool:
         """Write the lease in place of the version that is known; says whether it was that one."""
         self.own["turn"] += 1

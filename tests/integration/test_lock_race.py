@@ -1,7 +1,7 @@
 """Processes that race for one lock of an object store, and stand still in between for longer than it allows.
 
 Each holder reads a number, and publishes the next one: if two ever held the lock at once, one of them publishes over
-the other, and the number ends below the count of what was published.
+the other, and the number ends below the count of what was published. The lease is measured, and may fail.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ if folder:
     storage.root.mkdir(parents=True)
 else:
     storage = replace(open_storage(uri, Path(scratch)), conditional=kind == "lock")
-number, published, lost, taken = storage.root / "number", 0, 0, 0
+number, published, lost, taken, doubtful = storage.root / "number", 0, 0, 0, 0
 until = time.monotonic() + float(seconds)
 while time.monotonic() < until:
-    with contextlib.suppress(RecipeError), hold(storage, Path("race.lock"), times=Times{TIMES!r}) as held:
+    with contextlib.suppress(RecipeError, OSError), hold(storage, Path("race.lock"), times=Times{TIMES!r}) as held:
         taken += 1
         for _ in range(random.randrange(1, 4)):
             value = int((storage.read_bytes(number) or b"0 ").split()[0])
@@ -91,8 +91,11 @@ while time.monotonic() < until:
             except LostLockError:
                 lost += 1
                 break
+            except OSError:
+                doubtful += 1
+                break
     time.sleep(random.random() * 0.1)
-print(taken, published, lost)
+print(taken, published, lost, doubtful)
 """
 
 
@@ -131,7 +134,8 @@ def test_nobody_publishes_over_another(
     finally:
         for holder in holders:
             holder.kill()
-    taken, published, lost = (sum(column) for column in zip(*(map(int, text.split()) for text in outputs), strict=True))
+    columns = zip(*(map(int, text.split()) for text in outputs), strict=True)
+    taken, published, lost, doubtful = (sum(column) for column in columns)
     if store == "folder":
         last = (folder / "number").read_text()
     else:
@@ -140,9 +144,9 @@ def test_nobody_publishes_over_another(
     over = published - int(last.split()[0])
     with capsys.disabled():
         print(
-            f"\n{kind}, {store}: taken {taken} times, published {published}, of these over another's {over}; "
-            f"{lost} held back, {stops} stops"
+            f"\n{kind}, {store}: taken {taken} times, {stops} stops; published {published}, of these over another's "
+            f"{over}; {lost} held back, {doubtful} that the store did not answer"
         )
     assert taken > HOLDERS and published > taken / 2
     if kind == "lock":
-        assert over == 0
+        assert -doubtful <= over <= 0
