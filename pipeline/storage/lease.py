@@ -38,7 +38,7 @@ class LostLockError(OSError):
 
 
 class Held:
-    """What the holder of a lock has of it. This is a folder's: the process and its flock end together."""
+    """Stands for a lock while it is held. This is a folder's: the process and its flock end together."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -71,9 +71,11 @@ class Lease(Held):
         self._renewing = Thread(target=self._renew, name="lease", daemon=True)
 
     def lost(self) -> bool:
+        """Say whether a renewal has found it to be another's."""
         return self._lost.is_set()
 
     def publish(self, path: Path) -> None:
+        """Push a small file, unless the last renewal has found the lease to be another's: LostLockError."""
         if self.lost():
             raise LostLockError(refusal_message(self.storage, self.path))
         super().publish(path)
@@ -179,6 +181,7 @@ class ConditionalLock(Lease):
         self._writing = RLock()
 
     def read(self) -> dict[str, Any] | None:
+        """Return what the object holds, in one request: {} when it is damaged, None when it is not there."""
         version = self.storage.read_version(self.path)
         return parse(version.data) if version else None
 
@@ -231,6 +234,7 @@ class ConditionalLock(Lease):
             return not self._lost.is_set()
 
     def publish(self, path: Path) -> None:
+        """Push a small file as the class says. Raises LostLockError when the lock is another's."""
         data = self.storage.local_path(path).read_bytes()
         for _ in range(PUBLISH_ATTEMPTS):
             before = self.storage.read_version(path)

@@ -79,5 +79,5 @@ def place_of(file: IO[str]) -> str:
     """Name an open file as nobody else can while it is open: machine, its boot, device and inode. Who has its flock
     knows that an earlier holder of the same place is gone."""
     status = os.fstat(file.fileno())
-    boot = BOOT.read_text().strip() if BOOT.exists() else secrets.token_hex(16)
+    boot = BOOT.read_text(encoding="ascii").strip() if BOOT.exists() else secrets.token_hex(16)
     return f"{socket.gethostname()} {boot} {status.st_dev} {status.st_ino}"

@@ -22,10 +22,12 @@ pytestmark = pytest.mark.soak
 HOLDERS = 6
 TIMES = (0.3, 1.5, 0.15)
 """A thirteenth of those of a record."""
-LONGEST_STOP_SECONDS = 3.0
+STOPS_A_REQUEST = 0.02
+"""How often a holder stands still on its way to a request."""
+STOP_SECONDS = (0.2, 4.0)
 
 HOLDER = f"""
-import contextlib, fcntl, hashlib, json, random, sys, time
+import contextlib, fcntl, hashlib, os, random, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 from hedgemix.config import RecipeError
@@ -77,6 +79,18 @@ if folder:
     storage.root.mkdir(parents=True)
 else:
     storage = replace(open_storage(uri, Path(scratch)), conditional=kind == "lock")
+def stopping(name):
+    ask = getattr(Storage, name)
+
+    def stop_or_ask(*arguments):
+        if random.random() < {STOPS_A_REQUEST}:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return ask(*arguments)
+
+    setattr(Storage, name, stop_or_ask)
+
+for name in ("read_bytes", "read_version", "write_bytes", "put_if", "push"):
+    stopping(name)
 number, published, lost, taken, doubtful = storage.root / "number", 0, 0, 0, 0
 until = time.monotonic() + float(seconds)
 while time.monotonic() < until:
@@ -97,6 +111,14 @@ while time.monotonic() < until:
     time.sleep(random.random() * 0.1)
 print(taken, published, lost, doubtful)
 """
+
+
+def is_stopped(pid: int) -> bool:
+    """Say whether a signal has stopped the process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("store", ["moto", "folder"])
@@ -122,15 +144,19 @@ def test_nobody_publishes_over_another(
                 env={**os.environ, "PYTHONPATH": os.getcwd()},
             )
         )
-    draw, until, stops = random.Random(0), time.monotonic() + seconds, 0
+    draw, until, due, stops = random.Random(0), time.monotonic() + seconds + 60, {}, 0
     try:
-        while time.monotonic() < until:
-            one = draw.choice(holders)
-            one.send_signal(signal.SIGSTOP)
-            time.sleep(draw.uniform(0.1, LONGEST_STOP_SECONDS) * draw.random())
-            one.send_signal(signal.SIGCONT)
-            stops += 1
-        outputs = [holder.communicate(timeout=120)[0] for holder in holders]
+        while any(holder.poll() is None for holder in holders):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+            for holder in holders:
+                if is_stopped(holder.pid) and time.monotonic() >= due.setdefault(
+                    holder.pid, time.monotonic() + draw.uniform(*STOP_SECONDS)
+                ):
+                    del due[holder.pid]
+                    stops += 1
+                    holder.send_signal(signal.SIGCONT)
+        outputs = [holder.communicate()[0] for holder in holders]
     finally:
         for holder in holders:
             holder.kill()

@@ -47,7 +47,7 @@ class Work:
         storage = Storage("", folder)
         texts = {record.name: (plans.dataset(), graph.step(storage, "data")) for record in study.records}
         self.seeds = Seeds(study, (7, 1, 2), until, most)
-        self.rows = run_rounds(study, texts, self.seeds, self.run, Console(file=self.text, width=200))
+        self.rows = run_rounds(study, texts, self.seeds, self.run, {}, Console(file=self.text, width=200))
 
     given: list[dict[str, list[int]]]
 
