@@ -13,9 +13,12 @@ with the recipe, the data or the machine, 130 stopped by Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # for the moment that the next import takes
     # The script's folder leaves the path, and Ray's workers' with it, which they take over from here: in it any module
     # of ours would hide a library's of the same name.
     here = os.path.dirname(os.path.realpath(__file__))
@@ -28,8 +31,8 @@ if __name__ == "__main__":
     open_closed_streams()
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -95,7 +98,7 @@ from pipeline.steps.recovery import clocked, set_aside
 from pipeline.steps.step import DamagedStepError, Made, Step, fetch, perform, save_outputs
 from pipeline.storage.store import Storage, open_storage
 from pipeline.study.console import show_study
-from pipeline.study.definition import Study, StudyRecord, alone, default_name, hold_records, of_variants
+from pipeline.study.definition import Study, StudyRecord, alone, default_name, hold_records, naming, of_variants
 from pipeline.study.rounds import check_differ, plan_all, run_rounds
 from pipeline.study.seeds import Seeds
 from pipeline.study.study_plan import print_study_plan, storage_of
@@ -155,7 +158,6 @@ def main(arguments: list[str]) -> int:
     plain: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold [brackets]
     console, errors = Console(**plain), Console(stderr=True, **plain)
     try:
-        raise_on_signals()
         command_line.check_arguments(arguments)
         recipe, options = parse(arguments)
         check_recipe(recipe, QAT_LEVELS, EXPERTS)
@@ -182,7 +184,8 @@ def main(arguments: list[str]) -> int:
         errors.print(str(lost), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        errors.print(STOPPED)
+        with suppress(OSError):  # of a terminal that is closed
+            errors.print(STOPPED)
         return CODE
 
 
@@ -254,6 +257,7 @@ def variants_of(recipe: Recipe, options: Options) -> list[Variant]:
 def run(recipe: Recipe, variants: list[Variant], options: Options, console: Console) -> int:
     """Run a record, or a study of the recipe and its variants, from its locks to its report; returns the exit code: 0
     when every seed is done, else 1. Raises RecipeError, OSError and RayError."""
+    raise_on_signals()  # until here a signal ends the process at once
     storage = open_storage(options.out, tell=lambda line: console.print(line, markup=False, soft_wrap=True))
     check_trackers(options.track, storage)
     study = name_records(storage, recipe, variants, options)
@@ -331,15 +335,6 @@ def prepare_all(
     return texts
 
 
-@contextmanager
-def naming(record: StudyRecord) -> Iterator[None]:
-    """Raise a RecipeError as one that names the variant, if the record is one's."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"variant {record.variant!r}: {error}" if record.fields else str(error)) from None
-
-
 def check_gpus(recipe: Recipe) -> None:
     """Raise RecipeError when the recipe asks for GPUs and this machine, alone, has none: before its text is made."""
     import torch
@@ -393,5 +388,6 @@ def prepare(
 
 if __name__ == "__main__":
     code = command_line.run(lambda: main(sys.argv[1:]))
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)  # as for --status above; Ray is shut down by now

@@ -21,6 +21,7 @@ from hedgemix.data.own_files import MadeFiles, OwnFiles, shard_name
 from hedgemix.data.reading import Reading
 from hedgemix.data.spool import Spool
 from hedgemix.runtime.cpus import available_cpus
+from hedgemix.runtime.interrupts import interruptible
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2_000_000
@@ -35,7 +36,7 @@ def encode_here(model: bytes, batches: Iterator[list[str]]) -> Iterator[np.ndarr
     processor = tokenizer.load(model)
     tables = bpb.byte_tables(processor)
     for batch in batches:
-        yield encode_part(processor, tables, batch, cores())
+        yield interruptible(partial(encode_part, processor, tables, batch, cores()))
 
 
 def encode_part(
@@ -70,7 +71,7 @@ def make(
     sizes = BATCH_CHARACTERS, SHARD_TOKENS
     own.begin(key=config_hash(config, text_sha256, train.n_bytes, sizes, sentencepiece.__version__))
     model = own.path(MODEL)
-    processor = tokenizer.train(train, config.vocab_size, model, config.case_markers)
+    processor = interruptible(partial(tokenizer.train, train, config.vocab_size, model, config.case_markers))
     log(f"tokenizer: {config.vocab_size} pieces trained{', with markers for capitals' if config.case_markers else ''}")
     train_paths, valid_paths = (
         _write_shards(own, name, partial(encode_parts, model.read_bytes()), side, log)
@@ -78,7 +79,7 @@ def make(
     )
     if config.memory_bytes:
         own.path(memory.FILE_NAME)
-    known |= memory.write(train, config.memory_bytes, processor, folder, log)
+    known |= interruptible(partial(memory.write, train, config.memory_bytes, processor, folder, log))
     known |= {"train_documents": len(train), "text_sha256": text_sha256}
     return MadeFiles(model, processor, train_paths, valid_paths, known)
 

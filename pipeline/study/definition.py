@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ def write_stopped(storage: Storage, study: str, stopped: dict[str, dict[str, Any
     except (ValueError, TypeError):  # new, or damaged
         before = {}
     storage.write_bytes(path, (json.dumps(before | stopped, indent=1) + "\n").encode())
+
+
+@contextmanager
+def naming(record: StudyRecord) -> Iterator[None]:
+    """Raise a RecipeError as one that names the variant, if the record is one's."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"variant {record.variant!r}: {error}" if record.fields else str(error)) from None
 
 
 def hold_records(held: ExitStack, storage: Storage, study: Study, console: Console) -> dict[str, Held]:

@@ -39,6 +39,7 @@ LAYERS = {
     ],
     "pipeline": [
         "record",
+        "entry",
         "cli",
         "plan",
         "study",
@@ -57,7 +58,7 @@ LAYERS = {
 """Top down: a file imports from lower ones, or from its own folder."""
 OUTSIDE = {
     "hedgemix": {"cli", "config", "model_config", "options", "recipes", "stages", "train_config", "validate"},
-    "pipeline": {"cli", "plan", "record"},
+    "pipeline": {"cli", "entry", "plan", "record"},
 }
 """The modules that stand in no folder."""
 MAY_IMPORT_RAY = ("record", "execution", "monitor.board", "monitor.ray_metrics", "results.provenance")

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from hedgemix import cli
 from hedgemix.config import DataConfig, RecipeError, to_dict
-from hedgemix.data import case_markers, corpus, dataset, overlap, shards, text_set, tokenizer
+from hedgemix.data import case_markers, corpus, dataset, memory, overlap, shards, text_set, tokenizer
 from hedgemix.data.dataset import train_stream as train_of
 from hedgemix.data.dataset import valid_stream as valid_of
 from hedgemix.runtime.files import write_json
@@ -76,6 +78,22 @@ def test_markers_for_capitals_change_tokens_and_no_bytes(
     of_shards = dataset.prepare(shards_config(found, shards_dir=str(tmp_path)), tmp_path / "other", said.append)
     assert (of_shards.valid_bytes, of_shards.valid_sha256) == (found.valid_bytes, found.valid_sha256)
     assert not any("every text" in line or "BOS" in line for line in said)
+
+
+def test_no_long_call_keeps_the_main_thread_from_a_signal(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: dict[str, threading.Thread] = {}
+    for module, name in ((tokenizer, "_trained"), (tokenizer, "encode_batch"), (memory, "compress")):
+        slow = getattr(module, name)
+
+        def called(*given: object, name: str = name, slow: Callable[..., object] = slow) -> object:
+            where[name] = threading.current_thread()
+            return slow(*given)
+
+        monkeypatch.setattr(module, name, called)
+    dataset.prepare(dataclasses.replace(config, memory_bytes=10_000), tmp_path, silent)
+    assert len(where) == 3 and threading.main_thread() not in where.values()
 
 
 def test_preparing_again_gives_the_same(config: DataConfig, made: dataset.Dataset, tmp_path: Path) -> None:

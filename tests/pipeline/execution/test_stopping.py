@@ -1,4 +1,4 @@
-"""Real commands get Ctrl-C and SIGTERM at moments before any work, when they read their imports."""
+"""Real commands get Ctrl-C, SIGTERM and SIGHUP at moments before any work, when they read their imports."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 STOPPED = "stopped; the same command goes on from here\n"
+RECORD = ["pipeline/record.py", "laptop", "--data.source", "text", "--data.paths", "missing.txt", "--out", "never/made"]
+HEDGEMIX = ["-m", "pipeline.entry", "inspect", "missing.hmx"]
 
 
 def caught(pid: int, number: int) -> bool:
@@ -26,14 +28,14 @@ def caught(pid: int, number: int) -> bool:
 
 
 def start(*command: str) -> subprocess.Popen[str]:
-    """Start it, and wait until it has handlers, which come with its first lines."""
+    """Start it as a terminal does, and wait until it has handlers, which come with its first lines."""
     process = subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which `make test` ignores in one process
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
     until = time.monotonic() + 30
     while not caught(process.pid, signal.SIGTERM) and process.poll() is None and time.monotonic() < until:
@@ -41,26 +43,52 @@ def start(*command: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("after_seconds", [0.0, 0.4, 1.0])
-def test_a_command_that_is_still_importing_ends_at_once(number: int, after_seconds: float, tmp_path: Path) -> None:
-    wrong = ["--data.source", "text", "--data.paths", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "runs")]
-    process = start("pipeline/record.py", "laptop", *wrong)
+@pytest.mark.parametrize(
+    ("command", "number", "after_seconds", "expected"),
+    [
+        (RECORD, signal.SIGINT, 0.0, STOPPED),
+        (RECORD, signal.SIGHUP, 0.4, STOPPED),
+        (RECORD, signal.SIGTERM, 1.0, STOPPED),
+        (HEDGEMIX, signal.SIGINT, 0.0, "stopped\n"),
+        (HEDGEMIX, signal.SIGTERM, 0.3, "stopped\n"),
+    ],
+)
+def test_a_command_that_is_still_importing_ends_at_once(
+    command: list[str], number: int, after_seconds: float, expected: str
+) -> None:
+    process = start(*command)
     time.sleep(after_seconds)
     assert process.poll() is None
     process.send_signal(number)
     output = process.communicate(timeout=30)[0]
-    assert (process.returncode, output) == (130, STOPPED)
+    assert (process.returncode, output) == (130, expected)
 
+
+def test_the_record_s_first_statements_have_a_handler_already() -> None:
+    """Ctrl-C while `stopping` itself is imported, which takes longer where the disk is slow."""
+    stops = "import os, signal, sys\n" + FINDER + "sys.argv[0] = 'pipeline/record.py'\n"
+    code = stops + "import runpy; runpy.run_path('pipeline/record.py', run_name='__main__')"
+    process = start("-c", code)
+    assert process.communicate(timeout=30)[0] == "" and process.returncode == 130
+
+
+FINDER = """
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pipeline":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
 
 MAIN = """
-import signal, sys, time
+import hashlib, signal, sys, time
+from hedgemix.runtime.interrupts import interruptible
 from pipeline.execution import stopping
 stopping.exit_on_signals()
 try:
     stopping.raise_on_signals()
     print("ready", flush=True)
-    time.sleep(0.3 if {short} else 30)
+    {work}
     sys.exit(7)
 except KeyboardInterrupt:
     print("cleaning", flush=True)
@@ -68,9 +96,16 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_work_is_interrupted_and_a_second_signal_ends_its_clearing_without_a_word(number: int) -> None:
-    process = start("-c", MAIN.format(short=False))
+LIBRARY_CALL = "interruptible(lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9))"
+"""Minutes without an instruction of Python's, as the training of a tokenizer has seconds."""
+
+
+@pytest.mark.parametrize(
+    ("work", "number"),
+    [("time.sleep(30)", signal.SIGINT), (LIBRARY_CALL, signal.SIGTERM), ("time.sleep(30)", signal.SIGHUP)],
+)
+def test_work_is_interrupted_and_a_second_signal_ends_its_clearing_without_a_word(work: str, number: int) -> None:
+    process = start("-c", MAIN.format(work=work))
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.stdout.readline() == "cleaning\n"
@@ -80,7 +115,7 @@ def test_work_is_interrupted_and_a_second_signal_ends_its_clearing_without_a_wor
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
     """As of a job that a script started with `&` or nohup."""
-    process = start("-c", "import signal; signal.signal(2, signal.SIG_IGN)\n" + MAIN.format(short=True))
+    process = start("-c", "import signal; signal.signal(2, signal.SIG_IGN)\n" + MAIN.format(work="time.sleep(0.3)"))
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[0] == "" and process.returncode == 7
