@@ -25,7 +25,7 @@ from hedgemix.codec.text_codec import CodecError
 from hedgemix.config import DataConfig, EvaluateConfig, RecipeError, from_dict
 from hedgemix.data import dataset, fineweb
 from hedgemix.runtime.files import Log, check_new, read_json, told
-from hedgemix.runtime.streams import open_closed_streams
+from hedgemix.runtime.surroundings import settle
 from hedgemix.validate import check_read
 
 
@@ -146,7 +146,7 @@ def main(commands: Commands | None = None) -> None:
 
 def _main(arguments: list[str], commands: Commands) -> int:
     try:
-        open_closed_streams()
+        settle()
         options.check_arguments(arguments)
         command = _parse(arguments, {kind.__name__.lower(): kind for kind in commands})
         commands[type(command)](command)

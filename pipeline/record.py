@@ -26,9 +26,9 @@ if __name__ == "__main__":
     from pipeline.execution.stopping import exit_on_signals
 
     exit_on_signals()
-    from hedgemix.runtime.streams import open_closed_streams
+    from hedgemix.runtime.surroundings import settle
 
-    open_closed_streams()
+    settle()
 
 import math
 from collections.abc import Sequence
@@ -203,7 +203,7 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
         arguments[named:],
         f"pipeline/record.py {name}",
         default=Options(**parts),
-        description=f"{__doc__}\nRecipe {name}: {recipes.RECIPES[name].__doc__} Others: "
+        description=f"{__doc__ or ''}\nRecipe {name}: {recipes.RECIPES[name].__doc__ or ''} Others: "
         + ", ".join(other for other in recipes.RECIPES if other != name),
     )
     if len(set(options.seeds)) != len(options.seeds) or not options.seeds:

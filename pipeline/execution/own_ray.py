@@ -1,13 +1,15 @@
-"""What a Ray of this machine alone needs of it: a place for its sockets, and one for its token."""
+"""What a Ray of this machine alone needs of it: a place for its sockets, one for its token, a home folder."""
 
 from __future__ import annotations
 
 import os
+import pwd
 import secrets
 from collections.abc import MutableMapping
 from pathlib import Path
 
 from hedgemix.config import RecipeError
+from pipeline.storage.store import make_private_folder
 
 SOCKET_CHARACTERS = 107
 """Most of the path of a socket in a folder, on Linux."""
@@ -20,20 +22,37 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     """Set in the environment what Ray's processes read from it, where this machine leaves them no choice."""
     choose_folder(environment)
     choose_token(environment)
+    choose_home(environment)
 
 
 def choose_folder(environment: MutableMapping[str, str]) -> None:
-    """Have Ray's sockets in a short folder when TMPDIR's path is too long for them, or is none. Raises RecipeError when
-    RAY_TMPDIR's is, or nothing can be written to the short one."""
+    """Have Ray's sockets in a short folder when TMPDIR's path is too long for them, or is none, and in one of this user
+    when another keeps that one's to himself. Raises RecipeError when RAY_TMPDIR's is too long, or nothing can be
+    written to the short one."""
     name = "RAY_TMPDIR" if environment.get("RAY_TMPDIR") else "TMPDIR"
     folder = environment.get(name) or SHORT
     if len(os.fsencode(folder)) + len(BELOW) <= SOCKET_CHARACTERS and writable(folder):
+        if not free_for_ray(folder):
+            environment["RAY_TMPDIR"] = str(private_folder())
         return
     problem = "is no folder that can be written to" if not writable(folder) else "is too long for the paths of sockets"
     if name == "RAY_TMPDIR" or not writable(SHORT):
         most = SOCKET_CHARACTERS - len(BELOW)
         raise RecipeError(f"{name} {folder} {problem}; set RAY_TMPDIR to a folder whose path has at most {most} bytes")
-    environment["RAY_TMPDIR"] = SHORT
+    environment["RAY_TMPDIR"] = SHORT if free_for_ray(SHORT) else str(private_folder())
+
+
+def free_for_ray(folder: str) -> bool:
+    """Say whether this user can use what Ray has, or makes, in the folder."""
+    mine = Path(folder, "ray")
+    return writable(mine) if mine.exists() else True
+
+
+def private_folder() -> Path:
+    """Make, if need be, a folder that nobody else reads and return it. Raises RecipeError."""
+    folder = Path(SHORT, f"hedgemix-{os.getuid()}")
+    make_private_folder(folder)
+    return folder
 
 
 def choose_token(environment: MutableMapping[str, str]) -> None:
@@ -48,6 +67,16 @@ def choose_token(environment: MutableMapping[str, str]) -> None:
     if home and (os.access(kept, os.R_OK) or writable(kept.parent if kept.parent.exists() else home)):
         return
     environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def choose_home(environment: MutableMapping[str, str]) -> None:
+    """Give a user who has neither HOME nor a name, as in many containers, a home folder: Ray Train ends without."""
+    try:
+        named = bool(pwd.getpwuid(os.getuid()))
+    except KeyError:
+        named = False
+    if not environment.get("HOME") and not named:
+        environment["HOME"] = str(private_folder())
 
 
 def writable(folder: str | Path) -> bool:

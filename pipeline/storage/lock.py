@@ -63,13 +63,18 @@ def hold(
 
 def try_flock(file: IO[str], patience_seconds: float = 0.5) -> bool:
     """Take the lock, and say whether that went well; a status that tries it holds it for an instant, a driver until
-    its end."""
+    its end. Raises RecipeError where the file system has no locks."""
     until = time.monotonic() + patience_seconds
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except OSError:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                raise RecipeError(
+                    f"{file.name}: this file system has no locks ({error.strerror}), so that two drivers "
+                    "would not see each other; give an --out on one that has"
+                ) from None
             if time.monotonic() >= until:
                 return False
             time.sleep(0.05)

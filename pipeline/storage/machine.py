@@ -36,13 +36,17 @@ def machine_to_itself(waiting: Callable[[], None], beside: Callable[[str], None]
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; remove it, or set HEDGEMIX_LOCKS to a folder of yours") from None
     try:
+        with suppress(OSError):
+            os.fchmod(held, 0o644)  # others look at it, whatever this user's umask is
         if others := working_users(folder):
             beside(", ".join(others))
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             waiting()
             fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:
+            raise RecipeError(f"{path}: {error.strerror}; set HEDGEMIX_LOCKS to a folder that takes locks") from None
         yield
     finally:
         os.close(held)

@@ -53,6 +53,39 @@ def test_sockets_lie_in_a_short_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert most >= 30
 
 
+def test_a_folder_that_another_user_s_ray_has_to_itself_is_left_to_it(
+    tmp_path: Path, read_only: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_ray, "SHORT", str(tmp_path))
+    monkeypatch.setattr(own_ray, "SOCKET_CHARACTERS", 1000)
+    own = tmp_path / f"hedgemix-{os.getuid()}"
+    (tmp_path / "ray").mkdir()
+    for given in ({"TMPDIR": str(tmp_path)}, {"TMPDIR": str(tmp_path / "missing")}):
+        environment = dict(given)
+        own_ray.choose_folder(environment)
+        assert environment.get("RAY_TMPDIR", str(tmp_path)) == str(tmp_path) and not own.exists()
+    read_only.add(str(tmp_path / "ray"))
+    for given in ({"TMPDIR": str(tmp_path)}, {"TMPDIR": str(tmp_path / "missing")}):
+        environment = dict(given)
+        own_ray.choose_folder(environment)
+        assert environment["RAY_TMPDIR"] == str(own) and own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_user_without_a_name_has_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home(**environment: str) -> str | None:
+        own_ray.choose_home(environment)
+        return environment.get("HOME")
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(own_ray, "SHORT", str(tmp_path))
+    assert home() is None and not list(tmp_path.iterdir())
+    monkeypatch.setattr(own_ray.pwd, "getpwuid", nobody)
+    assert home(HOME="/mine") == "/mine"
+    assert home() == home(HOME="") == str(tmp_path / f"hedgemix-{os.getuid()}")
+
+
 def test_what_ray_puts_below_its_folder_is_as_long_as_supposed() -> None:
     from ray._private import node, ray_constants
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -75,6 +77,18 @@ def test_a_folder_is_locked(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     with hold(storage, LOCK):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    refused = pytest.raises(
+        RecipeError, match=r"record\.lock: this file system has no locks \(Function not impl.*--out"
+    )
+    with refused, hold(open_storage(str(tmp_path)), LOCK):
         pass
 
 

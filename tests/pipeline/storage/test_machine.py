@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_another_user_s_record_is_told_and_not_waited_for(folder: Path, monkeypa
             assert told == [machine.name_of(me)]
     assert not machine.working_users(folder)
     assert machine.name_of(3_999_999) == "3999999"
+
+
+def test_a_lock_is_there_for_others_to_see_whatever_the_umask(folder: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with machine.machine_to_itself(lambda: None):
+            [lock] = folder.iterdir()
+            assert lock.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_without_locks_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(file: int, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(machine.fcntl, "flock", none)
+    refused = pytest.raises(RecipeError, match="lock: Operation not supported; set HEDGEMIX_LOCKS to a folder")
+    with refused, machine.machine_to_itself(lambda: pytest.fail("nobody else is there")):
+        pass
 
 
 def test_a_link_in_the_lock_s_place_is_refused(folder: Path, tmp_path: Path) -> None:
