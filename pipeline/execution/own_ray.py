@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 import secrets
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -16,13 +17,20 @@ SOCKET_CHARACTERS = 107
 BELOW = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """What Ray puts below its temporary folder, at its longest."""
 SHORT = "/tmp"
+FEWEST_FILES = 96
+"""Files open at once, of which Ray's raylet had 72 in a record on two cores. With fewer it ends, and says something
+else."""
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
-    """Set in the environment what Ray's processes read from it, where this machine leaves them no choice."""
+    """Set in the environment what Ray's processes read from it, where this machine leaves them no choice. Raises
+    RecipeError where no Ray can run."""
+    check_limits()
     choose_folder(environment)
     choose_token(environment)
     choose_home(environment)
+    if environment.get("PYTHONOPTIMIZE", "0") > "1":
+        environment["PYTHONOPTIMIZE"] = "1"  # Ray's agent adds to its docstrings, and ends where there are none
 
 
 def choose_folder(environment: MutableMapping[str, str]) -> None:
@@ -40,6 +48,15 @@ def choose_folder(environment: MutableMapping[str, str]) -> None:
         most = SOCKET_CHARACTERS - len(BELOW)
         raise RecipeError(f"{name} {folder} {problem}; set RAY_TMPDIR to a folder whose path has at most {most} bytes")
     environment["RAY_TMPDIR"] = SHORT if free_for_ray(SHORT) else str(private_folder())
+
+
+def check_limits() -> None:
+    """Raise RecipeError where a process may open too few files for Ray."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < FEWEST_FILES:
+        raise RecipeError(
+            f"a process may open {most} files here, and Ray takes {FEWEST_FILES}; raise it with ulimit -n"
+        )
 
 
 def free_for_ray(folder: str) -> bool:

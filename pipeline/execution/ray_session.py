@@ -163,19 +163,31 @@ def connect(console: Console) -> None:
 
 
 def start(console: Console) -> None:
-    """Start a Ray on this machine alone. Raises RecipeError when its temporary folder is no place for it."""
+    """Start a Ray on this machine alone. Raises RecipeError when its temporary folder is no place for it, or it does
+    not start."""
     check_ray()
     console.print("starting Ray on this machine (RAY_ADDRESS would name a cluster)")
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    with few_processes():
-        ray.init(
-            address="local",
-            num_cpus=available_cpus(),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **QUIET,
-        )
+    try:
+        with few_processes():
+            ray.init(
+                address="local",
+                num_cpus=available_cpus(),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **QUIET,
+            )
+    except Exception as error:  # Ray raises many kinds, plain ones too
+        end_started()
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        logs = f"{ray_temporary_folder()}/ray/session_latest/logs"
+        raise RecipeError(f"Ray did not start on this machine: {line} What its processes said is in {logs}") from error
+
+
+def ray_temporary_folder() -> str:
+    """Return the folder in which Ray makes its own here."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or own_ray.SHORT
 
 
 def train_settings() -> dict[str, str]:

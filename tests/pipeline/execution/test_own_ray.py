@@ -86,6 +86,22 @@ def test_a_user_without_a_name_has_a_home(tmp_path: Path, monkeypatch: pytest.Mo
     assert home() == home(HOME="") == str(tmp_path / f"hedgemix-{os.getuid()}")
 
 
+@pytest.mark.parametrize(("given", "kept"), [("2", "1"), ("1", "1"), ("", ""), (None, None)])
+def test_ray_s_processes_have_their_docstrings(given: str | None, kept: str | None, home: Path) -> None:
+    environment = {"HOME": str(home)} | ({} if given is None else {"PYTHONOPTIMIZE": given})
+    own_ray.prepare(environment)
+    assert environment.get("PYTHONOPTIMIZE") == kept
+
+
+def test_too_few_open_files_are_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(64, -1), (64, own_ray.FEWEST_FILES), (64, 64)]
+    monkeypatch.setattr(own_ray.resource, "getrlimit", lambda name: limits.pop(0))
+    own_ray.prepare({"HOME": str(home)})
+    own_ray.prepare({"HOME": str(home)})
+    with pytest.raises(RecipeError, match="may open 64 files here, and Ray takes 96; raise it with ulimit -n"):
+        own_ray.prepare({"HOME": str(home)})
+
+
 def test_what_ray_puts_below_its_folder_is_as_long_as_supposed() -> None:
     from ray._private import node, ray_constants
 

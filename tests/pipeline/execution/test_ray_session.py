@@ -30,6 +30,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(ray_session.ray, "init", lambda **options: asked.update(options))
     monkeypatch.setattr(ray_session.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_session, "parts", lambda: lambda: "")
     monkeypatch.setattr(machine, "FOLDER", tmp_path)
     return asked
 
@@ -73,6 +74,18 @@ def test_a_cluster_that_refuses_is_named_with_the_fix(
     with refused, ray_session.ray_started(out):
         pytest.fail("nothing was joined")
     assert "connecting to the Ray cluster at 10.0.0.1:6379" in out.export_text()
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: Any) -> None:
+        raise Exception("The node timed out.\nMore.")
+
+    monkeypatch.setattr(ray_session.ray, "init", fail)
+    monkeypatch.setattr(ray_session.own_ray, "prepare", lambda environment: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ, RAY_TMPDIR="/a/place"))
+    refused = pytest.raises(RecipeError, match=r"Ray did not start .*: The node timed out\. .* /a/place/ray/session_")
+    with refused, ray_session.ray_started(Console(quiet=True)):
+        pytest.fail("nothing was started")
 
 
 def test_a_cluster_that_is_not_there_is_told_before_data_are_made(
