@@ -47,6 +47,10 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """Ray's frames have them, also in a file."""
 TOOL_ERROR = re.compile(r"\b(?:fatal |last )?error:(?: |$)", re.IGNORECASE)
 """How compilers and NCCL begin the line that tells what went wrong, somewhere in what they print."""
+RAISED = re.compile(r"[\w.]*(?:Error|Exception): \S")
+"""How a traceback ends."""
+FRAME = "ray::"
+"""How one begins that Ray passes on as text."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,12 @@ def explain(error: BaseException) -> str:
 
 def blamed(message: str) -> str:
     """Find the line of a message that has the cause: its first, with what a line that only announces it (torch's
-    compiler: "backend='inductor' raised:") announces, and with the line that a C++ compiler or NCCL calls the error."""
+    compiler: "backend='inductor' raised:") announces, and with the line that a C++ compiler or NCCL calls the error. Of
+    tracebacks that Ray passes on it is the end of the last."""
     lines = [text for line in message.splitlines() if (text := COLOURS.sub("", line).strip())]
+    if any(line.startswith(FRAME) for line in lines):
+        ends = [line for line in lines if RAISED.match(line)]
+        lines = [*(line for line in lines[:1] if not line.startswith(FRAME)), *ends[-1:]] or lines
     said = [" ".join(lines[i : i + 2]) if line.endswith(":") else line for i, line in enumerate(lines)]
     errors = [text for line, text in zip(lines, said, strict=True) if TOOL_ERROR.search(line)]
     if errors and errors[0] not in said[0]:

@@ -84,7 +84,7 @@ def ray_started(console: Console) -> Iterator[None]:
                 machine_to_itself(lambda: console.print(busy), lambda who: console.print(shared.format(who)))
             )
         shutdown = held.enter_context(ExitStack())
-        shutdown.callback(ray.shutdown)
+        shutdown.callback(ray.shutdown if on_cluster() else end_own)
         try:
             connect(console) if on_cluster() else start(console)
         except (KeyboardInterrupt, SystemExit) as ended:
@@ -121,6 +121,17 @@ def end_started() -> None:
     import psutil  # Ray brings it
 
     begun = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    kill(begun)
+
+
+def end_own() -> None:
+    """Shut down a Ray of this machine alone, with what is left below it: an agent that could start no thread, under
+    `ulimit -v`, say, does not notice the end of its raylet."""
+    import psutil
+
+    below = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
+    begun = [process for child in below for process in child.children(recursive=True)]
     ray.shutdown()
     kill(begun)
 

@@ -44,6 +44,15 @@ MESSAGES = {
         "InductorError: CppCompileError: C++ compile error: header.hpp:3:10: fatal error: Python.h: No such file or "
         "directory",
     ),
+    "a worker that could not begin": (
+        RuntimeError(
+            "Training failed due to controller error:\nray::RayTrainWorker.run_train_fn() (pid=1, ip=127.0.0.1)\n"
+            '  File "worker.py", line 146, in run_train_fn\nray.exceptions.RaySystemError: System error: x.so: failed\n'
+            "traceback: Traceback (most recent call last):\n    import torch\nImportError: x.so: failed to map"
+        ),
+        "Training failed due to controller error: ImportError: x.so: failed to map",
+    ),
+    "frames without an end": (RuntimeError("ray::f() (pid=1)\n  File x"), "ray::f() (pid=1)"),
     "NCCL": (
         RuntimeError(
             "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.28.9\n"

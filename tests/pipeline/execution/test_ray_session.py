@@ -31,6 +31,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(ray_session.ray, "init", lambda **options: asked.update(options))
     monkeypatch.setattr(ray_session.ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray_session, "parts", lambda: lambda: "")
+    monkeypatch.setattr(ray_session, "end_started", lambda: None)
     monkeypatch.setattr(machine, "FOLDER", tmp_path)
     return asked
 
@@ -109,7 +110,6 @@ def test_only_the_end_by_sigterm_is_an_interruption(
         raise SystemExit(code)
 
     monkeypatch.setattr(ray_session.ray, "init", end)
-    monkeypatch.setattr(ray_session, "end_started", lambda: None)
     monkeypatch.setattr(ray_session, "check_cluster", lambda: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(expected), ray_session.ray_started(Console(quiet=True)):
@@ -142,6 +142,34 @@ def test_a_ray_that_is_interrupted_while_it_starts_leaves_no_process(tmp_path: P
     assert last == "interrupted" and len(processes) == 2
     until = time.monotonic() + 10
     while (alive := [each for each in processes if is_alive(each)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive
+
+
+ENDS = """
+import subprocess, sys
+from rich.console import Console
+from pipeline.execution import ray_session
+ray_session.parts = lambda: lambda: ""
+def init(**options):
+    print(subprocess.Popen([sys.argv[1]], stdout=subprocess.PIPE, encoding="utf-8").stdout.readline(), flush=True)
+ray_session.ray.init = init
+ray_session.ray.shutdown = lambda: None
+with ray_session.ray_started(Console(file=sys.stderr)):
+    pass
+"""
+
+
+def test_an_agent_that_does_not_notice_the_end_of_its_raylet_is_ended(tmp_path: Path) -> None:
+    raylet = tmp_path / "raylet"
+    raylet.write_text("#!/bin/sh\nsleep 600 & echo $!\nwait\n")
+    raylet.chmod(0o755)
+    environment = {**os.environ, "HEDGEMIX_LOCKS": str(tmp_path)}
+    command = [sys.executable, "-c", ENDS, str(raylet)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", cwd=ROOT, env=environment, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip()
+    until = time.monotonic() + 10
+    while (alive := is_alive(done.stdout.strip())) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive
 
