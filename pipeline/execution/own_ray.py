@@ -6,7 +6,8 @@ import os
 import pwd
 import resource
 import secrets
-from collections.abc import MutableMapping
+import shutil
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from hedgemix.config import RecipeError
@@ -22,11 +23,16 @@ FEWEST_FILES = 96
 else."""
 
 
+LEAST_BYTES = 32 * 2**20
+"""Room for what Ray writes beside its sockets: logs, and what does not fit the memory that processes share."""
+
+
 def prepare(environment: MutableMapping[str, str]) -> None:
     """Set in the environment what Ray's processes read from it, where this machine leaves them no choice. Raises
     RecipeError where no Ray can run."""
     check_limits()
     choose_folder(environment)
+    check_room(temporary_folder(environment))
     choose_token(environment)
     choose_home(environment)
     if environment.get("PYTHONOPTIMIZE", "0") > "1":
@@ -56,6 +62,21 @@ def check_limits() -> None:
     if most != resource.RLIM_INFINITY and most < FEWEST_FILES:
         raise RecipeError(
             f"a process may open {most} files here, and Ray takes {FEWEST_FILES}; raise it with ulimit -n"
+        )
+
+
+def temporary_folder(environment: Mapping[str, str]) -> str:
+    """Return the folder in which Ray makes its own."""
+    return environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or SHORT
+
+
+def check_room(folder: str) -> None:
+    """Raise RecipeError when the disk of Ray's folder is full: its processes would end, and not say why."""
+    ray = Path(folder, "ray")
+    if (left := shutil.disk_usage(ray if ray.exists() else folder).free) < LEAST_BYTES:
+        raise RecipeError(
+            f"{folder} has {left / 2**20:.0f} MiB left, and Ray takes {LEAST_BYTES / 2**20:.0f}; make room there, or set "
+            "RAY_TMPDIR to another folder"
         )
 
 

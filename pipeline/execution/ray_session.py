@@ -19,6 +19,12 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says would be coloured in a job's log too
 
+from pipeline.execution.ray_address import FIX, check_cluster, cluster_address
+
+if not cluster_address():
+    # Under `uv run` Ray would pack the folder the command is in, data and all, and start every process by uv.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
 import ray
 from ray._private.node import Node
 from ray.exceptions import RayError
@@ -27,7 +33,6 @@ from rich.console import Console
 from hedgemix.config import RecipeError
 from hedgemix.runtime.cpus import available_cpus
 from pipeline.execution import own_ray
-from pipeline.execution.ray_address import FIX, check_cluster, cluster_address
 from pipeline.execution.resources import on_cluster
 from pipeline.execution.stopping import raise_on_signals
 from pipeline.execution.watchdog import HEAD_SECONDS, OWN_HEAD_SECONDS, Parts, RayLost, watched
@@ -192,13 +197,8 @@ def start(console: Console) -> None:
     except Exception as error:  # Ray raises many kinds, plain ones too
         end_started()
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        logs = f"{ray_temporary_folder()}/ray/session_latest/logs"
+        logs = f"{own_ray.temporary_folder(os.environ)}/ray/session_latest/logs"
         raise RecipeError(f"Ray did not start on this machine: {line} What its processes said is in {logs}") from error
-
-
-def ray_temporary_folder() -> str:
-    """Return the folder in which Ray makes its own here."""
-    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or own_ray.SHORT
 
 
 def train_settings() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,6 +101,21 @@ def test_too_few_open_files_are_told(home: Path, monkeypatch: pytest.MonkeyPatch
     own_ray.prepare({"HOME": str(home)})
     with pytest.raises(RecipeError, match="may open 64 files here, and Ray takes 96; raise it with ulimit -n"):
         own_ray.prepare({"HOME": str(home)})
+
+
+def test_a_full_disk_is_told_before_ray_meets_it(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [own_ray.LEAST_BYTES, own_ray.LEAST_BYTES - 2**20]
+    asked: list[Path | str] = []
+    monkeypatch.setattr(
+        own_ray.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[len(asked)], told=asked.append(path))
+    )
+    monkeypatch.setattr(own_ray, "SOCKET_CHARACTERS", 1000)
+    environment = {"HOME": str(home), "RAY_TMPDIR": str(tmp_path)}
+    own_ray.prepare(environment)
+    (tmp_path / "ray").mkdir()
+    with pytest.raises(RecipeError, match=f"{tmp_path} has 31 MiB left, and Ray takes 32; make room there"):
+        own_ray.prepare(environment)
+    assert asked == [str(tmp_path), tmp_path / "ray"]
 
 
 def test_what_ray_puts_below_its_folder_is_as_long_as_supposed() -> None:

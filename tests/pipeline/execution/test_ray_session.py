@@ -116,6 +116,23 @@ def test_only_the_end_by_sigterm_is_an_interruption(
         pytest.fail("nothing was joined")
 
 
+UV = """
+from pipeline.execution import ray_session
+from ray._private import ray_constants
+print(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)
+"""
+
+
+@pytest.mark.parametrize(("address", "packs"), [("local", "False"), ("10.0.0.1:6379", "True")])
+def test_a_ray_of_this_machine_does_not_pack_the_folder_under_uv_run(address: str, packs: str) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    environment.pop("RAY_ENABLE_UV_RUN_RUNTIME_ENV", None)
+    done = subprocess.run(
+        [sys.executable, "-c", UV], stdout=subprocess.PIPE, encoding="utf-8", cwd=ROOT, env=environment
+    )
+    assert done.stdout.strip() == packs
+
+
 STARTS = """
 import subprocess, sys, time
 from rich.console import Console
