@@ -75,8 +75,8 @@ def check_room(folder: str) -> None:
     ray = Path(folder, "ray")
     if (left := shutil.disk_usage(ray if ray.exists() else folder).free) < LEAST_BYTES:
         raise RecipeError(
-            f"{folder} has {left / 2**20:.0f} MiB left, and Ray takes {LEAST_BYTES / 2**20:.0f}; make room there, or set "
-            "RAY_TMPDIR to another folder"
+            f"{folder} has {left / 2**20:.0f} MiB left, and Ray takes {LEAST_BYTES / 2**20:.0f}; make room there, or "
+            "set RAY_TMPDIR to another folder"
         )
 
 
