@@ -48,13 +48,16 @@ ALONE = {
     "RAY_worker_niceness": "0",
     "RAY_num_workers_soft_limit": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
 """For a Ray on this machine alone: nobody takes the machine away with a warning, so no process has to listen for one
 during training; Ray Train's controller blocks where Ray advises against it, of which it needs no warning; and training,
 which runs in Ray's workers, gives way to other programs no more than it would outside (Ray starts workers with niceness
 15). A process without work, which still looks for signals a hundred times a second, 0.9 % of a core, ends after a
 second, which is long enough to be there for the next stage; and nobody reads how busy the machine is, which Ray's agent
-would note every 2.5 s."""
+would note every 2.5 s. Memory that a step frees is kept for the next one: glibc would give it back to the system, and
+take a fault for every page of it again, 1,300 a step of recipe laptop."""
 
 NEEDLESS = ("start_api_server", "start_log_monitor", "start_monitor")
 """What starts a process beside a Ray that nobody asks there: the dashboard's server, which `ray.init` waits for though
