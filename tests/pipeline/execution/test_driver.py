@@ -40,9 +40,16 @@ class Reference:
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+def freed() -> list[str]:
+    """The steps whose places were freed."""
+    return []
+
+
+@pytest.fixture
+def work(freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """A base, a variant of the mixer and one of the model, seeds 1 and 2, on a machine for one training."""
     monkeypatch.setattr(driver, "training_slots", lambda recipe: 1)
+    monkeypatch.setattr(driver, "remove_group", freed.append)
     monkeypatch.setattr(record_drive.train_seed, "remote", lambda *arguments: Reference(), raising=False)
     for name in ("start_counts", "start_quantize", "start_score", "start_evaluation"):
         monkeypatch.setattr(record_drive.tasks, name, lambda *arguments: Reference())
@@ -128,10 +135,11 @@ def test_a_cluster_is_told_of_all_trainings_at_once(work: Driver, monkeypatch: p
     assert trainings == [("train", "s", 1), ("train", "s", 2), ("train", "s-model", 1), ("train", "s-model", 2)]
 
 
-def test_a_step_that_failed_for_good_fails_all_that_share_it_and_no_other(work: Driver) -> None:
+def test_a_step_that_failed_for_good_fails_all_that_share_it_and_no_other(work: Driver, freed: list[str]) -> None:
     work.launch()
     end(work, "train", ValueError("wrong"))
     assert [drive.errors for drive in work.drives] == [{1: "train: ValueError: wrong"}] * 2 + [{}]
+    assert freed == [work.drives[0].seeds[1].train.name]
     work.launch()
     assert ("train", "s", 2) in at_work(work)  # and seed 1 is not tried again
     for _ in range(5):
