@@ -40,7 +40,8 @@ from pipeline.storage.lease import Held, LostLockError
 from pipeline.tracking.follower import follow
 from pipeline.tracking.tracked_record import TrackedRecord
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
+"""Between looks at who reports; a task that ends is noticed at once."""
 
 
 @dataclass

@@ -64,10 +64,10 @@ class Drive:
         for seed, steps in self.seeds.items():
             if seed in self.records and self.done(seed):
                 continue
-            self.records[seed] = steps.records()
+            self.records[seed], fallen = steps.judge()
             for step in steps.all():
-                if step.kind not in self.records[seed] and self.ledger.task(step) is None:
-                    set_aside(step)
+                if step.kind in fallen and self.ledger.task(step) is None:
+                    set_aside(step, fallen[step.kind])
 
     def check_artifacts(self) -> None:
         """Set aside a finished artifact that storage damaged, so that it is made again: it is what a record is

@@ -22,7 +22,7 @@ from hedgemix.data import text_files
 from hedgemix.data.dataset import Dataset
 from hedgemix.data.reading import Problems, Reading
 from hedgemix.evaluate import scoring_order
-from hedgemix.runtime.layout import STEP_NAMES
+from hedgemix.runtime.layout import RESULT, STEP_NAMES
 from hedgemix.standalone import script
 from pipeline.steps.step import Step
 from pipeline.storage.store import Storage
@@ -53,14 +53,23 @@ class SeedSteps:
     def records(self) -> dict[str, dict[str, Any]]:
         """Read the record of every step that stands, by its kind. One that read other files than its parent holds now,
         since that had to be made again, does not."""
+        return self.judge()[0]
+
+    def judge(self) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
+        """Read the record of every step that stands, and the result.json of every other that has one, by their
+        kinds."""
         found: dict[str, dict[str, Any]] = {}
+        fallen: dict[str, bytes] = {}
         for step in self.all():
-            record = step.record()
+            content = step.storage.read_bytes(step.folder / RESULT)
+            record = step.parse(content)
             if record is not None and all(
                 same_files(found[kind], files) for kind, files in record["reads"].items() if kind in found
             ):
                 found[step.kind] = record
-        return found
+            elif content is not None:
+                fallen[step.kind] = content
+        return found, fallen
 
 
 def same_files(parent: dict[str, Any], sums: dict[str, str]) -> bool:

@@ -30,14 +30,15 @@ def forget(step: Step) -> None:
         step.storage.prune(step.folder, "checkpoint*", ())
 
 
-def set_aside(step: Step) -> None:
+def set_aside(step: Step, judged: bytes | None = None) -> None:
     """Make a finished step whose files are damaged one to do: it goes on from its last checkpoint, if it has one.
+    judged: the result.json that does not stand; another record may have made the step again meanwhile.
 
     The time it took was used for work that was finished; redoing what storage lost is not charged again.
     """
     storage, told = step.storage, step.folder / CLOCK
     found = storage.read_bytes(step.folder / RESULT)
-    if found is None:
+    if found is None or judged not in (None, found):
         return
     storage.write_bytes(step.folder / ASIDE, found)
     storage.pull(told)

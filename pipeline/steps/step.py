@@ -64,8 +64,12 @@ class Step:
 
     def record(self) -> dict[str, Any] | None:
         """Read all that result.json holds; None when the step is not done. A damaged result.json counts as not done."""
+        return self.parse(self.storage.read_bytes(self.folder / RESULT))
+
+    def parse(self, content: bytes | None) -> dict[str, Any] | None:
+        """Read the content of result.json as `record` does."""
         try:
-            found = json.loads(self.storage.read_bytes(self.folder / RESULT) or b"")
+            found = json.loads(content or b"")
         except ValueError:
             return None
         return found if is_valid_record(found) and found["key"] == self.key else None

@@ -51,6 +51,18 @@ def test_two_records_that_share_a_step_do_it_once(tmp_path: Path) -> None:
     assert (record := shared.record()) and record["result"] == {"answer": 1} and done == [1]
 
 
+def test_only_the_result_that_was_judged_is_set_aside(tmp_path: Path) -> None:
+    mine = step(tmp_path)
+    perform(mine, making(mine, 1), {})
+    judged = (mine.folder / "result.json").read_bytes()
+    set_aside(mine)
+    perform(mine, making(mine, 2), {})
+    set_aside(mine, judged)
+    assert (record := mine.record()) and record["result"] == {"answer": 2}
+    set_aside(mine, (mine.folder / "result.json").read_bytes())
+    assert mine.record() is None
+
+
 def test_a_done_step_is_not_done_again(tmp_path: Path) -> None:
     mine = step(tmp_path)
     assert mine.record() is None
