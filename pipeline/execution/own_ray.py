@@ -37,6 +37,8 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     choose_home(environment)
     if environment.get("PYTHONOPTIMIZE", "0") > "1":
         environment["PYTHONOPTIMIZE"] = "1"  # Ray's agent adds to its docstrings, and ends where there are none
+    if "error" in environment.get("PYTHONWARNINGS", ""):
+        environment["PYTHONWARNINGS"] = "default"  # which it would end with
 
 
 def choose_folder(environment: MutableMapping[str, str]) -> None:

@@ -87,11 +87,26 @@ def test_a_user_without_a_name_has_a_home(tmp_path: Path, monkeypatch: pytest.Mo
     assert home() == home(HOME="") == str(tmp_path / f"hedgemix-{os.getuid()}")
 
 
-@pytest.mark.parametrize(("given", "kept"), [("2", "1"), ("1", "1"), ("", ""), (None, None)])
-def test_ray_s_processes_have_their_docstrings(given: str | None, kept: str | None, home: Path) -> None:
-    environment = {"HOME": str(home)} | ({} if given is None else {"PYTHONOPTIMIZE": given})
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("PYTHONOPTIMIZE", "2", "1"),
+        ("PYTHONOPTIMIZE", "1", "1"),
+        ("PYTHONOPTIMIZE", "", ""),
+        ("PYTHONWARNINGS", "error", "default"),
+        ("PYTHONWARNINGS", "ignore,error::DeprecationWarning", "default"),
+        ("PYTHONWARNINGS", "always", "always"),
+    ],
+)
+def test_ray_s_processes_have_docstrings_and_do_not_end_with_warnings(
+    name: str, given: str, kept: str, home: Path
+) -> None:
+    environment = {"HOME": str(home), name: given}
     own_ray.prepare(environment)
-    assert environment.get("PYTHONOPTIMIZE") == kept
+    assert environment[name] == kept
+    environment = {"HOME": str(home)}
+    own_ray.prepare(environment)
+    assert name not in environment
 
 
 def test_too_few_open_files_are_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
