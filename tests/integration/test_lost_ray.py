@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
+import ray  # noqa: F401
 
 from support import tiny_record
+
+# isort: split
+import psutil  # Ray brings it
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak]
 LONGEST = {"raylet": 15.0, "gcs_server": 30.0}

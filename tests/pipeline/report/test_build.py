@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -13,6 +15,7 @@ from typing import cast
 import pandas as pd
 import pytest
 
+import pipeline.report
 from hedgemix.config import RecipeError
 from pipeline import cli
 from pipeline.analysis import records, significance
@@ -252,3 +255,9 @@ def test_a_folder_of_one_record_is_that_record(runs: Path, tmp_path: Path) -> No
     (tmp_path / "two.parquet").write_bytes((runs / "tiny.parquet").read_bytes())
     with pytest.raises(RecipeError, match="holds 2 records: one.parquet, two.parquet"):
         records.load(str(tmp_path))
+
+
+def test_a_notebook_s_way_to_draw_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    importlib.reload(pipeline.report)
+    assert os.environ["MPLBACKEND"] == "agg"
