@@ -269,10 +269,10 @@ def test_a_record_on_an_object_store(
     (step.folder / "trace.jsonl").write_text('{"chunk": 0}\n{"chunk": 1}\n')
     for path in step.folder.iterdir():
         storage.push(path)
-    before = storage.names(storage.root)
     monkeypatch.setenv("HEDGEMIX_SCRATCH", str(tmp_path / "reader"))
     with hold(storage, storage.record_folder("small") / "record.lock"):
         code, output = ask(store_server.uri(), capsys)
+    before = storage.names(storage.root)  # with the lock's object, which nobody holds now
     assert code == 0 and "a driver is at work on " in output and "renewed its lease" in output
     assert "50 %, sign of life" in output and "s3://records/runs/small.parquet (not yet)" in output
     assert "small: no driver" in ask(store_server.uri(), capsys)[1]
