@@ -7,10 +7,14 @@ that colour as its default; `standalone_svg` makes a file of its own of it.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
+
+# A notebook's shell names a way to draw that is the notebook's own, and may be none here.
+os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib
 import numpy as np

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pipeline.analysis.significance import Summary
-from pipeline.report.figures import FAINT, SERIES, colours, drawing, legend, smooth, styled
+from pipeline.report.figures import FAINT, SERIES, Figure, colours, drawing, legend, smooth, styled
 
 GOOD, BAD, UNDECIDED = SERIES[2], SERIES[7], SERIES[8]
 WORD_COLOURS = {"better": GOOD, "worse": BAD}

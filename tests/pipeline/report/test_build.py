@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import cast
 import pandas as pd
 import pytest
 
-import pipeline.report
 from hedgemix.config import RecipeError
 from pipeline import cli
 from pipeline.analysis import records, significance
@@ -257,7 +257,8 @@ def test_a_folder_of_one_record_is_that_record(runs: Path, tmp_path: Path) -> No
         records.load(str(tmp_path))
 
 
-def test_a_notebook_s_way_to_draw_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    importlib.reload(pipeline.report)
-    assert os.environ["MPLBACKEND"] == "agg"
+def test_a_notebook_s_way_to_draw_is_not_taken() -> None:
+    environment = {**os.environ, "MPLBACKEND": "module://no.such.backend"}
+    code = "from pipeline.report import study_figures; import matplotlib; print(matplotlib.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment)
+    assert (done.stdout, done.stderr) == ("agg\n", "")
