@@ -31,7 +31,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(ray_session.ray, "init", lambda **options: asked.update(options))
     monkeypatch.setattr(ray_session.ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray_session, "parts", lambda: lambda: "")
-    monkeypatch.setattr(ray_session, "end_started", lambda: None)
+    for ends in ("end_started", "end_own"):  # the Ray of other tests, below this process
+        monkeypatch.setattr(ray_session, ends, lambda: None)
     monkeypatch.setattr(machine, "FOLDER", tmp_path)
     return asked
 
