@@ -117,9 +117,9 @@ def run_controller_here(**parts: Any) -> Any:
 class Trainer(DataParallelTrainer):
     """Trains with a process for its controller, one for its barrier and one a worker, and no manager of Ray datasets:
     ours are files. On a machine of our own (`alone`) there is no cleaner either, which would ask the dashboard that is
-    not there for a lost controller once a second, and no coordinator of an autoscaler. On CPUs there, its processes
-    have no settings of their own, for which Ray would start each twice, but may be ones that wait. On a GPU they are
-    new: one that was used before would keep the choice of its first GPU."""
+    not there for a lost controller once a second, and no coordinator of an autoscaler. On CPUs there, controller and
+    barrier are no processes, and workers have no settings of their own, for which Ray would start each twice, but may
+    be processes that wait. On a GPU they are new: one that was used before would keep the choice of its first GPU."""
 
     def __init__(self, *arguments: Any, alone: bool, **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -18,8 +18,8 @@ import pytest
 
 from hedgemix.config import RecipeError
 from pipeline.storage.lease import Lease, LostLockError, Times
-from pipeline.storage.lock import hold
-from pipeline.storage.store import Storage, open_storage
+from pipeline.storage.lock import hold, place_of
+from pipeline.storage.store import Storage, open_storage, storage_at
 from support.s3_server import StoreServer, store_process, store_server
 
 __all__ = ["store_process", "store_server"]
@@ -32,7 +32,7 @@ HOLDER = f"""
 import sys, time
 from pathlib import Path
 from pipeline.storage.lease import Times
-from pipeline.storage.lock import hold
+from pipeline.storage.lock import hold, place_of
 from pipeline.storage.store import open_storage
 with hold(open_storage(sys.argv[1], Path(sys.argv[2])), Path("{LOCK}"), times=Times{tuple(QUICK)!r}):
     print("held", flush=True)
@@ -50,10 +50,8 @@ def holder(uri: str, scratch: Path) -> subprocess.Popen[str]:
 
 
 def machine(server: StoreServer, scratch: Path, conditional: bool = True) -> Storage:
-    """A machine's view of the store, or that of a store that writes on no condition."""
-    storage = open_storage(server.uri(), scratch)
-    assert storage.conditional
-    return replace(storage, conditional=conditional)
+    """A machine's view of the store, or that of a store that writes on no condition; not tried, which takes time."""
+    return replace(storage_at(server.uri(), scratch), conditional=conditional)
 
 
 def owner(storage: Storage) -> str:
@@ -127,12 +125,24 @@ def test_a_killed_holder_s_lock_is_taken_over(store_server: StoreServer, tmp_pat
 
 
 def test_on_its_own_machine_a_killed_holder_is_not_waited_for(store_server: StoreServer, tmp_path: Path) -> None:
-    here = machine(store_server, tmp_path)
-    process = holder(store_server.uri(), tmp_path)
-    process.kill()
-    process.wait()
-    with hold(here, LOCK, lambda: pytest.fail("waited"), times=Times(stale_seconds=600.0)):
+    here, there = (machine(store_server, tmp_path / name) for name in ("here", "there"))
+    long, lease = Times(600.0, 600.0), json.dumps({"owner": "x", "host": "y", "turn": 1})
+    for storage in (here, there):
+        storage.local_path(LOCK).parent.mkdir(parents=True)
+    with open(here.local_path(LOCK), "a") as file:  # whose flock ends with the process
+        here.write_bytes(LOCK, json.dumps(json.loads(lease) | {"place": place_of(file)}).encode())
+    waited: list[int] = []
+
+    def seen() -> None:
+        waited.append(1)
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError), hold(there, LOCK, seen, times=long):
         pass
+    assert waited == [1]
+    with hold(here, LOCK, seen, times=long):
+        pass
+    assert waited == [1]
 
 
 def test_a_slow_start_leaves_a_lease_that_looks_alive(
@@ -239,7 +249,7 @@ def test_who_stood_still_on_its_way_to_publish_publishes_nothing(
     here, there = (machine(store_server, tmp_path / name) for name in ("here", "there"))
     never, at_once = Times(600.0, 600.0), Times(600.0, 0.0)
     for storage, text in ((here, b"here"), (there, b"there")):
-        (storage.root / "table").write_bytes(text)
+        (storage.ready() / "table").write_bytes(text)
     put_if, stood = Storage.put_if, []
 
     def slow(storage: Storage, path: Path, data: bytes, tag: str | None) -> str | None:
