@@ -17,7 +17,6 @@ from benchmarks.quality.held_out_end import dataset_of
 from hedgemix.config import DataConfig, Recipe, RecipeError
 from hedgemix.data import dataset as datasets
 from hedgemix.data import shards, tokenizer
-from hedgemix.data.dataset import Dataset
 from hedgemix.recipes import laptop
 from hedgemix.train.schedule import StepKind
 from support.text_data import documents
@@ -40,8 +39,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def task(recipe: Recipe, text: str = "text", dataset: Any = None) -> Task:
-    return Task("name", recipe, text, dataset)
+NONE: Any = None
+"""No data set: nothing is read."""
+
+
+def task(recipe: Recipe, text: str = "text") -> Task:
+    return Task("name", recipe, text, dataset=NONE)
 
 
 def varied(recipe: Recipe, model: dict[str, Any] | None = None, **train: Any) -> Recipe:
@@ -105,28 +108,28 @@ def test_what_is_measured_later_goes_by_its_ratio(monkeypatch: pytest.MonkeyPatc
     Costs(tmp_path / "costs.json", 2).measure([plain, gates])  # nothing is left to be measured
 
 
+def noted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[tuple[dict[str, Any], Any]]:
+    """What this function will be given, and what it will return."""
+    calls, work = list[tuple[dict[str, Any], Any]](), getattr(place, name)
+
+    def and_note(**given: Any) -> Any:
+        calls.append((given, work(**given)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(place, name, and_note)
+    return calls
+
+
 def test_a_line_is_what_the_artifact_scores(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results, rooms, seen = [], [], dict[str, list[float]]()
-    evaluate, quantize, train = (
-        equal_time.stages.evaluate_stage,
-        equal_time.stages.quantize_stage,
-        equal_time.trainer.train,
-    )
-
-    def train_seen(*, recipe: Recipe, dataset: Dataset, fractions: list[float], **given: Any) -> Any:
-        seen[str(recipe.train.muon_equal_rows)] = fractions
-        return train(recipe=recipe, dataset=dataset, fractions=fractions, **given)
-
+    calls = {
+        name: noted(monkeypatch, place, name)
+        for place, name in (
+            (equal_time.trainer, "train"), (equal_time.stages, "quantize_stage"), (equal_time.stages, "evaluate_stage"),
+        )
+    }  # fmt: skip
     monkeypatch.setattr(equal_time.script, "n_bytes", lambda recipe: 5000)
-    monkeypatch.setattr(equal_time.trainer, "train", train_seen)
-    monkeypatch.setattr(
-        equal_time.stages, "evaluate_stage", lambda **given: results.append(evaluate(**given)) or results[-1]
-    )
-    monkeypatch.setattr(
-        equal_time.stages, "quantize_stage", lambda **given: rooms.append(given["room_bytes"]) or quantize(**given)
-    )
     variants = tmp_path / "variants.toml"
     variants.write_text('[[variant]]\nname = "equal rows"\ntrain.muon_equal_rows = true\n')
     options = Options(
@@ -137,12 +140,12 @@ def test_a_line_is_what_the_artifact_scores(
     runs = (tmp_path / "runs.jsonl").read_text()
     lines = [json.loads(line) for line in runs.splitlines()]
     assert [(line["variant"], line["text"]) for line in lines] == [("base", text.name), ("equal rows", text.name)]
-    for line, result, fractions in zip(lines, results, seen.values(), strict=True):
+    for line, (trained, _), (exported, _), (_, result) in zip(lines, *calls.values(), strict=True):
         assert line["bpb"] == pytest.approx(result.bpb_quantized, rel=1e-7)
         assert line["bpb_mixed"] == result.bpb_final != line["bpb"]
-        assert abs(line["bpb_full"] - line["bpb"]) < 0.1 and line["artifact_bytes"] < rooms[0]
-        assert line["steps"] == len(fractions) >= 1 and line["ms"] == pytest.approx(40 / len(fractions))
-    assert rooms == [150_000 - 2 * 4096 - 1000] * 2, "what is left beside whole pages of code and the memory"
+        assert abs(line["bpb_full"] - line["bpb"]) < 0.1 and line["artifact_bytes"] < exported["room_bytes"]
+        assert exported["room_bytes"] == 150_000 - 2 * 4096 - 1000, "beside whole pages of code and the memory"
+        assert line["steps"] == len(trained["fractions"]) and line["ms"] == pytest.approx(40 / line["steps"])
     table = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == table and "| **base** |" in table and "| equal rows |" in table
     monkeypatch.setattr(equal_time, "run", lambda *given: pytest.fail("a run that has its line was run again"))
